@@ -1,0 +1,77 @@
+"""Renders the two embedded style sets: clips with captions, regularisation clips, held-out clips.
+
+    python -m data_tools.tiny_world.make_demo --out wantrain/assets/demo
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+
+from data_tools.tiny_world.clips import DEMO_SEED
+from data_tools.tiny_world.world import OBJECTS, Scene, caption, draw_scene, render
+
+HEIGHT, WIDTH, NUM_FRAMES, FPS = 128, 192, 17, 16
+BUILDINGS = ("house", "castle", "tower")
+# Set: render style, trigger at the front of the caption, how the objects are dealt out.
+SETS = {
+    "anime": ("anime", "celanime style", OBJECTS),
+    "architecture": ("blueprint", "blueprnt style", BUILDINGS * 3 + ("tree", "boat", "balloon")),
+}
+
+
+def write_clip(path: Path, frames_FCHW: np.ndarray, crf: int) -> None:
+    """Writes an h264 mp4."""
+    writer = imageio_ffmpeg.write_frames(
+        str(path),
+        (WIDTH, HEIGHT),
+        fps=FPS,
+        codec="libx264",
+        pix_fmt_out="yuv420p",
+        output_params=["-crf", str(crf), "-preset", "veryslow", "-threads", "1"],
+        macro_block_size=16,
+    )
+    writer.send(None)
+    for frame_CHW in frames_FCHW:
+        writer.send(np.ascontiguousarray(frame_CHW.transpose(1, 2, 0)))
+    writer.close()
+
+
+def write_set(folder: Path, scenes: list[Scene], style: str, trigger: str, crf: int) -> None:
+    """One mp4 and one caption file a scene; an empty trigger gives plain captions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, scene in enumerate(scenes):
+        name = f"{index:02d}_{scene.colour}_{scene.object}_{scene.background}"
+        write_clip(folder / f"{name}.mp4", render(scene, style, HEIGHT, WIDTH, NUM_FRAMES), crf)
+        text = caption(scene, index % 4)
+        (folder / f"{name}.txt").write_text(f"{trigger}, {text}\n" if trigger else f"{text}\n")
+
+
+def deal(first_seed: int, count: int, objects: tuple[str, ...]) -> list[Scene]:
+    """`count` scenes in which the objects come in turn."""
+    return [replace(draw_scene(first_seed + i), object=objects[i % len(objects)]) for i in range(count)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--num-clips", type=int, default=40)
+    parser.add_argument("--num-regularisation", type=int, default=14)
+    parser.add_argument("--num-held-out", type=int, default=8)
+    parser.add_argument("--crf", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=DEMO_SEED, help="first scene; base training uses 1,000,000 onwards")
+    args = parser.parse_args()
+    for number, (name, (style, trigger, objects)) in enumerate(SETS.items()):
+        seed, folder = args.seed + 10_000 * number, args.out / name
+        write_set(folder, deal(seed, args.num_clips, objects), style, trigger, args.crf)
+        plain = deal(seed + 1000, args.num_regularisation, OBJECTS)
+        write_set(folder / "regularisation", plain, "natural", "", args.crf)
+        write_set(folder / "heldout", deal(seed + 2000, args.num_held_out, objects), style, trigger, args.crf)
+        size = sum(path.stat().st_size for path in folder.rglob("*.mp4"))
+        print(f"{name}: {len(list(folder.rglob('*.mp4')))} clips, {size / 2**20:.2f} MiB")
+
+
+if __name__ == "__main__":
+    main()

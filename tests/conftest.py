@@ -1,0 +1,97 @@
+"""Shared fixtures: small clips as a user has them, a cached recipe on the embedded base, `--require-gpu`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from wantrain import cli, pictures
+
+SIZE = (32, 48)
+NUM_FRAMES = 5
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require-gpu", action="store_true", help="a skipped gpu test is a failure")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available() or config.getoption("--require-gpu"):
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def moving_square(seed: int, num_frames: int, height: int, width: int) -> torch.Tensor:
+    """frames_FCHW uint8: a bright square that drifts over a coloured ground."""
+    generator = torch.Generator().manual_seed(seed)
+    ground, colour = torch.randint(0, 256, (2, 3, 1, 1), generator=generator, dtype=torch.uint8)
+    frames = ground.expand(num_frames, 3, height, width).clone()
+    side = height // 3
+    for f in range(num_frames):
+        left = (4 * f + seed) % (width - side)
+        frames[f, :, side : 2 * side, left : left + side] = colour
+    return frames
+
+
+def write_clips(folder: Path, number: int, caption: str, first_seed: int = 0) -> Path:
+    """A folder of `number` mp4 files at 16 fps with sidecar captions."""
+    for i in range(number):
+        pictures.write_mp4(folder / f"clip_{i}.mp4", moving_square(first_seed + i, 9, *SIZE), 16)
+        (folder / f"clip_{i}.txt").write_text(caption.format(i))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """style/ (6 clips with a trigger), plain/ (2) and heldout/ (2)."""
+    root = tmp_path_factory.mktemp("clips")
+    write_clips(root / "style", 6, "sqstyle, square number {}")
+    write_clips(root / "plain", 2, "square number {}", 50)
+    write_clips(root / "heldout", 2, "sqstyle, unseen square {}", 100)
+    return root
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+Wantrain = Callable[..., int]
+
+
+def arguments_for(clips: Path, cache_dir: Path, run_dir: Path) -> list[str]:
+    """Overrides that turn the anime demo into a run of seconds: 5 frames of 32x48 px, 8 clips, batch 4."""
+    return [
+        "recipe=demo_anime", "tracker=none", f"run.dir={run_dir}", f"data.cache_dir={cache_dir}",
+        f"data.sources.style.path={clips / 'style'}", f"data.sources.regularisation.path={clips / 'plain'}",
+        f"data.heldout={clips / 'heldout'}", "data.trigger=sqstyle", f"data.num_frames=[{NUM_FRAMES}]",
+        f"data.resolutions=[[{SIZE[0]},{SIZE[1]}]]", "data.batch_size=4", "train.micro_batch_size=4",
+        "train.num_steps=4", "train.save_every=100", "validation.every_steps=0", "lora.rank=4", "lora.alpha=4",
+        "optim.warmup_steps=0", "sampler.num_steps=2", "sampler.prompts=[a square]", "evaluate.prompts=[a square]",
+    ]
+
+
+@pytest.fixture
+def arguments(clips: Path, cache_dir: Path, tmp_path: Path) -> list[str]:
+    return arguments_for(clips, cache_dir, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def cached(clips: Path, cache_dir: Path) -> None:
+    """The session's cache is built."""
+    assert cli.main(["cache", *arguments_for(clips, cache_dir, cache_dir / "run")]) == 0
+
+
+@pytest.fixture
+def wantrain(arguments: list[str], cached: None) -> Wantrain:
+    """Run a verb of the small recipe in this process: wantrain("train", "train.seed=1") -> exit code."""
+
+    def call(verb: str, *more: str, base: Sequence[str] | None = None) -> int:
+        return cli.main([verb, *(arguments if base is None else base), *more])
+
+    return call

@@ -1,0 +1,80 @@
+"""`wantrain VERB [key=value ...]`: one door to every verb; faults end in one message and a code that is not 0."""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from wantrain.terms import EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserError
+
+VERBS = {
+    "check": "compose the config and say what it would do, without loading weights",
+    "cache": "decode clips, encode them and their captions, once",
+    "train": "train the LoRA, going on from the newest checkpoint",
+    "export": "write the LoRA as .safetensors for ComfyUI and diffusers, proven by reading it back",
+    "sample": "prompts x seeds x strengths -> videos and a contact sheet",
+    "evaluate": "base against LoRA: numbers and an HTML report",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 0, 2 for a fault the user can mend, 130 when interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    verb, rest = given[0], given[1:]
+    if verb not in VERBS:
+        print(f"error: no verb {verb!r}; there are {', '.join(VERBS)}\n  next: wantrain --help", file=sys.stderr)
+        return EXIT_USER_ERROR
+    if {"-h", "--help"} & set(rest):
+        print(_verb_help(verb))
+        return 0
+    try:
+        return _run(verb, rest)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except (KeyboardInterrupt, Interrupted) as stop:
+        print(f"\n{stop if str(stop) else 'interrupted; what was finished is kept'}\n  next: "
+              f"{shlex.join(['wantrain', *given])}    goes on from there", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _run(verb: str, rest: list[str]) -> int:
+    config_dir = None
+    if "--config-dir" in rest:
+        place = rest.index("--config-dir")
+        if place + 1 == len(rest) or not Path(rest[place + 1]).is_dir():
+            raise UserError("--config-dir needs an existing folder",
+                            "wantrain check --config-dir my_configs recipe=mine")
+        config_dir = Path(rest[place + 1])
+    overrides = [a for i, a in enumerate(rest) if a != "--config-dir" and rest[i - 1 : i] != ["--config-dir"]]
+    if flags := [a for a in overrides if a.startswith("-")]:
+        raise UserError(f"unknown option(s) {', '.join(flags)}", f"wantrain {verb} --help")
+    # The libraries behind a verb take seconds to import, so help and faults of the config come first.
+    config = importlib.import_module("wantrain.config").load(overrides, config_dir)
+    importlib.import_module(f"wantrain.stages.{verb}").run(config, rest)
+    return 0
+
+
+def _help() -> str:
+    verbs = "\n".join(f"  {name:10}{text}" for name, text in VERBS.items())
+    return (f"usage: wantrain VERB recipe=NAME [key=value ...]\n\n{verbs}\n\n"
+            "wantrain VERB --help lists recipes and keys. With several processes:\n"
+            "  accelerate launch --config_file launch/ddp.yaml -m wantrain train recipe=NAME")
+
+
+def _verb_help(verb: str) -> str:
+    schema = importlib.import_module("wantrain.config")
+    lines = [f"usage: wantrain {verb} recipe=NAME [key=value ...] [--config-dir FOLDER]", "", f"  {VERBS[verb]}", "",
+             f"recipes: {', '.join(schema.recipes())}",
+             "your own: FOLDER/recipe/NAME.yaml with --config-dir FOLDER", "", "keys:"]
+    for key, (default, sentence) in schema.described().items():
+        lines.append(f"  {key} = {default}")
+        lines += textwrap.wrap(sentence, 110, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)

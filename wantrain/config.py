@@ -1,0 +1,388 @@
+"""The schema of a recipe. Hydra and OmegaConf end in this module and in `cli`.
+
+Every field is followed by one sentence with its unit; `wantrain VERB --help` prints them.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from wantrain.files import digest_text
+from wantrain.terms import UserError
+
+
+class Dtype(Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class DataMode(Enum):
+    cache = "cache"
+    stream = "stream"
+
+
+class Schedule(Enum):
+    constant = "constant"
+    cosine = "cosine"
+    linear = "linear"
+
+
+class Resume(Enum):
+    auto = "auto"
+    never = "never"
+
+
+@dataclass(slots=True)
+class Run:
+    name: str = MISSING
+    """Name of the run and of the exported LoRA file."""
+    dir: str = "runs/${run.name}"
+    """Folder of the run: config, metrics, checkpoints, exports, samples, report."""
+
+
+@dataclass(slots=True)
+class Model:
+    variant: str = MISSING
+    """Entry of the variants table (wantrain/models/variants.py): architecture, fps, shift, guidance, steps."""
+    path: str = MISSING
+    """Diffusers directory of the base, or `embedded` for the tiny base that ships with wantrain."""
+    dtype: Dtype = Dtype.bfloat16
+    """Storage of the frozen transformer and text encoder; bfloat16 also computes under autocast."""
+
+
+@dataclass(slots=True)
+class Lora:
+    targets: list[str] = field(default_factory=lambda: ["attn_ffn"])
+    """Presets (attn, attn_ffn, all_linear) or regular expressions over diffusers module names."""
+    rank: int = 32
+    """Inner width of each adapter."""
+    alpha: float = 32.0
+    """The adapter is scaled by alpha / rank."""
+
+
+@dataclass(slots=True)
+class Source:
+    path: str = MISSING
+    """Folder of videos or images with sidecar .txt captions, or a .jsonl or .csv manifest."""
+    repeats: int = 1
+    """How often an epoch shows each clip of this source."""
+
+
+@dataclass(slots=True)
+class Data:
+    sources: dict[str, Source] = MISSING
+    """The training sets by name; a regularisation set is one more source without the trigger in its captions."""
+    heldout: str | None = None
+    """Clips never trained on, for validation and evaluation; same forms as a source's path."""
+    trigger: str = ""
+    """The words in the captions that call the style; written into the exported file, used by evaluate."""
+    mode: DataMode = DataMode.cache
+    """cache: read latents made by `wantrain cache`; stream: decode and encode at every step."""
+    cache_dir: str = "cache"
+    """Folder of the content-addressed cache; may be shared by any number of recipes."""
+    num_frames: list[int] = MISSING
+    """Clip lengths in frames at the model's fps, each 4n+1; a clip goes to the longest that it fills."""
+    resolutions: list[list[int]] = MISSING
+    """Sizes as [height, width] in pixels; a clip goes to the one nearest in aspect."""
+    batch_size: int = 1
+    """Samples in an optimizer step over all processes; accumulation follows from train.micro_batch_size."""
+    caption_dropout: float = 0.1
+    """Share of samples trained with the empty caption."""
+
+
+@dataclass(slots=True)
+class Optim:
+    lr: float = 1e-4
+    """Peak learning rate of AdamW."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    """Decay of AdamW's two moments."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay."""
+    schedule: Schedule = Schedule.constant
+    """Shape of the learning rate after warm-up; cosine and linear end at zero at train.num_steps."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this global L2 norm."""
+
+
+@dataclass(slots=True)
+class Train:
+    num_steps: int = MISSING
+    """Optimizer steps."""
+    micro_batch_size: int = 1
+    """Samples that one process computes at once."""
+    seed: int = 0
+    """Seed of the adapter's start, the order of clips, sigma, noise and caption dropout."""
+    shift: float | None = None
+    """Timestep shift of the sigma draw; null takes the variant's inference shift."""
+    save_every: int = 500
+    """Steps between checkpoints; one is always written at the end."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay on disk."""
+    log_every: int = 1
+    """Steps between metrics lines."""
+    resume: Resume = Resume.auto
+    """auto: go on from the newest checkpoint of the run folder; never: refuse a folder that has one."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, about a third more time, same numbers."""
+
+
+@dataclass(slots=True)
+class Validation:
+    every_steps: int = 0
+    """Steps between validation losses on data.heldout; 0 turns them off."""
+    sigmas: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
+    """The fixed noise levels; each held-out clip is measured once at each."""
+
+
+@dataclass(slots=True)
+class Sampler:
+    prompts: list[str] = field(default_factory=list)
+    """What to sample."""
+    negative_prompt: str = ""
+    """What guidance moves away from."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """One video for each prompt, seed and strength."""
+    strengths: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    """LoRA strengths; 0 is the base."""
+    num_steps: int | None = None
+    """Denoising steps; null takes the variant's."""
+    guidance: float | None = None
+    """Classifier-free guidance scale; null takes the variant's."""
+    shift: float | None = None
+    """Timestep shift of the sampler; null takes the variant's."""
+    num_frames: int | None = None
+    """Frames of a sample; null takes the largest of data.num_frames."""
+    resolution: list[int] | None = None
+    """[height, width] in pixels; null takes the first of data.resolutions."""
+    lora: str | None = None
+    """LoRA file to sample with; null takes the run's own export."""
+
+
+@dataclass(slots=True)
+class Evaluate:
+    prompts: list[str] = field(default_factory=list)
+    """Prompts without the trigger; each is sampled from the base, and from the LoRA with and without it."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """One trio of videos for each prompt and seed."""
+
+
+@dataclass(slots=True)
+class Export:
+    dtype: Dtype = Dtype.float32
+    """Storage of the exported LoRA; bfloat16 only where folding alpha loses nothing."""
+
+
+@dataclass(slots=True)
+class Tracker:
+    names: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Trackers beside the JSONL that is always written: tensorboard, wandb (offline unless you are logged in)."""
+    project: str = "wantrain"
+    """Project name shown in the tracker."""
+
+
+@dataclass(slots=True)
+class Config:
+    run: Run = field(default_factory=Run)
+    model: Model = field(default_factory=Model)
+    lora: Lora = field(default_factory=Lora)
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    train: Train = field(default_factory=Train)
+    validation: Validation = field(default_factory=Validation)
+    sampler: Sampler = field(default_factory=Sampler)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    export: Export = field(default_factory=Export)
+    tracker: Tracker = field(default_factory=Tracker)
+
+    def __post_init__(self) -> None:
+        for ok, key, value, allowed in self._rules():
+            if not ok:
+                raise UserError(f"{key} = {value!r} is not allowed: {allowed}", f"set {key} on the command line "
+                                f"or in the recipe, e.g. {key}=...")
+
+    def _rules(self) -> Iterator[tuple[bool, str, object, str]]:
+        data, train, optim = self.data, self.train, self.optim
+        for frames in data.num_frames:
+            yield frames >= 1 and frames % 4 == 1, "data.num_frames", frames, "each must be 4n+1: 1, 5, ..., 81"
+        yield bool(data.num_frames), "data.num_frames", data.num_frames, "at least one length"
+        yield bool(data.resolutions), "data.resolutions", data.resolutions, "at least one [height, width]"
+        for size in [*data.resolutions, *([self.sampler.resolution] if self.sampler.resolution else [])]:
+            yield len(size) == 2 and min(size) > 0, "resolution", size, "two positive numbers, [height, width]"
+        yield 0 <= data.caption_dropout <= 1, "data.caption_dropout", data.caption_dropout, "a share in [0, 1]"
+        yield bool(data.sources), "data.sources", data.sources, "at least one source"
+        for name, source in data.sources.items():
+            yield source.repeats >= 1, f"data.sources.{name}.repeats", source.repeats, "1 or more"
+        for key, number in {"lora.rank": self.lora.rank, "train.num_steps": train.num_steps,
+                            "train.micro_batch_size": train.micro_batch_size, "data.batch_size": data.batch_size,
+                            "train.save_every": train.save_every, "train.log_every": train.log_every,
+                            "train.keep_checkpoints": train.keep_checkpoints}.items():
+            yield number >= 1, key, number, "1 or more"
+        yield data.batch_size % train.micro_batch_size == 0, "data.batch_size", data.batch_size, \
+            f"a multiple of train.micro_batch_size ({train.micro_batch_size})"
+        yield self.lora.alpha > 0, "lora.alpha", self.lora.alpha, "a positive number"
+        yield bool(self.lora.targets), "lora.targets", self.lora.targets, "at least one preset or pattern"
+        yield optim.lr > 0, "optim.lr", optim.lr, "a positive number"
+        yield len(optim.betas) == 2, "optim.betas", optim.betas, "two numbers"
+        yield optim.max_grad_norm > 0, "optim.max_grad_norm", optim.max_grad_norm, "a positive number"
+        yield all(0 < s <= 1 for s in self.validation.sigmas), "validation.sigmas", self.validation.sigmas, "in (0, 1]"
+        yield self.validation.every_steps == 0 or data.heldout is not None, "validation.every_steps", \
+            self.validation.every_steps, "0 when data.heldout is not set"
+        for name in self.tracker.names:
+            yield name in ("tensorboard", "wandb"), "tracker.names", name, "tensorboard, wandb"
+
+
+HARMLESS_TO_RESUME = ("run.", "sampler.", "evaluate.", "export.", "tracker.", "validation.", "data.mode",
+                      "data.cache_dir", "data.heldout", "train.num_steps", "train.micro_batch_size",
+                      "train.save_every", "train.keep_checkpoints", "train.log_every", "train.resume",
+                      "train.activation_checkpointing", "model.path", "data.trigger")
+"""Keys (prefixes) that may differ between a checkpoint and the config that goes on from it."""
+
+
+def configs_folder() -> Path:
+    """`configs/`: beside the package in a checkout, inside it in an installed wheel."""
+    package = Path(__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def asset(name: str) -> Path:
+    """A file or folder that ships inside the package, e.g. `demo/anime`; `${assets:demo/anime}` in a config."""
+    return Path(__file__).parent / "assets" / name
+
+
+def recipes() -> list[str]:
+    """Names of the recipes that ship with wantrain."""
+    return sorted(p.stem for p in (configs_folder() / "recipe").glob("*.yaml"))
+
+
+def load(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
+    """Compose `configs/wantrain.yaml` with the overrides into a checked Config. Every fault is a UserError.
+
+    `config_dir` is a folder of the user's own groups (e.g. `recipe/mine.yaml`), searched before the shipped ones.
+    """
+    ConfigStore.instance().store(name="schema", node=Config)
+    OmegaConf.register_new_resolver("assets", lambda name: str(asset(name)), replace=True)
+    GlobalHydra.instance().clear()
+    search = [f"hydra.searchpath=[file://{config_dir.resolve()}]"] if config_dir else []
+    help_command = "wantrain train --help    lists every key with its meaning"
+    try:
+        with initialize_config_dir(str(configs_folder()), version_base="1.3"):
+            composed = compose("wantrain", overrides=[*overrides, *search])
+        if strays := _unknown(composed, OmegaConf.structured(Config)):
+            raise UserError(f"unknown config keys: {', '.join(strays)}", help_command)
+        if missing := sorted(OmegaConf.missing_keys(composed)):
+            raise UserError(f"no value for {', '.join(missing)}", f"add {missing[0]}=... or choose a recipe: "
+                            f"recipe={'|'.join(recipes())}")
+        config = OmegaConf.to_object(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_readable(error), help_command) from error
+    assert isinstance(config, Config)
+    return config
+
+
+def _unknown(config: DictConfig, schema: DictConfig, prefix: str = "") -> list[str]:
+    """Keys that a `+key=value` override smuggled past the schema (Hydra 1.3 lets it)."""
+    found = []
+    known = set(schema.keys())
+    for key in map(str, config):
+        node = None if OmegaConf.is_missing(config, key) else config[key]
+        if key not in known:
+            found.append(prefix + key)
+        elif isinstance(node, DictConfig) and key != "sources" and isinstance(schema[key], DictConfig):
+            found += _unknown(node, schema[key], f"{prefix}{key}.")
+    return found
+
+
+def _readable(error: Exception) -> str:
+    """Hydra's message with its cause, and the nearest known key when one was mistyped."""
+    parts = [str(error).strip()]
+    if error.__cause__ is not None and str(error.__cause__).strip() not in parts[0]:
+        parts.append(str(error.__cause__).strip())
+    text = "\n".join(parts)
+    words = [w for w in text.replace("'", " ").split() if w.isidentifier()]
+    leaves = [key.split(".")[-1] for key in described()]
+    close = [match for word in words[:6] for match in difflib.get_close_matches(word, leaves, 1, 0.75)]
+    return text + (f"\ndid you mean {close[0]!r}?" if close else "")
+
+
+def described() -> dict[str, tuple[str, str]]:
+    """Every config key -> (default as text, its sentence), read from the dataclasses above."""
+    return dict(_described(Config, ""))
+
+
+def _described(schema: type, prefix: str) -> Iterator[tuple[str, tuple[str, str]]]:
+    body = ast.parse(inspect.getsource(schema)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    sentences = {}
+    for statement, following in zip(body.body, [*body.body[1:], None], strict=True):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            default = ast.unparse(statement.value) if statement.value else "MISSING"
+            text = following.value.value if isinstance(following, ast.Expr) and isinstance(
+                following.value, ast.Constant) else ""
+            sentences[statement.target.id] = (default, str(text))
+    for entry in fields(schema):
+        factory = entry.default_factory
+        if isinstance(factory, type) and is_dataclass(factory):
+            yield from _described(factory, f"{prefix}{entry.name}.")
+        else:
+            default, text = sentences[entry.name]
+            default = default.removeprefix("field(default_factory=lambda: ").removesuffix(")") if "lambda" in default \
+                else default
+            yield f"{prefix}{entry.name}", ({"MISSING": "required", "field(default_factory=list)": "[]"}.get(
+                default, default), text)
+
+
+def to_yaml(config: Config) -> str:
+    """The whole resolved config as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Dotted key -> plain value, for trackers, provenance and the fingerprint."""
+    def walk(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield from walk(inner, f"{prefix}.{key}" if prefix else str(key))
+        else:
+            yield prefix, value.name if isinstance(value, Enum) else value
+    container = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    return dict(walk(container, ""))
+
+
+def fingerprint(config: Config) -> dict[str, Any]:
+    """The keys that fix the training's numbers; a resume refuses when one differs."""
+    keys = {k: v for k, v in flat(config).items() if not k.startswith(HARMLESS_TO_RESUME)}
+    if config.optim.schedule is not Schedule.constant:
+        keys["train.num_steps"] = config.train.num_steps
+    return keys
+
+
+def digest(config: Config) -> str:
+    """A digest of the whole config."""
+    return digest_text(to_yaml(config))
+
+
+def wandb_mode() -> str:
+    """`online` only when the user is logged in, else `offline`; WANDB_MODE wins."""
+    netrc = Path("~/.netrc").expanduser()
+    logged_in = "WANDB_API_KEY" in os.environ or (netrc.exists() and "api.wandb.ai" in netrc.read_text())
+    return os.environ.get("WANDB_MODE", "online" if logged_in else "offline")

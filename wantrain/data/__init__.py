@@ -1,0 +1,1 @@
+"""Manifest, decode, cache, batches: from files to what a step trains on."""

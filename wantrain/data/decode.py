@@ -1,0 +1,200 @@
+"""Frames from a source file: which ones, read by whom, brought to the bucket's size. decord is imported here only.
+
+decord is wrong without saying so on edit lists and, at random access, on open GOP, and fails on some containers
+(facts/dependencies.md section 5). So it reads sequentially, files that a demux-only look finds unsafe go to PyAV,
+and readers open and close inside one call, never across a fork.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import decord
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from wantrain.data.manifest import IMAGE_SUFFIXES
+from wantrain.terms import Bucket, UserError
+
+FAR_S = 10.0
+"""A span that starts later than this is reached by PyAV's seek instead of decoding the film up to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What demuxing tells: shown frames' times (seconds, sorted), duration in seconds, size in pixels, who reads."""
+
+    times_s: np.ndarray
+    duration_s: float
+    width: int
+    height: int
+    why_not_decord: str
+
+    @property
+    def aspect(self) -> float:
+        return self.height / self.width
+
+
+def _broken(path: Path, reason: object) -> UserError:
+    return UserError(f"{path} cannot be decoded: {reason}",
+                     "replace the file or take it out of the manifest, then run the same command again")
+
+
+def probe(path: Path) -> Probe:
+    """Demux `path` without decoding a frame (an image is one frame at 0 s)."""
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        width, height = _image(path).size
+        return Probe(np.zeros(1), 0.0, width, height, "image")
+    try:
+        with av.open(str(path)) as container:
+            return _probe(container)
+    except (av.FFmpegError, IndexError, ValueError) as error:
+        raise _broken(path, error) from error
+
+
+def _probe(container: av.container.InputContainer) -> Probe:
+    stream = container.streams.video[0]
+    assert stream.time_base is not None
+    times, ends, discarded, keyframe = [], [], False, None
+    for packet in container.demux(stream):
+        if packet.pts is None:
+            continue
+        discarded |= packet.is_discard
+        if not packet.is_discard:
+            times.append(packet.pts * stream.time_base)
+            ends.append((packet.pts + (packet.duration or 0)) * stream.time_base)
+            keyframe = keyframe or (packet if packet.is_keyframe else None)
+    if not times:
+        raise ValueError("no video frames")
+    why = ""
+    if discarded:
+        why = "edit list"
+    elif container.format.name in ("mpegts", "gif"):
+        why = container.format.name
+    elif stream.codec_context.name in ("av1", "libdav1d", "libaom-av1"):
+        why = "av1"
+    elif len(times) < stream.frames:
+        why = "truncated"
+    start = min(times)
+    width, height = stream.codec_context.width, stream.codec_context.height
+    if turns := _quarter_turns(container, stream):
+        why = why or "rotated"  # decord 0.6 hands out garbage of four channels for some sizes
+    if turns % 2:
+        width, height = height, width
+    step = Fraction(1) / (stream.average_rate or 25)
+    duration = max(*ends, max(times) + (step if max(ends) == max(times) else 0)) - start
+    return Probe(np.array(sorted(float(t - start) for t in times)), float(duration), width, height, why)
+
+
+def _quarter_turns(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> int:
+    """Quarter turns of the display matrix, read from the first decodable frame."""
+    container.seek(0)
+    for frame in container.decode(stream):
+        return (frame.rotation // 90) % 4
+    raise ValueError("no frame decodes")
+
+
+def count_frames(found: Probe, start_s: float, end_s: float | None, fps: float) -> int:
+    """How many of the times start_s + k / fps lie in the span (1 for an image)."""
+    end = found.duration_s if end_s is None else min(end_s, found.duration_s)
+    return max(math.ceil((end - start_s) * fps - 1e-3), 1 if found.duration_s == 0 else 0)
+
+
+def choose_frames(times_s: np.ndarray, start_s: float, fps: float, num_frames: int) -> np.ndarray:
+    """Indices of the frames on screen at start_s + k / fps: true resampling by timestamps, for any frame rate.
+
+    Speed is never changed: a 60 fps source loses frames, a 12 fps source repeats some.
+    """
+    wanted = start_s + np.arange(num_frames) / fps
+    return np.clip(np.searchsorted(times_s, wanted + 1e-4, side="right") - 1, 0, len(times_s) - 1)
+
+
+def read_clip(path: Path, start_s: float, end_s: float | None, fps: float, bucket: Bucket) -> torch.Tensor:
+    """The first bucket.num_frames frames of the span at `fps`, covering the bucket and cropped to its centre.
+
+    frames_FCHW uint8. Raises UserError when the span holds fewer frames than promised or does not decode.
+    """
+    found = probe(path)
+    available = count_frames(found, start_s, end_s, fps)
+    if available < bucket.num_frames:
+        raise UserError(f"{path}: {available} frames at {fps:g} fps from {start_s:g} s, but {bucket.num_frames} are "
+                        "needed", "lengthen the span, or add a smaller length to data.num_frames")
+    index_F = choose_frames(found.times_s, start_s, fps, bucket.num_frames)
+    if found.why_not_decord == "image":
+        frames_FHWC = np.array(_image(path).convert("RGB"))[None]
+    elif found.why_not_decord or start_s > FAR_S:
+        frames_FHWC = _read_pyav(path, found, index_F)
+    else:
+        frames_FHWC = _read_decord(path, index_F)
+    return fit(torch.from_numpy(np.ascontiguousarray(frames_FHWC)).movedim(-1, 1), bucket.height, bucket.width)
+
+
+def _image(path: Path) -> Image.Image:
+    try:
+        image = ImageOps.exif_transpose(Image.open(path))
+    except (UnidentifiedImageError, OSError) as error:
+        raise _broken(path, error) from error
+    assert image is not None
+    return image
+
+
+def _read_decord(path: Path, index_F: Sequence[int] | np.ndarray) -> np.ndarray:
+    """The frames at these indices (sorted, repeats allowed), decoded in order from the first."""
+    wanted = set(map(int, index_F))
+    kept = {}
+    try:
+        reader = decord.VideoReader(str(path), num_threads=1)
+        for i in range(int(max(index_F)) + 1):
+            frame = reader.next()
+            if i in wanted:
+                kept[i] = frame.asnumpy()
+        del reader
+    except (decord.DECORDError, RuntimeError, StopIteration) as error:
+        raise _broken(path, str(error).strip().splitlines()[-1]) from error
+    return np.stack([kept[int(i)] for i in index_F])
+
+
+def _read_pyav(path: Path, found: Probe, index_F: Sequence[int] | np.ndarray) -> np.ndarray:
+    """The same through PyAV: seek to the keyframe before the first, then by timestamp."""
+    wanted = {round(float(found.times_s[i]), 4): int(i) for i in index_F}
+    kept: dict[int, np.ndarray] = {}
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            assert stream.time_base is not None
+            first = None
+            for frame in container.decode(stream):
+                first = frame.pts
+                break
+            assert first is not None
+            container.seek(int(found.times_s[int(min(index_F))] / stream.time_base) + first, stream=stream)
+            for frame in container.decode(stream):
+                assert frame.pts is not None
+                index = wanted.get(round(float((frame.pts - first) * stream.time_base), 4))
+                if index is not None:
+                    kept[index] = np.rot90(frame.to_ndarray(format="rgb24"), (frame.rotation // 90) % 4)
+                if len(kept) == len(wanted):
+                    break
+    except av.FFmpegError as error:
+        raise _broken(path, error) from error
+    if len(kept) < len(wanted):
+        raise _broken(path, f"{len(kept)} of {len(wanted)} frames decode")
+    return np.stack([kept[int(i)] for i in index_F])
+
+
+def fit(frames_FCHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Resize (antialiased bicubic, aspect kept) until the size is covered, then crop the centre; uint8 to uint8."""
+    _, _, h, w = frames_FCHW.shape
+    scale = max(height / h, width / w)
+    size = (max(height, round(h * scale)), max(width, round(w * scale)))
+    if size != (h, w):
+        resized = torch.nn.functional.interpolate(frames_FCHW.float(), size, mode="bicubic", antialias=True)
+        frames_FCHW = resized.round().clamp(0, 255).to(torch.uint8)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return frames_FCHW[:, :, top : top + height, left : left + width].contiguous()

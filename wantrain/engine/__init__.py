@@ -1,0 +1,124 @@
+"""accelerate and DeepSpeed end here: processes, precision, the optimizer, gathering and checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator as Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
+
+from wantrain.terms import UserError
+
+
+def world_size() -> int:
+    """How many processes the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(global_batch_size: int, micro_batch_size: int, trackers: Sequence[str], run_dir: Path, max_grad_norm: float
+          ) -> Accelerator:
+    """The Accelerator for this launch. Precision stays ours: see `autocast`.
+
+    Raises UserError when the global batch cannot be dealt evenly, or when the launcher started processes that
+    accelerate does not join (they would train apart from each other without a word).
+    """
+    share = micro_batch_size * world_size()
+    if global_batch_size % share:
+        raise UserError(f"data.batch_size = {global_batch_size} cannot be dealt to {world_size()} process(es) of "
+                        f"train.micro_batch_size = {micro_batch_size}",
+                        f"set data.batch_size to a multiple of {share}, or change train.micro_batch_size")
+    on_cpu = not torch.cuda.is_available()
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if deepspeed and on_cpu:
+        _without_shared_memory_op()
+    accelerator = Accelerator(
+        cpu=on_cpu and not deepspeed, mixed_precision="no", log_with=list(trackers),
+        gradient_accumulation_steps=global_batch_size // share,
+        project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir / "trackers")),
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timedelta(minutes=30))]
+        if "RANK" in os.environ else [],
+    )
+    if accelerator.num_processes != world_size():
+        raise UserError(f"the launcher started {world_size()} processes but accelerate sees "
+                        f"{accelerator.num_processes}: they would train apart",
+                        "launch with a file of launch/, e.g. accelerate launch --config_file launch/ddp.yaml ...")
+    if deepspeed:
+        settings = AcceleratorState().deepspeed_plugin.deepspeed_config
+        settings["train_micro_batch_size_per_gpu"] = micro_batch_size
+        settings["gradient_accumulation_steps"] = global_batch_size // share
+        settings["gradient_clipping"] = max_grad_norm
+    return accelerator
+
+
+def _without_shared_memory_op() -> None:
+    """DeepSpeed on CPU would compile its shared-memory collective at the first run; plain gloo serves."""
+    import deepspeed  # heavy, and needed only under its launcher
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
+    """bfloat16 compute over a bfloat16 base (adapters stay float32); float32 is left alone."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def adamw(parameters: Sequence[torch.nn.Parameter], lr: float, betas: Sequence[float], eps: float,
+          weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019) over the adapter."""
+    return torch.optim.AdamW(list(parameters), lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay)
+
+
+def learning_rate(step: int, peak: float, schedule: str, warmup_steps: int, num_steps: int) -> float:
+    """The learning rate of `step` (from 0): linear warm-up, then constant, cosine or linear to zero at num_steps."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = min((step - warmup_steps) / max(num_steps - warmup_steps, 1), 1.0)
+    shape = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress}
+    return peak * shape[schedule]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The same learning rate for all parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def gather(accelerator: Accelerator, values_N: torch.Tensor) -> torch.Tensor:
+    """Values of all processes, concatenated in the order of their index, on the CPU."""
+    return accelerator.gather(values_N.to(accelerator.device)).cpu()
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether the flag is up on any process. Every process must call it."""
+    return bool(gather(accelerator, torch.tensor([float(flag)])).any())
+
+
+def all_finite(accelerator: Accelerator, values: torch.Tensor) -> bool:
+    """Whether the values are finite on every process. Every process must call it."""
+    return not any_process(accelerator, not bool(values.detach().isfinite().all()))
+
+
+def clip_gradients(accelerator: Accelerator, model: torch.nn.Module, max_norm: float) -> float:
+    """Clip to the global L2 norm and return the norm before it (DeepSpeed clips by itself)."""
+    norm = accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_norm)
+    return float(norm) if norm is not None else math.nan
+
+
+def is_deepspeed(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory so far in GiB: the device's on an accelerator, else the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

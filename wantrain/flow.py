@@ -1,0 +1,67 @@
+"""Flow matching as pure functions: sampling sigma, shift, mix, target, loss.
+
+noisy = (1 - sigma) * latents + sigma * noise; velocity = noise - latents (Lipman et al. 2022, Liu et al. 2022).
+Noise and sigma are functions of (seed, step, index in the global batch) and of nothing else, so that any split
+of a batch over processes or accumulation steps, and any resume, sees the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+from wantrain.terms import NUM_TIMESTEPS
+
+
+def generator_for(*key: int | str) -> torch.Generator:
+    """A CPU generator whose state is a hash of `key`: independent streams without any shared state."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def shift_sigma(sigma: torch.Tensor, shift: float) -> torch.Tensor:
+    """The timestep shift s*x / (1 + (s-1)*x) of Esser et al. 2024 (eq. 23); float32 in [0, 1] to the same."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def draw_sigma(seed: int, step: int, index_B: Sequence[int], global_batch_size: int, shift: float) -> torch.Tensor:
+    """Sigma of the given samples of a global batch: uniform, stratified over the batch, then shifted.
+
+    The batch's N strata [k/N, (k+1)/N) are dealt to its samples at random, so every step covers the whole range.
+    Returns float32, shape [len(index_B)].
+    """
+    generator = generator_for(seed, step, "sigma")
+    strata = torch.randperm(global_batch_size, generator=generator)
+    jitter = torch.rand(global_batch_size, generator=generator, dtype=torch.float64)
+    uniform = (strata.double() + jitter) / global_batch_size
+    return shift_sigma(uniform, shift)[list(index_B)].float()
+
+
+def draw_noise(seed: int, step: int, index_B: Sequence[int], shape_CTHW: Sequence[int]) -> torch.Tensor:
+    """Standard normal noise_BCTHW, float32, each sample from its own stream."""
+    return torch.stack([torch.randn(*shape_CTHW, generator=generator_for(seed, step, "noise", i)) for i in index_B])
+
+
+def mix(latents_BCTHW: torch.Tensor, noise_BCTHW: torch.Tensor, sigma_B: torch.Tensor) -> torch.Tensor:
+    """noisy_BCTHW = (1 - sigma) * latents + sigma * noise."""
+    sigma_B1111 = sigma_B.view(-1, 1, 1, 1, 1)
+    return (1 - sigma_B1111) * latents_BCTHW + sigma_B1111 * noise_BCTHW
+
+
+def velocity(latents_BCTHW: torch.Tensor, noise_BCTHW: torch.Tensor) -> torch.Tensor:
+    """The target: d noisy / d sigma."""
+    return noise_BCTHW - latents_BCTHW
+
+
+def timestep(sigma_B: torch.Tensor) -> torch.Tensor:
+    """What the model is told: 1000 * sigma in float32, never rounded."""
+    return sigma_B.float() * NUM_TIMESTEPS
+
+
+def loss_per_sample(predicted_BCTHW: torch.Tensor, target_BCTHW: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of each sample in float32: loss_B."""
+    if predicted_BCTHW.shape != target_BCTHW.shape:
+        raise ValueError(f"predicted {tuple(predicted_BCTHW.shape)} and target {tuple(target_BCTHW.shape)} differ")
+    return (predicted_BCTHW.float() - target_BCTHW.float()).square().flatten(1).mean(1)

@@ -1,0 +1,63 @@
+"""Pixels to latents and back, captions to text features, and the transformer's one door."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+
+from wantrain.flow import timestep
+from wantrain.terms import TEXT_LEN
+
+
+def _mean_std(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    mean, std = (torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1, 1)
+                 for values in (vae.config.latents_mean, vae.config.latents_std))
+    return mean, std
+
+
+@torch.no_grad()
+def encode_frames(vae: AutoencoderKLWan, frames_FCHW: torch.Tensor) -> torch.Tensor:
+    """uint8 pixels of one clip -> latents_CTHW float32: (mode of the posterior - mean) / std.
+
+    One clip at a time, so that a clip's latents do not depend on what else is encoded.
+    """
+    pixels_BCFHW = frames_FCHW.to(vae.device).movedim(0, 1).unsqueeze(0).float() / 127.5 - 1
+    latents_BCTHW = vae.encode(pixels_BCFHW).latent_dist.mode()
+    mean, std = _mean_std(vae, latents_BCTHW)
+    return ((latents_BCTHW - mean) / std)[0].float().cpu()
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKLWan, latents_CTHW: torch.Tensor) -> torch.Tensor:
+    """Normalised latents of one clip -> frames_FCHW uint8."""
+    latents_BCTHW = latents_CTHW.to(vae.device, torch.float32).unsqueeze(0)
+    mean, std = _mean_std(vae, latents_BCTHW)
+    pixels_BCFHW = vae.decode(latents_BCTHW * std + mean).sample
+    return ((pixels_BCFHW[0].movedim(0, 1).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
+@torch.no_grad()
+def encode_text(text: WanPipeline, caption: str) -> torch.Tensor:
+    """One caption -> text_LD of its true length, on the CPU, in the encoder's dtype. `pad_text` restores TEXT_LEN."""
+    text_BLD, _ = text.encode_prompt(caption, do_classifier_free_guidance=False, max_sequence_length=TEXT_LEN)
+    used = text_BLD[0].ne(0).any(-1).nonzero()
+    return text_BLD[0, : int(used.max()) + 1].cpu().clone()
+
+
+def pad_text(text_LD: torch.Tensor) -> torch.Tensor:
+    """Zero-pad text features to TEXT_LEN tokens: the transformer attends to these zeros, so all of them are needed."""
+    return torch.nn.functional.pad(text_LD, (0, 0, 0, TEXT_LEN - text_LD.shape[0]))
+
+
+def count_tokens(text: WanPipeline, caption: str) -> int:
+    """Tokens of a caption, end mark included, before any truncation to TEXT_LEN."""
+    return len(text.tokenizer(caption).input_ids)
+
+
+def predict_velocity(
+    transformer: WanTransformer3DModel, noisy_BCTHW: torch.Tensor, sigma_B: torch.Tensor, text_BLD: torch.Tensor
+) -> torch.Tensor:
+    """The transformer's velocity_BCTHW. The timestep, 1000 * sigma in float32, is formed here and nowhere else."""
+    return transformer(
+        hidden_states=noisy_BCTHW, timestep=timestep(sigma_B), encoder_hidden_states=text_BLD, return_dict=False
+    )[0]

@@ -1,0 +1,428 @@
+"""LoRA files: one grammar table for reading and writing every spelling that Wan tools use.
+
+Inside, a LoRA is a dictionary: official module path -> LoraPair. Grammar and what each tool does with which file:
+facts/wan-formats.md 2.1 and 2.2.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from wantrain.files import digest_tensors, write_json, write_tensors
+from wantrain.models.containers import Container, ContainerError, open_raw, parse_json
+from wantrain.models.names import TRANSFORMER, NoTwin, UnknownName
+from wantrain.models.variants import Expert
+from wantrain.terms import UserError
+
+DIGEST_KEY = "wantrain_digest"
+PEFT_CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = "adapter_model.safetensors"
+
+Extras = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoraPair:
+    """One module's update alpha/rank * B @ A: `a` [rank, in, ...], `b` [out, rank, ...]."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def delta(self) -> torch.Tensor:
+        """The update in the weight's shape [out, in, ...], float32."""
+        product = self.b.float().flatten(1) @ self.a.float().flatten(1)
+        return (self.scale * product).reshape(self.b.shape[0], *self.a.shape[1:])
+
+
+Pairs = Mapping[str, LoraPair]
+
+
+@dataclass(slots=True)
+class LoraFile:
+    """A LoRA file's content.
+
+    `extras` are the tensors that are no A/B pair (`.diff`, `.diff_b`, LoHa, LoKr, DoRA magnitudes and the alphas
+    that belong to them), by official stem and suffix.
+    """
+
+    path: Path
+    format: str
+    pairs: dict[str, LoraPair]
+    extras: dict[str, torch.Tensor] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """How one format spells a LoRA.
+
+    `flat`: underscores for dots in the module path; `naming`: whose module names; `down`, `up`: suffixes of A and B;
+    `alpha`: where it stands (optional: in a tensor or else equal to the rank, folded into B when we write; tensor:
+    one for every module; config: in the metadata or adapter_config.json); `conv`: whether its readers take Conv3d;
+    `extras`: suffixes, beyond the pairs, that its readers apply.
+    """
+
+    id: str
+    prefix: str
+    flat: bool
+    naming: Literal["official", "diffusers", "either"]
+    down: str
+    up: str
+    alpha: Literal["optional", "tensor", "config"]
+    conv: bool
+    extras: tuple[str, ...] = ()
+
+
+_KRON = ("hada_w", "hada_t", "lokr_w", "lokr_t", "alpha")
+_AB = ("lora_A.weight", "lora_B.weight")
+_AB_DEFAULT = ("lora_A.default.weight", "lora_B.default.weight")
+_UPDOWN = ("lora_down.weight", "lora_up.weight")
+
+GRAMMARS: dict[str, Grammar] = {g.id: g for g in (
+    Grammar("universal", "diffusion_model.", False, "official", *_AB, "optional", False),
+    Grammar("comfy_updown", "diffusion_model.", False, "official", *_UPDOWN, "optional", True, ("diff", *_KRON)),
+    Grammar("fun", "lora_unet__", True, "official", *_UPDOWN, "tensor", True),
+    Grammar("kohya", "lora_unet_", True, "official", *_UPDOWN, "tensor", True, _KRON),
+    Grammar("diffusers", "transformer.", False, "diffusers", *_AB, "config", True),
+    Grammar("peft", "base_model.model.", False, "either", *_AB, "config", True),
+    Grammar("lycoris", "lycoris_", True, "diffusers", *_UPDOWN, "tensor", True, _KRON),
+    Grammar("diffsynth_pipe", "pipe.dit.", False, "official", *_AB_DEFAULT, "optional", False),
+    Grammar("diffsynth", "", False, "either", *_AB_DEFAULT, "optional", False),
+)}
+"""In the order in which prefixes are tried: a longer one goes before one that it starts with."""
+
+_KEY = re.compile(
+    r"(?P<stem>.+?)\.(?:"
+    r"(?P<a>lora_A(?:\.\w+)?\.weight|lora_down\.weight|lora\.down\.weight)|"
+    r"(?P<b>lora_B(?:\.\w+)?\.weight|lora_up\.weight|lora\.up\.weight)|"
+    r"(?P<alpha>alpha)|"
+    r"(?P<extra>diff|diff_b|diff_m|set_weight|dora_scale|lora_magnitude_vector(?:\.\w+)*|lora_mid\.weight|"
+    r"lora_[AB](?:\.\w+)?\.bias|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2))"
+)
+_PARAMETER_STEM = re.compile(r"(vace_)?blocks\.\d+(\.modulation)?|head(\.modulation)?|img_emb\.emb_pos")
+_EXPERT_PREFIXES: dict[Expert, dict[str, str]] = {
+    "high": {"diffusion_model.transformer_1.": "diffusion_model.", "transformer.": "transformer."},
+    "low": {"diffusion_model.transformer_2.": "diffusion_model.", "transformer_2.": "transformer."},
+}
+
+
+def read_lora(path: Path | str, expert: Expert | None = None) -> LoraFile:
+    """Read a LoRA file, or a PEFT adapter folder, in any format of the table.
+
+    `expert` chooses from a file that holds both. Tensors keep their stored dtype. Raises ContainerError, naming the
+    tensor and the likely cause, for files that are damaged, not a LoRA, of unknown names, or whose alpha is lost.
+    """
+    path = Path(path).expanduser()
+    file = path / PEFT_WEIGHTS if path.is_dir() else path
+    raw = open_raw(file)
+    tensors = {name: raw.read(name) for name in raw.names()}
+    _check_digest(raw, tensors)
+    tensors = _one_expert(raw, tensors, expert)
+    grammar = _grammar(raw, tensors)
+    pieces, extras = _parse(raw, tensors, grammar)
+    alphas = {module: float(roles["alpha"]) for module, roles in pieces.items() if "alpha" in roles}
+    config = _adapter_config(raw, grammar, expert) if grammar.alpha == "config" else {}
+    pairs = {}
+    for module, roles in pieces.items():
+        if roles.keys() <= {"alpha"}:
+            extras[f"{module}.alpha"] = roles["alpha"]
+            continue
+        _check_pair(raw, module, roles)
+        rank = roles["a"].shape[0]
+        if module not in alphas and grammar.alpha == "tensor":
+            raise ContainerError(raw.path, f"{module} has no alpha, which every {grammar.id} file has",
+                                 "a converter dropped it; without it the LoRA's strength is unknown",
+                                 "convert the original file again")
+        pairs[module] = LoraPair(roles["a"], roles["b"], alphas.get(module, _config_alpha(config, module, rank)))
+    _check_values(raw, pairs, extras)
+    return LoraFile(path, grammar.id, pairs, extras, raw.metadata)
+
+
+def _check_digest(raw: Container, tensors: Extras) -> None:
+    stated = raw.metadata.get(DIGEST_KEY)
+    if stated is not None and stated != digest_tensors(tensors):
+        raise ContainerError(raw.path, "its tensors are not those that wantrain wrote (the digest in its metadata "
+                             "differs)", "damaged, or edited by a tool that kept the metadata",
+                             f"export again, or take {DIGEST_KEY} out of the metadata if the change is wanted")
+
+
+def _one_expert(raw: Container, tensors: dict[str, torch.Tensor], expert: Expert | None) -> dict[str, torch.Tensor]:
+    """From a file with both experts' tensors, those of one under the prefix that a single expert has."""
+    if not any(name.startswith(tuple(_EXPERT_PREFIXES["low"])) for name in tensors):
+        return tensors
+    if expert is None:
+        raise ContainerError(raw.path, "holds a LoRA for each of the two experts", "a combined A14B file",
+                             "say which one to read: high or low")
+    both = tuple(prefix for prefixes in _EXPERT_PREFIXES.values() for prefix in prefixes)
+    if other := [name for name in tensors if not name.startswith(both)]:
+        raise ContainerError(raw.path, f"{other[0]} belongs to neither expert", "a LoRA that also trains a text "
+                             "encoder")
+    return {new + name.removeprefix(old): tensor for name, tensor in tensors.items()
+            for old, new in _EXPERT_PREFIXES[expert].items() if name.startswith(old)}
+
+
+def _grammar(raw: Container, names: Iterable[str]) -> Grammar:
+    """The one format that all names have the prefix of, and whose word for A is the file's."""
+    found = {name: next(g.prefix for g in GRAMMARS.values() if name.startswith(g.prefix)) for name in names}
+    prefixes = Counter(found.values())
+    if not prefixes:
+        raise ContainerError(raw.path, "holds no tensors", "an interrupted export")
+    if len(prefixes) > 1:
+        odd = next(name for name, prefix in found.items() if prefix == prefixes.most_common()[-1][0])
+        raise ContainerError(raw.path, f"mixes prefixes: {', '.join(repr(p) for p in prefixes)} (e.g. {odd})",
+                             "two formats in one file, or a LoRA that also trains a text encoder")
+    words = {key["a"] for name in names if (key := _KEY.fullmatch(name)) and key["a"]}
+    rows = [g for g in GRAMMARS.values() if g.prefix == next(iter(prefixes))]
+    return next((g for g in rows if g.down in words), rows[0])
+
+
+def _parse(raw: Container, tensors: Extras, grammar: Grammar
+           ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """Per official module its a, b and alpha; and the extras by official stem and suffix."""
+    pieces: dict[str, dict[str, torch.Tensor]] = {}
+    extras: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        key = _KEY.fullmatch(name.removeprefix(grammar.prefix))
+        if key is None:
+            raise ContainerError(raw.path, f"{name} is no tensor of a LoRA", "a base checkpoint, or a kind of adapter "
+                                 "that wantrain does not know")
+        stem = _official(raw, name, key["stem"], grammar)
+        if key["extra"]:
+            extras[f"{stem}.{key['extra']}"] = tensor
+            continue
+        role = "a" if key["a"] else "b" if key["b"] else "alpha"
+        roles = pieces.setdefault(stem, {})
+        if role in roles:
+            raise ContainerError(raw.path, f"{name}: {stem} has two tensors for {role}", "two files merged into one")
+        roles[role] = tensor
+    return pieces, extras
+
+
+def _official(raw: Container, name: str, stem: str, grammar: Grammar) -> str:
+    """The official module (or, for .diff on a bare parameter, tensor) that a stem means."""
+    official = _known(stem, grammar.flat, other=False) if grammar.naming != "diffusers" else None
+    official = official or (_known(stem, grammar.flat, other=True) if grammar.naming != "official" else None)
+    if official is None:
+        whose = {"official": "official", "diffusers": "diffusers", "either": "known"}[grammar.naming]
+        raise ContainerError(raw.path, f"{name}: {stem!r} is no {whose} module of a Wan transformer", "a wrong "
+                             "prefix, a LoRA of another model, or one that also trains a text encoder")
+    return official
+
+
+def _known(stem: str, flat: bool, other: bool) -> str | None:
+    """The official path of a module in either naming, or None; bare parameters (`.diff`, `.diff_m`) count too."""
+    try:
+        if flat:
+            return TRANSFORMER.from_flat(stem, other)
+        if other:
+            return TRANSFORMER.to_official(stem)
+    except UnknownName:
+        return None
+    return stem if TRANSFORMER.is_module(stem) or _PARAMETER_STEM.fullmatch(stem) else None
+
+
+def _adapter_config(raw: Container, grammar: Grammar, expert: Expert | None) -> dict[str, Any]:
+    """PEFT's configuration: of a diffusers file from its metadata, of a PEFT adapter from the file beside it."""
+    if grammar.id == "peft":
+        beside = raw.path.parent / PEFT_CONFIG
+        if not beside.is_file():
+            raise ContainerError(raw.path, f"has no {PEFT_CONFIG} beside it, which says alpha", "only the weights were "
+                                 "copied", f"copy {PEFT_CONFIG} into the same folder")
+        return parse_json(beside, PEFT_CONFIG, beside.read_bytes())
+    packed = parse_json(raw.path, "lora_adapter_metadata", raw.metadata.get("lora_adapter_metadata", "{}").encode())
+    whose = "transformer_2." if expert == "low" and any(k.startswith("transformer_2.") for k in packed) \
+        else "transformer."
+    return {key.removeprefix(whose): value for key, value in packed.items() if key.startswith(whose)}
+
+
+def _config_alpha(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """Alpha of a module by PEFT's rules: the first pattern that matches its end, else lora_alpha, else the rank."""
+    if not config:
+        return float(rank)
+    alpha = config.get("lora_alpha", rank)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if any(re.match(rf"(.*\.)?({pattern})$", name) for name in (module, _twin(module))):
+            alpha = value
+            break
+    return float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
+
+
+def _twin(module: str) -> str:
+    try:
+        return TRANSFORMER.to_other(module)
+    except NoTwin:
+        return module
+
+
+def _check_pair(raw: Container, module: str, roles: Mapping[str, torch.Tensor]) -> None:
+    for role, other in (("a", "b"), ("b", "a")):
+        if role not in roles:
+            raise ContainerError(raw.path, f"{module} has {other.upper()} but no {role.upper()}", "an interrupted "
+                                 "export, or tensors filtered by name")
+    a, b = roles["a"], roles["b"]
+    if a.ndim < 2 or b.ndim < 2 or a.shape[0] != b.shape[1] or math.prod(b.shape[2:]) != 1:
+        transposed = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0]
+        raise ContainerError(raw.path, f"{module}: A {list(a.shape)} and B {list(b.shape)} do not multiply",
+                             "A and B are transposed or exchanged" if transposed else "tensors of two LoRAs were mixed")
+    if a.shape[0] > min(b.shape[0], math.prod(a.shape[1:])):
+        raise ContainerError(raw.path, f"{module}: A {list(a.shape)} and B {list(b.shape)} have a rank above the "
+                             "module's size", "A and B are transposed")
+
+
+def _check_values(raw: Container, pairs: Pairs, extras: Extras) -> None:
+    if not pairs and not extras:
+        raise ContainerError(raw.path, "holds no LoRA", "an interrupted export")
+    named = [(f"{module} {role}", tensor) for module, pair in pairs.items()
+             for role, tensor in (("A", pair.a), ("B", pair.b))]
+    for name, tensor in (*named, *extras.items()):
+        if not torch.isfinite(tensor.float()).all():
+            raise ContainerError(raw.path, f"{name} is not finite", "the training diverged")
+    for module, pair in pairs.items():
+        if not math.isfinite(pair.alpha) or pair.alpha == 0:
+            raise ContainerError(raw.path, f"{module} has alpha {pair.alpha}, so no effect", "a damaged file")
+
+
+def check_fit(lora: LoraFile, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a LoRA whose modules the base does not have in that size.
+
+    `shapes`: of the base's tensors, by official name. Raises ContainerError naming the first module that differs.
+    """
+    for module, pair in lora.pairs.items():
+        wanted = shapes.get(f"{module}.weight")
+        made = (pair.b.shape[0], *pair.a.shape[1:])
+        if wanted is None:
+            raise ContainerError(lora.path, f"{module} is not in the base", "a LoRA for another Wan variant",
+                                 "use the base that it was trained on")
+        if made != tuple(wanted):
+            raise ContainerError(lora.path, f"{module} makes an update {list(made)}, the base's weight is "
+                                 f"{list(wanted)}", "a LoRA for another Wan variant, or A and B transposed",
+                                 "use the base that it was trained on")
+
+
+def write_lora(path: Path, pairs: Pairs, format: str, metadata: Mapping[str, str], *,
+               dtype: torch.dtype = torch.float32, extras: Extras | None = None) -> None:
+    """Write pairs (official module paths) in a format of GRAMMARS; `peft` makes a folder, the others a file.
+
+    Alpha is folded into B, or kept, as the format wants; the digest of the tensors goes into the metadata. Raises
+    UserError naming what the format cannot express: extras, Conv3d, modules without a diffusers name, and folding
+    that would not be exact in `dtype`.
+    """
+    grammar = GRAMMARS[format]
+    extras = extras or {}
+    _refuse_inexpressible(grammar, pairs, extras, dtype)
+    tensors: dict[str, torch.Tensor] = {}
+    for module, pair in pairs.items():
+        stem = _spell(grammar, module)
+        folded = pair.b.float() * pair.scale if grammar.alpha == "optional" else pair.b.float()
+        tensors[f"{stem}.{grammar.down}"] = pair.a.float().to(dtype)
+        tensors[f"{stem}.{grammar.up}"] = folded.to(dtype)
+        if grammar.alpha == "tensor":
+            tensors[f"{stem}.alpha"] = torch.tensor(pair.alpha, dtype=torch.float32)
+    for name, tensor in extras.items():
+        module, suffix = _split_extra(name)
+        tensors[f"{_spell(grammar, module)}.{suffix}"] = tensor
+    header = {"format": "pt", **metadata, DIGEST_KEY: digest_tensors(tensors)}
+    if grammar.id == "peft":
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(path / PEFT_CONFIG, _peft_config(pairs))
+        write_tensors(path / PEFT_WEIGHTS, tensors, header)
+        return
+    if grammar.id == "diffusers":
+        config = {f"transformer.{key}": value for key, value in _peft_config(pairs).items()}
+        header["lora_adapter_metadata"] = json.dumps(config, indent=2, sort_keys=True)
+    write_tensors(path, tensors, header)
+
+
+def _split_extra(name: str) -> tuple[str, str]:
+    key = _KEY.fullmatch(name)
+    assert key is not None, f"{name} is no extra tensor"
+    return key["stem"], name.removeprefix(key["stem"] + ".")
+
+
+def _spell(grammar: Grammar, module: str) -> str:
+    stem = TRANSFORMER.to_other(module) if grammar.naming == "diffusers" or grammar.id == "peft" else module
+    return grammar.prefix + (stem.replace(".", "_") if grammar.flat else stem)
+
+
+def _refuse_inexpressible(grammar: Grammar, pairs: Pairs, extras: Extras, dtype: torch.dtype) -> None:
+    faults: dict[str, list[str]] = {
+        "tensors that its readers ignore": [n for n in extras if not _split_extra(n)[1].startswith(grammar.extras or
+                                                                                                 "\n")],
+        "convolutions, which its readers refuse": [m for m, p in pairs.items() if p.a.ndim > 2 and not grammar.conv],
+        "modules that diffusers does not have": [m for m in pairs if _without_twin(m) and (
+            grammar.naming == "diffusers" or grammar.id == "peft")],
+        f"an alpha/rank that cannot be folded exactly in {dtype} (it is no power of two)": [
+            m for m, p in pairs.items() if grammar.alpha == "optional" and dtype != torch.float32
+            and abs(math.frexp(p.scale)[0]) != 0.5],
+    }
+    for what, names in faults.items():
+        if names:
+            raise UserError(f"the format {grammar.id} cannot hold {what}: {', '.join(names[:3])}"
+                            f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}",
+                            "choose another format"
+                            + (", or float32" if "folded" in what else "") + f": {', '.join(GRAMMARS)}")
+
+
+def _without_twin(module: str) -> bool:
+    return _twin(module) == module and module in TRANSFORMER.without_twin
+
+
+def _peft_config(pairs: Pairs) -> dict[str, Any]:
+    """PEFT's LoraConfig fields: the commonest rank and alpha, patterns with full names for the rest."""
+    rank = Counter(pair.rank for pair in pairs.values()).most_common(1)[0][0]
+    alpha = Counter(pair.alpha for pair in pairs.values()).most_common(1)[0][0]
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted(TRANSFORMER.to_other(module) for module in pairs),
+        "rank_pattern": {TRANSFORMER.to_other(m): p.rank for m, p in pairs.items() if p.rank != rank},
+        "alpha_pattern": {TRANSFORMER.to_other(m): p.alpha for m, p in pairs.items() if p.alpha != alpha},
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+    }
+
+
+def worst_difference(pairs: Pairs, others: Pairs) -> tuple[float, str]:
+    """The largest relative L2 difference of a module's delta between two LoRAs, and the module.
+
+    Infinite for a module that only one has. Computed from rank-sized products in float64, never from the deltas:
+    ||B1 A1 - B2 A2||^2 = tr((B^T B)(A A^T)) with B = [B1, -B2], A = [A1; A2] (exact to about 1e-8 relative).
+    """
+    if only := sorted(pairs.keys() ^ others.keys()):
+        return math.inf, only[0]
+    worst = (0.0, "")
+    for module, pair in pairs.items():
+        other = others[module]
+        norm = _norm(pair.b.double().flatten(1) * pair.scale, pair.a.double().flatten(1))
+        difference = _norm(
+            torch.cat([pair.b.double().flatten(1) * pair.scale, -other.b.double().flatten(1) * other.scale], 1),
+            torch.cat([pair.a.double().flatten(1), other.a.double().flatten(1)]))
+        worst = max(worst, (difference / norm if norm else difference, module))
+    return worst
+
+
+def _norm(b: torch.Tensor, a: torch.Tensor) -> float:
+    return math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))

@@ -1,0 +1,340 @@
+"""The names map: official Wan names <-> diffusers and transformers names. One table, exact and invertible.
+
+A row is (official stem, other stem, leaves). `{}` stands for a block number and is the first number of a stem.
+Leaves are the tensors under a stem; a row without leaves is itself a tensor. Stems with leaves are module paths.
+Source: the inventories of the public files (facts/wan-formats.md, 1.2-1.4); tests/parity/test_official_names.py
+proves the tables against diffusers, transformers and the md5 of the public files' key lists.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable
+from itertools import product
+from typing import Literal
+
+Row = tuple[str, str | None, tuple[str, ...]]
+Rename = Callable[[str], tuple[str, ...]]
+"""A file's tensor name -> the module's tensor names it fills: one; several (rows split evenly); none (not needed)."""
+
+VaeVersion = Literal["2.1", "2.2"]
+
+
+class UnknownName(ValueError):
+    """A name that the table does not have; `name` is it."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"{name}: {why}")
+        self.name = name
+
+
+class NoTwin(UnknownName):
+    """A real official name for which diffusers has no tensor."""
+
+
+class NameMap:
+    """Two dictionaries of templates built from rows, and the lookup in either direction."""
+
+    def __init__(self, official: str, other: str, rows: Iterable[Row]) -> None:
+        self.official, self.other = official, other
+        self.forward: dict[str, str] = {}
+        self.backward: dict[str, str] = {}
+        self.without_twin: set[str] = set()
+        self.modules: set[str] = set()
+        self.flat: dict[str, str] = {}
+        self.flat_other: dict[str, str] = {}
+        for stem, twin, leaves in rows:
+            if leaves:
+                self.modules.add(stem)
+                self.flat[stem.replace(".", "_")] = stem
+                if twin is not None:
+                    self.flat_other[twin.replace(".", "_")] = stem
+            for end in ("", *(f".{leaf}" for leaf in leaves)):
+                if twin is None:
+                    self.without_twin.add(stem + end)
+                    continue
+                assert stem + end not in self.forward, f"{stem + end} stands twice in the table"
+                assert twin + end not in self.backward, f"{twin + end} stands twice in the table"
+                self.forward[stem + end] = twin + end
+                self.backward[twin + end] = stem + end
+
+    def to_other(self, name: str) -> str:
+        """Official -> other. Raises NoTwin, UnknownName."""
+        if name in self.without_twin:
+            raise NoTwin(name, f"no tensor of {self.other} corresponds to it, so it cannot be converted")
+        return _look_up(self.forward, name, self.official)
+
+    def is_module(self, path: str) -> bool:
+        """Whether an official path is a module with weights (whether or not it has a twin)."""
+        return path in self.modules or _template(path) in self.modules
+
+    def from_flat(self, name: str, other: bool) -> str:
+        """A module path with underscores for dots, official or `other`, -> the official path. Raises UnknownName."""
+        table, what = (self.flat_other, self.other) if other else (self.flat, self.official)
+        return _look_up(table, name, f"{what} with underscores for dots")
+
+    def to_official(self, name: str) -> str:
+        """Other -> official. Raises UnknownName."""
+        return _look_up(self.backward, name, self.other)
+
+
+_NUMBER = re.compile(r"(?<=[._])(0|[1-9]\d*)(?=[._]|$)")
+
+
+def _template(name: str) -> str:
+    """The name with `{}` for its first number."""
+    return "" if "{" in name else _NUMBER.sub("{}", name, count=1)
+
+
+def _look_up(table: dict[str, str], name: str, what: str) -> str:
+    if name in table and "{" not in name:
+        return table[name]
+    if found := table.get(_template(name)):
+        number = _NUMBER.search(name)
+        return found.format(number[0] if number else "")
+    raise UnknownName(name, f"not a name of {what}")
+
+
+def _under(prefixes: Iterable[tuple[str, str]], rows: Iterable[Row]) -> list[Row]:
+    return [(a + official, None if other is None else b + other, leaves)
+            for (a, b), (official, other, leaves) in product(prefixes, list(rows))]
+
+
+LINEAR = ("weight", "bias")
+SCALE = ("weight",)
+
+_BLOCK: list[Row] = [
+    ("modulation", "scale_shift_table", ()),
+    ("self_attn.q", "attn1.to_q", LINEAR),
+    ("self_attn.k", "attn1.to_k", LINEAR),
+    ("self_attn.v", "attn1.to_v", LINEAR),
+    ("self_attn.o", "attn1.to_out.0", LINEAR),
+    ("self_attn.norm_q", "attn1.norm_q", SCALE),
+    ("self_attn.norm_k", "attn1.norm_k", SCALE),
+    ("cross_attn.q", "attn2.to_q", LINEAR),
+    ("cross_attn.k", "attn2.to_k", LINEAR),
+    ("cross_attn.v", "attn2.to_v", LINEAR),
+    ("cross_attn.o", "attn2.to_out.0", LINEAR),
+    ("cross_attn.norm_q", "attn2.norm_q", SCALE),
+    ("cross_attn.norm_k", "attn2.norm_k", SCALE),
+    ("cross_attn.k_img", "attn2.add_k_proj", LINEAR),
+    ("cross_attn.v_img", "attn2.add_v_proj", LINEAR),
+    ("cross_attn.norm_k_img", "attn2.norm_added_k", SCALE),
+    ("norm3", "norm2", LINEAR),
+    ("ffn.0", "ffn.net.0.proj", LINEAR),
+    ("ffn.2", "ffn.net.2", LINEAR),
+]
+
+_VACE_BLOCK: list[Row] = [
+    *_BLOCK,
+    ("before_proj", "proj_in", LINEAR),
+    ("after_proj", "proj_out", LINEAR),
+]
+
+_TRANSFORMER: list[Row] = [
+    ("patch_embedding", "patch_embedding", LINEAR),
+    ("vace_patch_embedding", "vace_patch_embedding", LINEAR),
+    ("text_embedding.0", "condition_embedder.text_embedder.linear_1", LINEAR),
+    ("text_embedding.2", "condition_embedder.text_embedder.linear_2", LINEAR),
+    ("time_embedding.0", "condition_embedder.time_embedder.linear_1", LINEAR),
+    ("time_embedding.2", "condition_embedder.time_embedder.linear_2", LINEAR),
+    ("time_projection.1", "condition_embedder.time_proj", LINEAR),
+    ("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed", ()),
+    ("img_emb.proj.0", "condition_embedder.image_embedder.norm1", LINEAR),
+    ("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj", LINEAR),
+    ("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2", LINEAR),
+    ("img_emb.proj.4", "condition_embedder.image_embedder.norm2", LINEAR),
+    ("head.head", "proj_out", LINEAR),
+    ("head.modulation", "scale_shift_table", ()),
+    *_under([("blocks.{}.", "blocks.{}.")], _BLOCK),
+    *_under([("vace_blocks.{}.", "vace_blocks.{}.")], _VACE_BLOCK),
+    ("ref_conv", None, LINEAR),
+    ("control_adapter.conv", None, LINEAR),
+    ("control_adapter.residual_blocks.0.conv1", None, LINEAR),
+    ("control_adapter.residual_blocks.0.conv2", None, LINEAR),
+]
+
+_RESIDUAL: list[Row] = [
+    ("residual.0", "norm1", ("gamma",)),
+    ("residual.2", "conv1", LINEAR),
+    ("residual.3", "norm2", ("gamma",)),
+    ("residual.6", "conv2", LINEAR),
+    ("shortcut", "conv_shortcut", LINEAR),
+]
+_RESAMPLE: list[Row] = [("resample.1", "resample.1", LINEAR), ("time_conv", "time_conv", LINEAR)]
+_MIDDLE: list[Row] = [
+    *_under([("0.", "resnets.0."), ("2.", "resnets.1.")], _RESIDUAL),
+    ("1.norm", "attentions.0.norm", ("gamma",)),
+    ("1.to_qkv", "attentions.0.to_qkv", LINEAR),
+    ("1.proj", "attentions.0.proj", LINEAR),
+]
+_VAE_COMMON: list[Row] = [
+    ("conv1", "quant_conv", LINEAR),
+    ("conv2", "post_quant_conv", LINEAR),
+    *_under(
+        [("encoder.", "encoder."), ("decoder.", "decoder.")],
+        [("conv1", "conv_in", LINEAR), ("head.0", "norm_out", ("gamma",)), ("head.2", "conv_out", LINEAR),
+         *_under([("middle.", "mid_block.")], _MIDDLE)],
+    ),
+]
+# 2.1 lists residual and resampling layers flat. The decoder has 3 residual layers and a resampling one in each of
+# its 4 groups (the last group without), so official layer i is group i // 4, layer i % 4.
+_VAE_21: list[Row] = [
+    *_VAE_COMMON,
+    *_under([("encoder.downsamples.{}.", "encoder.down_blocks.{}.")], [*_RESIDUAL, *_RESAMPLE]),
+    *_under([(f"decoder.upsamples.{4 * g + j}.", f"decoder.up_blocks.{g}.resnets.{j}.")
+             for g in range(4) for j in range(3)], _RESIDUAL),
+    *_under([(f"decoder.upsamples.{4 * g + 3}.", f"decoder.up_blocks.{g}.upsamplers.0.") for g in range(3)], _RESAMPLE),
+]
+_VAE_22: list[Row] = [
+    *_VAE_COMMON,
+    *_under([(f"encoder.downsamples.{{}}.downsamples.{j}.", f"encoder.down_blocks.{{}}.resnets.{j}.")
+             for j in range(2)], _RESIDUAL),
+    *_under([("encoder.downsamples.{}.downsamples.2.", "encoder.down_blocks.{}.downsampler.")], _RESAMPLE),
+    *_under([(f"decoder.upsamples.{{}}.upsamples.{j}.", f"decoder.up_blocks.{{}}.resnets.{j}.")
+             for j in range(3)], _RESIDUAL),
+    *_under([("decoder.upsamples.{}.upsamples.3.", "decoder.up_blocks.{}.upsampler.")], _RESAMPLE),
+]
+
+_T5: list[Row] = [
+    ("token_embedding", "shared", SCALE),
+    ("norm", "encoder.final_layer_norm", SCALE),
+    *_under([("blocks.{}.", "encoder.block.{}.layer.")], [
+        ("norm1", "0.layer_norm", SCALE),
+        ("norm2", "1.layer_norm", SCALE),
+        ("attn.q", "0.SelfAttention.q", SCALE),
+        ("attn.k", "0.SelfAttention.k", SCALE),
+        ("attn.v", "0.SelfAttention.v", SCALE),
+        ("attn.o", "0.SelfAttention.o", SCALE),
+        ("pos_embedding.embedding", "0.SelfAttention.relative_attention_bias", SCALE),
+        ("ffn.gate.0", "1.DenseReluDense.wi_0", SCALE),
+        ("ffn.fc1", "1.DenseReluDense.wi_1", SCALE),
+        ("ffn.fc2", "1.DenseReluDense.wo", SCALE),
+    ]),
+]
+
+_CLIP: list[Row] = _under([("visual.", "")], [
+    ("cls_embedding", "embeddings.class_embedding", ()),
+    ("pos_embedding", "embeddings.position_embedding.weight", ()),
+    ("patch_embedding", "embeddings.patch_embedding", SCALE),
+    ("pre_norm", "pre_layrnorm", LINEAR),
+    ("post_norm", "post_layernorm", LINEAR),
+    *_under([("transformer.{}.", "encoder.layers.{}.")], [
+        ("norm1", "layer_norm1", LINEAR),
+        ("norm2", "layer_norm2", LINEAR),
+        ("attn.proj", "self_attn.out_proj", LINEAR),
+        ("mlp.0", "mlp.fc1", LINEAR),
+        ("mlp.2", "mlp.fc2", LINEAR),
+    ]),
+])
+_CLIP_QKV = re.compile(r"visual\.transformer\.(\d+)\.attn\.to_qkv((?:\.(?:weight|bias))?)")
+_CLIP_Q_K_V = re.compile(r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj((?:\.(?:weight|bias))?)")
+_CLIP_NOT_VISION = ("textual.", "log_scale", "visual.head")
+"""The official CLIP file holds the text tower and the projection too; the video models use neither."""
+
+TRANSFORMER = NameMap("the official Wan transformer", "the diffusers Wan transformer", _TRANSFORMER)
+VAE: dict[VaeVersion, NameMap] = {
+    "2.1": NameMap("the official Wan 2.1 VAE", "the diffusers Wan 2.1 VAE", _VAE_21),
+    "2.2": NameMap("the official Wan 2.2 VAE", "the diffusers Wan 2.2 VAE", _VAE_22),
+}
+T5 = NameMap("the official umT5 encoder", "transformers' UMT5EncoderModel", _T5)
+CLIP = NameMap("the official CLIP", "transformers' CLIPVisionModel", _CLIP)
+
+
+def transformer_to_diffusers(name: str) -> str:
+    """Official tensor name or module path -> diffusers. Raises UnknownName; NoTwin for ref_conv, control_adapter."""
+    return TRANSFORMER.to_other(name)
+
+
+def transformer_to_official(name: str) -> str:
+    """Diffusers tensor name or module path -> official. Raises UnknownName."""
+    return TRANSFORMER.to_official(name)
+
+
+def vae_to_diffusers(name: str, version: VaeVersion) -> str:
+    """Official VAE name -> diffusers. Raises UnknownName."""
+    return VAE[version].to_other(name)
+
+
+def vae_to_official(name: str, version: VaeVersion) -> str:
+    """Diffusers VAE name -> official. Raises UnknownName."""
+    return VAE[version].to_official(name)
+
+
+def t5_to_hf(name: str) -> str:
+    """Official umT5 name -> transformers. Raises UnknownName."""
+    return T5.to_other(name)
+
+
+def t5_to_official(name: str) -> str:
+    """Transformers umT5 name -> official; `encoder.embed_tokens`, tied to `shared`, too. Raises UnknownName."""
+    return T5.to_official(name.replace("encoder.embed_tokens", "shared"))
+
+
+def clip_to_hf(name: str) -> tuple[str, ...]:
+    """Official CLIP name -> transformers' CLIPVisionModel names.
+
+    `attn.to_qkv` gives three names (its rows split evenly, in this order); the text tower, the projection head and
+    the temperature give none. Raises UnknownName.
+    """
+    if name.startswith(_CLIP_NOT_VISION):
+        return ()
+    if found := _CLIP_QKV.fullmatch(name):
+        return tuple(f"encoder.layers.{found[1]}.self_attn.{x}_proj{found[2]}" for x in "qkv")
+    return (CLIP.to_other(name),)
+
+
+def clip_to_official(name: str) -> tuple[str, int | None]:
+    """CLIPVisionModel name -> (official name, which third of its rows; None for all). Raises UnknownName."""
+    if found := _CLIP_Q_K_V.fullmatch(name):
+        return f"visual.transformer.{found[1]}.attn.to_qkv{found[3]}", "qkv".index(found[2])
+    return CLIP.to_official(name), None
+
+
+def transformer_rename(names: Collection[str]) -> Rename:
+    """From a transformer file's names (official or diffusers, bare) to the diffusers module's."""
+    if "head.modulation" in names:
+        return lambda name: (transformer_to_diffusers(name),)
+    return lambda name: (transformer_to_diffusers(transformer_to_official(name)),)
+
+
+def vae_version(names: Collection[str]) -> VaeVersion:
+    """Which VAE a file holds, by its names (official or diffusers)."""
+    nested = ("encoder.downsamples.0.downsamples.", "encoder.down_blocks.0.resnets.")
+    return "2.2" if any(name.startswith(nested) for name in names) else "2.1"
+
+
+def vae_rename(names: Collection[str]) -> Rename:
+    """From a VAE file's names (official or diffusers) to the diffusers module's."""
+    table = VAE[vae_version(names)]
+    if "encoder.conv1.weight" in names:
+        return lambda name: (table.to_other(name),)
+    return lambda name: (name,)
+
+
+def t5_rename(names: Collection[str]) -> Rename:
+    """From a umT5 file's names (official or transformers) to UMT5EncoderModel's; the tied copy is read once."""
+    if "token_embedding.weight" in names:
+        return lambda name: (t5_to_hf(name),)
+
+    def rename(name: str) -> tuple[str, ...]:
+        if name == "encoder.embed_tokens.weight" and "shared.weight" in names:
+            return ()
+        return (t5_to_hf(t5_to_official(name)),)
+
+    return rename
+
+
+def clip_rename(names: Collection[str]) -> Rename:
+    """From a CLIP file's names (official; transformers with or without `vision_model.`) to CLIPVisionModel's."""
+    if any(name.startswith("visual.") for name in names):
+        return clip_to_hf
+
+    def rename(name: str) -> tuple[str, ...]:
+        if name == "visual_projection.weight" or name.endswith("embeddings.position_ids"):
+            return ()
+        bare = name.removeprefix("vision_model.")
+        clip_to_official(bare)
+        return (bare,)
+
+    return rename

@@ -1,0 +1,51 @@
+"""Videos and contact sheets as files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from wantrain.files import atomic_path
+
+GAP_PX = 6
+LABEL_PX = 16
+
+
+def write_mp4(path: Path, frames_FCHW: torch.Tensor, fps: float) -> None:
+    """H.264, yuv420p, visually lossless (crf 16): plays in browsers. Sizes must be even."""
+    with atomic_path(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001),
+                                      options={"crf": "16", "movflags": "+faststart"})
+        stream.height, stream.width, stream.pix_fmt = frames_FCHW.shape[2], frames_FCHW.shape[3], "yuv420p"
+        for frame_HWC in frames_FCHW.movedim(1, -1).contiguous().numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def contact_sheet(path: Path, rows: Sequence[Sequence[torch.Tensor]], columns: Sequence[str], labels: Sequence[str]
+                  ) -> None:
+    """A PNG grid of pictures_CHW uint8 of one size (small ones are enlarged), columns and rows labelled."""
+    _, height, width = rows[0][0].shape
+    factor = max(1, round(240 / width))
+    cell_h, cell_w = height * factor, width * factor
+    font = ImageFont.load_default(12)
+    size = (len(columns) * (cell_w + GAP_PX) + GAP_PX,
+            LABEL_PX + GAP_PX + len(rows) * (cell_h + LABEL_PX + GAP_PX))
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for c, text in enumerate(columns):
+        draw.text((GAP_PX + c * (cell_w + GAP_PX), 4), text, "black", font)
+    for r, (pictures, text) in enumerate(zip(rows, labels, strict=True)):
+        top = LABEL_PX + GAP_PX + r * (cell_h + LABEL_PX + GAP_PX)
+        draw.text((GAP_PX, top), text[: size[0] // 6], "black", font)
+        for c, picture_CHW in enumerate(pictures):
+            image = Image.fromarray(picture_CHW.movedim(0, -1).contiguous().numpy())
+            image = image.resize((cell_w, cell_h), Image.Resampling.BICUBIC)
+            sheet.paste(image, (GAP_PX + c * (cell_w + GAP_PX), top + LABEL_PX))
+    with atomic_path(path) as temporary:
+        sheet.save(temporary, "PNG")

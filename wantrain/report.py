@@ -1,0 +1,50 @@
+"""The evaluation report: one HTML file with everything inside, that opens from disk without a network."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+CONDITION_NAMES = {"base": "base", "lora_with_trigger": "LoRA with trigger", "lora_without_trigger": "LoRA, no trigger"}
+CURVE_PX = (640, 200)
+
+
+def html(name: str, trigger: str, numbers: Mapping[str, Any], lines: Sequence[Mapping[str, float]],
+         trios: Sequence[tuple[str, int, Mapping[str, Path]]]) -> str:
+    """The page: numbers, videos side by side, loss curve, settings, provenance."""
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "assets"), autoescape=True,
+                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    rows = [{"prompt": prompt, "seed": seed, "videos": {c: _data_url(p) for c, p in files.items()}}
+            for prompt, seed, files in trios]
+    return environment.get_template("report.html.j2").render(
+        name=name, trigger=trigger, numbers=numbers, rows=rows, conditions=CONDITION_NAMES,
+        curve=curve(lines), size=CURVE_PX)
+
+
+def _data_url(path: Path) -> str:
+    return "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def curve(lines: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Loss over steps as SVG point lists: every step, a running mean, and the validation loss."""
+    trained = [(line["step"], line["loss"]) for line in lines]
+    if len(trained) < 2:
+        return {}
+    window = max(1, len(trained) // 20)
+    smooth = [(step, sum(v for _, v in trained[max(0, i - window + 1): i + 1]) / min(i + 1, window))
+              for i, (step, _) in enumerate(trained)]
+    validated = [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+    low = min(v for _, v in trained + validated)
+    high = max(v for _, v in trained + validated)
+    first, last = trained[0][0], trained[-1][0]
+
+    def points(series: Sequence[tuple[float, float]]) -> str:
+        return " ".join(f"{(s - first) / (last - first) * CURVE_PX[0]:.1f},"
+                        f"{(1 - (v - low) / ((high - low) or 1)) * CURVE_PX[1]:.1f}" for s, v in series)
+
+    return {"loss": points(trained), "smooth": points(smooth), "validation": points(validated),
+            "low": low, "high": high, "first": first, "last": last}

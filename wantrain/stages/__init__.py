@@ -1,0 +1,159 @@
+"""One file a verb, readable from top to bottom. Here: what several verbs open first."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from wantrain.config import Config, Dtype
+from wantrain.data import manifest, plan
+from wantrain.data.cache import Cache
+from wantrain.models import base, encode, sampling
+from wantrain.models.sampling import WanPipeline
+from wantrain.models.variants import VARIANTS, Variant
+from wantrain.terms import Bucket, Clip, PlannedClip, UserError
+
+TORCH_DTYPE = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A recipe with its base's folder, its clips placed in buckets and its cache; nothing heavy is loaded yet."""
+
+    config: Config
+    folder: Path
+    variant: Variant
+    buckets: list[Bucket]
+    planned: list[PlannedClip]
+    heldout: list[PlannedClip]
+    cache: Cache
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.run.dir)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Storage of the frozen transformer and text encoder."""
+        return TORCH_DTYPE[self.config.model.dtype]
+
+    @property
+    def export_path(self) -> Path:
+        """Where `export` writes and where `sample` and `evaluate` look first."""
+        return self.run_dir / "export" / f"{self.config.run.name}.safetensors"
+
+
+def variant_of(config: Config) -> Variant:
+    """The config's row of the variants table; only plain text-to-video with one transformer trains today."""
+    trainable = [v.name for v in VARIANTS.values() if v.task == "t2v" and not v.experts]
+    if config.model.variant not in trainable:
+        raise UserError(f"model.variant = {config.model.variant!r} is not allowed: {', '.join(trainable)}",
+                        "choose one of these, e.g. model=tiny_wan")
+    return VARIANTS[config.model.variant]
+
+
+def clips_of(config: Config) -> tuple[list[Clip], list[Clip]]:
+    """Training and held-out clips of the manifests."""
+    training = [clip for name, source in config.data.sources.items()
+                for clip in manifest.read(source.path, name, source.repeats)]
+    return training, manifest.read(config.data.heldout, "heldout") if config.data.heldout else []
+
+
+def opened(config: Config, recipe_arguments: Sequence[str]) -> Opened:
+    """Check everything that can be checked without loading weights. `recipe_arguments` are the user's overrides."""
+    variant = variant_of(config)
+    folder = base.find(config.model.path)
+    buckets = plan.buckets(config.data.num_frames, config.data.resolutions, variant.multiple_px)
+    cache_dir = Path(config.data.cache_dir)
+    memo = cache_dir / "digests"
+    training, heldout = clips_of(config)
+    text_parts = [base.digest(folder, part, memo) for part in ("text_encoder", "tokenizer")]
+    cache = Cache(cache_dir, base.digest(folder, "vae", memo), " ".join([*text_parts, config.model.dtype.name]),
+                  variant.fps, shlex.join(["wantrain", "cache", *recipe_arguments]))
+    return Opened(config, folder, variant, buckets, plan.place(training, buckets, variant.fps, memo),
+                  plan.place(heldout, buckets, variant.fps, memo), cache)
+
+
+def sampler_settings(recipe: Opened) -> sampling.Settings:
+    """The config's sampler with the variant's numbers where the config has none."""
+    own, data, variant = recipe.config.sampler, recipe.config.data, recipe.variant
+    height, width = own.resolution or data.resolutions[0]
+    bucket, = plan.buckets([own.num_frames or max(data.num_frames)], [[height, width]], variant.multiple_px)
+    return sampling.Settings(
+        num_steps=own.num_steps or variant.num_steps,
+        guidance=variant.guidance[0] if own.guidance is None else own.guidance,
+        shift=variant.shift if own.shift is None else own.shift,
+        bucket=bucket, negative_prompt=own.negative_prompt,
+    )
+
+
+def pipeline_of(recipe: Opened, lora: Path | None) -> WanPipeline:
+    """The base's diffusers pipeline on the best device, with a LoRA file loaded as a user would load it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline = sampling.build(
+        recipe.folder, base.load_transformer(recipe.folder, recipe.dtype, device), base.load_vae(recipe.folder, device),
+        base.load_text(recipe.folder, recipe.dtype, device), sampler_settings(recipe).shift)
+    if lora:
+        sampling.load_lora(pipeline, lora)
+    return pipeline
+
+
+def lora_file(recipe: Opened, arguments: Sequence[str]) -> Path:
+    """The LoRA that the config names, or the run's own export."""
+    path = Path(recipe.config.sampler.lora) if recipe.config.sampler.lora else recipe.export_path
+    if not path.is_file():
+        raise UserError(f"no LoRA file {path}", shlex.join(["wantrain", "export", *arguments]))
+    return path
+
+
+class Encode(Protocol):
+    """What `cache` and streaming share: a clip or a caption to its tensors."""
+
+    def latents(self, planned: PlannedClip) -> torch.Tensor: ...
+    def text(self, caption: str) -> torch.Tensor: ...
+
+
+class Encoder:
+    """Decode and encode on the spot with the base's VAE and text encoder, on `device`."""
+
+    def __init__(self, recipe: Opened, device: torch.device) -> None:
+        self._fps = recipe.variant.fps
+        self._vae = base.load_vae(recipe.folder, device)
+        self._text = base.load_text(recipe.folder, recipe.dtype, device)
+
+    def latents(self, planned: PlannedClip) -> torch.Tensor:
+        """latents_CTHW float32 on the CPU."""
+        from wantrain.data import decode
+
+        clip = planned.clip
+        frames_FCHW = decode.read_clip(clip.path, clip.start_s, clip.end_s, self._fps, planned.bucket)
+        return encode.encode_frames(self._vae, frames_FCHW)
+
+    def text(self, caption: str) -> torch.Tensor:
+        """text_LD of the caption's true length, on the CPU."""
+        return encode.encode_text(self._text, caption)
+
+
+class Cached:
+    """The same tensors read from the cache."""
+
+    def __init__(self, recipe: Opened) -> None:
+        self._cache = recipe.cache
+
+    def latents(self, planned: PlannedClip) -> torch.Tensor:
+        """latents_CTHW float32 on the CPU."""
+        return self._cache.read(self._cache.latents_path(planned), f"clip {planned.clip.id}")
+
+    def text(self, caption: str) -> torch.Tensor:
+        """text_LD of the caption's true length, on the CPU."""
+        return self._cache.read(self._cache.text_path(caption), f"caption {caption!r}")
+
+
+def tensors_of(source: Encode, planned: PlannedClip, caption: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(latents_CTHW, text_LD padded to TEXT_LEN)."""
+    return source.latents(planned), encode.pad_text(source.text(caption))

@@ -1,0 +1,122 @@
+"""`wantrain evaluate`: base against LoRA on fixed prompts, seeds and held-out clips -> report.json and report.html."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from wantrain import config as schema
+from wantrain import engine, metrics, pictures, report, style, validation
+from wantrain.config import Config
+from wantrain.data import decode
+from wantrain.files import write_json, write_text
+from wantrain.models import sampling
+from wantrain.stages import Cached, Opened, lora_file, opened, pipeline_of, sampler_settings, tensors_of
+from wantrain.terms import PlannedClip, UserError
+
+CONDITIONS = ("base", "lora_with_trigger", "lora_without_trigger")
+
+
+@dataclass(slots=True)
+class Trio:
+    """One prompt and seed: frames_FCHW of each condition, and the mp4 files."""
+
+    prompt: str
+    seed: int
+    videos: dict[str, torch.Tensor]
+    files: dict[str, Path]
+
+
+def run(config: Config, arguments: Sequence[str]) -> None:
+    """Measure and show what the LoRA does: with its trigger, without it, and against the base."""
+    recipe = opened(config, arguments)
+    if not (config.evaluate.prompts and config.data.trigger and recipe.heldout):
+        raise UserError("evaluate needs evaluate.prompts, data.trigger and data.heldout",
+                        "set them in the recipe; demo_anime shows how")
+    lora = lora_file(recipe, arguments)
+    pipeline = pipeline_of(recipe, lora)
+    trios = sample_trios(recipe, pipeline)
+    numbers = {
+        "style_distance": style_distances(recipe, trios),
+        "validation_loss": validation_losses(recipe, pipeline),
+        "settings": schema.flat(config),
+        "run": json.loads((recipe.run_dir / "run.json").read_text()) if (recipe.run_dir / "run.json").exists() else {},
+        "lora": {"path": str(lora), "metadata": sampling.lora_metadata(lora)},
+    }
+    folder = recipe.run_dir / "report"
+    rows = [[trio.videos[c][len(trio.videos[c]) // 2] for c in CONDITIONS] for trio in trios]
+    pictures.contact_sheet(folder / "before_after.png", rows, ["base", f"LoRA, {config.data.trigger!r}",
+                                                               "LoRA, no trigger"],
+                           [f"{t.prompt} (seed {t.seed})" for t in trios])
+    write_json(recipe.run_dir / "report.json", numbers)
+    page = report.html(config.run.name, config.data.trigger, numbers, metrics.read(recipe.run_dir / "metrics.jsonl"),
+                       [(t.prompt, t.seed, {c: t.files[c] for c in CONDITIONS}) for t in trios])
+    write_text(folder / "report.html", page)
+    shown = ", ".join(f"{k} {v:.3f}" for k, v in numbers["style_distance"].items() if isinstance(v, float))
+    print(f"style distance: {shown}\nreport: {folder / 'report.html'} and {recipe.run_dir / 'report.json'}")
+
+
+def sample_trios(recipe: Opened, pipeline: sampling.WanPipeline) -> list[Trio]:
+    """Every evaluation prompt and seed in the three conditions, from the same noise."""
+    config, settings = recipe.config, sampler_settings(recipe)
+    jobs = [(prompt, seed) for prompt in config.evaluate.prompts for seed in config.evaluate.seeds]
+    trios = []
+    with metrics.progress(len(jobs) * len(CONDITIONS), 0, "video", "samples") as bar:
+        for number, (prompt, seed) in enumerate(jobs):
+            trio = Trio(prompt, seed, {}, {})
+            for condition in CONDITIONS:
+                sampling.set_strength(pipeline, 0.0 if condition == "base" else 1.0)
+                text = f"{config.data.trigger}, {prompt}" if condition == "lora_with_trigger" else prompt
+                trio.videos[condition] = sampling.sample(pipeline, text, seed, settings)
+                trio.files[condition] = recipe.run_dir / "report" / f"{number:03d}_{condition}.mp4"
+                pictures.write_mp4(trio.files[condition], trio.videos[condition], recipe.variant.fps)
+                bar.update()
+            trios.append(trio)
+    return trios
+
+
+def style_distances(recipe: Opened, trios: Sequence[Trio]) -> dict[str, object]:
+    """Distance of each condition's samples to the style set, and the floor: held-out clips to the style set.
+
+    The style set is the training clips whose caption holds the trigger. `nearer_to_base` compares the samples
+    without trigger with the base's samples and with the style set.
+    """
+    trigger = recipe.config.data.trigger
+    styled = [p for p in recipe.planned if trigger in p.clip.caption]
+    if not styled:
+        raise UserError(f"no training caption holds the trigger {trigger!r}", "set data.trigger to the words in them")
+    wanted = style.describe(_frames(recipe, styled))
+    samples = {c: style.describe([t.videos[c] for t in trios]) for c in CONDITIONS}
+    parts = {c: style.distance(described, wanted) for c, described in samples.items()}
+    parts["floor"] = style.distance(style.describe(_frames(recipe, recipe.heldout)), wanted)
+    to_base = style.distance(samples["lora_without_trigger"], samples["base"])
+    return {
+        **{name: part["style"] for name, part in parts.items()},
+        "lora_without_trigger_to_base": to_base["style"],
+        "lora_over_base": parts["lora_with_trigger"]["style"] / parts["base"]["style"],
+        "parts": {**parts, "lora_without_trigger_to_base": to_base},
+    }
+
+
+def _frames(recipe: Opened, planned: Sequence[PlannedClip]) -> list[torch.Tensor]:
+    return [decode.read_clip(p.clip.path, p.clip.start_s, p.clip.end_s, recipe.variant.fps, p.bucket) for p in planned]
+
+
+def validation_losses(recipe: Opened, pipeline: sampling.WanPipeline) -> dict[str, object]:
+    """Held-out loss of the base and of the LoRA, mean and at each sigma."""
+    sigmas = recipe.config.validation.sigmas
+    source = Cached(recipe)
+    pairs = [tensors_of(source, p, p.clip.caption) for p in recipe.heldout]
+    device = pipeline.transformer.device
+    found: dict[str, object] = {"sigmas": sigmas}
+    for name, strength in (("base", 0.0), ("lora", 1.0)):
+        sampling.set_strength(pipeline, strength)
+        with engine.autocast(device, recipe.dtype):
+            losses = validation.losses(pipeline.transformer, pairs, sigmas, device)
+        found[name] = float(losses.mean())
+        found[f"{name}_by_sigma"] = losses.mean(0).tolist()
+    return found

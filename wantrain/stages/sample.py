@@ -1,0 +1,48 @@
+"""`wantrain sample`: prompts x seeds x LoRA strengths -> mp4 files and a contact sheet, through diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from wantrain import metrics, pictures
+from wantrain.config import Config
+from wantrain.files import write_json
+from wantrain.models import sampling
+from wantrain.stages import Opened, lora_file, opened, pipeline_of, sampler_settings
+from wantrain.terms import UserError
+
+
+def run(config: Config, arguments: Sequence[str]) -> None:
+    """Sample every prompt, seed and strength; what exists already with these settings is made again."""
+    recipe = opened(config, arguments)
+    if not config.sampler.prompts:
+        raise UserError("sampler.prompts is empty", "sampler.prompts='[a red house, a blue boat]'")
+    lora = lora_file(recipe, arguments) if any(config.sampler.strengths) else None
+    pipeline = pipeline_of(recipe, lora)
+    settings = sampler_settings(recipe)
+    folder = recipe.run_dir / "samples"
+    jobs = [(prompt, seed) for prompt in config.sampler.prompts for seed in config.sampler.seeds]
+    rows = []
+    with metrics.progress(len(jobs) * len(config.sampler.strengths), 0, "video", "samples") as bar:
+        for number, (prompt, seed) in enumerate(jobs):
+            row = []
+            for strength in config.sampler.strengths:
+                if lora:
+                    sampling.set_strength(pipeline, strength)
+                frames_FCHW = sampling.sample(pipeline, prompt, seed, settings)
+                pictures.write_mp4(folder / f"{number:03d}_strength_{strength:g}.mp4", frames_FCHW, recipe.variant.fps)
+                row.append(frames_FCHW[len(frames_FCHW) // 2])
+                bar.update()
+            rows.append(row)
+    columns = [f"strength {s:g}" if s else "base" for s in config.sampler.strengths]
+    pictures.contact_sheet(folder / "contact_sheet.png", rows, columns, [f"{p} (seed {s})" for p, s in jobs])
+    write_json(folder / "samples.json", _index(recipe, jobs, lora))
+    print(f"{len(jobs) * len(columns)} videos and contact_sheet.png in {folder}")
+
+
+def _index(recipe: Opened, jobs: Sequence[tuple[str, int]], lora: Path | None) -> dict[str, object]:
+    settings = sampler_settings(recipe)
+    return {"lora": str(lora), "num_steps": settings.num_steps, "guidance": settings.guidance,
+            "shift": settings.shift, "bucket": str(settings.bucket),
+            "samples": [{"number": n, "prompt": p, "seed": s} for n, (p, s) in enumerate(jobs)]}

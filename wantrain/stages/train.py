@@ -1,0 +1,237 @@
+"""`wantrain train`: config -> frozen base -> LoRA -> batches -> flow-matching loss -> AdamW -> checkpoints."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import shlex
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from types import FrameType
+from typing import Any
+
+import torch
+
+from wantrain import __version__, engine, flow, lora, metrics, validation
+from wantrain import config as schema
+from wantrain.config import Config, DataMode, Resume
+from wantrain.data import batches
+from wantrain.data.batches import Order, Split
+from wantrain.engine import Accelerator, checkpoint
+from wantrain.files import digest_text, write_json, write_text
+from wantrain.models import base
+from wantrain.models.encode import predict_velocity
+from wantrain.stages import Cached, Encode, Encoder, Opened, opened, tensors_of
+from wantrain.terms import Batch, Interrupted, UserError
+
+
+@dataclass(slots=True)
+class Stopper:
+    """Within the block Ctrl-C and SIGTERM ask for a stop after the step at hand; a second one stops at once."""
+
+    asked: bool = False
+    _before: dict[int, Any] = field(default_factory=dict)
+
+    def __enter__(self) -> Stopper:
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nstopping after this step; once more stops at once", flush=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What the loop works with: the recipe, the engine, the adapted transformer and its optimizer."""
+
+    recipe: Opened
+    accelerator: Accelerator
+    model: torch.nn.Module
+    optimizer: Any
+    modules: list[str]
+
+    @property
+    def config(self) -> Config:
+        return self.recipe.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+
+def run(config: Config, arguments: Sequence[str]) -> None:
+    """Train the recipe's adapter, going on from the newest checkpoint of its run folder."""
+    training = prepare(opened(config, arguments))
+    step = resume(training)
+    start_run(training, step)
+    with Stopper() as stopper:
+        step = train(training, step, stopper)
+    training.accelerator.end_training()
+    if step < config.train.num_steps:
+        raise Interrupted(f"stopped after step {step}; saved in {training.recipe.run_dir / 'checkpoints'}")
+    if training.accelerator.is_main_process:
+        print(f"trained {step} steps; next: {shlex.join(['wantrain', 'export', *arguments])}")
+
+
+def prepare(recipe: Opened) -> Training:
+    """Frozen base, injected adapter, AdamW, all handed to the engine that launched us."""
+    config = recipe.config
+    accelerator = engine.start(config.data.batch_size, config.train.micro_batch_size, config.tracker.names,
+                               recipe.run_dir, config.optim.max_grad_norm)
+    transformer = base.load_transformer(recipe.folder, recipe.dtype, accelerator.device)
+    modules = lora.inject(transformer, config.lora.targets, config.lora.rank, config.lora.alpha, config.train.seed)
+    if config.train.activation_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    optim = config.optim
+    model, optimizer = accelerator.prepare(transformer, engine.adamw(
+        list(lora.trainable(transformer).values()), optim.lr, optim.betas, optim.eps, optim.weight_decay))
+    return Training(recipe, accelerator, model, optimizer, modules)
+
+
+def train(training: Training, step: int, stopper: Stopper) -> int:
+    """The loop: from `step` to the last, or to where the user stopped it; returns the steps done."""
+    config, recipe, accelerator = training.config, training.recipe, training.accelerator
+    source = Cached(recipe) if config.data.mode is DataMode.cache else Encoder(recipe, training.device)
+    heldout = [tensors_of(source, p, p.clip.caption) for p in recipe.heldout] if config.validation.every_steps else []
+    last, stop = config.train.num_steps, False
+    ahead = batches.ahead(range(step, last), batch_maker(training, source), config.data.mode is DataMode.cache)
+    with metrics.Metrics(recipe.run_dir / "metrics.jsonl", accelerator.log, step, last,
+                         accelerator.is_main_process) as board:
+        while step < last and not stop:
+            began = time.perf_counter()
+            micro_batches = next(ahead)
+            waited_s = time.perf_counter() - began
+            numbers = train_step(training, step, micro_batches)
+            step += 1
+            numbers |= {"step_s": time.perf_counter() - began, "data_wait_s": waited_s,
+                        "memory_gib": engine.peak_memory_gib(training.device)}
+            if heldout and (step % config.validation.every_steps == 0 or step == last):
+                numbers["validation_loss"] = validate(training, heldout)
+                board.say(f"step {step}: validation loss {numbers['validation_loss']:.5f}")
+            if step % config.train.log_every == 0 or "validation_loss" in numbers:
+                board.write(step, numbers)
+            board.advance({"loss": f"{numbers['loss']:.4f}", "grad": f"{numbers['grad_norm']:.3f}",
+                           "wait": f"{waited_s * 1000:.0f}ms", "mem": f"{numbers['memory_gib']:.1f}GiB"})
+            stop = engine.any_process(accelerator, stopper.asked)
+            if step % config.train.save_every == 0 or step == last or stop:
+                save(training, step)
+    return step
+
+
+def batch_maker(training: Training, source: Encode) -> Callable[[int], list[Batch]]:
+    """step -> this process's micro-batches of it."""
+    config, accelerator = training.config, training.accelerator
+    order = Order(training.recipe.planned, config.data.batch_size, config.train.seed)
+    split = Split(config.data.batch_size, config.train.micro_batch_size, accelerator.num_processes,
+                  accelerator.process_index)
+    return lambda step: batches.micro_batches(order, split, step, config.data.caption_dropout,
+                                              lambda planned, caption: tensors_of(source, planned, caption))
+
+
+def train_step(training: Training, step: int, micro_batches: Sequence[Batch]) -> dict[str, float]:
+    """One optimizer step over this process's micro-batches; its numbers are means over all processes."""
+    accelerator, optimizer, optim = training.accelerator, training.optimizer, training.config.optim
+    lr = engine.learning_rate(step, optim.lr, optim.schedule.name, optim.warmup_steps, training.config.train.num_steps)
+    engine.set_learning_rate(optimizer, lr)
+    losses, grad_norm = [], math.nan
+    for batch in micro_batches:
+        with accelerator.accumulate(training.model):
+            loss_B = batch_loss(training, batch, step)
+            refuse_non_finite(training, step, "loss", loss_B, batch)
+            losses.append(loss_B.detach())
+            accelerator.backward(loss_B.mean())
+            if accelerator.sync_gradients:
+                grad_norm = engine.clip_gradients(accelerator, training.model, optim.max_grad_norm)
+                refuse_non_finite(training, step, "gradient norm", torch.tensor(grad_norm), batch)
+            optimizer.step()
+            optimizer.zero_grad()
+    return {"loss": float(engine.gather(accelerator, torch.cat(losses)).mean()), "grad_norm": grad_norm, "lr": lr}
+
+
+def batch_loss(training: Training, batch: Batch, step: int) -> torch.Tensor:
+    """loss_B of one micro-batch: sigma and noise from (seed, step, index), mix, predict, compare."""
+    config, dtype, device = training.config, training.recipe.dtype, training.device
+    shift = training.recipe.variant.shift if config.train.shift is None else config.train.shift
+    sigma_B = flow.draw_sigma(config.train.seed, step, batch.index_B, config.data.batch_size, shift)
+    noise = flow.draw_noise(config.train.seed, step, batch.index_B, batch.latents_BCTHW.shape[1:])
+    noisy = flow.mix(batch.latents_BCTHW, noise, sigma_B)
+    target = flow.velocity(batch.latents_BCTHW, noise)
+    with engine.autocast(device, dtype):
+        predicted = predict_velocity(training.model, noisy.to(device, dtype), sigma_B.to(device),
+                                     batch.text_BLD.to(device, dtype))
+    return flow.loss_per_sample(predicted, target.to(device))
+
+
+def refuse_non_finite(training: Training, step: int, what: str, values: torch.Tensor, batch: Batch) -> None:
+    """Stop on every process when a value is not finite on any of them."""
+    if not engine.all_finite(training.accelerator, values):
+        raise UserError(f"step {step + 1}: the {what} is not finite (clips here: {', '.join(batch.ids)})",
+                        "the last checkpoint is untouched; lower optim.lr, or look at these clips")
+
+
+def validate(training: Training, heldout: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """Mean held-out loss at the config's sigmas."""
+    with engine.autocast(training.device, training.recipe.dtype):
+        losses = validation.losses(training.model, heldout, training.config.validation.sigmas, training.device)
+    return float(losses.mean())
+
+
+def resume(training: Training) -> int:
+    """The step to start from: that of the newest checkpoint, put back under this engine, or 0."""
+    found = checkpoint.steps_on_disk(training.recipe.run_dir / "checkpoints")
+    if not found:
+        return 0
+    if training.config.train.resume is Resume.never:
+        raise UserError(f"{found[-1]} exists and train.resume=never", "start a new run with run.name=ANOTHER, or "
+                        "go on with train.resume=auto")
+    step, tensors = checkpoint.load(found[-1], schema.fingerprint(training.config))
+    checkpoint.restore(training.accelerator, training.model, training.optimizer, tensors, step)
+    if training.accelerator.is_main_process:
+        print(f"going on from {found[-1]}")
+    return step
+
+
+def save(training: Training, step: int) -> None:
+    """Write a checkpoint; every process must call it."""
+    tensors = checkpoint.gather(training.accelerator, training.model, training.optimizer)
+    if training.accelerator.is_main_process:
+        checkpoint.save(training.recipe.run_dir / "checkpoints", step, tensors, schema.fingerprint(training.config),
+                        training.config.train.keep_checkpoints)
+    training.accelerator.wait_for_everyone()
+
+
+def start_run(training: Training, start: int) -> None:
+    """Trackers, and the run folder's header: config, versions, digests, adapted modules."""
+    config, recipe, accelerator = training.config, training.recipe, training.accelerator
+    if accelerator.is_main_process:
+        write_text(recipe.run_dir / "config.yaml", schema.to_yaml(config))
+        write_json(recipe.run_dir / "run.json", {
+            "wantrain": __version__, "commit": metrics.commit(), "python": platform.python_version(),
+            "versions": {p: version(p) for p in ("torch", "diffusers", "transformers", "peft", "accelerate")},
+            "num_processes": accelerator.num_processes, "engine": accelerator.distributed_type.value,
+            "start_step": start, "config_digest": schema.digest(config),
+            "base_digest": base.digest(recipe.folder, "transformer", recipe.cache.memo),
+            "manifest_digest": manifest_digest(recipe),
+            "num_clips": len(recipe.planned), "modules": training.modules,
+        })
+    os.environ.setdefault("WANDB_MODE", schema.wandb_mode())
+    flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in schema.flat(config).items()}
+    accelerator.init_trackers(config.tracker.project, flat,
+                              {"wandb": {"name": config.run.name, "dir": str(recipe.run_dir)}})
+
+
+def manifest_digest(recipe: Opened) -> str:
+    """A digest of which clips, captions, spans and repeats were trained on."""
+    return digest_text(*(" ".join(map(str, (p.source_digest, p.clip.caption, p.clip.start_s, p.clip.end_s,
+                                            p.clip.repeats, p.bucket))) for p in recipe.planned))
