@@ -41,7 +41,7 @@ def moving_square(seed: int, num_frames: int, height: int, width: int) -> torch.
 def write_clips(folder: Path, number: int, caption: str, first_seed: int = 0) -> Path:
     """A folder of `number` mp4 files at 16 fps with sidecar captions."""
     for i in range(number):
-        pictures.write_mp4(folder / f"clip_{i}.mp4", moving_square(first_seed + i, 9, *SIZE), 16)
+        pictures.write_mp4(folder / f"clip_{i}.mp4", moving_square(first_seed + i, 9, 2 * SIZE[0], 2 * SIZE[1]), 16)
         (folder / f"clip_{i}.txt").write_text(caption.format(i))
     return folder
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ from wantrain.models import names
 
 Tensors = dict[str, torch.Tensor]
 
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 64, "num_layers": 2, "text_dim": 32, "freq_dim": 32,
     "rope_max_seq_len": 64,
 }
@@ -46,10 +47,11 @@ def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
     return module.eval().requires_grad_(False)
 
 
+@functools.cache
 def transformer(kind: str, seed: int = 0) -> torch.nn.Module:
-    """A tiny diffusers transformer of one of TRANSFORMERS."""
+    """A tiny diffusers transformer of one of TRANSFORMERS; one object for all callers, so not to be changed."""
     which = WanVACETransformer3DModel if kind == "vace" else WanTransformer3DModel
-    return randomise(which(**_SIZES, **TRANSFORMERS[kind]), seed)
+    return randomise(which(**SIZES, **TRANSFORMERS[kind]), seed)
 
 
 VAES: dict[names.VaeVersion, dict[str, Any]] = {
@@ -103,7 +105,8 @@ def official_clip(module: torch.nn.Module) -> Tensors:
             weights[official] = tensor.reshape(1, -1, tensor.shape[-1])
         else:
             weights[official] = tensor
-    return {**weights, "visual.head": torch.ones(32, 16), "textual.norm.weight": torch.ones(8), "log_scale": torch.ones(())}
+    return {**weights, "visual.head": torch.ones(32, 16), "textual.norm.weight": torch.ones(8),
+            "log_scale": torch.ones(())}
 
 
 def matrices(weights: Tensors) -> list[str]:
@@ -135,7 +138,8 @@ def fp8_comfy_quant(weights: Tensors) -> tuple[Tensors, Tensors]:
     """ComfyUI's newer style: `weight_scale` and a JSON note in bytes for each layer."""
     stored, meant = _scaled(weights, ".weight_scale", lambda w: w.abs().max(), lambda s, _: s)
     note = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
-    return {**stored, **{name.removesuffix(".weight") + ".comfy_quant": note.clone() for name in matrices(weights)}}, meant
+    notes = {name.removesuffix(".weight") + ".comfy_quant": note.clone() for name in matrices(weights)}
+    return {**stored, **notes}, meant
 
 
 def fp8_row_scaled(weights: Tensors) -> tuple[Tensors, Tensors]:

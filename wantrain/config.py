@@ -9,6 +9,7 @@ import ast
 import difflib
 import inspect
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
@@ -307,7 +308,10 @@ def _unknown(config: DictConfig, schema: DictConfig, prefix: str = "") -> list[s
         node = None if OmegaConf.is_missing(config, key) else config[key]
         if key not in known:
             found.append(prefix + key)
-        elif isinstance(node, DictConfig) and key != "sources" and isinstance(schema[key], DictConfig):
+        elif prefix + key == "data.sources" and isinstance(node, DictConfig):
+            for name in map(str, node):
+                found += _unknown(node[name], OmegaConf.structured(Source), f"{prefix}{key}.{name}.")
+        elif isinstance(node, DictConfig) and isinstance(schema[key], DictConfig):
             found += _unknown(node, schema[key], f"{prefix}{key}.")
     return found
 
@@ -318,9 +322,8 @@ def _readable(error: Exception) -> str:
     if error.__cause__ is not None and str(error.__cause__).strip() not in parts[0]:
         parts.append(str(error.__cause__).strip())
     text = "\n".join(parts)
-    words = [w for w in text.replace("'", " ").split() if w.isidentifier()]
-    leaves = [key.split(".")[-1] for key in described()]
-    close = [match for word in words[:6] for match in difflib.get_close_matches(word, leaves, 1, 0.75)]
+    mistyped = re.search(r"Key '(\w+)' not in", text)
+    close = difflib.get_close_matches(mistyped[1], [key.split(".")[-1] for key in described()]) if mistyped else []
     return text + (f"\ndid you mean {close[0]!r}?" if close else "")
 
 

@@ -1,6 +1,5 @@
 """The parts of the tiny base, and how they are written to disk in the diffusers directory layout."""
 
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -84,7 +83,8 @@ def new_text_encoder() -> UMT5EncoderModel:
 def new_tokenizer() -> T5TokenizerFast:
     """A unigram tokenizer: every word of the world is one token, anything else falls apart into pairs and letters."""
     words = {word for seed in range(4000) for word in caption(draw_scene(seed), seed % 4).replace(",", "").split()}
-    pairs = {f"{a}{b}" for a in "bcdfghjklmnpqrstvwxyz" for b in "aeiou"} | {f"{a}{b}" for a in "aeiou" for b in "nrlstm"}
+    pairs = {f"{a}{b}" for a in "bcdfghjklmnpqrstvwxyz" for b in "aeiou"}
+    pairs |= {f"{a}{b}" for a in "aeiou" for b in "nrlstm"}
     characters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), (WORD_START, -11.0)]
     vocab += [(WORD_START + word, -5.0) for word in sorted(words - {"a"})] + [(WORD_START + "style", -5.0)]
@@ -130,8 +130,8 @@ def save_base(
         path.chmod(0o644)
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists():
-        os.rename(directory, old)
-    os.rename(building, directory)
+        directory.rename(old)
+    building.rename(directory)
     shutil.rmtree(old, ignore_errors=True)
 
 

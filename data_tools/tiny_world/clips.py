@@ -66,6 +66,4 @@ def _decode_small(video: Path) -> np.ndarray:
     with av.open(str(video)) as container:
         stream = container.streams.video[0]
         width = max(WIDTH, round(height * stream.width / stream.height))
-        return np.stack(
-            [f.to_ndarray(format="rgb24", width=width, height=height) for f in container.decode(stream)]
-        )
+        return np.stack([f.to_ndarray(format="rgb24", width=width, height=height) for f in container.decode(stream)])

@@ -1,6 +1,6 @@
 """Renders the two embedded style sets: clips with captions, regularisation clips, held-out clips.
 
-    python -m data_tools.tiny_world.make_demo --out wantrain/assets/demo
+python -m data_tools.tiny_world.make_demo --out wantrain/assets/demo
 """
 
 import argparse

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from data_tools.tiny_world import fast_vae
@@ -173,7 +172,8 @@ def train(rank: int, args: argparse.Namespace) -> None:
         step += 1
         losses.append(loss.item())
         if rank == 0 and (elapsed - last_log > 60 or elapsed >= total):
-            print(f"{elapsed / 60:5.1f} min step {step} {'images clips'.split()[phase]} loss {np.mean(losses):.4f}", flush=True)
+            kind = ("images", "clips")[phase]
+            print(f"{elapsed / 60:5.1f} min step {step} {kind} loss {np.mean(losses):.4f}", flush=True)
             average.swap(base)
             torch.save(base.state_dict(), snapshot)
             if args.export and (elapsed - last_export > 300 or elapsed >= total):

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKLWan
+from numpy.random import Generator
 from torch import Tensor
 
 from data_tools.tiny_world import fast_vae
@@ -48,15 +49,15 @@ def to_pixels(clips: np.ndarray) -> Tensor:
     return torch.from_numpy(clips).transpose(1, 2).float().div_(127.5).sub_(1)
 
 
-def draw_batch(world: np.ndarray, real: np.ndarray, share: float, shape: tuple[int, int], rng: np.random.Generator) -> Tensor:
+def draw_batch(clips: tuple[np.ndarray, np.ndarray], share: float, shape: tuple[int, int], rng: Generator) -> Tensor:
     """pixels_BCFHW of `shape` = (B, F): spans of rendered clips, about `share` of them real."""
-    batch, frames = shape
-    clips = []
+    (world, real), (batch, frames) = clips, shape
+    spans = []
     for _ in range(batch):
         source = real if rng.random() < share else world
         first = rng.integers(source.shape[1] - frames + 1)
-        clips.append(source[rng.integers(len(source)), first : first + frames])
-    return to_pixels(np.stack(clips))
+        spans.append(source[rng.integers(len(source)), first : first + frames])
+    return to_pixels(np.stack(spans))
 
 
 @torch.no_grad()
@@ -139,7 +140,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
             average = Average(vae, 0.998)
         phase = next_phase
         frames, batch = PHASES[phase]
-        pixels = draw_batch(world, real, args.real, (batch, frames), rng)
+        pixels = draw_batch((world, real), args.real, (batch, frames), rng)
         again, kl = reconstruct(vae, pixels, args, std)
         mse = (again - pixels).square().mean()
         lr = args.lr * min(1, (step + 1) / 50) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * elapsed / total)))
@@ -158,11 +159,9 @@ def train(rank: int, args: argparse.Namespace) -> None:
             psnr = psnr_by_style(vae, held_out, 12 if elapsed < total else 48)
             torch.save(vae.state_dict(), snapshot)
             average.swap(vae)
-            print(
-                f"{elapsed / 60:5.1f} min step {step} frames {frames} train {-10 * math.log10(np.mean(errors) / 4):.2f} dB "
-                f"kl {kl.item():.2f} " + " ".join(f"{style} {value:.2f}" for style, value in psnr.items()),
-                flush=True,
-            )
+            train_db = -10 * math.log10(np.mean(errors) / 4)
+            by_style = " ".join(f"{style} {value:.2f}" for style, value in psnr.items())
+            print(f"{elapsed / 60:5.1f} min step {step} frames {frames} train {train_db:.2f} dB {by_style}", flush=True)
             last_log, errors = elapsed, []
 
 

@@ -137,16 +137,16 @@ def render(scene: Scene, style: str, height: int = 64, width: int = 96, num_fram
         unit = np.exp(-ZOOM_PER_FRAME * offset_F).reshape(-1, 1, 1)
     x_F1W, y_FH1 = x_11W * unit, y_1H1 * unit
     layers = [*_background_layers(scene, x_F1W, y_FH1), *_object_layers(scene, x_F1W, y_FH1, offset_F)]
-    image_CFHW = _paint(scene, style, layers, y_FH1, (num_drawn, height, width), 2.0 / height)
+    image_CFHW = _paint(_sky(scene, style, y_FH1), style, layers, (num_drawn, height, width))
     frames_FCHW = np.clip(image_CFHW.transpose(1, 0, 2, 3) * 255 + 0.5, 0, 255).astype(np.uint8)
     return np.repeat(frames_FCHW, num_frames, 0) if num_drawn != num_frames else np.ascontiguousarray(frames_FCHW)
 
 
-def _paint(scene: Scene, style: str, layers: list[Layer], y_FH1: Array, shape: tuple[int, int, int], px: float) -> Array:
-    """Paints the layers from back to front; image_CFHW float32 in [0, 1]. `px` is a pixel in world units."""
-    soft = max(EDGE, px)
+def _paint(sky_CFHW: Array, style: str, layers: list[Layer], shape: tuple[int, int, int]) -> Array:
+    """Paints the layers over the sky from back to front; image_CFHW float32 in [0, 1] of `shape` (F, H, W)."""
+    soft = max(EDGE, 2 / shape[1])
     image_CFHW = np.empty((3, *shape), np.float32)
-    image_CFHW[:] = _sky(scene, style, y_FH1)
+    image_CFHW[:] = sky_CFHW
     for layer in layers:
         inside = _coverage(layer.distance_FHW, soft)
         if style == "natural":

@@ -33,7 +33,7 @@ def every_frame(path):
 def film(tmp_path_factory):
     """A 24 fps film of 72 numbered frames with B-frames and several keyframes."""
     folder = tmp_path_factory.mktemp("film")
-    pictures.write_mp4(folder / "raw.mp4", moving_square(3, 72, 48, 64), 24)
+    pictures.write_mp4(folder / "raw.mp4", moving_square(3, 72, 64, 96), 24)
     ffmpeg("-i", folder / "raw.mp4", "-c:v", "libx264", "-bf", "2", "-g", "24", "-pix_fmt", "yuv420p",
            folder / "film.mp4")
     return folder / "film.mp4"
@@ -50,7 +50,7 @@ def test_frames_are_chosen_by_what_is_on_screen():
 
 def test_decord_gives_the_frames_that_pyav_gives(film):
     reference = every_frame(film)
-    got = decode.read_clip(film, 0.25, None, 16, Bucket(9, 48, 64))
+    got = decode.read_clip(film, 0.25, None, 16, Bucket(9, 64, 96))
     chosen = [int((0.25 + k / 16 + 1e-6) * 24) for k in range(9)]
     assert np.array_equal(got.movedim(1, -1).numpy(), reference[chosen])
 
@@ -59,7 +59,7 @@ def test_a_span_ends_where_it_says(film):
     assert decode.count_frames(decode.probe(film), 1.0, 2.0, 16) == 16
     assert decode.count_frames(decode.probe(film), 0.0, None, 16) == 48
     with pytest.raises(UserError, match="8 frames at 16 fps"):
-        decode.read_clip(film, 1.0, 1.5, 16, Bucket(9, 48, 64))
+        decode.read_clip(film, 1.0, 1.5, 16, Bucket(9, 64, 96))
 
 
 def test_an_edit_list_goes_to_pyav_and_shows_what_players_show(film, tmp_path):
@@ -69,7 +69,7 @@ def test_an_edit_list_goes_to_pyav_and_shows_what_players_show(film, tmp_path):
     assert found.why_not_decord == "edit list"
     reference = every_frame(cut)
     assert len(found.times_s) == len(reference)
-    got = decode.read_clip(cut, 0, None, 24, Bucket(9, 48, 64))
+    got = decode.read_clip(cut, 0, None, 24, Bucket(9, 64, 96))
     assert np.array_equal(got.movedim(1, -1).numpy(), reference[:9])
 
 
@@ -77,7 +77,7 @@ def test_far_spans_are_reached_by_seeking_and_are_the_right_frames(film, tmp_pat
     long = tmp_path / "long.mp4"
     ffmpeg("-stream_loop", "4", "-i", film, "-c:v", "libx264", "-g", "48", "-x264-params", "open-gop=1", long)
     reference = every_frame(long)
-    got = decode.read_clip(long, 11.0, None, 24, Bucket(5, 48, 64))
+    got = decode.read_clip(long, 11.0, None, 24, Bucket(5, 64, 96))
     assert np.array_equal(got.movedim(1, -1).numpy(), reference[264:269])
 
 
@@ -103,16 +103,23 @@ def test_rotation_is_honoured(film, tmp_path):
     turned = tmp_path / "turned.mp4"
     ffmpeg("-display_rotation", "90", "-i", film, "-c", "copy", turned)
     found = decode.probe(turned)
-    assert (found.height, found.width) == (64, 48)
-    got = decode.read_clip(turned, 0, None, 24, Bucket(1, 64, 48))[0].movedim(0, -1).numpy()
+    assert (found.height, found.width) == (96, 64)
+    got = decode.read_clip(turned, 0, None, 24, Bucket(1, 96, 64))[0].movedim(0, -1).numpy()
     assert np.array_equal(got, np.rot90(every_frame(film)[0]))
+
+
+def test_narrow_films_keep_three_channels(tmp_path):
+    """decord takes a padded row for a fourth channel here."""
+    pictures.write_mp4(tmp_path / "narrow.mp4", moving_square(1, 5, 32, 48), 16)
+    got = decode.read_clip(tmp_path / "narrow.mp4", 0, None, 16, Bucket(5, 32, 48))
+    assert np.array_equal(got.movedim(1, -1).numpy(), every_frame(tmp_path / "narrow.mp4"))
 
 
 def test_truncated_and_foreign_files_are_named(film, tmp_path):
     for name, content in {"cut.mp4": film.read_bytes()[:1500], "text.mp4": b"not a video", "empty.mp4": b""}.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=name):
-            decode.read_clip(tmp_path / name, 0, None, 24, Bucket(5, 48, 64))
+            decode.read_clip(tmp_path / name, 0, None, 24, Bucket(5, 64, 96))
 
 
 def test_a_file_cut_off_inside_its_frames_is_an_error_not_a_shorter_clip(tmp_path):

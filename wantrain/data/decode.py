@@ -25,6 +25,9 @@ from wantrain.terms import Bucket, UserError
 FAR_S = 10.0
 """A span that starts later than this is reached by PyAV's seek instead of decoding the film up to it."""
 
+NARROW_PX = 64
+"""decord 0.6 takes the padding of a row for more colour channels below this width (seen: 48 px gave 4 channels)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Probe:
@@ -83,9 +86,9 @@ def _probe(container: av.container.InputContainer) -> Probe:
         why = "truncated"
     start = min(times)
     width, height = stream.codec_context.width, stream.codec_context.height
-    if turns := _quarter_turns(container, stream):
-        why = why or "rotated"  # decord 0.6 hands out garbage of four channels for some sizes
-    if turns % 2:
+    if min(width, height) < NARROW_PX:
+        why = why or f"narrower than {NARROW_PX} px"
+    if _quarter_turns(container, stream) % 2:
         width, height = height, width
     step = Fraction(1) / (stream.average_rate or 25)
     duration = max(*ends, max(times) + (step if max(ends) == max(times) else 0)) - start

@@ -176,14 +176,14 @@ def open_raw(path: Path | str) -> Container:
 
 def _bare(path: Path, entries: dict[str, _Entry]) -> tuple[str, dict[str, _Entry]]:
     """Strip a prefix that the model's tensors share; refuse a checkpoint that holds several models."""
+    named = [name for name in entries if name not in _HIDDEN_NAMES]
     for prefix in PREFIXES:
-        other = [name for name in entries if not name.startswith(prefix) and name not in _HIDDEN_NAMES]
-        if len(other) == len(entries):
-            continue
-        if other:
+        other = [name for name in named if not name.startswith(prefix)]
+        if not other:
+            return prefix, {name.removeprefix(prefix): entry for name, entry in entries.items()}
+        if len(other) < len(named):
             raise ContainerError(path, f"has tensors under {prefix}* and others, e.g. {other[0]}", "an all-in-one "
                                  "checkpoint", "use the separate transformer, VAE and text encoder files")
-        return prefix, {name.removeprefix(prefix): entry for name, entry in entries.items()}
     return "", entries
 
 

@@ -66,7 +66,7 @@ class NameMap:
 
     def is_module(self, path: str) -> bool:
         """Whether an official path is a module with weights (whether or not it has a twin)."""
-        return path in self.modules or _template(path) in self.modules
+        return "{" not in path and (path in self.modules or _template(path) in self.modules)
 
     def from_flat(self, name: str, other: bool) -> str:
         """A module path with underscores for dots, official or `other`, -> the official path. Raises UnknownName."""
@@ -83,15 +83,16 @@ _NUMBER = re.compile(r"(?<=[._])(0|[1-9]\d*)(?=[._]|$)")
 
 def _template(name: str) -> str:
     """The name with `{}` for its first number."""
-    return "" if "{" in name else _NUMBER.sub("{}", name, count=1)
+    return _NUMBER.sub("{}", name, count=1)
 
 
 def _look_up(table: dict[str, str], name: str, what: str) -> str:
-    if name in table and "{" not in name:
-        return table[name]
-    if found := table.get(_template(name)):
+    if "{" not in name:
+        if name in table:
+            return table[name]
         number = _NUMBER.search(name)
-        return found.format(number[0] if number else "")
+        if number and (found := table.get(_template(name))):
+            return found.format(number[0])
     raise UnknownName(name, f"not a name of {what}")
 
 

@@ -13,6 +13,7 @@ import torch
 from wantrain.config import Config, Dtype
 from wantrain.data import manifest, plan
 from wantrain.data.cache import Cache
+from wantrain.files import digest_text
 from wantrain.models import base, encode, sampling
 from wantrain.models.sampling import WanPipeline
 from wantrain.models.variants import VARIANTS, Variant
@@ -79,6 +80,12 @@ def opened(config: Config, recipe_arguments: Sequence[str]) -> Opened:
                   plan.place(heldout, buckets, variant.fps, memo), cache)
 
 
+def manifest_digest(recipe: Opened) -> str:
+    """A digest of which clips, captions, spans and repeats were trained on."""
+    return digest_text(*(" ".join(map(str, (p.source_digest, p.clip.caption, p.clip.start_s, p.clip.end_s,
+                                            p.clip.repeats, p.bucket))) for p in recipe.planned))
+
+
 def sampler_settings(recipe: Opened) -> sampling.Settings:
     """The config's sampler with the variant's numbers where the config has none."""
     own, data, variant = recipe.config.sampler, recipe.config.data, recipe.variant
@@ -140,10 +147,17 @@ class Encoder:
 
 
 class Cached:
-    """The same tensors read from the cache."""
+    """The same tensors read from the cache, which must be complete."""
 
     def __init__(self, recipe: Opened) -> None:
         self._cache = recipe.cache
+        everything = recipe.planned + recipe.heldout
+        clips, texts = self._cache.missing(everything, ["", *(p.clip.caption for p in everything)])
+        if clips or texts:
+            first = f"clip {clips[0].clip.id}" if clips else f"caption {texts[0]!r}"
+            raise UserError(f"the cache has no entry for {len(clips)} of {len(everything)} clips and {len(texts)} "
+                            f"captions with this base and these settings; the first is {first}",
+                            self._cache.build_command)
 
     def latents(self, planned: PlannedClip) -> torch.Tensor:
         """latents_CTHW float32 on the CPU."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -16,7 +15,7 @@ from wantrain.engine import checkpoint
 from wantrain.files import read_tensors, write_tensors
 from wantrain.models import base
 from wantrain.models.names import transformer_to_official
-from wantrain.stages import TORCH_DTYPE, opened
+from wantrain.stages import TORCH_DTYPE, manifest_digest, opened
 from wantrain.terms import UserError
 
 PREFIX = "diffusion_model."
@@ -41,10 +40,11 @@ def run(config: Config, arguments: Sequence[str]) -> None:
         "modelspec.trigger_phrase": config.data.trigger,
         "wantrain.config_digest": schema.digest(config),
         "wantrain.base_digest": base.digest(recipe.folder, "transformer", recipe.cache.memo),
+        "wantrain.manifest_digest": manifest_digest(recipe),
         "wantrain.variant": config.model.variant,
     }
     write_tensors(recipe.export_path, exported, metadata)
-    worst = prove(recipe.export_path, state)
+    worst = prove(read_tensors(recipe.export_path)[0], state)
     size = recipe.export_path.stat().st_size / 2**20
     print(f"exported {recipe.export_path}: {len(state.pairs)} modules, step {step}, {size:.1f} MiB; "
           f"read back, largest relative error of a delta {worst:.1e}")
@@ -67,18 +67,21 @@ def universal(state: lora.AdapterState, dtype: torch.dtype) -> dict[str, torch.T
     return exported
 
 
-def prove(path: Path, state: lora.AdapterState) -> float:
-    """Largest relative L2 error of any module's delta in the written file; refuses a file that is not the adapter."""
-    tensors, _ = read_tensors(path)
-    allowed = 1e-6 if next(iter(tensors.values())).dtype == torch.float32 else 1e-2
+def prove(written: Mapping[str, torch.Tensor], state: lora.AdapterState) -> float:
+    """Largest relative L2 error of any module's delta in a written file; refuses what is not the adapter."""
+    tensors = dict(written)
     worst = 0.0
     for name, delta in state.deltas():
         official = PREFIX + transformer_to_official(name)
-        a, b = (tensors.pop(f"{official}.lora_{x}.weight").float() for x in "AB")
-        error = float((b @ a - delta).norm() / delta.norm().clamp(min=1e-12))
+        pair = [tensors.pop(f"{official}.lora_{x}.weight", None) for x in "AB"]
+        if pair[0] is None or pair[1] is None:
+            raise UserError(f"the exported file has no {official}", "report this as a bug")
+        a, b = pair[0], pair[1]
+        allowed = 1e-6 if a.dtype == torch.float32 else 1e-2
+        error = float((b.float() @ a.float() - delta).norm() / delta.norm().clamp(min=1e-12))
         worst = max(worst, error)
         if error > allowed:
-            raise UserError(f"{path}: the delta of {name} read back differs by {error:.1e}", "report this as a bug")
+            raise UserError(f"the delta of {name}, read back, differs by {error:.1e}", "report this as a bug")
     if tensors:
-        raise UserError(f"{path}: unexpected tensors {sorted(tensors)[:3]}", "report this as a bug")
+        raise UserError(f"the exported file has unexpected tensors {sorted(tensors)[:3]}", "report this as a bug")
     return worst

@@ -22,10 +22,10 @@ from wantrain.config import Config, DataMode, Resume
 from wantrain.data import batches
 from wantrain.data.batches import Order, Split
 from wantrain.engine import Accelerator, checkpoint
-from wantrain.files import digest_text, write_json, write_text
+from wantrain.files import write_json, write_text
 from wantrain.models import base
 from wantrain.models.encode import predict_velocity
-from wantrain.stages import Cached, Encode, Encoder, Opened, opened, tensors_of
+from wantrain.stages import Cached, Encode, Encoder, Opened, manifest_digest, opened, tensors_of
 from wantrain.terms import Batch, Interrupted, UserError
 
 
@@ -72,11 +72,13 @@ class Training:
 
 def run(config: Config, arguments: Sequence[str]) -> None:
     """Train the recipe's adapter, going on from the newest checkpoint of its run folder."""
-    training = prepare(opened(config, arguments))
+    recipe = opened(config, arguments)
+    cached = Cached(recipe) if config.data.mode is DataMode.cache else None  # says at once if entries are missing
+    training = prepare(recipe)
     step = resume(training)
     start_run(training, step)
     with Stopper() as stopper:
-        step = train(training, step, stopper)
+        step = train(training, cached or Encoder(recipe, training.device), step, stopper)
     training.accelerator.end_training()
     if step < config.train.num_steps:
         raise Interrupted(f"stopped after step {step}; saved in {training.recipe.run_dir / 'checkpoints'}")
@@ -99,10 +101,9 @@ def prepare(recipe: Opened) -> Training:
     return Training(recipe, accelerator, model, optimizer, modules)
 
 
-def train(training: Training, step: int, stopper: Stopper) -> int:
+def train(training: Training, source: Encode, step: int, stopper: Stopper) -> int:
     """The loop: from `step` to the last, or to where the user stopped it; returns the steps done."""
     config, recipe, accelerator = training.config, training.recipe, training.accelerator
-    source = Cached(recipe) if config.data.mode is DataMode.cache else Encoder(recipe, training.device)
     heldout = [tensors_of(source, p, p.clip.caption) for p in recipe.heldout] if config.validation.every_steps else []
     last, stop = config.train.num_steps, False
     ahead = batches.ahead(range(step, last), batch_maker(training, source), config.data.mode is DataMode.cache)
@@ -229,9 +230,3 @@ def start_run(training: Training, start: int) -> None:
     flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in schema.flat(config).items()}
     accelerator.init_trackers(config.tracker.project, flat,
                               {"wandb": {"name": config.run.name, "dir": str(recipe.run_dir)}})
-
-
-def manifest_digest(recipe: Opened) -> str:
-    """A digest of which clips, captions, spans and repeats were trained on."""
-    return digest_text(*(" ".join(map(str, (p.source_digest, p.clip.caption, p.clip.start_s, p.clip.end_s,
-                                            p.clip.repeats, p.bucket))) for p in recipe.planned))

@@ -1,0 +1,127 @@
+"""The exported file against what was trained: read by diffusers, by hand, and by our own sampler."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from diffusers import WanPipeline
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from wantrain import lora
+from wantrain.engine import checkpoint
+from wantrain.models import base, sampling
+from wantrain.stages import export
+from wantrain.terms import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def trained(wantrain, tmp_path):
+    """A run of a few large steps with alpha unlike rank, exported."""
+    assert wantrain("train", "lora.alpha=3", "optim.lr=0.05") == 0
+    assert wantrain("export", "lora.alpha=3") == 0
+    return tmp_path / "run"
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    return {"hidden_states": torch.randn(1, 16, 2, 4, 6, generator=generator), "timestep": torch.tensor([700.0]),
+            "encoder_hidden_states": torch.randn(1, 512, 128, generator=generator), "return_dict": False}
+
+
+@torch.no_grad()
+def test_diffusers_loads_the_file_and_computes_what_was_trained(trained):
+    path = trained / "export" / "demo_anime.safetensors"
+    pipeline = WanPipeline.from_pretrained(base.EMBEDDED)
+    before = pipeline.transformer(**inputs())[0]
+    pipeline.load_lora_weights(str(path))
+    loaded = pipeline.transformer(**inputs())[0]
+    own = base.load_transformer(base.EMBEDDED, torch.float32, CPU)
+    lora.inject(own, ["attn_ffn"], 4, 3, seed=0)
+    _, tensors = checkpoint.load(checkpoint.steps_on_disk(trained / "checkpoints")[-1], None)
+    lora.load_adapter(own, checkpoint.values(tensors))
+    adapted = own(**inputs())[0]
+    assert (adapted - before).abs().max() > 0.01
+    torch.testing.assert_close(loaded, adapted, atol=1e-4, rtol=1e-4)
+    lora.merge(own)
+    torch.testing.assert_close(own(**inputs())[0], adapted, atol=1e-4, rtol=1e-4)
+
+
+def test_the_file_holds_official_names_folded_alpha_and_provenance(trained):
+    path = trained / "export" / "demo_anime.safetensors"
+    tensors = load_file(path)
+    pattern = r"diffusion_model\.blocks\.\d\.(self_attn\.[qkvo]|cross_attn\.[qkvo]|ffn\.[02])\.lora_[AB]\.weight"
+    assert all(re.fullmatch(pattern, name) for name in tensors)
+    assert len(tensors) == 120
+    _, saved = checkpoint.load(checkpoint.steps_on_disk(trained / "checkpoints")[-1], None)
+    a, b = (saved[f"blocks.2.ffn.net.0.proj.lora_{x}.default.weight|value"] for x in "AB")
+    official = "diffusion_model.blocks.2.ffn.0.lora_{}.weight"
+    delta = tensors[official.format("B")] @ tensors[official.format("A")]
+    torch.testing.assert_close(delta, 3 / 4 * (b @ a), rtol=1e-6, atol=1e-7)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == "pt"
+    assert metadata["ss_network_dim"] == metadata["ss_network_alpha"] == "4"
+    assert metadata["modelspec.trigger_phrase"] == "sqstyle"
+    run = json.loads((trained / "run.json").read_text())
+    assert metadata["wantrain.base_digest"] == run["base_digest"]
+    assert metadata["wantrain.manifest_digest"] == run["manifest_digest"]
+
+
+def test_bfloat16_is_refused_where_folding_alpha_would_round(trained, wantrain, capsys):
+    assert wantrain("export", "lora.alpha=3", "export.dtype=bfloat16") == 2
+    assert "alpha/rank = 0.75" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fault", ["alpha", "swap", "missing", "extra"])
+def test_the_proof_sees_a_wrong_file(tmp_path, fault):
+    torch.manual_seed(0)
+    state = lora.AdapterState(2, 4.0, {f"blocks.{i}.attn1.to_{p}": (torch.randn(2, 6), torch.randn(6, 2))
+                                       for i in range(2) for p in "qk"})
+    tensors = export.universal(state, torch.float32)
+    export.prove(tensors, state)
+    first, second = (f"diffusion_model.blocks.0.self_attn.{p}.lora_B.weight" for p in "qk")
+    if fault == "alpha":
+        tensors[first] /= 2
+    elif fault == "swap":
+        tensors[first], tensors[second] = tensors[second], tensors[first]
+    elif fault == "missing":
+        del tensors[first]
+    else:
+        tensors["diffusion_model.blocks.9.ffn.0.lora_A.weight"] = torch.zeros(1, 1)
+    with pytest.raises(UserError):
+        export.prove(tensors, state)
+
+
+def test_a_file_without_effect_is_refused_by_the_sampler(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"base_model.model.blocks.0.attn1.to_q.lora_A.weight": torch.zeros(2, 192),
+               "base_model.model.blocks.0.attn1.to_q.lora_B.weight": torch.zeros(192, 2)}, tmp_path / "x.safetensors")
+    pipeline = sampling.build(base.EMBEDDED, base.load_transformer(base.EMBEDDED, torch.float32, CPU),
+                              base.load_vae(base.EMBEDDED, CPU), base.load_text(base.EMBEDDED, torch.float32, CPU), 3.0)
+    with pytest.raises(UserError, match="changed nothing|does not load"):
+        sampling.load_lora(pipeline, tmp_path / "x.safetensors")
+
+
+def test_sample_writes_playable_videos_whose_strength_0_is_the_base(trained, wantrain):
+    assert wantrain("sample", "sampler.seeds=[1,2]", "sampler.strengths=[0,0.5,1]") == 0
+    folder = trained / "samples"
+    assert len(list(folder.glob("*.mp4"))) == 6
+    assert Image.open(folder / "contact_sheet.png").size[0] > 3 * 200
+    plain = WanPipeline.from_pretrained(base.EMBEDDED)
+    plain.scheduler = base.scheduler(base.EMBEDDED, 3.0)
+    settings = sampling.Settings(2, 5.0, 3.0, sampling.Bucket(5, 32, 48), "")
+    want = sampling.sample(plain, "a square", 1, settings)
+    import av
+
+    with av.open(str(folder / "000_strength_0.mp4")) as container:
+        got = torch.stack([torch.from_numpy(f.to_ndarray(format="rgb24")) for f in container.decode(video=0)])
+    assert got.shape == want.movedim(1, -1).shape
+    assert (got.float() - want.movedim(1, -1).float()).abs().mean() < 12

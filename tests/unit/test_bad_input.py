@@ -1,0 +1,135 @@
+"""What a user does wrong ends in one clear message, the next command and an exit code that is not 0."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import arguments_for, write_clips
+from wantrain import cli
+from wantrain.files import write_json
+
+
+def failing(wantrain, capsys, verb, *overrides):
+    """The message of a verb that must fail as a user error."""
+    assert wantrain(verb, *overrides) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert "\n  next: " in shown
+    assert "Traceback" not in shown
+    return shown
+
+
+def test_unknown_verb_and_option(capsys):
+    assert cli.main(["tarin"]) == 2
+    assert "no verb 'tarin'" in capsys.readouterr().err
+    assert cli.main(["train", "--fast"]) == 2
+    assert "--fast" in capsys.readouterr().err
+
+
+def test_help_of_every_verb(capsys):
+    for verb in cli.VERBS:
+        assert cli.main([verb, "--help"]) == 0
+        shown = capsys.readouterr().out
+        assert "optim.lr" in shown
+        assert "demo_anime" in shown
+
+
+def test_a_missing_video(wantrain, capsys, tmp_path):
+    (tmp_path / "m.jsonl").write_text(json.dumps({"video": "gone.mp4", "caption": "x"}))
+    shown = failing(wantrain, capsys, "cache", f"data.sources.style.path={tmp_path / 'm.jsonl'}")
+    assert "line 1: missing file" in shown
+
+
+def test_an_empty_caption(wantrain, capsys, tmp_path):
+    (write_clips(tmp_path / "set", 2, "x") / "clip_1.txt").write_text("")
+    assert "clip_1.mp4: empty caption" in failing(wantrain, capsys, "cache",
+                                                  f"data.sources.style.path={tmp_path / 'set'}")
+
+
+def test_a_truncated_mp4(wantrain, capsys, tmp_path):
+    path = write_clips(tmp_path / "set", 2, "x") / "clip_1.mp4"
+    path.write_bytes(path.read_bytes()[:700])
+    assert "clip_1.mp4" in failing(wantrain, capsys, "cache", f"data.sources.style.path={tmp_path / 'set'}")
+
+
+def test_a_target_that_matches_nothing(wantrain, capsys):
+    assert "matches no Linear" in failing(wantrain, capsys, "train", "lora.targets=[to_qq]")
+
+
+def test_a_cache_made_by_another_vae(wantrain, capsys, tmp_path):
+    from wantrain.models import base
+
+    other = tmp_path / "base"
+    other.mkdir()
+    for part in base.EMBEDDED.iterdir():
+        (other / part.name).symlink_to(part)
+    (other / "vae").unlink()
+    (other / "vae").mkdir()
+    (other / "vae" / "diffusion_pytorch_model.safetensors").symlink_to(
+        base.EMBEDDED / "vae" / "diffusion_pytorch_model.safetensors")
+    config = json.loads((base.EMBEDDED / "vae" / "config.json").read_text())
+    write_json(other / "vae" / "config.json", config | {"latents_mean": [0.5] * 16})
+    shown = failing(wantrain, capsys, "train", f"model.path={other}")
+    assert "the cache has no entry for" in shown
+    assert "wantrain cache" in shown
+
+
+def test_a_base_that_is_not_there(wantrain, capsys, tmp_path):
+    shown = failing(wantrain, capsys, "check", f"model.path={tmp_path}")
+    assert "hf download" in shown
+
+
+def test_base_weights_with_a_tensor_missing(wantrain, capsys, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from wantrain.models import base
+
+    for part in base.EMBEDDED.iterdir():
+        (tmp_path / part.name).symlink_to(part)
+    (tmp_path / "transformer").unlink()
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").symlink_to(base.EMBEDDED / "transformer" / "config.json")
+    name = "diffusion_pytorch_model.safetensors"
+    tensors = load_file(base.EMBEDDED / "transformer" / name)
+    tensors.pop("blocks.3.attn1.to_q.weight")
+    save_file(tensors, tmp_path / "transformer" / name, {"format": "pt"})
+    assert "blocks.3.attn1.to_q.weight" in failing(wantrain, capsys, "train", f"model.path={tmp_path}")
+
+
+def test_export_and_sample_before_training_name_the_next_command(wantrain, capsys):
+    assert "wantrain train" in failing(wantrain, capsys, "export")
+    assert "wantrain export" in failing(wantrain, capsys, "sample")
+
+
+def test_a_batch_that_cannot_be_dealt(wantrain, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "cannot be dealt to 3 process" in failing(wantrain, capsys, "train")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_in_training_saves_and_goes_on(clips, cache_dir, cached, tmp_path, number):
+    arguments = [*arguments_for(clips, cache_dir, tmp_path / "run"), "train.num_steps=500"]
+    command = [sys.executable, "-m", "wantrain", "train", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, shown = process.communicate(timeout=60)
+    assert process.returncode == 130, shown
+    assert "next: wantrain train" in shown
+    saved = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()]
+    steps = metrics.read_text().count("\n")
+    assert saved == [f"step_{steps:06d}"]
+    assert steps < 500

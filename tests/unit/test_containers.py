@@ -1,0 +1,460 @@
+"""Every container gives the weights that it stands for, to the bit; every damaged one is refused by name."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import os
+import pickle
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+
+from tests import tiny_models as tiny
+from wantrain.models import containers, names
+from wantrain.models.containers import (
+    ContainerError,
+    empty_weights,
+    expand_scale,
+    find_parts,
+    load_into,
+    open_container,
+)
+
+Weights = tiny.Tensors
+KEEP = ("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
+
+
+@functools.cache
+def _empty(kind: str) -> torch.nn.Module:
+    with empty_weights():
+        which = tiny.WanVACETransformer3DModel if kind == "vace" else tiny.WanTransformer3DModel
+        return which(**tiny.SIZES, **tiny.TRANSFORMERS[kind])
+
+
+def empty_transformer(kind: str) -> torch.nn.Module:
+    return copy.deepcopy(_empty(kind))
+
+
+def loaded(path: Path, kind: str, dtype: torch.dtype = torch.float32, **more: object) -> torch.nn.Module:
+    container = open_container(path)
+    module = empty_transformer(kind)
+    load_into(module, container, names.transformer_rename(container.names()), dtype=dtype, **more)
+    return module
+
+
+def assert_equal(module: torch.nn.Module, meant: Weights) -> None:
+    own = module.state_dict()
+    assert own.keys() == meant.keys()
+    for name, tensor in own.items():
+        assert torch.equal(tensor, meant[name].reshape(tensor.shape)), name
+
+
+@pytest.fixture(scope="module", params=tiny.TRANSFORMERS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.mark.parametrize("name", tiny.CONTAINERS)
+def test_every_variant_from_every_container(kind: str, name: str, tmp_path: Path) -> None:
+    store, write = tiny.CONTAINERS[name]
+    weights = tiny.official_transformer(tiny.transformer(kind))
+    stored, meant = store(weights)
+    module = loaded(write(tmp_path, stored), kind)
+    assert_equal(module, {names.transformer_to_diffusers(n): tensor for n, tensor in meant.items()})
+    # What the storage costs, against the diffusers folder's weights: facts 1.2 for fp8 and GGUF.
+    worst = {"fp16": 5e-4, "bf16": 4e-3, "fp8": 0.05, "Q8_0": 6e-3, "F16": 5e-4}
+    bound = next((limit for mark, limit in worst.items() if mark in name), 0.0)
+    for n in tiny.matrices(weights):
+        own = module.state_dict()[names.transformer_to_diffusers(n)]
+        assert (own - weights[n]).norm() <= bound * weights[n].norm(), n
+
+
+def test_the_diffusers_folder(kind: str, tmp_path: Path) -> None:
+    twin = tiny.transformer(kind)
+    twin.save_pretrained(tmp_path)
+    assert_equal(loaded(tmp_path, kind), twin.state_dict())
+    assert open_container(tmp_path).config["num_layers"] == 2
+
+
+def test_loading_keeps_what_must_stay_float32_and_all_buffers(tmp_path: Path) -> None:
+    twin = tiny.transformer("t2v")
+    module = loaded(tiny.bare_file(tmp_path, tiny.official_transformer(twin)), "t2v", torch.bfloat16, keep_float32=KEEP)
+    for name, parameter in module.named_parameters():
+        kept = any(part in KEEP for part in name.split("."))
+        assert parameter.dtype == (torch.float32 if kept else torch.bfloat16), name
+        assert not parameter.requires_grad
+        assert torch.equal(parameter, twin.state_dict()[name].to(parameter.dtype)), name
+    buffers = dict(twin.named_buffers())
+    assert buffers
+    for name, buffer in module.named_buffers():
+        assert torch.equal(buffer, buffers[name]), name
+
+
+def test_a_module_built_plainly_on_meta_is_refused(tmp_path: Path) -> None:
+    container = open_container(tiny.bare_file(tmp_path, tiny.official_transformer(tiny.transformer("t2v"))))
+    with torch.device("meta"):
+        module = tiny.WanTransformer3DModel(**tiny.SIZES)
+    with pytest.raises(ContainerError, match=r"no file holds .*rope"):
+        load_into(module, container, names.transformer_rename(container.names()), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("version", ["2.1", "2.2"])
+@pytest.mark.parametrize("layout", ["pth", "safetensors", "diffusers"])
+def test_vae(version: names.VaeVersion, layout: str, tmp_path: Path) -> None:
+    twin = tiny.vae(version)
+    if layout == "diffusers":
+        twin.save_pretrained(tmp_path)
+        path = tmp_path
+    else:
+        write = tiny.pickle_file if layout == "pth" else tiny.bare_file
+        path = write(tmp_path, tiny.official_vae(twin, version))
+    container = open_container(path)
+    with empty_weights():
+        module = tiny.AutoencoderKLWan(**tiny.VAES[version])
+    load_into(module, container, names.vae_rename(container.names()), dtype=torch.float32)
+    assert_equal(module, twin.state_dict())
+
+
+SPIECE = bytes(range(256))
+
+
+def _t5_file(layout: str, folder: Path, twin: torch.nn.Module) -> tuple[Path, Weights]:
+    """(path, what each transformers name should be)."""
+    official, own = tiny.official_t5(twin), twin.state_dict()
+    spiece = {"spiece_model": torch.tensor(list(SPIECE), dtype=torch.uint8)}
+    if layout == "official":
+        return tiny.pickle_file(folder, official), own
+    if layout == "transformers":
+        twin.save_pretrained(folder)
+        return folder, own
+    if layout == "comfy":
+        return tiny.bare_file(folder, {**own, **spiece}), own
+    hf = {name: tensor for name, tensor in own.items() if name != "encoder.embed_tokens.weight"}
+    stored, meant = tiny.fp8_tensor_scaled(hf)
+    meant["encoder.embed_tokens.weight"] = meant["shared.weight"]
+    return tiny.bare_file(folder, {**stored, **spiece}), meant
+
+
+@pytest.mark.parametrize("layout", ["official", "transformers", "comfy", "comfy scaled"])
+def test_text_encoder(layout: str, tmp_path: Path) -> None:
+    path, meant = _t5_file(layout, tmp_path, tiny.text_encoder())
+    container = open_container(path)
+    with empty_weights():
+        module = UMT5EncoderModel(UMT5Config(**tiny.T5))
+    load_into(module, container, names.t5_rename(container.names()), dtype=torch.float32)
+    assert_equal(module, meant)
+    assert module.shared.weight is module.encoder.embed_tokens.weight
+    assert container.spiece_model() == (SPIECE if "comfy" in layout else None)
+
+
+@pytest.mark.parametrize("layout", ["official", "transformers", "comfy"])
+def test_image_encoder(layout: str, tmp_path: Path) -> None:
+    twin = tiny.image_encoder()
+    if layout == "official":
+        path = tiny.pickle_file(tmp_path, tiny.official_clip(twin))
+    elif layout == "transformers":
+        twin.save_pretrained(tmp_path)
+        path = tmp_path
+    else:
+        path = tiny.bare_file(tmp_path, {**{f"vision_model.{n}": t for n, t in twin.state_dict().items()},
+                                         "visual_projection.weight": torch.ones(4, 4)})
+    container = open_container(path)
+    with empty_weights():
+        module = CLIPVisionModel(CLIPVisionConfig(**tiny.CLIP))
+    load_into(module, container, names.clip_rename(container.names()), dtype=torch.float32)
+    assert_equal(module, twin.state_dict())
+    assert torch.equal(module.embeddings.position_ids, twin.embeddings.position_ids)
+
+
+def test_k_quants_by_the_gguf_package(tmp_path: Path) -> None:
+    kind = gguf.GGMLQuantizationType.Q4_K
+    blocks = np.random.default_rng(0).integers(0, 256, (8, 144), dtype=np.uint8)
+    blocks[:, :4] = np.array([0.01, 0.002], dtype=np.float16).view(np.uint8)  # the two scales of a block
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "wan")
+    writer.add_tensor("blocks.0.self_attn.q.weight", blocks, raw_dtype=kind)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    container = open_container(tmp_path / "model.gguf")
+    assert container.shapes() == {"blocks.0.self_attn.q.weight": (8, 256)}
+    assert container.dtype_of("blocks.0.self_attn.q.weight") == "Q4_K"
+    read = container.read("blocks.0.self_attn.q.weight")
+    assert torch.equal(read, torch.from_numpy(gguf.dequantize(blocks, kind)))
+    assert read.std() > 0
+
+
+def test_scales_of_every_shape() -> None:
+    weight = torch.ones(4, 6)
+    blocks = torch.arange(4.0).reshape(2, 2)
+    for scale, wanted in (
+        (torch.tensor([3.0]), torch.full((4, 6), 3.0)),
+        (torch.arange(4.0), torch.arange(4.0)[:, None].expand(4, 6)),
+        (torch.arange(4.0)[:, None], torch.arange(4.0)[:, None].expand(4, 6)),
+        (torch.arange(8.0).reshape(4, 2, 1), torch.arange(8.0).reshape(4, 2).repeat_interleave(3, 1)),
+        (blocks, torch.tensor([[0.0, 1.0], [0.0, 1.0], [2.0, 3.0], [2.0, 3.0]]).repeat_interleave(3, 1)),
+    ):
+        assert torch.equal(weight * expand_scale(scale, (4, 6)), wanted)
+    assert expand_scale(torch.arange(4.0), (4, 6, 1, 2, 2)).shape == (4, 1, 1, 1, 1)
+    for bad in ((5,), (4, 4), (6, 1), (4, 6, 2)):
+        with pytest.raises(ValueError, match="does not fit"):
+            expand_scale(torch.ones(bad), (4, 6))
+
+
+def test_dtype_device_and_what_is_shown(tmp_path: Path) -> None:
+    weights = tiny.official_transformer(tiny.transformer("t2v"))
+    container = open_container(tiny.prefixed_file(tmp_path, tiny.fp8_comfy_quant(weights)[0]))
+    name = "blocks.1.cross_attn.v.weight"
+    assert container.prefix == "model.diffusion_model."
+    assert container.dtype_of(name) == "float8_e4m3fn + scale"
+    assert container.dtype_of("blocks.1.modulation") == "float32"
+    assert sorted(container.names()) == sorted(weights)
+    assert container.shapes()[name] == (32, 32)
+    assert container.read(name).dtype == torch.float32
+    assert container.read(name, torch.bfloat16).dtype == torch.bfloat16
+    first = container.read("blocks.1.modulation")
+    first.zero_()
+    assert container.read("blocks.1.modulation").abs().sum() > 0
+
+
+def test_find_parts(tmp_path: Path) -> None:
+    for name in ("high_noise_model", "low_noise_model", "google/umt5-xxl"):
+        (tmp_path / "a14b" / name).mkdir(parents=True)
+    (tmp_path / "a14b" / "Wan2.1_VAE.pth").touch()
+    assert {part: path.name for part, path in find_parts(tmp_path / "a14b").items()} == {
+        "high": "high_noise_model", "low": "low_noise_model", "vae": "Wan2.1_VAE.pth", "tokenizer": "umt5-xxl"}
+    for name in ("transformer", "transformer_2", "vae"):
+        (tmp_path / "diffusers" / name).mkdir(parents=True)
+    assert set(find_parts(tmp_path / "diffusers")) == {"high", "low", "vae"}
+    (tmp_path / "diffusers" / "transformer_2").rmdir()
+    assert set(find_parts(tmp_path / "diffusers")) == {"transformer", "vae"}
+    (tmp_path / "official").mkdir()
+    (tmp_path / "official" / "diffusion_pytorch_model.safetensors").touch()
+    assert find_parts(tmp_path / "official") == {"transformer": tmp_path / "official"}
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ContainerError, match="holds no Wan transformer"):
+        find_parts(tmp_path / "empty")
+
+
+# Faults that are seen when a file is opened.
+
+class Payload:
+    def __init__(self, marker: str) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (f"touch {self.marker}",)
+
+
+def _malicious(folder: Path) -> Path:
+    (folder / "model.pth").write_bytes(pickle.dumps({"w": Payload(str(folder / "was_run"))}))
+    return folder / "model.pth"
+
+
+def _as(name: str, content: bytes) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        (folder / name).write_bytes(content)
+        return folder / name
+
+    return write
+
+
+def _truncated(folder: Path, write: Callable[[Path, Weights], Path], keep: float) -> Path:
+    path = write(folder, {"patch_embedding.weight": torch.ones(64, 64), "head.modulation": torch.ones(1, 2, 64)})
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+    return path
+
+
+def _pickle_named_safetensors(folder: Path) -> Path:
+    return tiny.pickle_file(folder, {"w": torch.ones(2)}).rename(folder / "model.safetensors")
+
+
+def _old_pickle_named_safetensors(folder: Path) -> Path:
+    return tiny.old_pickle_file(folder, {"w": torch.ones(2)}).rename(folder / "model.safetensors")
+
+
+def _missing_shard(folder: Path) -> Path:
+    tiny.sharded_folder(folder, tiny.official_transformer(tiny.transformer("t2v")))
+    (folder / "diffusion_pytorch_model-00002-of-00003.safetensors").unlink()
+    return folder
+
+
+def _missing_shard_no_index(folder: Path) -> Path:
+    _missing_shard(folder)
+    (folder / "diffusion_pytorch_model.safetensors.index.json").unlink()
+    return folder
+
+
+def _two_models(folder: Path) -> Path:
+    for name in ("a", "b"):
+        save_file({"w": torch.ones(2)}, folder / f"{name}.safetensors")
+    return folder
+
+
+def _two_indices(folder: Path) -> Path:
+    tiny.sharded_folder(folder, {"a": torch.ones(1), "b": torch.ones(1), "c": torch.ones(1)})
+    (folder / "diffusion_pytorch_model.fp16.safetensors.index.json").write_text("{}")
+    return folder
+
+
+def _saved(**tensors: torch.Tensor) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        save_file({name.replace("__", "."): tensor for name, tensor in tensors.items()}, folder / "m.safetensors")
+        return folder / "m.safetensors"
+
+    return write
+
+
+def _noted(note: bytes) -> Callable[[Path], Path]:
+    return _saved(q__weight=torch.ones(2), q__comfy_quant=torch.tensor(list(note), dtype=torch.uint8))
+
+
+def _metadata_format(folder: Path) -> Path:
+    note = {"_quantization_metadata": json.dumps({"layers": {"q": {"format": "mxfp8"}}})}
+    save_file({"q.weight": torch.ones(2)}, folder / "m.safetensors", note)
+    return folder / "m.safetensors"
+
+
+def _no_state_dict(folder: Path) -> Path:
+    torch.save({"epoch": 3, "optimizer": {"lr": 0.1}}, folder / "m.pth")
+    return folder / "m.pth"
+
+
+OPENING_FAULTS: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "no such file": (lambda folder: folder / "absent.safetensors", "does not exist"),
+    "unknown suffix": (_as("model.txt", b"x"), "has the suffix '.txt'"),
+    "empty file": (_as("model.safetensors", b""), "is empty .*interrupted download"),
+    "empty folder": (lambda folder: folder, "holds no weights"),
+    "web page": (_as("model.safetensors", b"<!DOCTYPE html><html>"), "is a web page"),
+    "git-lfs pointer": (_as("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), "git-lfs pointer"),
+    "header of 10 GB": (_as("model.safetensors", struct.pack("<Q", 10**10) + b'{"w":'), "header claims 10000000000"),
+    "header of 200 MB, absurd": (_as("model.safetensors", struct.pack("<Q", 10**18) + b" " * 99), "header claims"),
+    "garbage header": (_as("model.safetensors", struct.pack("<Q", 4) + b"{no}"), "not readable as safetensors"),
+    "truncated safetensors": (lambda f: _truncated(f, tiny.bare_file, 0.7), "not readable as safetensors"),
+    "truncated in the header": (lambda f: _truncated(f, tiny.bare_file, 0.005), "header claims|not readable"),
+    "truncated pickle": (lambda f: _truncated(f, tiny.pickle_file, 0.7), "not readable as a torch file"),
+    "truncated old pickle": (lambda f: _truncated(f, tiny.old_pickle_file, 0.7), "not readable as a torch file"),
+    "truncated gguf": (lambda f: _truncated(f, tiny.gguf_file(gguf.GGMLQuantizationType.F16), 0.7),
+                       "not readable as GGUF"),
+    "gguf header only": (_as("model.gguf", b"GGUF\x03\x00\x00\x00"), "not readable as GGUF"),
+    "pickle named safetensors": (_pickle_named_safetensors, "is named .safetensors but is pth .*pickle renamed"),
+    "old pickle named safetensors": (_old_pickle_named_safetensors, "is named .safetensors but is pth"),
+    "malicious pickle": (_malicious, "does not unpickle"),
+    "training checkpoint": (_no_state_dict, "not a state dict but a dict of epoch, optimizer"),
+    "missing shard": (_missing_shard, "lacks 1 of 3 shards: diffusion_pytorch_model-00002-of-00003"),
+    "missing shard, no index": (_missing_shard_no_index, r"lacks shards \[2\] of 3"),
+    "several models": (_two_models, "holds several models: a.safetensors, b.safetensors"),
+    "two indices": (_two_indices, "has 2 indices"),
+    "all-in-one": (_saved(model__diffusion_model__w=torch.ones(1), vae__w=torch.ones(1)), "all-in-one checkpoint"),
+    "nvfp4": (_saved(q__weight=torch.ones(2), q__weight_scale_2=torch.ones(1)), "quantisation format nvfp4"),
+    "unknown comfy format": (_noted(b'{"format": "convrot_w4a4"}'), "quantisation format convrot_w4a4"),
+    "comfy note is no JSON": (_noted(b"{"), "q.comfy_quant is not JSON"),
+    "metadata format": (_metadata_format, "quantisation format mxfp8"),
+}
+
+
+@pytest.mark.parametrize("fault", OPENING_FAULTS)
+def test_damaged_containers_are_refused_by_name(fault: str, tmp_path: Path) -> None:
+    write, message = OPENING_FAULTS[fault]
+    path = write(tmp_path)
+    with pytest.raises(ContainerError, match=message) as caught:
+        open_container(path)
+    assert str(tmp_path) in str(caught.value)
+    assert caught.value.cause
+    assert not (tmp_path / "was_run").exists()
+
+
+@pytest.mark.parametrize(("tensors", "message"), [
+    ({"q__weight": torch.ones(2, 2).to(torch.float8_e4m3fn), "q__scale_weight": torch.tensor(float("nan"))},
+     "scale of q.weight is not finite"),
+    ({"q__weight": torch.ones(2, 2).to(torch.float8_e4m3fn), "k__scale_weight": torch.tensor(1.0)},
+     "q.weight is torch.float8_e4m3fn without a scale"),
+    ({"q__weight": torch.ones(2, 2).to(torch.int8)}, "q.weight is torch.int8 without a scale"),
+    ({"q__weight": torch.ones(2, 2).to(torch.float8_e4m3fn), "q__scale_weight": torch.ones(3)},
+     r"a scale of shape \[3\] does not fit a weight of shape \[2, 2\]"),
+])
+def test_bad_scales_are_refused(tensors: Weights, message: str, tmp_path: Path) -> None:
+    container = open_container(_saved(**tensors)(tmp_path))
+    with pytest.raises(ContainerError, match=message):
+        container.read("q.weight")
+
+
+# Faults that are seen when a module is filled.
+
+def _without(prefix: str) -> Callable[[Weights], Weights]:
+    return lambda weights: {name: t for name, t in weights.items() if not name.startswith(prefix)}
+
+
+def _lora_keys(weights: Weights) -> Weights:
+    return {**weights, "blocks.0.self_attn.q.lora_A.weight": torch.ones(2, 32)}
+
+
+def _transposed(weights: Weights) -> Weights:
+    return {name: t.T.contiguous() if t.ndim == 2 and t.shape[0] != t.shape[1] else t for name, t in weights.items()}
+
+
+def test_a_file_of_another_variant_is_named(tmp_path: Path) -> None:
+    for file_kind, model_kind, cause in (
+        ("t2v", "i2v", "the file is a T2V or A14B model"), ("i2v", "i2v_a14b", "the file is a 2.1 I2V model"),
+        ("vace", "t2v", "the file is a VACE model"), ("t2v", "vace", "the variant is VACE"),
+        ("t2v", "i2v_a14b", "a variant of other sizes"),
+    ):
+        weights = tiny.official_transformer(tiny.transformer(file_kind))
+        path = tiny.bare_file(tmp_path / f"{file_kind}_{model_kind}", weights)
+        with pytest.raises(ContainerError, match="does not fit the model") as caught:
+            loaded(path, model_kind)
+        assert cause in caught.value.cause
+
+
+@pytest.mark.parametrize(("change", "message", "cause"), [
+    (_without("blocks.1."), r"tensors missing: blocks\.1\.", "a shard is missing"),
+    (_without("time_projection.1.bias"), "1 tensors missing: condition_embedder.time_proj.bias", "damaged file"),
+    (_transposed, r"has shape \[32, 64\], the model's blocks.0.ffn.net.0.proj.weight \[64, 32\]", "transposed tensors"),
+    (_lora_keys, "1 tensors unexpected: blocks.0.self_attn.q.lora_A.weight", "this is a LoRA"),
+    (lambda w: {"decoder.conv1.weight": torch.ones(1)}, "tensors missing", "another part of the model"),
+    (lambda w: {**w, "blocks.2.norm3.bias": torch.ones(32)}, "unexpected: blocks.2.norm3.bias", "larger or newer"),
+])
+def test_misfits_are_refused_before_anything_is_read(change: Callable[[Weights], Weights], message: str, cause: str,
+                                                     tmp_path: Path) -> None:
+    weights = change(tiny.official_transformer(tiny.transformer("t2v")))
+    container = open_container(tiny.bare_file(tmp_path, weights))
+    module = empty_transformer("t2v")
+    with pytest.raises(ContainerError, match=message) as caught:
+        load_into(module, container, names.transformer_rename(container.names()), dtype=torch.float32)
+    assert cause in caught.value.cause
+    assert all(parameter.is_meta for parameter in module.parameters())
+
+
+def test_a_tensor_given_twice_is_refused(tmp_path: Path) -> None:
+    weights = tiny.official_transformer(tiny.transformer("t2v"))
+    container = open_container(tiny.bare_file(tmp_path, {**weights, "again": weights["head.modulation"]}))
+    rename = names.transformer_rename(container.names())
+    with pytest.raises(ContainerError, match="are both scale_shift_table"):
+        load_into(empty_transformer("t2v"), container,
+                  lambda name: ("scale_shift_table",) if name == "again" else rename(name), dtype=torch.float32)
+
+
+def test_a_file_is_mapped_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read does not stay mapped, so that loading needs the memory of a tensor and not of the file."""
+    opened: list[Path] = []
+
+    def counting(path: Path, framework: str) -> object:
+        opened.append(path)
+        return safe_open(path, framework)
+
+    monkeypatch.setattr(containers, "_REMAP_BYTES", 1 << 20)
+    monkeypatch.setattr(containers, "safe_open", counting)
+    container = open_container(tiny.bare_file(tmp_path, {f"w{i}": torch.full((300, 1024), float(i)) for i in range(8)}))
+    assert len(opened) == 1  # the header
+    for i, name in enumerate(container.names()):
+        assert container.read(name)[0, 0] == i
+    assert len(opened) == 1 + 8  # each tensor is of 1.2 MB

@@ -1,0 +1,78 @@
+"""The floors and doors of the house: imports go down only, each library has one door."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[2] / "wantrain"
+FLOORS = {
+    "terms": 0, "flow": 1, "lora": 1, "files": 1, "style": 1, "pictures": 2, "models": 2, "data": 2,
+    "config": 3, "engine": 3, "metrics": 3, "validation": 3, "report": 3, "stages": 4, "cli": 5, "__main__": 6,
+}
+DOORS = {
+    "hydra": {"config"}, "omegaconf": {"config"}, "diffusers": {"models"}, "transformers": {"models"},
+    "decord": {"data.decode"}, "datasets": {"data.manifest"}, "peft": {"lora"}, "accelerate": {"engine"},
+    "deepspeed": {"engine"}, "wandb": {"metrics"}, "tensorboard": {"metrics"}, "jinja2": {"report"},
+}
+
+
+def module_name(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(p for p in parts if p != "__init__")
+
+
+def imported(path):
+    """Absolute names of the modules that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            if node.module.split(".")[0] == "wantrain":
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def climbing(own, other):
+    """Whether module `own` may not import module `other` (both without the leading wantrain.)."""
+    room, other_room = own.split(".")[0], other.split(".")[0]
+    if other_room not in FLOORS or not own:
+        return False
+    if room == other_room:
+        return room == "stages" and own != "stages" and (PACKAGE / "stages" / f"{other.split('.')[-1]}.py").exists()
+    return FLOORS[other_room] >= FLOORS[room]
+
+
+def violations():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        own = module_name(path)
+        for name in imported(path):
+            library = name.split(".")[0]
+            if library == "wantrain" and climbing(own, name.removeprefix("wantrain").lstrip(".")):
+                yield f"{own} imports {name}"
+            if library in DOORS and not any(own == door or own.startswith(door + ".") for door in DOORS[library]):
+                yield f"{own} imports {library}, whose door is {DOORS[library]}"
+            if library in ("data_tools", "tests"):
+                yield f"{own} imports {library}"
+
+
+def test_every_room_has_a_floor():
+    assert {module_name(p).split(".")[0] for p in PACKAGE.rglob("*.py")} - {""} == set(FLOORS)
+
+
+def test_imports_go_down_and_libraries_have_one_door():
+    assert list(violations()) == []
+
+
+def test_the_rule_itself_sees_a_climb():
+    assert climbing("flow", "models.base")
+    assert climbing("data.cache", "models.base")
+    assert climbing("config", "engine")
+    assert climbing("stages.train", "stages.export")
+    assert not climbing("stages.train", "stages")
+    assert not climbing("stages.train", "models.base")
+
+
+def test_data_tools_stay_below_the_engine():
+    for path in (PACKAGE.parent / "data_tools").rglob("*.py"):
+        rooms = {n.split(".")[1] for n in imported(path) if n.startswith("wantrain.")}
+        assert {r for r in rooms if FLOORS[r] > 2} == set(), path

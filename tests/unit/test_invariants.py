@@ -1,0 +1,163 @@
+"""What training must keep true, whatever changes: each on the embedded base through the real verbs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from wantrain import config as schema
+from wantrain import flow, lora
+from wantrain.config import load
+from wantrain.engine import checkpoint
+from wantrain.models import base
+from wantrain.stages import opened, train
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run):
+    return [line["loss"] for line in lines(run)]
+
+
+def state(run):
+    """(step, tensors) of the newest checkpoint."""
+    return checkpoint.load(checkpoint.steps_on_disk(run / "checkpoints")[-1], None)
+
+
+def same_bits(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture
+def trained(wantrain, tmp_path):
+    """trained("name", overrides...) -> run folder after `wantrain train`."""
+
+    def call(name, *more):
+        assert wantrain("train", f"run.dir={tmp_path / name}", *more) == 0
+        return tmp_path / name
+
+    return call
+
+
+def test_the_base_is_bit_identical_after_training_and_the_adapter_is_not(wantrain, arguments, cached):
+    config = load([*arguments, "train.num_steps=3"])
+    training = train.prepare(opened(config, arguments))
+    before = {n: p.detach().clone() for n, p in training.model.named_parameters()}
+    with train.Stopper() as stopper:
+        assert train.train(training, train.Cached(training.recipe), 0, stopper) == 3
+    for name, parameter in training.model.named_parameters():
+        assert torch.equal(parameter, before[name]) == ("lora_" not in name), name
+
+
+def test_streaming_gives_the_loss_and_the_weights_that_the_cache_gives(trained):
+    cached_run, streamed = trained("cached"), trained("streamed", "data.mode=stream")
+    assert losses(cached_run) == losses(streamed)
+    assert same_bits(state(cached_run)[1], state(streamed)[1])
+
+
+def test_accumulation_equals_batch(trained):
+    whole, parts = trained("whole"), trained("parts", "train.micro_batch_size=1")
+    torch.testing.assert_close(torch.tensor(losses(whole)), torch.tensor(losses(parts)), rtol=1e-5, atol=0)
+    a, b = state(whole)[1], state(parts)[1]
+    for name, tensor in a.items():
+        if name.endswith("|exp_avg"):
+            torch.testing.assert_close(b[name], tensor, rtol=1e-3, atol=1e-4 * float(tensor.abs().max()))
+
+
+def test_ten_steps_are_five_and_resume_and_five_bitwise(trained):
+    whole = trained("whole", "train.num_steps=10")
+    trained("parts", "train.num_steps=5")
+    parts = trained("parts", "train.num_steps=10")
+    assert losses(whole) == losses(parts)
+    assert [line["step"] for line in lines(parts)] == list(range(1, 11))
+    assert state(parts)[0] == 10
+    assert same_bits(state(whole)[1], state(parts)[1])
+
+
+def test_resume_refuses_another_config_and_says_which_key(trained, wantrain, tmp_path, capsys):
+    trained("run")
+    assert wantrain("train", f"run.dir={tmp_path / 'run'}", "optim.lr=0.5", "train.num_steps=6") == 2
+    assert "optim.lr: 0.002 -> 0.5" in capsys.readouterr().err
+    assert wantrain("train", f"run.dir={tmp_path / 'run'}", "train.resume=never") == 2
+    assert "train.resume=never" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_refused(trained, wantrain, tmp_path, capsys):
+    tensors = trained("run") / "checkpoints" / "step_000004" / checkpoint.TENSORS
+    whole = tensors.read_bytes()
+    tensors.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert wantrain("train", f"run.dir={tmp_path / 'run'}", "train.num_steps=6") == 2
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_validation_moves_nothing(trained):
+    plain, validated = trained("plain"), trained("validated", "validation.every_steps=2")
+    assert losses(plain) == losses(validated)
+    assert same_bits(state(plain)[1], state(validated)[1])
+    assert [line["step"] for line in lines(validated) if "validation_loss" in line] == [2, 4]
+
+
+def test_activation_checkpointing_changes_no_number(trained):
+    plain, spared = trained("plain"), trained("spared", "train.activation_checkpointing=true")
+    assert losses(plain) == losses(spared)
+    assert same_bits(state(plain)[1], state(spared)[1])
+
+
+def test_the_model_is_told_1000_sigma_and_the_noisy_latents_of_that_sigma(wantrain, arguments, cached):
+    config = load([*arguments, "train.num_steps=2"])
+    training = train.prepare(opened(config, arguments))
+    told = []
+    training.model.register_forward_pre_hook(lambda _, args, kwargs: told.append(kwargs), with_kwargs=True)
+    with train.Stopper() as stopper:
+        train.train(training, train.Cached(training.recipe), 0, stopper)
+    for step, kwargs in enumerate(told):
+        sigma_B = flow.draw_sigma(0, step, range(4), 4, 3.0)
+        assert kwargs["timestep"].dtype == torch.float32
+        assert torch.equal(kwargs["timestep"], 1000 * sigma_B)
+        assert kwargs["encoder_hidden_states"].shape == (4, 512, 128)
+        clean = train.Cached(training.recipe)
+        order = train.Order(training.recipe.planned, 4, 0)
+        latents = torch.stack([clean.latents(p) for p in order.samples(step)])
+        noise = flow.draw_noise(0, step, range(4), latents.shape[1:])
+        assert torch.equal(kwargs["hidden_states"], flow.mix(latents, noise, sigma_B))
+
+
+def test_the_adapter_in_training_starts_as_the_base(wantrain, arguments, cached):
+    training = train.prepare(opened(load(arguments), arguments))
+    batch, = train.batch_maker(training, train.Cached(training.recipe))(0)
+    with torch.no_grad():
+        adapted = train.batch_loss(training, batch, 0)
+        with lora.switched_off(training.model):
+            frozen = train.batch_loss(training, batch, 0)
+    assert torch.equal(adapted, frozen)
+
+
+def test_the_run_folder_says_what_was_run(trained, arguments):
+    run = trained("run")
+    header = json.loads((run / "run.json").read_text())
+    assert header["base_digest"] == base.digest(base.EMBEDDED, "transformer", run / "memo")
+    assert len(header["modules"]) == 60
+    assert header["num_clips"] == 8
+    assert "trigger: sqstyle" in (run / "config.yaml").read_text()
+    assert {"loss", "grad_norm", "lr", "step_s", "data_wait_s", "memory_gib"} <= lines(run)[0].keys()
+    assert header["config_digest"] == schema.digest(load([*arguments, f"run.dir={run}"]))
+
+
+def test_old_checkpoints_go_and_the_newest_stay(trained):
+    run = trained("run", "train.num_steps=5", "train.save_every=1", "train.keep_checkpoints=2")
+    assert [p.name for p in checkpoint.steps_on_disk(run / "checkpoints")] == ["step_000004", "step_000005"]
+
+
+def test_a_non_finite_loss_stops_before_the_update(trained, wantrain, tmp_path, monkeypatch, capsys):
+    run = trained("run", "train.num_steps=2")
+    before = state(run)
+    monkeypatch.setattr(flow, "velocity", lambda latents, noise: noise * float("nan"))
+    assert wantrain("train", f"run.dir={run}", "train.num_steps=4") == 2
+    assert "the loss is not finite" in capsys.readouterr().err
+    after = state(run)
+    assert after[0] == before[0]
+    assert same_bits(after[1], before[1])
