@@ -35,6 +35,8 @@ from data_tools.tiny_world.world import caption, draw_scene, render
 
 NOT_MUON = ("condition_embedder", "patch_embedding", "proj_out", "scale_shift_table", "shared", "embed", "bias")
 SHIFT = 3.0
+IMAGES_SEED = BASE_SEED + 500_000
+KINDS = ("images", "clips")
 
 
 def parse() -> argparse.Namespace:
@@ -44,7 +46,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num-images", type=int, default=20_000)
     parser.add_argument("--num-clips", type=int, default=12_000)
     parser.add_argument("--minutes", type=float, nargs=2, default=(12, 33), help="on images and on clips")
-    parser.add_argument("--batch", type=int, nargs=2, default=(48, 24), help="of a process: images, clips")
+    parser.add_argument("--batch", type=int, nargs=2, default=(64, 24), help="of a process: images, clips")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--caption-drop", type=float, default=0.1)
     parser.add_argument("--nonsense", type=float, default=0.2, help="share of captions with an unknown style word")
@@ -89,20 +91,22 @@ def encode_range(job: tuple[Path, int, int, int]) -> Tensor:
 
 def encode(args: argparse.Namespace) -> None:
     """Writes latents_clips.pt and latents_images.pt (first frames of further scenes) and latents_stats.pt."""
-    images_seed = BASE_SEED + args.num_clips
+    stats_path = args.work / "latents_stats.pt"
     with ProcessPoolExecutor() as pool:
         for name, first, count, frames in (
             ("clips", BASE_SEED, args.num_clips, NUM_FRAMES),
-            ("images", images_seed, args.num_images, 1),
+            ("images", IMAGES_SEED, args.num_images, 1),
         ):
-            jobs = [(args.work, s, min(s + 500, first + count), frames) for s in range(first, first + count, 500)]
+            if count == 0:
+                continue
+            jobs = [(args.work, s, min(s + 256, first + count), frames) for s in range(first, first + count, 256)]
             latents = torch.cat(list(pool.map(encode_range, jobs)))
             torch.save(latents, args.work / f"latents_{name}.pt")
             print(name, tuple(latents.shape), flush=True)
-            if name == "clips":
+            if name == "clips" and not stats_path.exists():
                 flat = latents.float()
                 stats = {"mean": flat.mean((0, 2, 3, 4)), "std": flat.std((0, 2, 3, 4))}
-                torch.save(stats, args.work / "latents_stats.pt")
+                torch.save(stats, stats_path)
                 print(stats, flush=True)
 
 
@@ -140,8 +144,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
         dist.init_process_group("gloo", f"file://{args.work}/rendezvous_base", rank=rank, world_size=args.processes)
     stats = torch.load(args.work / "latents_stats.pt", weights_only=True)
     mean, std = (stats[key].view(1, -1, 1, 1, 1) for key in ("mean", "std"))
-    sources = [torch.load(args.work / f"latents_{name}.pt", weights_only=True) for name in ("images", "clips")]
-    first_seeds = (BASE_SEED + len(sources[1]), BASE_SEED)
+    latents_NCTHW, phase = torch.empty(0), -1
     torch.manual_seed(args.seed)
     base, snapshot = Base(), args.work / "base.pt"
     if snapshot.exists():
@@ -152,10 +155,11 @@ def train(rank: int, args: argparse.Namespace) -> None:
     start, total, step, losses = time.time(), 60 * sum(args.minutes), 0, []
     elapsed = last_log = last_export = 0.0
     while elapsed < total:
-        phase = int(elapsed >= 60 * args.minutes[0])
-        indices = rng.integers(len(sources[phase]), size=args.batch[phase])
-        latents_BCTHW = (sources[phase][torch.from_numpy(indices)].float() - mean) / std
-        captions = draw_captions([first_seeds[phase] + int(i) for i in indices], args, rng)
+        if phase < (phase := int(elapsed >= 60 * args.minutes[0])):
+            latents_NCTHW = torch.load(args.work / f"latents_{KINDS[phase]}.pt", weights_only=True)
+        indices = rng.integers(len(latents_NCTHW), size=args.batch[phase])
+        latents_BCTHW = (latents_NCTHW[torch.from_numpy(indices)].float() - mean) / std
+        captions = draw_captions([(IMAGES_SEED, BASE_SEED)[phase] + int(i) for i in indices], args, rng)
         sigma_B, noise = draw_sigma(len(indices)), torch.randn_like(latents_BCTHW)
         sigma = sigma_B.view(-1, 1, 1, 1, 1)
         velocity = base((1 - sigma) * latents_BCTHW + sigma * noise, sigma_B, captions)
@@ -172,8 +176,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
         step += 1
         losses.append(loss.item())
         if rank == 0 and (elapsed - last_log > 60 or elapsed >= total):
-            kind = ("images", "clips")[phase]
-            print(f"{elapsed / 60:5.1f} min step {step} {kind} loss {np.mean(losses):.4f}", flush=True)
+            print(f"{elapsed / 60:5.1f} min step {step} {KINDS[phase]} loss {np.mean(losses):.4f}", flush=True)
             average.swap(base)
             torch.save(base.state_dict(), snapshot)
             if args.export and (elapsed - last_export > 300 or elapsed >= total):

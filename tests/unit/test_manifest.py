@@ -25,7 +25,8 @@ def test_folder_jsonl_and_csv_give_the_same_clips(folder, tmp_path):
 
 
 def test_spans_and_ids_are_read(folder):
-    (folder / "m.jsonl").write_text('{"video": "clip_0.mp4", "caption": "x", "id": "a", "start_s": 0.1, "end_s": 0.4}\n')
+    row = {"video": "clip_0.mp4", "caption": "x", "id": "a", "start_s": 0.1, "end_s": 0.4}
+    (folder / "m.jsonl").write_text(json.dumps(row))
     clip, = manifest.read(str(folder / "m.jsonl"), "s", repeats=3)
     assert (clip.id, clip.start_s, clip.end_s, clip.repeats) == ("s/a", 0.1, 0.4, 3)
 

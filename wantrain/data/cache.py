@@ -48,7 +48,7 @@ class Cache:
         if not tensor.isfinite().all():
             raise UserError(f"encoding {describes} gave non-finite values", "check the file and the base's weights; "
                             "a VAE or text encoder in the wrong dtype does this")
-        write_tensors(path, {"x": tensor}, {"digest": digest_tensors({"x": tensor}), "of": describes})
+        write_tensors(path, {"x": tensor}, {"digest": digest_tensors({"x": tensor})})
 
     def read(self, path: Path, describes: str) -> torch.Tensor:
         """Read one entry; a missing or altered one is a UserError that names the command that makes it."""

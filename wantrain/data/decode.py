@@ -64,7 +64,7 @@ def probe(path: Path) -> Probe:
 def _probe(container: av.container.InputContainer) -> Probe:
     stream = container.streams.video[0]
     assert stream.time_base is not None
-    times, ends, discarded, keyframe = [], [], False, None
+    times, ends, discarded = [], [], False
     for packet in container.demux(stream):
         if packet.pts is None:
             continue
@@ -72,26 +72,22 @@ def _probe(container: av.container.InputContainer) -> Probe:
         if not packet.is_discard:
             times.append(packet.pts * stream.time_base)
             ends.append((packet.pts + (packet.duration or 0)) * stream.time_base)
-            keyframe = keyframe or (packet if packet.is_keyframe else None)
     if not times:
         raise ValueError("no video frames")
-    why = ""
-    if discarded:
-        why = "edit list"
-    elif container.format.name in ("mpegts", "gif"):
-        why = container.format.name
-    elif stream.codec_context.name in ("av1", "libdav1d", "libaom-av1"):
-        why = "av1"
-    elif len(times) < stream.frames:
-        why = "truncated"
     start = min(times)
     width, height = stream.codec_context.width, stream.codec_context.height
-    if min(width, height) < NARROW_PX:
-        why = why or f"narrower than {NARROW_PX} px"
+    unsafe = {
+        "edit list": discarded,
+        container.format.name: container.format.name in ("mpegts", "gif"),
+        "av1": stream.codec_context.name in ("av1", "libdav1d", "libaom-av1"),
+        "truncated": len(times) < stream.frames,
+        f"narrower than {NARROW_PX} px": min(width, height) < NARROW_PX,
+    }
     if _quarter_turns(container, stream) % 2:
         width, height = height, width
     step = Fraction(1) / (stream.average_rate or 25)
     duration = max(*ends, max(times) + (step if max(ends) == max(times) else 0)) - start
+    why = ", ".join(reason for reason, found in unsafe.items() if found)
     return Probe(np.array(sorted(float(t - start) for t in times)), float(duration), width, height, why)
 
 

@@ -279,7 +279,7 @@ def _check_pair(raw: Container, module: str, roles: Mapping[str, torch.Tensor]) 
                                  "export, or tensors filtered by name")
     a, b = roles["a"], roles["b"]
     if a.ndim < 2 or b.ndim < 2 or a.shape[0] != b.shape[1] or math.prod(b.shape[2:]) != 1:
-        transposed = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0]
+        transposed = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0] <= min(a.shape[0], b.shape[1])
         raise ContainerError(raw.path, f"{module}: A {list(a.shape)} and B {list(b.shape)} do not multiply",
                              "A and B are transposed or exchanged" if transposed else "tensors of two LoRAs were mixed")
     if a.shape[0] > min(b.shape[0], math.prod(a.shape[1:])):

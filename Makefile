@@ -1,0 +1,32 @@
+# make demo: the whole job on the tiny base that ships with wantrain. make test: lint, types and tests.
+# Each makes .venv and installs what it needs, once.
+PYTHON ?= python3
+RECIPE ?= demo_anime
+RUN = .venv/bin/wantrain
+
+.PHONY: demo test clean
+demo: .venv/installed
+	$(RUN) cache recipe=$(RECIPE)
+	$(RUN) train recipe=$(RECIPE)
+	$(RUN) export recipe=$(RECIPE)
+	$(RUN) sample recipe=$(RECIPE)
+	$(RUN) evaluate recipe=$(RECIPE)
+
+test: .venv/installed-dev
+	.venv/bin/ruff check
+	.venv/bin/mypy
+	.venv/bin/pytest
+
+# CPU-only machines take the CPU build of torch where one is offered (pip's find-links); others the default build.
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet "torch==2.13.0"
+	.venv/bin/pip install --quiet --editable .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	.venv/bin/pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf runs cache .venv
