@@ -43,6 +43,13 @@ class Schedule(Enum):
     linear = "linear"
 
 
+class LoraFormat(Enum):
+    universal = "universal"
+    kohya = "kohya"
+    diffusers = "diffusers"
+    diffsynth = "diffsynth"
+
+
 class Resume(Enum):
     auto = "auto"
     never = "never"
@@ -188,6 +195,8 @@ class Evaluate:
 
 @dataclass(slots=True)
 class Export:
+    format: LoraFormat = LoraFormat.universal
+    """universal loads right in ComfyUI, diffusers and most others; kohya for musubi; diffusers; diffsynth."""
     dtype: Dtype = Dtype.float32
     """Storage of the exported LoRA; bfloat16 only where folding alpha loses nothing."""
 
