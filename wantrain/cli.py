@@ -20,6 +20,11 @@ VERBS = {
     "evaluate": "base against LoRA: numbers and an HTML report",
 }
 
+FILE_VERBS = {
+    "inspect": "say what a weight or LoRA file holds: inspect FILE",
+    "convert": "rewrite a LoRA in another format: convert IN OUT format=NAME [dtype=float32] [expert=high|low]",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, 2 for a fault the user can mend, 130 when interrupted."""
@@ -28,11 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_help())
         return 0
     verb, rest = given[0], given[1:]
-    if verb not in VERBS:
-        print(f"error: no verb {verb!r}; there are {', '.join(VERBS)}\n  next: wantrain --help", file=sys.stderr)
+    if verb not in VERBS | FILE_VERBS:
+        print(f"error: no verb {verb!r}; there are {', '.join(VERBS | FILE_VERBS)}\n  next: wantrain --help",
+              file=sys.stderr)
         return EXIT_USER_ERROR
     if {"-h", "--help"} & set(rest):
-        print(_verb_help(verb))
+        print(_verb_help(verb) if verb in VERBS else f"usage: wantrain {FILE_VERBS[verb]}")
         return 0
     try:
         return _run(verb, rest)
@@ -46,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(verb: str, rest: list[str]) -> int:
+    if verb in FILE_VERBS:
+        importlib.import_module(f"wantrain.stages.{verb}").run(rest)
+        return 0
     config_dir = None
     if "--config-dir" in rest:
         place = rest.index("--config-dir")
@@ -63,8 +72,9 @@ def _run(verb: str, rest: list[str]) -> int:
 
 
 def _help() -> str:
-    verbs = "\n".join(f"  {name:10}{text}" for name, text in VERBS.items())
-    return (f"usage: wantrain VERB recipe=NAME [key=value ...]\n\n{verbs}\n\n"
+    verbs, file_verbs = ("\n".join(f"  {name:10}{text}" for name, text in table.items())
+                         for table in (VERBS, FILE_VERBS))
+    return (f"usage: wantrain VERB recipe=NAME [key=value ...]\n\n{verbs}\n\nfor any file:\n{file_verbs}\n\n"
             "wantrain VERB --help lists recipes and keys. With several processes:\n"
             "  accelerate launch --config_file launch/ddp.yaml -m wantrain train recipe=NAME")
 

@@ -67,8 +67,10 @@ class Run:
 class Model:
     variant: str = MISSING
     """Entry of the variants table (wantrain/models/variants.py): architecture, fps, shift, guidance, steps."""
-    path: str = MISSING
-    """Diffusers directory of the base, or `embedded` for the tiny base that ships with wantrain."""
+    path: str | None = None
+    """Folder of a whole checkpoint, diffusers or official layout, or `embedded` for the tiny base."""
+    parts: dict[str, str] = field(default_factory=dict)
+    """Files or folders in place of the folder's own: transformer, vae, text_encoder, tokenizer."""
     dtype: Dtype = Dtype.bfloat16
     """Storage of the frozen transformer and text encoder; bfloat16 also computes under autocast."""
 
@@ -263,7 +265,7 @@ class Config:
 HARMLESS_TO_RESUME = ("run.", "sampler.", "evaluate.", "export.", "tracker.", "validation.", "data.mode",
                       "data.cache_dir", "data.heldout", "train.num_steps", "train.micro_batch_size",
                       "train.save_every", "train.keep_checkpoints", "train.log_every", "train.resume",
-                      "train.activation_checkpointing", "model.path", "data.trigger")
+                      "train.activation_checkpointing", "model.path", "model.parts", "data.trigger")
 """Keys (prefixes) that may differ between a checkpoint and the config that goes on from it."""
 
 

@@ -2,13 +2,16 @@
 
 import json
 import re
+import struct
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 
 from tests.conftest import write_clips
 from wantrain import cli, lora
 from wantrain.models import base
+from wantrain.models.variants import VARIANTS
 
 # transformer/config.json of Wan-AI/Wan2.1-T2V-1.3B-Diffusers (dim 1536, 12 heads, 30 layers)
 CONFIG = {
@@ -24,14 +27,26 @@ TRAINABLE = 30 * 32 * (8 * (1536 + 1536) + 2 * (1536 + 8960))
 
 @pytest.fixture
 def folder(tmp_path):
-    for part in base.PARTS:
+    """The directory as downloaded, with a transformer file of the real header and 2.8 GB of nothing (sparse)."""
+    for part in ("transformer", "vae", "text_encoder", "tokenizer"):
         (tmp_path / part).mkdir()
     (tmp_path / "transformer" / "config.json").write_text(json.dumps(CONFIG))
+    with torch.device("meta"):
+        shapes = {n: t.shape for n, t in WanTransformer3DModel.from_config(CONFIG).state_dict().items()}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * shape.numel()
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    packed = json.dumps(header).encode()
+    with (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(packed)) + packed)
+        file.truncate(8 + len(packed) + end)
     return tmp_path
 
 
 def test_architecture_targets_and_counts(folder):
-    transformer = base.meta_transformer(folder)
+    transformer = base.find(VARIANTS["wan21_t2v_1b3"], str(folder), {}).meta_transformer()
     assert sum(p.numel() for p in transformer.parameters()) == PARAMETERS
     assert all(p.is_meta for p in transformer.parameters())
     names = lora.inject(transformer, ["attn_ffn"], 32, 32, seed=0)
@@ -54,5 +69,6 @@ def test_check_tells_what_the_recipe_would_do(folder, tmp_path, capsys, recipe):
     assert code == 0
     assert f"{PARAMETERS:,} parameters" in shown
     assert f"{TRAINABLE:,} trainable parameters" in shown
+    assert "wan21_t2v_1b3: from the tensors; safetensors, diffusers names, bfloat16" in shown
     assert re.search(r"bucket +9f 480x832: 4 clips, 4680 tokens", shown)
     assert "6 clips and 2 captions still to encode" in shown

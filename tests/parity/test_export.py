@@ -16,9 +16,11 @@ from wantrain import lora, pictures
 from wantrain.data import decode
 from wantrain.engine import checkpoint
 from wantrain.models import base, lora_formats, sampling
+from wantrain.models.variants import VARIANTS
 from wantrain.terms import UserError
 
 CPU = torch.device("cpu")
+TINY = base.find(VARIANTS["tiny_wan"], "embedded", {})
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def test_diffusers_loads_the_file_and_computes_what_was_trained(trained):
     before = pipeline.transformer(**inputs())[0]
     pipeline.load_lora_weights(str(path))
     loaded = pipeline.transformer(**inputs())[0]
-    own = base.load_transformer(base.EMBEDDED, torch.float32, CPU)
+    own = TINY.transformer(torch.float32, CPU)
     lora.inject(own, ["attn_ffn"], 4, 3, seed=0)
     _, tensors = checkpoint.load(checkpoint.steps_on_disk(trained / "checkpoints")[-1], None)
     lora.load_adapter(own, checkpoint.values(tensors))
@@ -108,8 +110,8 @@ def test_a_file_without_effect_is_refused_by_the_sampler(tmp_path):
 
     save_file({"base_model.model.blocks.0.attn1.to_q.lora_A.weight": torch.zeros(2, 192),
                "base_model.model.blocks.0.attn1.to_q.lora_B.weight": torch.zeros(192, 2)}, tmp_path / "x.safetensors")
-    pipeline = sampling.build(base.EMBEDDED, base.load_transformer(base.EMBEDDED, torch.float32, CPU),
-                              base.load_vae(base.EMBEDDED, CPU), base.load_text(base.EMBEDDED, torch.float32, CPU), 3.0)
+    pipeline = sampling.build(TINY.transformer(torch.float32, CPU), TINY.vae(CPU), TINY.text(torch.float32, CPU),
+                              TINY.scheduler(3.0))
     with pytest.raises(UserError, match=r"changed nothing|does not load"):
         sampling.load_lora(pipeline, tmp_path / "x.safetensors")
 
@@ -120,7 +122,7 @@ def test_sample_writes_playable_videos_whose_strength_0_is_the_base(trained, wan
     assert len(list(folder.glob("*.mp4"))) == 6
     assert Image.open(folder / "contact_sheet.png").size[0] > 3 * 200
     plain = WanPipeline.from_pretrained(base.EMBEDDED)
-    plain.scheduler = base.scheduler(base.EMBEDDED, 3.0)
+    plain.scheduler = TINY.scheduler(3.0)
     settings = sampling.Settings(2, 5.0, 3.0, sampling.Bucket(5, 32, 48), "")
     want = sampling.sample(plain, "a square", 1, settings)
     pictures.write_mp4(trained / "want.mp4", want, 16)

@@ -82,8 +82,8 @@ def test_a_cache_made_by_another_vae(wantrain, capsys, tmp_path):
 
 
 def test_a_base_that_is_not_there(wantrain, capsys, tmp_path):
-    shown = failing(wantrain, capsys, "check", f"model.path={tmp_path}")
-    assert "hf download" in shown
+    assert "hf download" in failing(wantrain, capsys, "check", f"model.path={tmp_path / 'none'}")
+    assert "holds no Wan transformer" in failing(wantrain, capsys, "check", f"model.path={tmp_path}")
 
 
 def test_base_weights_with_a_tensor_missing(wantrain, capsys, tmp_path):

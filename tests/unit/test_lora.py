@@ -5,14 +5,16 @@ import torch
 
 from wantrain import lora
 from wantrain.models import base
+from wantrain.models.variants import VARIANTS
 from wantrain.terms import UserError
 
 CPU = torch.device("cpu")
+TINY = base.find(VARIANTS["tiny_wan"], "embedded", {})
 
 
 @pytest.fixture
 def transformer():
-    return base.load_transformer(base.EMBEDDED, torch.float32, CPU)
+    return TINY.transformer(torch.float32, CPU)
 
 
 def inputs():
@@ -57,7 +59,7 @@ def test_a_target_that_matches_nothing_is_refused(transformer, targets):
 
 def test_the_start_is_a_function_of_the_seed(transformer):
     lora.inject(transformer, ["attn"], 4, 4, seed=3)
-    other = base.load_transformer(base.EMBEDDED, torch.float32, CPU)
+    other = TINY.transformer(torch.float32, CPU)
     torch.manual_seed(99)
     lora.inject(other, ["attn"], 4, 4, seed=3)
     pairs = zip(lora.trainable(transformer).values(), lora.trainable(other).values(), strict=True)
@@ -80,7 +82,7 @@ def test_merged_weights_equal_the_adapter_and_switching_off_equals_the_base(tran
 
 @torch.no_grad()
 def test_deltas_are_what_the_adapter_adds(transformer):
-    reference = base.load_transformer(base.EMBEDDED, torch.float32, CPU)
+    reference = TINY.transformer(torch.float32, CPU)
     lora.inject(transformer, ["attn_ffn"], 8, 12, seed=0)
     randomize(transformer)
     for name, delta in lora.adapter_state(lora.trainable(transformer), 8, 12).deltas():

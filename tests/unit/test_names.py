@@ -45,6 +45,7 @@ VAE_PAIRS = [
     ("2.1", "decoder.upsamples.4.shortcut.weight", "decoder.up_blocks.1.resnets.0.conv_shortcut.weight"),
     ("2.1", "decoder.upsamples.7.resample.1.weight", "decoder.up_blocks.1.upsamplers.0.resample.1.weight"),
     ("2.1", "decoder.upsamples.14.residual.0.gamma", "decoder.up_blocks.3.resnets.2.norm1.gamma"),
+    ("2.2", "encoder.downsamples.3.downsamples.1.shortcut.bias", "encoder.down_blocks.3.resnets.1.conv_shortcut.bias"),
     ("2.2", "encoder.downsamples.1.downsamples.2.time_conv.bias", "encoder.down_blocks.1.downsampler.time_conv.bias"),
     ("2.2", "decoder.upsamples.0.upsamples.2.residual.2.weight", "decoder.up_blocks.0.resnets.2.conv1.weight"),
     ("2.2", "decoder.upsamples.0.upsamples.3.resample.1.bias", "decoder.up_blocks.0.upsampler.resample.1.bias"),

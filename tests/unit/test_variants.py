@@ -55,6 +55,8 @@ def shapes_of(a: Architecture) -> Shapes:
         shapes["img_emb.proj.0.bias"] = (a.image_dim,)
     if a.image_tokens:
         shapes["img_emb.emb_pos"] = (1, a.image_tokens, a.image_dim or 0)
+    if a.control_adapter:
+        shapes["control_adapter.conv.weight"] = (a.dim, 1536, 2, 2)
     return shapes
 
 
@@ -62,6 +64,7 @@ T2V_14B = shapes_of(VARIANTS["wan21_t2v_14b"].architecture)
 I2V_14B = shapes_of(VARIANTS["wan21_i2v_14b_480p"].architecture)
 I2V_A14B = shapes_of(VARIANTS["wan22_i2v_a14b"].architecture)
 VACE_14B = shapes_of(VARIANTS["wan21_vace_14b"].architecture)
+CAMERA_14B = shapes_of(VARIANTS["wan21_fun_v11_14b_camera"].architecture)
 
 # Public names of files and folders (facts 1.5, the hubs' layouts) and what they settle.
 FILE_NAMES = [
@@ -81,6 +84,9 @@ FILE_NAMES = [
     (I2V_A14B, "wan2.2_i2v_high_noise_14B_fp16.safetensors", "wan22_i2v_a14b", "high"),
     (I2V_A14B, "wan2.2_fun_inpaint_low_noise_14B_bf16.safetensors", "wan22_fun_a14b_inp", "low"),
     (VACE_14B, "model.safetensors", "wan21_vace_14b", None),
+    (I2V_14B, "14B_480p_fp8.safetensors", "wan21_i2v_14b_480p", None),
+    (I2V_14B, "Wan2.1-Fun-14B-InP_i2v.safetensors", "wan21_fun_14b_inp", None),
+    (CAMERA_14B, "Wan2.1-Fun-V1.1-14B-Control-Camera", "wan21_fun_v11_14b_camera", None),
 ]
 
 

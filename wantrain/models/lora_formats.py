@@ -109,6 +109,20 @@ GRAMMARS: dict[str, Grammar] = {g.id: g for g in (
 )}
 """In the order in which prefixes are tried: a longer one goes before one that it starts with."""
 
+LOADS_IN: dict[str, str] = {
+    "universal": "ComfyUI, WanVideoWrapper, diffusers, DiffSynth-Studio, LightX2V, ai-toolkit, diffusion-pipe; "
+                 "musubi-tuner after its own convert_lora.py",
+    "comfy_updown": "ComfyUI, WanVideoWrapper, diffusers, DiffSynth-Studio, LightX2V; ai-toolkit ignores an .alpha",
+    "kohya": "musubi-tuner, ComfyUI, WanVideoWrapper; diffusers only with all attention and ffn Linears of all blocks",
+    "fun": "VideoX-Fun, ComfyUI and WanVideoWrapper when block 0 is in it; not diffusers",
+    "diffusers": "diffusers; not ComfyUI (no effect, log lines only)",
+    "peft": "PEFT; not ComfyUI, not diffusers' load_lora_weights (no effect)",
+    "lycoris": "LyCORIS and SimpleTuner only",
+    "diffsynth": "DiffSynth-Studio, LightX2V, WanVideoWrapper; not ComfyUI, not diffusers (no effect)",
+    "diffsynth_pipe": "WanVideoWrapper and old DiffSynth-Studio",
+}
+"""Which tools apply a plain LoRA of each format rightly, measured: facts/wan-formats.md 2.2."""
+
 _KEY = re.compile(
     r"(?P<stem>.+?)\.(?:"
     r"(?P<a>lora_A(?:\.\w+)?\.weight|lora_down\.weight|lora\.down\.weight)|"

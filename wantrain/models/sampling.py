@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from safetensors import safe_open
 
-from wantrain.models import base
 from wantrain.terms import TEXT_LEN, Bucket, UserError
 
 __all__ = ["Settings", "WanPipeline", "build", "load_lora", "lora_metadata", "sample", "set_strength"]
@@ -26,11 +25,11 @@ class Settings:
     negative_prompt: str
 
 
-def build(folder: Path, transformer: WanTransformer3DModel, vae: AutoencoderKLWan, text: WanPipeline, shift: float
-          ) -> WanPipeline:
+def build(transformer: WanTransformer3DModel, vae: AutoencoderKLWan, text: WanPipeline,
+          scheduler: UniPCMultistepScheduler) -> WanPipeline:
     """A full pipeline over parts that are already loaded."""
     pipeline = WanPipeline(tokenizer=text.tokenizer, text_encoder=text.text_encoder, transformer=transformer, vae=vae,
-                           scheduler=base.scheduler(folder, shift))
+                           scheduler=scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -14,7 +14,8 @@ from wantrain.config import Config, Dtype
 from wantrain.data import manifest, plan
 from wantrain.data.cache import Cache
 from wantrain.files import digest_text
-from wantrain.models import base, encode, sampling
+from wantrain.models import encode, sampling
+from wantrain.models.base import Base, find
 from wantrain.models.sampling import WanPipeline
 from wantrain.models.variants import VARIANTS, Variant
 from wantrain.terms import Bucket, Clip, PlannedClip, UserError
@@ -24,15 +25,18 @@ TORCH_DTYPE = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A recipe with its base's folder, its clips placed in buckets and its cache; nothing heavy is loaded yet."""
+    """A recipe with its base's files, its clips placed in buckets and its cache; nothing heavy is loaded yet."""
 
     config: Config
-    folder: Path
-    variant: Variant
+    base: Base
     buckets: list[Bucket]
     planned: list[PlannedClip]
     heldout: list[PlannedClip]
     cache: Cache
+
+    @property
+    def variant(self) -> Variant:
+        return self.base.variant
 
     @property
     def run_dir(self) -> Path:
@@ -68,15 +72,15 @@ def clips_of(config: Config) -> tuple[list[Clip], list[Clip]]:
 def opened(config: Config, recipe_arguments: Sequence[str]) -> Opened:
     """Check everything that can be checked without loading weights. `recipe_arguments` are the user's overrides."""
     variant = variant_of(config)
-    folder = base.find(config.model.path)
+    base = find(variant, config.model.path, config.model.parts)
     buckets = plan.buckets(config.data.num_frames, config.data.resolutions, variant.multiple_px)
     cache_dir = Path(config.data.cache_dir)
     memo = cache_dir / "digests"
     training, heldout = clips_of(config)
-    text_parts = [base.digest(folder, part, memo) for part in ("text_encoder", "tokenizer")]
-    cache = Cache(cache_dir, base.digest(folder, "vae", memo), " ".join([*text_parts, config.model.dtype.name]),
+    text_parts = [base.digest(part, memo) for part in ("text_encoder", "tokenizer")]
+    cache = Cache(cache_dir, base.digest("vae", memo), " ".join([*text_parts, config.model.dtype.name]),
                   variant.fps, shlex.join(["wantrain", "cache", *recipe_arguments]))
-    return Opened(config, folder, variant, buckets, plan.place(training, buckets, variant.fps, memo),
+    return Opened(config, base, buckets, plan.place(training, buckets, variant.fps, memo),
                   plan.place(heldout, buckets, variant.fps, memo), cache)
 
 
@@ -102,9 +106,9 @@ def sampler_settings(recipe: Opened) -> sampling.Settings:
 def pipeline_of(recipe: Opened, lora: Path | None) -> WanPipeline:
     """The base's diffusers pipeline on the best device, with a LoRA file loaded as a user would load it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = sampling.build(
-        recipe.folder, base.load_transformer(recipe.folder, recipe.dtype, device), base.load_vae(recipe.folder, device),
-        base.load_text(recipe.folder, recipe.dtype, device), sampler_settings(recipe).shift)
+    base = recipe.base
+    pipeline = sampling.build(base.transformer(recipe.dtype, device), base.vae(device), base.text(recipe.dtype, device),
+                              base.scheduler(sampler_settings(recipe).shift))
     if lora:
         sampling.load_lora(pipeline, lora)
     return pipeline
@@ -130,8 +134,8 @@ class Encoder:
 
     def __init__(self, recipe: Opened, device: torch.device) -> None:
         self._fps = recipe.variant.fps
-        self._vae = base.load_vae(recipe.folder, device)
-        self._text = base.load_text(recipe.folder, recipe.dtype, device)
+        self._vae = recipe.base.vae(device)
+        self._text = recipe.base.text(recipe.dtype, device)
 
     def latents(self, planned: PlannedClip) -> torch.Tensor:
         """latents_CTHW float32 on the CPU."""

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from wantrain import config as schema
 from wantrain import lora
 from wantrain.config import Config
-from wantrain.models import base
 from wantrain.stages import opened
 from wantrain.terms import Bucket
 
@@ -22,7 +21,7 @@ def num_tokens(bucket: Bucket, vae_px: int = 8, patch_px: int = 2) -> int:
 def run(config: Config, arguments: Sequence[str]) -> None:
     """Print clips, buckets, tokens, steps, trainable parameters and files."""
     recipe = opened(config, arguments)
-    transformer = base.meta_transformer(recipe.folder)
+    transformer = recipe.base.meta_transformer()
     total = sum(p.numel() for p in transformer.parameters())
     modules = lora.inject(transformer, config.lora.targets, config.lora.rank, config.lora.alpha, config.train.seed)
     adapted = sum(p.numel() for p in lora.trainable(transformer).values())
@@ -32,7 +31,10 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     seen = config.train.num_steps * config.data.batch_size
     multiple = recipe.variant.multiple_px // 2
     print(f"run          {config.run.name} in {recipe.run_dir}")
-    print(f"base         {config.model.variant} from {recipe.folder}: {total:,} parameters, {recipe.dtype}")
+    print(f"base         {config.model.variant}, {total:,} parameters, {recipe.dtype}")
+    for part, path in recipe.base.parts.items():
+        print(f"  {part:13}{path}")
+    print(f"  detected   {recipe.base.detected()}")
     print(f"adapter      rank {config.lora.rank}, alpha {config.lora.alpha:g} on {len(modules)} modules: "
           f"{adapted:,} trainable parameters")
     for name, count in sorted(Counter(p.clip.source for p in everything).items()):

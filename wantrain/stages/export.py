@@ -10,7 +10,7 @@ from wantrain import __version__, lora
 from wantrain import config as schema
 from wantrain.config import Config
 from wantrain.engine import checkpoint
-from wantrain.models import base, lora_formats
+from wantrain.models import lora_formats
 from wantrain.models.lora_formats import LoraPair
 from wantrain.models.names import transformer_to_official
 from wantrain.stages import TORCH_DTYPE, Opened, manifest_digest, opened
@@ -56,6 +56,6 @@ def metadata(recipe: Opened, step: int) -> dict[str, str]:
         "modelspec.implementation": "https://github.com/Wan-Video/Wan2.1", "modelspec.title": config.run.name,
         "modelspec.trigger_phrase": config.data.trigger,
         "wantrain.config_digest": schema.digest(config),
-        "wantrain.base_digest": base.digest(recipe.folder, "transformer", recipe.cache.memo),
+        "wantrain.base_digest": recipe.base.digest("transformer", recipe.cache.memo),
         "wantrain.manifest_digest": manifest_digest(recipe), "wantrain.variant": config.model.variant,
     }

@@ -23,7 +23,6 @@ from wantrain.data import batches
 from wantrain.data.batches import Order, Split
 from wantrain.engine import Accelerator, checkpoint
 from wantrain.files import write_json, write_text
-from wantrain.models import base
 from wantrain.models.encode import predict_velocity
 from wantrain.stages import Cached, Encode, Encoder, Opened, manifest_digest, opened, tensors_of
 from wantrain.terms import Batch, Interrupted, UserError
@@ -91,7 +90,7 @@ def prepare(recipe: Opened) -> Training:
     config = recipe.config
     accelerator = engine.start(config.data.batch_size, config.train.micro_batch_size, config.tracker.names,
                                recipe.run_dir, config.optim.max_grad_norm)
-    transformer = base.load_transformer(recipe.folder, recipe.dtype, accelerator.device)
+    transformer = recipe.base.transformer(recipe.dtype, accelerator.device)
     modules = lora.inject(transformer, config.lora.targets, config.lora.rank, config.lora.alpha, config.train.seed)
     if config.train.activation_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -222,7 +221,7 @@ def start_run(training: Training, start: int) -> None:
             "versions": {p: version(p) for p in ("torch", "diffusers", "transformers", "peft", "accelerate")},
             "num_processes": accelerator.num_processes, "engine": accelerator.distributed_type.value,
             "start_step": start, "config_digest": schema.digest(config),
-            "base_digest": base.digest(recipe.folder, "transformer", recipe.cache.memo),
+            "base_digest": recipe.base.digest("transformer", recipe.cache.memo),
             "manifest_digest": manifest_digest(recipe),
             "num_clips": len(recipe.planned), "modules": training.modules,
         })

@@ -1,0 +1,74 @@
+"""`inspect` and `convert` as a user calls them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from wantrain import cli
+from wantrain.models import base, lora_formats
+from wantrain.models.lora_formats import LoraPair
+
+
+@pytest.fixture
+def kohya(tmp_path):
+    """A LoRA as musubi writes it: alpha 2 on rank 4."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = {f"blocks.{i}.self_attn.{p}": LoraPair(torch.randn(4, 192, generator=generator),
+                                                  torch.randn(192, 4, generator=generator), 2.0)
+             for i in range(2) for p in "qkvo"}
+    lora_formats.write_lora(tmp_path / "kohya.safetensors", pairs, "kohya", {"ss_output_name": "mine"})
+    return tmp_path / "kohya.safetensors"
+
+
+def test_convert_there_and_back_keeps_the_deltas(kohya, tmp_path, capsys):
+    there, back = tmp_path / "u.safetensors", tmp_path / "k.safetensors"
+    assert cli.main(["convert", str(kohya), str(there), "format=universal"]) == 0
+    assert cli.main(["convert", str(there), str(back), "format=kohya"]) == 0
+    assert "8 modules" in capsys.readouterr().out
+    a, b = lora_formats.read_lora(kohya), lora_formats.read_lora(back)
+    assert lora_formats.worst_difference(a.pairs, b.pairs)[0] < 1e-6
+    assert b.metadata["ss_output_name"] == "mine"
+    assert all(name.startswith("diffusion_model.blocks.") for name in load_file(there))
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["x"], "an input and an output"), (["IN", "OUT", "format=zip"], "format=zip"),
+    (["IN", "OUT", "rank=3"], "rank=3"), (["gone.safetensors", "OUT"], "does not exist"),
+    (["IN"], "got 1"),
+])
+def test_convert_refuses_what_it_cannot_do(kohya, tmp_path, capsys, arguments, said):
+    paths = {"IN": str(kohya), "OUT": str(tmp_path / "out.safetensors")}
+    assert cli.main(["convert", *(paths.get(a, a) for a in arguments)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_convert_refuses_by_name_what_the_target_cannot_hold(kohya, tmp_path, capsys):
+    tensors = load_file(kohya)
+    tensors["lora_unet_blocks_0_ffn_0.diff_b"] = torch.zeros(768)
+    save_file(tensors, tmp_path / "diff.safetensors")
+    assert cli.main(["convert", str(tmp_path / "diff.safetensors"), str(tmp_path / "o.safetensors")]) == 2
+    assert "blocks.0.ffn.0.diff_b" in capsys.readouterr().err
+    assert not (tmp_path / "o.safetensors").exists()
+
+
+def test_inspect_says_what_a_lora_is(kohya, capsys):
+    assert cli.main(["inspect", str(kohya)]) == 0
+    shown = capsys.readouterr().out
+    for said in ("format kohya", "modules   8", "rank      4 on 8", "scale     0.5 on 8", "musubi-tuner",
+                 "ss_output_name = mine"):
+        assert said in shown
+
+
+def test_inspect_says_what_weights_are(capsys):
+    for part, said in (("transformer", "tiny_wan: from the tensors"), ("vae", "VAE"), ("text_encoder", "umT5")):
+        assert cli.main(["inspect", str(base.EMBEDDED / part)]) == 0
+        assert said in capsys.readouterr().out
+
+
+def test_inspect_refuses_what_is_no_weight_file(tmp_path, capsys):
+    (tmp_path / "x.safetensors").write_bytes(b"<!doctype html>" * 50)
+    assert cli.main(["inspect", str(tmp_path / "x.safetensors")]) == 2
+    assert "web page" in capsys.readouterr().err
+    assert cli.main(["inspect"]) == 2

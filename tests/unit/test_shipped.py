@@ -1,0 +1,102 @@
+"""What ships: the embedded base, the demo sets, the wheel, and a README whose commands run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import arguments_for
+from wantrain import cli, config
+from wantrain.data import manifest
+from wantrain.models import base
+from wantrain.models.variants import VARIANTS
+
+ROOT = Path(__file__).parents[2]
+
+
+def size_mb(folder):
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6
+
+
+def test_the_embedded_base_is_small_enough_and_loads_strictly():
+    assert size_mb(base.EMBEDDED) <= 25
+    tiny = base.find(VARIANTS["tiny_wan"], "embedded", {})
+    assert "tiny_wan: from the tensors" in tiny.detected()
+
+
+def test_the_demo_sets_are_small_enough_and_whole():
+    assert size_mb(config.asset("demo")) <= 8
+    for name, number, least in (("anime", 40, 8), ("architecture", 40, 8), ("footage", 18, 4)):
+        folder = config.asset(f"demo/{name}")
+        trigger = config.load([f"recipe=demo_{name}"]).data.trigger
+        styled, heldout = manifest.read(str(folder), "s"), manifest.read(str(folder / "heldout"), "h")
+        assert len(styled) == number
+        assert len(heldout) >= least
+        assert all(clip.caption.startswith(f"{trigger}, ") for clip in styled + heldout)
+        assert not {c.caption for c in styled} & {c.caption for c in heldout} or name != "footage"
+    for name in ("anime", "architecture"):
+        plain = manifest.read(str(config.asset(f"demo/{name}/regularisation")), "r")
+        assert len(plain) >= 8
+        assert not any("style" in clip.caption for clip in plain)
+
+
+def readme_commands(first_word):
+    """Lines of the README's bash blocks that start with a word, continuation lines joined, comments off."""
+    text = (ROOT / "README.md").read_text() + (ROOT / "launch" / "README.md").read_text()
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+    return [line.split("  #")[0].strip() for line in blocks.splitlines() if line.startswith(first_word)]
+
+
+def test_the_readme_speaks_of_every_verb_and_of_make():
+    verbs = {shlex.split(line)[1] for line in readme_commands("wantrain ")}
+    assert verbs == set(cli.VERBS)
+    assert [line.split()[1] for line in readme_commands("make ")][:2] == ["demo", "test"]
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {line.split()[1] for line in readme_commands("make ")} <= targets
+
+
+def test_every_wantrain_command_of_the_readme_runs_on_the_tiny_base(clips, cache_dir, cached, tmp_path, monkeypatch):
+    """With the tiny base, small clips and few steps in place of what the reader has."""
+    monkeypatch.chdir(tmp_path)
+    small = [*arguments_for(clips, cache_dir, tmp_path / "run")[1:], "model=tiny_wan"]
+    for line in sorted(readme_commands("wantrain "), key=lambda line: list(cli.VERBS).index(shlex.split(line)[1])):
+        verb, *own = shlex.split(line)[1:]
+        if "--help" in own:
+            assert cli.main([verb, *own]) == 0
+            continue
+        recipe = [a for a in own if not a.startswith(("data.", "model"))]
+        assert cli.main([verb, *recipe, *small]) == 0, line
+
+
+def test_the_launch_commands_name_files_and_recipes_that_exist():
+    commands = readme_commands("accelerate launch")
+    assert len(commands) >= 2
+    for line in commands:
+        words = shlex.split(line)
+        assert (ROOT / words[words.index("--config_file") + 1]).is_file()
+        assert words[words.index("-m") + 1] == "wantrain"
+        config.load(words[words.index("-m") + 3:])
+
+
+def test_links_in_the_documents_lead_somewhere():
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("launch/*.md")):
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), (page, target)
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_finds_its_configs_and_assets(tmp_path):
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path), str(ROOT)],
+                   check=True)
+    wheel, = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    shown = subprocess.run([sys.executable, "-m", "wantrain", "check", "recipe=demo_anime"], cwd=tmp_path, text=True,
+                           env={**os.environ, "PYTHONPATH": str(tmp_path / "site")}, capture_output=True, check=True)
+    assert f"from {tmp_path}/site/wantrain/assets/tiny_wan" in shown.stdout
