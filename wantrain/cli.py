@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shlex
 import sys
 import textwrap
@@ -19,6 +20,9 @@ VERBS = {
     "sample": "prompts x seeds x strengths -> videos and a contact sheet",
     "evaluate": "base against LoRA: numbers and an HTML report",
 }
+
+SHARED_VERBS = ("cache", "train")
+"""What several processes do together; the other verbs run in the first process of a launch."""
 
 FILE_VERBS = {
     "inspect": "say what a weight or LoRA file holds: inspect FILE",
@@ -40,10 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(rest):
         print(_verb_help(verb) if verb in VERBS else f"usage: wantrain {FILE_VERBS[verb]}")
         return 0
+    process = int(os.environ.get("RANK", "0"))
+    if process and verb not in SHARED_VERBS:
+        return 0
     try:
         return _run(verb, rest)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error{f' in process {process}' if process else ''}: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except (KeyboardInterrupt, Interrupted) as stop:
         print(f"\n{stop if str(stop) else 'interrupted; what was finished is kept'}\n  next: "

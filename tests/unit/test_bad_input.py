@@ -133,3 +133,9 @@ def test_a_stop_in_training_saves_and_goes_on(clips, cache_dir, cached, tmp_path
     steps = metrics.read_text().count("\n")
     assert saved == [f"step_{steps:06d}"]
     assert steps < 500
+
+
+def test_a_verb_for_one_process_runs_in_the_first_only(wantrain, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert wantrain("check") == 0
+    assert capsys.readouterr().out == ""

@@ -162,3 +162,11 @@ def test_a_non_finite_loss_stops_before_the_update(trained, wantrain, tmp_path, 
     after = state(run)
     assert after[0] == before[0]
     assert same_bits(after[1], before[1])
+
+
+def test_trackers_get_the_metrics(trained, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = trained("run", "tracker=wandb", "train.num_steps=2")
+    assert len(list((run / "trackers").rglob("events.out.tfevents*"))) >= 1
+    assert len(list((run / "wandb").glob("offline-run-*/*.wandb"))) == 1

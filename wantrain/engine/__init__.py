@@ -36,10 +36,12 @@ def start(global_batch_size: int, micro_batch_size: int, trackers: Sequence[str]
                         f"set data.batch_size to a multiple of {share}, or change train.micro_batch_size")
     on_cpu = not torch.cuda.is_available()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for one, and warn
     if deepspeed and on_cpu:
         _without_shared_memory_op()
     accelerator = Accelerator(
-        cpu=on_cpu and not deepspeed, mixed_precision="no", log_with=list(trackers),
+        cpu=on_cpu and not deepspeed, mixed_precision="no", log_with=list(trackers) or None,
         gradient_accumulation_steps=global_batch_size // share,
         project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir / "trackers")),
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timedelta(minutes=30))]
