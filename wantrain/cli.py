@@ -45,10 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_verb_help(verb) if verb in VERBS else f"usage: wantrain {FILE_VERBS[verb]}")
         return 0
     process = int(os.environ.get("RANK", "0"))
-    if process and verb not in SHARED_VERBS:
-        return 0
     try:
-        return _run(verb, rest)
+        return 0 if process and verb not in SHARED_VERBS else _run(verb, rest)
     except UserError as error:
         print(f"error{f' in process {process}' if process else ''}: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
