@@ -112,7 +112,8 @@ def test_the_model_is_told_1000_sigma_and_the_noisy_latents_of_that_sigma(wantra
     config = load([*arguments, "train.num_steps=2"])
     training = train.prepare(opened(config, arguments))
     told = []
-    training.model.register_forward_pre_hook(lambda _, args, kwargs: told.append(kwargs), with_kwargs=True)
+    training.model.register_forward_pre_hook(lambda _, args, kwargs: told.append(kwargs), with_kwargs=True,
+                                             prepend=True)
     with train.Stopper() as stopper:
         train.train(training, train.Cached(training.recipe), 0, stopper)
     for step, kwargs in enumerate(told):

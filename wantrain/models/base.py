@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from wantrain.files import digest_file, digest_folder
 from wantrain.models import names
 from wantrain.models.containers import empty_weights, find_parts, load_into, open_container
+from wantrain.models.short_text import shorten_text
 from wantrain.models.variants import Variant, detect, diffusers_config
 from wantrain.terms import UserError
 
@@ -73,6 +74,8 @@ class Base:
             module = WanTransformer3DModel.from_config(self._transformer_config())
         load_into(module, container, names.transformer_rename(container.names()), dtype=dtype, device=device,
                   keep_float32=WanTransformer3DModel._keep_in_fp32_modules)
+        if device.type == "cpu":
+            shorten_text(module)
         return module.requires_grad_(False).eval().to(device)
 
     def vae(self, device: torch.device) -> AutoencoderKLWan:
