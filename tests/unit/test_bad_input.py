@@ -113,6 +113,24 @@ def test_a_batch_that_cannot_be_dealt(wantrain, capsys, monkeypatch):
     assert "cannot be dealt to 3 process" in failing(wantrain, capsys, "train")
 
 
+def test_a_full_disk_while_caching_loses_nothing_and_the_same_command_goes_on(clips, tmp_path):
+    """A limit on file size makes the kernel refuse every entry above 3000 bytes, as a full disk would."""
+    arguments = arguments_for(clips, tmp_path / "cache", tmp_path / "run")
+    code = ("import resource, signal, sys; from wantrain import cli; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); sys.exit(cli.main(['cache', *sys.argv[1:]]))")
+    full = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert full.returncode == 2, full.stderr
+    assert "could not write" in full.stderr
+    assert "what was finished is kept" in full.stderr
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.safetensors")}
+    assert len(kept) >= 1
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+    assert cli.main(["cache", *arguments]) == 0
+    whole = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.safetensors")}
+    assert kept.items() <= whole.items()
+    assert len(whole) == 10 + 11
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_in_training_saves_and_goes_on(clips, cache_dir, cached, tmp_path, number):
     arguments = [*arguments_for(clips, cache_dir, tmp_path / "run"), "train.num_steps=500"]

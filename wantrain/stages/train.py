@@ -187,6 +187,12 @@ def validate(training: Training, heldout: Sequence[tuple[torch.Tensor, torch.Ten
     return float(losses.mean())
 
 
+def fingerprint(recipe: Opened) -> dict[str, Any]:
+    """What fixes the training's numbers: keys of the config, the base's weights, and the clips with their captions."""
+    return {**schema.fingerprint(recipe.config), "(base weights)": recipe.base.digest("transformer", recipe.cache.memo),
+            "(clips and captions)": manifest_digest(recipe)}
+
+
 def resume(training: Training) -> int:
     """The step to start from: that of the newest checkpoint, put back under this engine, or 0."""
     found = checkpoint.steps_on_disk(training.recipe.run_dir / "checkpoints")
@@ -195,7 +201,7 @@ def resume(training: Training) -> int:
     if training.config.train.resume is Resume.never:
         raise UserError(f"{found[-1]} exists and train.resume=never", "start a new run with run.name=ANOTHER, or "
                         "go on with train.resume=auto")
-    step, tensors = checkpoint.load(found[-1], schema.fingerprint(training.config))
+    step, tensors = checkpoint.load(found[-1], fingerprint(training.recipe))
     checkpoint.restore(training.accelerator, training.model, training.optimizer, tensors, step)
     if training.accelerator.is_main_process:
         print(f"going on from {found[-1]}")
@@ -206,7 +212,7 @@ def save(training: Training, step: int) -> None:
     """Write a checkpoint; every process must call it."""
     tensors = checkpoint.gather(training.accelerator, training.model, training.optimizer)
     if training.accelerator.is_main_process:
-        checkpoint.save(training.recipe.run_dir / "checkpoints", step, tensors, schema.fingerprint(training.config),
+        checkpoint.save(training.recipe.run_dir / "checkpoints", step, tensors, fingerprint(training.recipe),
                         training.config.train.keep_checkpoints)
     training.accelerator.wait_for_everyone()
 
