@@ -105,6 +105,6 @@ def test_fingerprint_holds_what_changes_the_numbers_only():
         return config.fingerprint(config.load(["recipe=demo_anime", *overrides]))
 
     assert keys() == keys("train.num_steps=9", "train.micro_batch_size=1", "data.mode=stream", "run.dir=x")
-    for changed in ("lora.rank=3", "train.seed=1", "optim.lr=1", "data.caption_dropout=0", "data.batch_size=16"):
+    for changed in ("lora.rank=3", "train.seed=1", "optim.lr=1", "data.caption_dropout=0.5", "data.batch_size=16"):
         assert keys() != keys(changed), changed
     assert keys("optim.schedule=cosine") != keys("optim.schedule=cosine", "train.num_steps=9")
