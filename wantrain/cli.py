@@ -27,6 +27,7 @@ SHARED_VERBS = ("cache", "train")
 FILE_VERBS = {
     "inspect": "say what a weight or LoRA file holds: inspect FILE",
     "convert": "rewrite a LoRA in another format: convert IN OUT format=NAME [dtype=float32] [expert=high|low]",
+    "merge": "fold LoRAs into a transformer: merge BASE LORA[=STRENGTH] ... OUT [layout=official] [dtype=bfloat16]",
 }
 
 

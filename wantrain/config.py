@@ -83,6 +83,8 @@ class Lora:
     """Inner width of each adapter."""
     alpha: float = 32.0
     """The adapter is scaled by alpha / rank."""
+    start_from: str | None = None
+    """A LoRA file of any known format to go on from, of at most this rank and on no other modules."""
 
 
 @dataclass(slots=True)

@@ -127,6 +127,27 @@ def load_adapter(transformer: torch.nn.Module, parameters: Mapping[str, torch.Te
             parameter.copy_(parameters[name])
 
 
+def start_from(transformer: torch.nn.Module, rank: int, alpha: float,
+               pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor, float]]) -> None:
+    """Give the injected adapter the deltas of another LoRA: per module (diffusers name) A, B and alpha/rank.
+
+    A smaller rank fills the first rows and leaves the rest at their start, so the delta is the same and can grow.
+    Raises UserError for modules that are no targets and for ranks above ours.
+    """
+    own = trainable(transformer)
+    with torch.no_grad():
+        for name, (a, b, scale) in pairs.items():
+            key = f"{name}.lora_{{}}.{ADAPTER}.weight"
+            if key.format("A") not in own:
+                raise UserError(f"lora.start_from adapts {name}, which lora.targets does not match",
+                                "widen lora.targets, e.g. lora.targets=[all_linear]")
+            if a.shape[0] > rank:
+                raise UserError(f"lora.start_from has rank {a.shape[0]} on {name}, above lora.rank = {rank}",
+                                f"set lora.rank={a.shape[0]} and lora.alpha={a.shape[0]}")
+            own[key.format("A")][: a.shape[0]] = a.float()
+            own[key.format("B")][:, : a.shape[0]] = b.float() * (scale * rank / alpha)
+
+
 def _layers(transformer: torch.nn.Module) -> list[LoraLayer]:
     return [module for module in transformer.modules() if isinstance(module, LoraLayer)]
 

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from wantrain import lora, pictures
+from wantrain import cli, lora, pictures
 from wantrain.data import decode
 from wantrain.engine import checkpoint
 from wantrain.models import base, lora_formats, sampling
@@ -103,6 +103,41 @@ def test_other_formats_load_in_diffusers_with_the_same_effect(trained, wantrain,
     pipeline = WanPipeline.from_pretrained(base.EMBEDDED)
     pipeline.load_lora_weights(str(trained / "export" / "demo_anime.safetensors"))
     torch.testing.assert_close(pipeline.transformer(**inputs())[0], universal, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["official", "diffusers"])
+def test_a_merged_transformer_computes_what_base_and_lora_do(trained, tmp_path, capsys, layout):
+    given, out = trained / "export" / "demo_anime.safetensors", tmp_path / "merged.safetensors"
+    merge = ["merge", str(base.EMBEDDED / "transformer"), f"{given}=0.5", str(given), str(out)]
+    assert cli.main([*merge, f"layout={layout}", "dtype=float32"]) == 0
+    assert "60 of" in capsys.readouterr().out
+    merged = base.find(VARIANTS["tiny_wan"], "embedded", {"transformer": str(out)})
+    assert f"{layout} names" in merged.detected()
+    pipeline = WanPipeline.from_pretrained(base.EMBEDDED)
+    pipeline.load_lora_weights(str(given), adapter_name="a")
+    pipeline.set_adapters(["a"], [1.5])
+    want = pipeline.transformer(**inputs())[0]
+    torch.testing.assert_close(merged.transformer(torch.float32, CPU)(**inputs())[0], want, atol=2e-4, rtol=2e-4)
+    assert cli.main([*merge, "layout=zip"]) == 2
+    assert cli.main(["merge", str(given), str(out)]) == 2
+
+
+@pytest.mark.parametrize("form", ["universal", "kohya"])
+def test_training_starts_from_an_exported_lora(trained, wantrain, tmp_path, capsys, form):
+    """With a larger rank and another alpha the first loss is that of the LoRA, and step 0 exports its deltas."""
+    assert wantrain("export", "lora.alpha=3", f"export.format={form}") == 0
+    given = trained / "export" / "demo_anime.safetensors"
+    more = [f"run.dir={tmp_path / 'more'}", f"lora.start_from={given}", "lora.rank=6", "lora.alpha=12"]
+    assert wantrain("train", *more, "train.num_steps=1", "optim.lr=1e-12", "optim.weight_decay=0") == 0
+    assert wantrain("export", *more) == 0
+    old, new = (lora_formats.read_lora(run / "export" / "demo_anime.safetensors").pairs
+                for run in (trained, tmp_path / "more"))
+    assert lora_formats.worst_difference(old, new)[0] < 1e-5
+    assert wantrain("train", *more[:2], f"run.dir={tmp_path / 'x'}", "lora.rank=2") == 2
+    assert "above lora.rank = 2" in capsys.readouterr().err
+    assert wantrain("train", *more, f"run.dir={tmp_path / 'y'}", "lora.targets=[attn]") == 2
+    assert "lora.targets does not match" in capsys.readouterr().err
 
 
 def test_a_file_without_effect_is_refused_by_the_sampler(tmp_path):
