@@ -4,6 +4,12 @@ PYTHON ?= python3
 RECIPE ?= demo_anime
 RUN = .venv/bin/wantrain
 
+# The tiny base is so small that a second thread and fresh pages cost more than they bring (docs/LOG.md).
+export OMP_NUM_THREADS ?= 1
+export MALLOC_MMAP_MAX_ ?= 0
+export MALLOC_TRIM_THRESHOLD_ ?= 20000000000
+export MALLOC_TOP_PAD_ ?= 300000000
+
 .PHONY: demo test clean
 demo: .venv/installed
 	$(RUN) cache recipe=$(RECIPE)

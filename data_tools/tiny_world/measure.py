@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
+from diffusers.utils import logging
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn import functional
@@ -106,7 +107,7 @@ def sample(pipeline: WanPipeline, scenes: list[Scene], args: argparse.Namespace)
     clips = []
     for first in range(0, len(scenes), 12):
         out = pipeline(
-            [caption(scene) for scene in scenes[first : first + 12]],
+            [args.prefix + caption(scene) for scene in scenes[first : first + 12]],
             height=HEIGHT,
             width=WIDTH,
             num_frames=NUM_FRAMES,
@@ -124,7 +125,7 @@ def contact_sheet(frames_BFCHW: Tensor, scenes: list[Scene], path: Path) -> None
     scale, columns = 2, 3
     cell_w, cell_h = 3 * WIDTH * scale // 2 + 6, HEIGHT * scale // 2 + 16
     rows = math.ceil(len(scenes) / columns)
-    sheet = Image.new("RGB", (columns * cell_w * 1, rows * cell_h), "white")
+    sheet = Image.new("RGB", (columns * cell_w, rows * cell_h), "white")
     draw = ImageDraw.Draw(sheet)
     for index, scene in enumerate(scenes):
         left, top = index % columns * cell_w, index // columns * cell_h
@@ -144,8 +145,10 @@ def main() -> None:
     parser.add_argument("--num-probe", type=int, default=4000, help="scenes to train and check the probe on")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--prefix", default="", help='put before every prompt, such as "celanime style, "')
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    logging.disable_progress_bar()
     pipeline = WanPipeline.from_pretrained(args.base, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     for style, value in measure_vae(pipeline.vae, args.num_held_out).items():

@@ -155,7 +155,8 @@ def train(rank: int, args: argparse.Namespace) -> None:
     start, total, step, losses = time.time(), 60 * sum(args.minutes), 0, []
     elapsed = last_log = last_export = 0.0
     while elapsed < total:
-        if phase < (phase := int(elapsed >= 60 * args.minutes[0])):
+        if phase != (now := int(elapsed >= 60 * args.minutes[0])):
+            phase = now
             latents_NCTHW = torch.load(args.work / f"latents_{KINDS[phase]}.pt", weights_only=True)
         indices = rng.integers(len(latents_NCTHW), size=args.batch[phase])
         latents_BCTHW = (latents_NCTHW[torch.from_numpy(indices)].float() - mean) / std

@@ -91,7 +91,7 @@ ranks_and_alphas = st.lists(st.tuples(st.sampled_from(MODULES), st.integers(1, 1
 
 
 @pytest.mark.parametrize("format", GRAMMARS)
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=ranks_and_alphas)
 def test_writing_and_reading_keeps_every_delta(format: str, rows: list[tuple[str, int, float]], tmp_path: Path) -> None:
     pairs = {module: pair(module, rank, alpha) for module, rank, alpha in rows}
@@ -113,7 +113,7 @@ def test_writing_and_reading_keeps_every_delta(format: str, rows: list[tuple[str
 @pytest.mark.parametrize("first", GRAMMARS)
 def test_there_and_back_is_the_identity(first: str, tmp_path: Path) -> None:
     """A -> B -> A for every B: the same names, and the same tensors where alpha stays outside or was folded."""
-    start = read_lora(written(tmp_path / "start", first))
+    start = read_lora(written(tmp_path / "start", first, some_pairs(modules=MODULES[::5])))
     for second in GRAMMARS:
         there = read_lora(written(tmp_path / second, second, start.pairs))
         back = read_lora(written(tmp_path / second / "back", first, there.pairs))

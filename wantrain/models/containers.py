@@ -142,7 +142,7 @@ def expand_scale(scale: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 
 def open_container(path: Path | str) -> Container:
-    """Open a weight file, or a folder that holds one model's weight files. Reads headers only.
+    """Open a weight file, or a folder that holds one model's weight files. Reads headers and quantisation notes only.
 
     Raises ContainerError for anything that is not a readable weight container.
     """
@@ -310,11 +310,11 @@ class _Mapped:
         self.num_bytes = 0
 
     def load(self, name: str) -> torch.Tensor:
-        if self.handle is None or self.num_bytes > _REMAP_BYTES:
-            self.handle, self.num_bytes = safe_open(self.path, framework="pt"), 0
         try:
+            if self.handle is None or self.num_bytes > _REMAP_BYTES:
+                self.handle, self.num_bytes = safe_open(self.path, framework="pt"), 0
             tensor: torch.Tensor = self.handle.get_tensor(name)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ContainerError(self.path, f"{name}: {error}", "the file changed while it was read") from error
         self.num_bytes += tensor.nbytes
         return tensor
