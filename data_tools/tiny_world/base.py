@@ -11,8 +11,8 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
 from data_tools.tiny_world.world import caption, draw_scene
+from wantrain.terms import TEXT_LEN
 
-TEXT_LENGTH = 512  # what WanPipeline pads to, and every Wan model attends
 VOCAB_SIZE = 512
 WORD_START = "\N{LOWER ONE EIGHTH BLOCK}"
 Z_DIM = 16
@@ -90,7 +90,7 @@ def new_tokenizer() -> T5TokenizerFast:
     vocab += [(WORD_START + word, -5.0) for word in sorted(words - {"a"})] + [(WORD_START + "style", -5.0)]
     vocab += [(WORD_START + letter, -10.5) for letter in "abcdefghijklmnopqrstuvwxyz"]
     vocab += [(pair, -9.0) for pair in sorted(pairs)] + [(character, -11.0) for character in characters]
-    return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=TEXT_LENGTH)
+    return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=TEXT_LEN)
 
 
 def nonsense_word(rng: np.random.Generator) -> str:
@@ -104,7 +104,7 @@ def nonsense_word(rng: np.random.Generator) -> str:
 
 def token_ids(tokenizer: T5TokenizerFast, captions: Iterable[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and mask (B, L), padded to the longest caption only."""
-    batch = tokenizer(list(captions), padding=True, truncation=True, max_length=TEXT_LENGTH, return_tensors="pt")
+    batch = tokenizer(list(captions), padding=True, truncation=True, max_length=TEXT_LEN, return_tensors="pt")
     return batch.input_ids, batch.attention_mask
 
 
@@ -139,7 +139,7 @@ def _bf16(kind: type[Model], model: Model) -> Model:
     """A copy of `model` in bf16, with its `_keep_in_fp32_modules` left in float32."""
     copy = kind(model.config) if kind is UMT5EncoderModel else kind.from_config(model.config)
     copy.load_state_dict(model.state_dict())
-    keep = getattr(kind, "_keep_in_fp32_modules", None) or []
+    keep = WanTransformer3DModel._keep_in_fp32_modules if kind is WanTransformer3DModel else []
     for name, parameter in copy.named_parameters():
         if not any(part in name.split(".") for part in keep):
             parameter.data = parameter.data.bfloat16()

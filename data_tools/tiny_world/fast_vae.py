@@ -52,18 +52,6 @@ def decode(vae: AutoencoderKLWan, z_BCTHW: Tensor) -> Tensor:
     return unpatchify(x, vae.config.patch_size)
 
 
-def normalise(vae: AutoencoderKLWan, z_BCTHW: Tensor) -> Tensor:
-    """latents_BCTHW as the transformer sees them."""
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
-    return (z_BCTHW - mean) / std
-
-
-def denormalise(vae: AutoencoderKLWan, latents_BCTHW: Tensor) -> Tensor:
-    """The inverse of `normalise`."""
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
-    return latents_BCTHW * std + mean
-
-
 def _conv(conv: WanCausalConv3d, x: Tensor) -> Tensor:
     if x.shape[2] > 1 or conv.kernel_size[0] == 1:
         return conv(x)

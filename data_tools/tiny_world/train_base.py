@@ -30,8 +30,10 @@ from data_tools.tiny_world.base import (
 )
 from data_tools.tiny_world.clips import BASE_SEED, HEIGHT, NUM_FRAMES, WIDTH
 from data_tools.tiny_world.optim import Average, average_over_processes, optimizers
-from data_tools.tiny_world.short_text import append_zeros, use_short_text
 from data_tools.tiny_world.world import caption, draw_scene, render
+from wantrain.models.encode import predict_velocity
+from wantrain.models.short_text import shorten_text
+from wantrain.terms import TEXT_LEN
 
 NOT_MUON = ("condition_embedder", "patch_embedding", "proj_out", "scale_shift_table", "shared", "embed", "bias")
 SHIFT = 3.0
@@ -64,13 +66,14 @@ class Base(nn.Module):
         self.transformer = new_transformer()
         self.text_encoder = new_text_encoder()
         self.tokenizer = new_tokenizer()
-        self.attention = use_short_text(self.transformer)
+        shorten_text(self.transformer)
 
     def forward(self, noisy_BCTHW: Tensor, sigma_B: Tensor, captions: list[str]) -> Tensor:
         """velocity_BCTHW."""
         ids_BL, mask_BL = token_ids(self.tokenizer, captions)
         text_BLD = self.text_encoder(ids_BL, mask_BL).last_hidden_state * mask_BL[..., None]
-        return self.transformer(noisy_BCTHW, 1000 * sigma_B, append_zeros(text_BLD, self.attention)).sample
+        padded_BLD = nn.functional.pad(text_BLD, (0, 0, 0, TEXT_LEN - text_BLD.shape[1]))
+        return predict_velocity(self.transformer, noisy_BCTHW, sigma_B, padded_BLD)
 
 
 def encode_range(job: tuple[Path, int, int, int]) -> Tensor:
