@@ -83,7 +83,7 @@ def test_resume_refuses_another_config_and_says_which_key(trained, wantrain, tmp
     trained("run")
     assert wantrain("train", f"run.dir={tmp_path / 'run'}", "optim.lr=0.5", "train.num_steps=6") == 2
     assert "optim.lr: 0.002 -> 0.5" in capsys.readouterr().err
-    assert wantrain("train", f"run.dir={tmp_path / 'run'}", "data.sources.regularisation.repeats=3") == 2
+    assert wantrain("train", f"run.dir={tmp_path / 'run'}", "data.sources.regularisation.repeats=7") == 2
     assert "(clips and captions): " in capsys.readouterr().err
     assert wantrain("train", f"run.dir={tmp_path / 'run'}", "train.resume=never") == 2
     assert "train.resume=never" in capsys.readouterr().err

@@ -51,12 +51,13 @@ def readme_commands(first_word):
     """Lines of the README's bash blocks that start with a word, continuation lines joined, comments off."""
     text = (ROOT / "README.md").read_text() + (ROOT / "launch" / "README.md").read_text()
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
-    return [line.split("  #")[0].strip() for line in blocks.splitlines() if line.startswith(first_word)]
+    lines = [line.strip() for line in blocks.splitlines()]
+    return [line.split("  #")[0].strip() for line in lines if line.startswith(first_word)]
 
 
 def test_the_readme_speaks_of_every_verb_and_of_make():
     verbs = {shlex.split(line)[1] for line in readme_commands("wantrain ")}
-    assert verbs == set(cli.VERBS)
+    assert verbs == {*cli.VERBS, "inspect", "convert"}
     assert [line.split()[1] for line in readme_commands("make ")][:2] == ["demo", "test"]
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {line.split()[1] for line in readme_commands("make ")} <= targets
@@ -66,10 +67,12 @@ def test_every_wantrain_command_of_the_readme_runs_on_the_tiny_base(clips, cache
     """With the tiny base, small clips and few steps in place of what the reader has."""
     monkeypatch.chdir(tmp_path)
     small = [*arguments_for(clips, cache_dir, tmp_path / "run")[1:], "model=tiny_wan"]
-    for line in sorted(readme_commands("wantrain "), key=lambda line: list(cli.VERBS).index(shlex.split(line)[1])):
-        verb, *own = shlex.split(line)[1:]
-        if "--help" in own:
-            assert cli.main([verb, *own]) == 0
+    order = [*cli.VERBS, *cli.FILE_VERBS]
+    exported = str(tmp_path / "run" / "export" / "anime_1b3.safetensors")
+    for line in sorted(readme_commands("wantrain "), key=lambda line: order.index(shlex.split(line)[1])):
+        verb, *own = shlex.split(line.replace("runs/demo_anime/export/demo_anime.safetensors", exported))[1:]
+        if "--help" in own or verb in cli.FILE_VERBS:
+            assert cli.main([verb, *own]) == 0, line
             continue
         recipe = [a for a in own if not a.startswith(("data.", "model"))]
         assert cli.main([verb, *recipe, *small]) == 0, line

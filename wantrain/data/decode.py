@@ -64,11 +64,11 @@ def probe(path: Path) -> Probe:
 def _probe(container: av.container.InputContainer) -> Probe:
     stream = container.streams.video[0]
     assert stream.time_base is not None
-    times, ends, discarded = [], [], False
+    times, ends, num_discarded = [], [], 0
     for packet in container.demux(stream):
         if packet.pts is None:
             continue
-        discarded |= packet.is_discard
+        num_discarded += packet.is_discard
         if not packet.is_discard:
             times.append(packet.pts * stream.time_base)
             ends.append((packet.pts + (packet.duration or 0)) * stream.time_base)
@@ -77,10 +77,10 @@ def _probe(container: av.container.InputContainer) -> Probe:
     start = min(times)
     width, height = stream.codec_context.width, stream.codec_context.height
     unsafe = {
-        "edit list": discarded,
+        "edit list": num_discarded > 0,
         container.format.name: container.format.name in ("mpegts", "gif"),
         "av1": stream.codec_context.name in ("av1", "libdav1d", "libaom-av1"),
-        "truncated": len(times) < stream.frames,
+        "truncated": len(times) + num_discarded < stream.frames,
         f"narrower than {NARROW_PX} px": min(width, height) < NARROW_PX,
     }
     if _quarter_turns(container, stream) % 2:
