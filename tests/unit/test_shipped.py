@@ -102,4 +102,4 @@ def test_an_installed_wheel_finds_its_configs_and_assets(tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     shown = subprocess.run([sys.executable, "-m", "wantrain", "check", "recipe=demo_anime"], cwd=tmp_path, text=True,
                            env={**os.environ, "PYTHONPATH": str(tmp_path / "site")}, capture_output=True, check=True)
-    assert f"from {tmp_path}/site/wantrain/assets/tiny_wan" in shown.stdout
+    assert f"{tmp_path}/site/wantrain/assets/tiny_wan/transformer" in shown.stdout
