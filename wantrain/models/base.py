@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from wantrain.files import digest_file, digest_folder
 from wantrain.models import names
-from wantrain.models.containers import empty_weights, find_parts, load_into, open_container
+from wantrain.models.containers import Container, empty_weights, find_parts, load_into, open_container
 from wantrain.models.short_text import shorten_text
 from wantrain.models.variants import Variant, detect, diffusers_config
 from wantrain.terms import UserError
@@ -60,7 +60,9 @@ class Base:
 
     def detected(self) -> str:
         """What the transformer's tensors say it is; raises UserError when that is not `variant`."""
-        container = open_container(self.parts["transformer"])
+        return self._detected(open_container(self.parts["transformer"]))
+
+    def _detected(self, container: Container) -> str:
         detection = detect(container.shapes(), str(self.parts["transformer"]))
         detection.resolve(self.variant.name)
         kinds = sorted({container.dtype_of(name) for name in container.names()})
@@ -68,8 +70,8 @@ class Base:
 
     def transformer(self, dtype: torch.dtype, device: torch.device) -> WanTransformer3DModel:
         """The transformer in `dtype` (time embedding, norms and modulation tables in float32), frozen, eval mode."""
-        self.detected()
         container = open_container(self.parts["transformer"])
+        self._detected(container)
         with empty_weights():
             module = WanTransformer3DModel.from_config(self._transformer_config())
         load_into(module, container, names.transformer_rename(container.names()), dtype=dtype, device=device,

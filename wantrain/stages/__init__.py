@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from wantrain.config import Config, Dtype
-from wantrain.data import manifest, plan
+from wantrain.data import decode, manifest, plan
 from wantrain.data.cache import Cache
 from wantrain.files import digest_text
 from wantrain.models import encode, sampling
@@ -139,8 +139,6 @@ class Encoder:
 
     def latents(self, planned: PlannedClip) -> torch.Tensor:
         """latents_CTHW float32 on the CPU."""
-        from wantrain.data import decode
-
         clip = planned.clip
         frames_FCHW = decode.read_clip(clip.path, clip.start_s, clip.end_s, self._fps, planned.bucket)
         return encode.encode_frames(self._vae, frames_FCHW)

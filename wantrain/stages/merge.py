@@ -38,7 +38,9 @@ def run(arguments: Sequence[str]) -> None:
         raise UserError(f"merge takes a base, at least one LoRA and an output, got {len(files)} paths", USAGE)
     source, *loras, target = files
     container = open_container(source)
-    official = {name: _official(name, container.names()) for name in container.names()}
+    names = container.names()
+    is_official = "head.modulation" in names
+    official = {n: n if is_official else transformer_to_official(n) for n in names}
     shapes = {official[name]: shape for name, shape in container.shapes().items()}
     deltas = [_read(argument, shapes) for argument in loras]
     merged, touched = {}, 0
@@ -54,10 +56,6 @@ def run(arguments: Sequence[str]) -> None:
             bar.update()
     write_tensors(Path(target), merged, {"format": "pt"})
     print(f"{target}: {touched} of {len(merged)} tensors changed, {options['layout']} names, {options['dtype']}")
-
-
-def _official(name: str, names: Sequence[str]) -> str:
-    return name if "head.modulation" in names else transformer_to_official(name)
 
 
 def _read(argument: str, shapes: dict[str, tuple[int, ...]]) -> tuple[lora_formats.LoraFile, float]:
