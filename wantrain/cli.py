@@ -25,9 +25,12 @@ SHARED_VERBS = ("cache", "train")
 """What several processes do together; the other verbs run in the first process of a launch."""
 
 FILE_VERBS = {
-    "inspect": "say what a weight or LoRA file holds: inspect FILE",
+    "inspect": "say what a weight or LoRA file holds and where it loads: inspect FILE [norms=all]",
     "convert": "rewrite a LoRA in another format: convert IN OUT format=NAME [dtype=float32] [expert=high|low]",
-    "merge": "fold LoRAs into a transformer: merge BASE LORA[=STRENGTH] ... OUT [layout=official] [dtype=bfloat16]",
+    "merge": "fold LoRAs into a transformer: merge BASE LORA[=STRENGTH] ... OUT [layout=official|diffusers] "
+             "[dtype=bfloat16] [expert=high|low]",
+    "extract": "take a LoRA out of a tuned transformer: extract TUNED BASE OUT [rank=32] [format=universal] "
+               "[dtype=float32] [rest=refuse|diff|drop]",
 }
 
 

@@ -43,11 +43,22 @@ class Schedule(Enum):
     linear = "linear"
 
 
+class LoraKind(Enum):
+    lora = "lora"
+    rslora = "rslora"
+    dora = "dora"
+    loha = "loha"
+    lokr = "lokr"
+
+
 class LoraFormat(Enum):
     universal = "universal"
+    comfy_updown = "comfy_updown"
     kohya = "kohya"
     diffusers = "diffusers"
     diffsynth = "diffsynth"
+    peft = "peft"
+    lycoris = "lycoris"
 
 
 class Resume(Enum):
@@ -68,9 +79,11 @@ class Model:
     variant: str = MISSING
     """Entry of the variants table (wantrain/models/variants.py): architecture, fps, shift, guidance, steps."""
     path: str | None = None
-    """Folder of a whole checkpoint, diffusers or official layout, or `embedded` for the tiny base."""
+    """Folder or model id of a whole checkpoint, diffusers or official layout, or `embedded` for the tiny base."""
     parts: dict[str, str] = field(default_factory=dict)
-    """Files or folders in place of the folder's own: transformer, vae, text_encoder, tokenizer."""
+    """Files, folders or model ids in place of the folder's own: transformer, vae, text_encoder, tokenizer."""
+    merge: list[str] = field(default_factory=list)
+    """LoRA files folded into the base before training and sampling, each FILE or FILE=STRENGTH."""
     dtype: Dtype = Dtype.bfloat16
     """Storage of the frozen transformer and text encoder; bfloat16 also computes under autocast."""
 
@@ -79,12 +92,18 @@ class Model:
 class Lora:
     targets: list[str] = field(default_factory=lambda: ["attn_ffn"])
     """Presets (attn, attn_ffn, all_linear) or regular expressions over diffusers module names."""
+    kind: LoraKind = LoraKind.lora
+    """lora, rslora (scaled by alpha / sqrt(rank)), dora, loha or lokr; the last three load in fewer tools."""
     rank: int = 32
     """Inner width of each adapter."""
     alpha: float = 32.0
     """The adapter is scaled by alpha / rank."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Other ranks for the modules that a preset or regular expression matches; the last that matches counts."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Other alphas for the modules that a preset or regular expression matches; the last that matches counts."""
     start_from: str | None = None
-    """A LoRA file of any known format to go on from, of at most this rank and on no other modules."""
+    """A LoRA file of any known format, or model id, to go on from: of this kind, at most this rank, no more modules."""
 
 
 @dataclass(slots=True)
@@ -186,7 +205,7 @@ class Sampler:
     resolution: list[int] | None = None
     """[height, width] in pixels; null takes the first of data.resolutions."""
     lora: str | None = None
-    """LoRA file to sample with; null takes the run's own export."""
+    """LoRA file or model id to sample with; null takes the run's own export."""
 
 
 @dataclass(slots=True)
@@ -200,7 +219,7 @@ class Evaluate:
 @dataclass(slots=True)
 class Export:
     format: LoraFormat = LoraFormat.universal
-    """universal loads right in ComfyUI, diffusers and most others; kohya for musubi; diffusers; diffsynth."""
+    """universal loads right in most tools; comfy_updown or kohya for loha and lokr; diffusers or peft for dora."""
     dtype: Dtype = Dtype.float32
     """Storage of the exported LoRA; bfloat16 only where folding alpha loses nothing."""
 
@@ -252,7 +271,9 @@ class Config:
             yield number >= 1, key, number, "1 or more"
         yield data.batch_size % train.micro_batch_size == 0, "data.batch_size", data.batch_size, \
             f"a multiple of train.micro_batch_size ({train.micro_batch_size})"
-        yield self.lora.alpha > 0, "lora.alpha", self.lora.alpha, "a positive number"
+        for key, values in {"lora.alpha": [self.lora.alpha], "lora.rank_pattern": self.lora.rank_pattern.values(),
+                            "lora.alpha_pattern": self.lora.alpha_pattern.values()}.items():
+            yield all(value > 0 for value in values), key, list(values), "positive numbers"
         yield bool(self.lora.targets), "lora.targets", self.lora.targets, "at least one preset or pattern"
         yield optim.lr > 0, "optim.lr", optim.lr, "a positive number"
         yield len(optim.betas) == 2, "optim.betas", optim.betas, "two numbers"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,37 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
             save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary, dict(metadata))
         except SafetensorError as error:
             raise OSError(str(error)) from error
+
+
+_SAFETENSORS_WORDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def stream_tensors(path: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, tensors: Iterable[torch.Tensor],
+                   metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file atomically with one tensor in memory at a time, and read it back to prove it.
+
+    `tensors` come in the order of `shapes` and are cast to `dtype`. (The library can only write what is all in
+    memory, and a 14B transformer is 28 GB.)
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _SAFETENSORS_WORDS[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digests = {}
+    with atomic_path(path) as temporary:
+        with temporary.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for (name, shape), given in zip(shapes.items(), tensors, strict=True):
+                tensor = given.detach().to("cpu", dtype).reshape(tuple(shape)).contiguous()
+                digests[name] = digest_tensors({name: tensor})
+                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        with safe_open(temporary, framework="pt") as written:
+            for name, digest in digests.items():
+                if digest_tensors({name: written.get_tensor(name)}) != digest:
+                    raise OSError(f"{name} reads back differently from what was written")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -1,43 +1,77 @@
-"""LoRA adapters through PEFT: inject, the trainable set, state, merge. Hu et al. 2021: W' = W + alpha/rank * B A."""
+"""Adapters through PEFT: inject, the trainable set, their state. A LoRA: W' = W + alpha/rank * B A (Hu et al. 2021)."""
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from wantrain.terms import UserError
 
 ADAPTER = "default"
 
+_ATTENTION = r"(vace_)?blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0|add_k_proj|add_v_proj)"
 TARGET_PRESETS: dict[str, tuple[str, ...]] = {
-    "attn": (r"(vace_)?blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0|add_k_proj|add_v_proj)",),
-    "attn_ffn": (
-        r"(vace_)?blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0|add_k_proj|add_v_proj)",
-        r"(vace_)?blocks\.\d+\.ffn\.(net\.0\.proj|net\.2)",
-    ),
+    "attn": (_ATTENTION,),
+    "attn_ffn": (_ATTENTION, r"(vace_)?blocks\.\d+\.ffn\.(net\.0\.proj|net\.2)"),
     "all_linear": (r".*",),
 }
 """Names of target sets, each a list of regular expressions over diffusers module names (full match)."""
 
 
-@dataclass(slots=True)
-class AdapterState:
-    """The trained weights of one adapter: per module (diffusers name) A [rank, in] and B [out, rank], float32."""
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One of PEFT's adapters: what makes its config, the word for alpha there, and the tensors a module may get."""
+
+    config: Callable[..., Any]
+    alpha: str
+    leaves: tuple[str, ...]
+
+
+_PAIR = ("lora_A", "lora_B")
+KINDS: dict[str, Kind] = {
+    "lora": Kind(LoraConfig, "lora_alpha", _PAIR),
+    "rslora": Kind(partial(LoraConfig, use_rslora=True), "lora_alpha", _PAIR),
+    "dora": Kind(partial(LoraConfig, use_dora=True), "lora_alpha", (*_PAIR, "lora_magnitude_vector")),
+    "loha": Kind(LoHaConfig, "alpha", ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")),
+    "lokr": Kind(LoKrConfig, "alpha", ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")),
+}
+"""rslora scales by alpha/sqrt(rank) (Kalajdzievski 2023); dora learns each row's length apart (Liu et al. 2024); loha
+and lokr are the Hadamard and Kronecker products of LyCORIS (Yeh et al. 2023)."""
+
+_PARAMETER = re.compile(rf"(?P<module>.+)\.(?P<leaf>\w+)\.{ADAPTER}(?:\.weight)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """How an adapter is made: inner width, scale and kind.
+
+    `rank_pattern` and `alpha_pattern` give other values to the modules that a target (preset or regular expression)
+    matches; where several match, the last counts.
+    """
 
     rank: int
     alpha: float
-    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    kind: str = "lora"
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
-    def deltas(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(module name, alpha/rank * B @ A [out, in]) of every module."""
-        for name, (a, b) in self.pairs.items():
-            yield name, (self.alpha / self.rank) * (b.float() @ a.float())
+
+@dataclass(slots=True)
+class AdapterState:
+    """An adapter outside a model: per module (diffusers name) its tensors by leaf, and the factor on their product.
+
+    Leaves are those of KINDS: lora_A [rank, in] and lora_B [out, rank], lora_magnitude_vector [out], hada_*, lokr_*.
+    """
+
+    tensors: dict[str, dict[str, torch.Tensor]]
+    scales: dict[str, float]
 
 
 def match_targets(transformer: torch.nn.Module, targets: Sequence[str]) -> list[str]:
@@ -46,39 +80,51 @@ def match_targets(transformer: torch.nn.Module, targets: Sequence[str]) -> list[
     Raises UserError when any pattern matches nothing: a typo must not train something else.
     """
     linears = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
-    matched: set[str] = set()
-    for target in targets:
-        patterns = TARGET_PRESETS.get(target, (target,))
-        try:
-            found = {name for name in linears if any(re.fullmatch(p, name) for p in patterns)}
-        except re.error as error:
-            raise UserError(f"lora.targets: {target!r} is not a regular expression: {error}", "mend the pattern"
-                            ) from error
-        if not found:
-            raise UserError(
-                f"lora.targets: {target!r} matches no Linear of this transformer. Allowed: a preset "
-                f"({', '.join(TARGET_PRESETS)}) or a regular expression over names such as {', '.join(linears[:3])}",
-                "set lora.targets to a preset, e.g. lora.targets=[attn_ffn]",
-            )
-        matched |= found
+    matched: set[str] = set().union(*(_matching(linears, target, "lora.targets") for target in targets))
     return [name for name in linears if name in matched]
 
 
-def inject(transformer: torch.nn.Module, targets: Sequence[str], rank: int, alpha: float, seed: int) -> list[str]:
-    """Freeze `transformer`, add a LoRA (float32, A random from `seed`, B zero) to the targets; returns their names.
+def _matching(names: Sequence[str], target: str, key: str) -> set[str]:
+    """The names that one preset or regular expression matches. Raises UserError when none does."""
+    try:
+        found = {name for name in names if any(re.fullmatch(p, name) for p in TARGET_PRESETS.get(target, (target,)))}
+    except re.error as error:
+        raise UserError(f"{key}: {target!r} is not a regular expression: {error}", "mend the pattern") from error
+    if not found:
+        raise UserError(
+            f"{key}: {target!r} matches no Linear here. Allowed: a preset ({', '.join(TARGET_PRESETS)}) or a regular "
+            f"expression over names such as {', '.join(names[:3])}",
+            "set lora.targets to a preset, e.g. lora.targets=[attn_ffn]",
+        )
+    return found
 
-    Works on the meta device too. Raises UserError when a target matches nothing.
+
+def inject(transformer: torch.nn.Module, targets: Sequence[str], spec: Spec, seed: int) -> list[str]:
+    """Freeze `transformer` and add an adapter (float32, drawn from `seed`, without effect) to the targets.
+
+    Returns their names. Works on the meta device too. Raises UserError when a target or pattern matches nothing.
     """
     names = match_targets(transformer, targets)
     transformer.requires_grad_(False)
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, init_lora_weights=True)
+    kind = KINDS[spec.kind]
+    config = kind.config(
+        r=spec.rank, target_modules=names, rank_pattern=_by_name(names, spec.rank_pattern, "lora.rank_pattern"),
+        alpha_pattern=_by_name(names, spec.alpha_pattern, "lora.alpha_pattern"), **{kind.alpha: spec.alpha})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         inject_adapter_in_model(config, transformer, adapter_name=ADAPTER)
-    for parameter in trainable(transformer).values():
+    for name, parameter in trainable(transformer).items():
         parameter.data = parameter.data.float()
-    check_trainable(transformer, names)
+        if "lora_magnitude_vector" in name:  # PEFT took the rows' lengths in the base's dtype
+            weight = transformer.get_parameter(name.partition(".lora_magnitude_vector")[0] + ".base_layer.weight")
+            parameter.data = torch.linalg.norm(weight.float(), dim=1)
+    _check_trainable(transformer, names, kind)
     return names
+
+
+def _by_name(names: Sequence[str], patterns: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """PEFT's patterns, one for each module that ours match."""
+    return {re.escape(name): value for target, value in patterns.items() for name in _matching(names, target, key)}
 
 
 def trainable(transformer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -86,85 +132,98 @@ def trainable(transformer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in transformer.named_parameters() if p.requires_grad}
 
 
-def check_trainable(transformer: torch.nn.Module, names: Sequence[str]) -> None:
-    """Refuse unless exactly lora_A and lora_B of `names` are trainable."""
-    wanted = {f"{name}.lora_{x}.{ADAPTER}.weight" for name in names for x in "AB"}
-    found = set(trainable(transformer))
-    assert found == wanted, f"trainable set is wrong: missing {sorted(wanted - found)}, extra {sorted(found - wanted)}"
+def _by_module(parameters: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Named trainable tensors as module -> leaf -> tensor."""
+    tensors: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in parameters.items():
+        found = _PARAMETER.fullmatch(name)
+        assert found is not None, f"{name} is no tensor of an adapter"
+        tensors.setdefault(found["module"], {})[found["leaf"]] = tensor
+    return tensors
 
 
-def adapter_state(parameters: Mapping[str, torch.Tensor], rank: int, alpha: float) -> AdapterState:
-    """The state from named trainable tensors (whole, as `trainable` or the engine's gather gives them)."""
-    suffix_a, suffix_b = (f".lora_{x}.{ADAPTER}.weight" for x in "AB")
-    pairs = {}
-    for name, a in parameters.items():
-        if name.endswith(suffix_a):
-            module = name.removesuffix(suffix_a)
-            pairs[module] = (a.detach().cpu().float().clone(),
-                             parameters[module + suffix_b].detach().cpu().float().clone())
-    assert 2 * len(pairs) == len(parameters), "a trainable tensor is neither lora_A nor lora_B"
-    return AdapterState(rank, alpha, pairs)
+def _check_trainable(transformer: torch.nn.Module, names: Iterable[str], kind: Kind) -> None:
+    """Refuse unless exactly the adapter's tensors of `names` are trainable."""
+    found = _by_module(trainable(transformer))
+    strays = [(name, leaf) for name, leaves in found.items() for leaf in leaves if leaf not in kind.leaves]
+    assert found.keys() == set(names), f"the adapted modules are wrong: {sorted(found.keys() ^ set(names))}"
+    assert not strays, f"the trainable set is wrong: {strays}"
 
 
-def named_tensors(state: AdapterState) -> dict[str, torch.Tensor]:
-    """The inverse of `adapter_state`: tensors under the names that the adapted transformer gives its parameters."""
-    return {f"{module}.lora_{x}.{ADAPTER}.weight": tensor
-            for module, pair in state.pairs.items() for x, tensor in zip("AB", pair, strict=True)}
+def scales(transformer: torch.nn.Module) -> dict[str, float]:
+    """The factor on each adapted module's product: alpha/rank, or alpha/sqrt(rank) for rslora."""
+    return {name: float(layer.scaling[ADAPTER]) for name, layer in transformer.named_modules()
+            if isinstance(layer, BaseTunerLayer)}
 
 
-def load_adapter(transformer: torch.nn.Module, parameters: Mapping[str, torch.Tensor]) -> None:
-    """Copy named tensors into the injected adapter; the names must be exactly the trainable ones."""
-    own = trainable(transformer)
-    if set(own) != set(parameters):
-        missing, extra = sorted(set(own) - set(parameters)), sorted(set(parameters) - set(own))
-        raise UserError(f"the adapter does not fit this model: missing {missing[:3]}, unexpected {extra[:3]}",
-                        "use the model, lora.rank and lora.targets that the adapter was trained with")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            if parameter.shape != parameters[name].shape:
-                raise UserError(f"{name}: {tuple(parameters[name].shape)} does not fit {tuple(parameter.shape)}",
-                                "use the lora.rank that the adapter was trained with")
-            parameter.copy_(parameters[name])
+def adapter_state(parameters: Mapping[str, torch.Tensor], factors: Mapping[str, float]) -> AdapterState:
+    """The state from named trainable tensors (whole, as `trainable` or the engine's gather gives them) and `scales`."""
+    tensors = _by_module({name: tensor.detach().cpu().float().clone() for name, tensor in parameters.items()})
+    assert tensors.keys() == factors.keys(), f"not this adapter's modules: {sorted(tensors.keys() ^ factors.keys())}"
+    return AdapterState(tensors, dict(factors))
 
 
-def start_from(transformer: torch.nn.Module, rank: int, alpha: float,
-               pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor, float]]) -> None:
-    """Give the injected adapter the deltas of another LoRA: per module (diffusers name) A, B and alpha/rank.
+def start_from(transformer: torch.nn.Module, given: AdapterState) -> None:
+    """Give the injected adapter the effect of another; modules that `given` lacks stay without effect.
 
-    A smaller rank fills the first rows and leaves the rest at their start, so the delta is the same and can grow.
-    Raises UserError for modules that are no targets and for ranks above ours.
+    A smaller LoRA rank fills the first rows and leaves the rest at their start, so the delta is the same and can grow.
+    Raises UserError for modules that are no targets, another kind, ranks above ours and products of other sizes.
     """
-    own = trainable(transformer)
+    own, factors = _by_module(trainable(transformer)), scales(transformer)
+    for module, theirs in given.tensors.items():
+        if module not in own:
+            raise UserError(f"the LoRA adapts {module}, which lora.targets does not match",
+                            "widen lora.targets, e.g. lora.targets=[all_linear]")
+        if own[module].keys() != theirs.keys():
+            raise UserError(f"on {module} the LoRA holds {', '.join(theirs)}, our adapter {', '.join(own[module])}",
+                            "set lora.kind to the file's (wantrain inspect FILE), or fold it in with model.merge")
+        _fill(module, own[module], theirs, given.scales[module] / factors[module])
+
+
+def _fill(module: str, own: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], factor: float) -> None:
+    """Copy one module's tensors; one of them takes `factor`, the quotient of the scales."""
+    scaled = next(leaf for leaf in ("lora_B", "hada_w2_b", "lokr_w1", "lokr_w1_b") if leaf in own)
     with torch.no_grad():
-        for name, (a, b, scale) in pairs.items():
-            key = f"{name}.lora_{{}}.{ADAPTER}.weight"
-            if key.format("A") not in own:
-                raise UserError(f"lora.start_from adapts {name}, which lora.targets does not match",
-                                "widen lora.targets, e.g. lora.targets=[all_linear]")
-            if a.shape[0] > rank:
-                raise UserError(f"lora.start_from has rank {a.shape[0]} on {name}, above lora.rank = {rank}",
-                                f"set lora.rank={a.shape[0]} and lora.alpha={a.shape[0]}")
-            own[key.format("A")][: a.shape[0]] = a.float()
-            own[key.format("B")][:, : a.shape[0]] = b.float() * (scale * rank / alpha)
+        for leaf, tensor in theirs.items():
+            value = tensor.float().reshape(-1) if leaf == "lora_magnitude_vector" else tensor.float()
+            target = own[leaf]
+            if leaf in _PAIR and target.shape != value.shape:
+                rank, allowed = (t.shape[leaf == "lora_B"] for t in (value, target))
+                if rank > allowed:
+                    raise UserError(f"the LoRA has rank {rank} on {module}, above lora.rank = {allowed}",
+                                    f"set lora.rank={rank} and lora.alpha={rank}")
+                target = target[:rank] if leaf == "lora_A" else target[:, :rank]
+            if target.shape != value.shape:
+                raise UserError(f"{module}.{leaf}: {list(value.shape)} does not fit our {list(target.shape)}",
+                                "set lora.rank to the file's, or fold the file in with model.merge")
+            target.copy_(value * factor if leaf == scaled else value)
 
 
-def _layers(transformer: torch.nn.Module) -> list[LoraLayer]:
-    return [module for module in transformer.modules() if isinstance(module, LoraLayer)]
+def attach(transformer: torch.nn.Module, given: AdapterState) -> None:
+    """Inject an adapter of `given`'s kind, modules and ranks, and give it its effect, e.g. to sample with a file.
+
+    Raises UserError as `inject` and `start_from` do; a LoKr that was factored otherwise than PEFT does is refused.
+    """
+    leaves = set().union(*given.tensors.values())
+    kind = "dora" if "lora_magnitude_vector" in leaves else next(
+        name for name, kind in KINDS.items() if leaves <= set(kind.leaves))
+    ranks = {re.escape(module): _rank(tensors) for module, tensors in given.tensors.items()}
+    rank = next(iter(ranks.values()))
+    inject(transformer, list(ranks), Spec(rank, rank, kind, ranks, ranks), seed=0)
+    start_from(transformer, given)
 
 
-@contextlib.contextmanager
-def switched_off(transformer: torch.nn.Module) -> Iterator[None]:
-    """Within the block the transformer computes as the frozen base does."""
-    for layer in _layers(transformer):
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in _layers(transformer):
-            layer.enable_adapters(True)
+def _rank(tensors: Mapping[str, torch.Tensor]) -> int:
+    """One module's inner width; for a LoKr of two whole factors the least at which PEFT leaves the second whole."""
+    for leaf in ("lora_A", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
+        if leaf in tensors:
+            return tensors[leaf].shape[0]
+    return -(-max(tensors["lokr_w2"].shape) // 2)
 
 
-def merge(transformer: torch.nn.Module) -> None:
-    """Fold the adapter into the base weights, in place."""
-    for layer in _layers(transformer):
-        layer.merge()
+def set_strength(transformer: torch.nn.Module, strength: float) -> None:
+    """Multiply the adapter's delta; at 0 the transformer computes bitwise as the frozen base."""
+    for layer in transformer.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.enable_adapters(strength != 0)
+            layer.set_scale(ADAPTER, strength)

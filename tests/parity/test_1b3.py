@@ -49,7 +49,7 @@ def test_architecture_targets_and_counts(folder):
     transformer = base.find(VARIANTS["wan21_t2v_1b3"], str(folder), {}).meta_transformer()
     assert sum(p.numel() for p in transformer.parameters()) == PARAMETERS
     assert all(p.is_meta for p in transformer.parameters())
-    names = lora.inject(transformer, ["attn_ffn"], 32, 32, seed=0)
+    names = lora.inject(transformer, ["attn_ffn"], lora.Spec(32, 32), seed=0)
     expected = [f"blocks.{i}.{m}" for i in range(30)
                 for m in ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_k",
                           "attn2.to_v", "attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2")]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
-from wantrain.models import names
+from wantrain.models import names, sizes
 from wantrain.models.variants import VARIANTS, Shapes, Variant, detect, diffusers_config
 from wantrain.terms import UserError
 
@@ -151,13 +151,9 @@ def test_tiny_wan_is_detected() -> None:
     assert detect(shapes, None).resolve().name == "tiny_wan"
 
 
-VAE_22 = {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "in_channels": 12, "out_channels": 12,
-          "is_residual": True, "patch_size": 2, "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48}
-
-
 @pytest.mark.parametrize(("version", "config", "digest", "count", "parameters"), [
-    ("2.1", {}, "ccc42284ea13e1ad04693284c7a09be6", 194, 126.9),
-    ("2.2", VAE_22, "e1de6c02cdac79f8b739f4d3698cd216", 196, 704.7),
+    ("2.1", sizes.VAES["2.1"], "ccc42284ea13e1ad04693284c7a09be6", 194, 126.9),
+    ("2.2", sizes.VAES["2.2"], "e1de6c02cdac79f8b739f4d3698cd216", 196, 704.7),
 ])
 def test_vae_is_that_of_the_public_file(version: names.VaeVersion, config: dict[str, object], digest: str, count: int,
                                         parameters: float) -> None:
@@ -171,7 +167,7 @@ def test_vae_is_that_of_the_public_file(version: names.VaeVersion, config: dict[
 
 
 def test_text_encoder_is_that_of_the_public_file() -> None:
-    config = UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+    config = UMT5Config(**sizes.UMT5_XXL)
     with torch.device("meta"):
         own = {n: tuple(t.shape) for n, t in UMT5EncoderModel(config).state_dict().items()}
     official = {names.t5_to_official(name): shape for name, shape in own.items()}
@@ -200,8 +196,7 @@ def _clip_text_tower() -> dict[str, tuple[int, ...]]:
 
 
 def test_image_encoder_is_that_of_the_public_file() -> None:
-    config = CLIPVisionConfig(hidden_size=1280, num_hidden_layers=32, num_attention_heads=16, image_size=224,
-                              intermediate_size=5120, patch_size=14)
+    config = CLIPVisionConfig(**sizes.CLIP_VIT_H)
     with torch.device("meta"):
         own = {n: tuple(t.shape) for n, t in CLIPVisionModel(config).state_dict().items()}
     official = _clip_text_tower()

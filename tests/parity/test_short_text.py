@@ -11,7 +11,7 @@ from wantrain.models.short_text import shorten_text
 
 def adapted():
     transformer = WanTransformer3DModel.from_pretrained(base.EMBEDDED / "transformer", dtype=torch.float32)
-    lora.inject(transformer, ["attn_ffn"], 4, 4, seed=0)
+    lora.inject(transformer, ["attn_ffn"], lora.Spec(4, 4), seed=0)
     generator = torch.Generator().manual_seed(1)
     for parameter in lora.trainable(transformer).values():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05

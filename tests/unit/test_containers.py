@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-import functools
+import itertools
 import json
 import os
 import pickle
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import gguf
-import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from tests import tiny_models as tiny
+from tests import weight_table
 from wantrain.models import containers, names
 from wantrain.models.containers import (
     ContainerError,
-    empty_weights,
     expand_scale,
     find_parts,
     load_into,
@@ -32,58 +29,21 @@ from wantrain.models.containers import (
 
 Weights = tiny.Tensors
 KEEP = ("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
+CELLS = [*itertools.product(tiny.TRANSFORMERS, tiny.CONTAINERS),
+         *itertools.product(weight_table.OTHERS, tiny.OTHER_CONTAINERS)]
+STORAGE_COSTS = {"e5m2": 0.06, "fp8": 0.03, "int8": 6e-3, "q8_0": 6e-3, "bf16": 2e-3, "fp16": 3e-4, "f16": 3e-4}
+"""By a word of the container's name: the largest relative error of the Linear weights (facts/wan-formats.md, 1.2)."""
 
 
-@functools.cache
-def _empty(kind: str) -> torch.nn.Module:
-    with empty_weights():
-        which = tiny.WanVACETransformer3DModel if kind == "vace" else tiny.WanTransformer3DModel
-        return which(**tiny.SIZES, **tiny.TRANSFORMERS[kind])
+def loaded(path: Path, kind: str, dtype: torch.dtype = torch.float32, **more: Collection[str]) -> torch.nn.Module:
+    return weight_table.loaded(tiny.PARTS[kind], path, dtype, **more)
 
 
-def empty_transformer(kind: str) -> torch.nn.Module:
-    return copy.deepcopy(_empty(kind))
-
-
-def loaded(path: Path, kind: str, dtype: torch.dtype = torch.float32, **more: object) -> torch.nn.Module:
-    container = open_container(path)
-    module = empty_transformer(kind)
-    load_into(module, container, names.transformer_rename(container.names()), dtype=dtype, **more)
-    return module
-
-
-def assert_equal(module: torch.nn.Module, meant: Weights) -> None:
-    own = module.state_dict()
-    assert own.keys() == meant.keys()
-    for name, tensor in own.items():
-        assert torch.equal(tensor, meant[name].reshape(tensor.shape)), name
-
-
-@pytest.fixture(scope="module", params=tiny.TRANSFORMERS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.mark.parametrize("name", tiny.CONTAINERS)
-def test_every_variant_from_every_container(kind: str, name: str, tmp_path: Path) -> None:
-    store, write = tiny.CONTAINERS[name]
-    weights = tiny.official_transformer(tiny.transformer(kind))
-    stored, meant = store(weights)
-    module = loaded(write(tmp_path, stored), kind)
-    assert_equal(module, {names.transformer_to_diffusers(n): tensor for n, tensor in meant.items()})
-    # What the storage costs, against the diffusers folder's weights: facts 1.2 for fp8 and GGUF.
-    worst = {"fp16": 5e-4, "bf16": 4e-3, "fp8": 0.05, "Q8_0": 6e-3, "F16": 5e-4}
-    bound = next((limit for mark, limit in worst.items() if mark in name), 0.0)
-    for n in tiny.matrices(weights):
-        own = module.state_dict()[names.transformer_to_diffusers(n)]
-        assert (own - weights[n]).norm() <= bound * weights[n].norm(), n
-
-
-def test_the_diffusers_folder(kind: str, tmp_path: Path) -> None:
-    twin = tiny.transformer(kind)
-    twin.save_pretrained(tmp_path)
-    assert_equal(loaded(tmp_path, kind), twin.state_dict())
-    assert open_container(tmp_path).config["num_layers"] == 2
+@pytest.mark.parametrize(("part", "container"), CELLS)
+def test_every_part_from_every_container(part: str, container: str) -> None:
+    """To the bit what the file stands for, and no further from the twin than such storage must be."""
+    allowed = next((cost for word, cost in STORAGE_COSTS.items() if word in container.lower()), 0.0)
+    assert (weight_table.error(part, container) or 0.0) <= allowed
 
 
 def test_loading_keeps_what_must_stay_float32_and_all_buffers(tmp_path: Path) -> None:
@@ -103,93 +63,46 @@ def test_loading_keeps_what_must_stay_float32_and_all_buffers(tmp_path: Path) ->
 def test_a_module_built_plainly_on_meta_is_refused(tmp_path: Path) -> None:
     container = open_container(tiny.bare_file(tmp_path, tiny.official_transformer(tiny.transformer("t2v"))))
     with torch.device("meta"):
-        module = tiny.WanTransformer3DModel(**tiny.SIZES)
+        module = tiny.PARTS["t2v"].build()
     with pytest.raises(ContainerError, match=r"no file holds .*rope"):
         load_into(module, container, names.transformer_rename(container.names()), dtype=torch.float32)
 
 
-@pytest.mark.parametrize("version", ["2.1", "2.2"])
-@pytest.mark.parametrize("layout", ["pth", "safetensors", "diffusers"])
-def test_vae(version: names.VaeVersion, layout: str, tmp_path: Path) -> None:
-    twin = tiny.vae(version)
-    if layout == "diffusers":
-        twin.save_pretrained(tmp_path)
-        path = tmp_path
-    else:
-        write = tiny.pickle_file if layout == "pth" else tiny.bare_file
-        path = write(tmp_path, tiny.official_vae(twin, version))
-    container = open_container(path)
-    with empty_weights():
-        module = tiny.AutoencoderKLWan(**tiny.VAES[version])
-    load_into(module, container, names.vae_rename(container.names()), dtype=torch.float32)
-    assert_equal(module, twin.state_dict())
+def _made(part: str, container: str, folder: Path) -> tiny.File:
+    return tiny.containers_of(part)[container](tiny.PARTS[part], folder)[0]
 
 
-SPIECE = bytes(range(256))
-
-
-def _t5_file(layout: str, folder: Path, twin: torch.nn.Module) -> tuple[Path, Weights]:
-    """(path, what each transformers name should be)."""
-    official, own = tiny.official_t5(twin), twin.state_dict()
-    spiece = {"spiece_model": torch.tensor(list(SPIECE), dtype=torch.uint8)}
-    if layout == "official":
-        return tiny.pickle_file(folder, official), own
-    if layout == "transformers":
-        twin.save_pretrained(folder)
-        return folder, own
-    if layout == "comfy":
-        return tiny.bare_file(folder, {**own, **spiece}), own
-    hf = {name: tensor for name, tensor in own.items() if name != "encoder.embed_tokens.weight"}
-    stored, meant = tiny.fp8_tensor_scaled(hf)
-    meant["encoder.embed_tokens.weight"] = meant["shared.weight"]
-    return tiny.bare_file(folder, {**stored, **spiece}), meant
-
-
-@pytest.mark.parametrize("layout", ["official", "transformers", "comfy", "comfy scaled"])
-def test_text_encoder(layout: str, tmp_path: Path) -> None:
-    path, meant = _t5_file(layout, tmp_path, tiny.text_encoder())
-    container = open_container(path)
-    with empty_weights():
-        module = UMT5EncoderModel(UMT5Config(**tiny.T5))
-    load_into(module, container, names.t5_rename(container.names()), dtype=torch.float32)
-    assert_equal(module, meant)
+@pytest.mark.parametrize(("container", "spiece"), [
+    ("official pth, bf16", None),
+    ("safetensors fp32, transformers names, tied copy", None),
+    ("ComfyUI fp8 with `scale_weight`, `spiece_model`", tiny.SPIECE),
+])
+def test_text_encoders_are_tied_and_keep_their_tokenizer(container: str, spiece: bytes | None, tmp_path: Path) -> None:
+    file = _made("umt5", container, tmp_path)
+    module = weight_table.loaded(file.part, file.path)
     assert module.shared.weight is module.encoder.embed_tokens.weight
-    assert container.spiece_model() == (SPIECE if "comfy" in layout else None)
+    assert open_container(file.path).spiece_model() == spiece
 
 
-@pytest.mark.parametrize("layout", ["official", "transformers", "comfy"])
-def test_image_encoder(layout: str, tmp_path: Path) -> None:
-    twin = tiny.image_encoder()
-    if layout == "official":
-        path = tiny.pickle_file(tmp_path, tiny.official_clip(twin))
-    elif layout == "transformers":
-        twin.save_pretrained(tmp_path)
-        path = tmp_path
-    else:
-        path = tiny.bare_file(tmp_path, {**{f"vision_model.{n}": t for n, t in twin.state_dict().items()},
-                                         "visual_projection.weight": torch.ones(4, 4)})
-    container = open_container(path)
-    with empty_weights():
-        module = CLIPVisionModel(CLIPVisionConfig(**tiny.CLIP))
-    load_into(module, container, names.clip_rename(container.names()), dtype=torch.float32)
-    assert_equal(module, twin.state_dict())
-    assert torch.equal(module.embeddings.position_ids, twin.embeddings.position_ids)
+def test_image_encoders_keep_their_buffers(tmp_path: Path) -> None:
+    file = _made("clip", "official pth, fp16, with the text tower", tmp_path)
+    wanted = tiny.module(file.part).embeddings.position_ids
+    assert torch.equal(weight_table.loaded(file.part, file.path).embeddings.position_ids, wanted)
 
 
-def test_k_quants_by_the_gguf_package(tmp_path: Path) -> None:
-    kind = gguf.GGMLQuantizationType.Q4_K
-    blocks = np.random.default_rng(0).integers(0, 256, (8, 144), dtype=np.uint8)
-    blocks[:, :4] = np.array([0.01, 0.002], dtype=np.float16).view(np.uint8)  # the two scales of a block
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "wan")
-    writer.add_tensor("blocks.0.self_attn.q.weight", blocks, raw_dtype=kind)
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
-        step()
-    container = open_container(tmp_path / "model.gguf")
-    assert container.shapes() == {"blocks.0.self_attn.q.weight": (8, 256)}
-    assert container.dtype_of("blocks.0.self_attn.q.weight") == "Q4_K"
-    read = container.read("blocks.0.self_attn.q.weight")
-    assert torch.equal(read, torch.from_numpy(gguf.dequantize(blocks, kind)))
-    assert read.std() > 0
+def test_the_containers_are_what_their_names_say(tmp_path: Path) -> None:
+    def storages(part: str, container: str) -> set[str]:
+        opened = open_container(_made(part, container, tmp_path / container).path)
+        return {opened.dtype_of(name) for name in opened.names()}
+
+    assert storages("t2v", "GGUF K-quants") == {"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "F32"}
+    assert storages("t2v", "GGUF Q8_0") == {"Q8_0", "F32"}
+    assert storages("t2v", "safetensors bf16, the rest fp32") == {"bfloat16", "float32"}
+    assert storages("t2v", "int8, a scale a row") == {"int8 + scale", "bfloat16"}
+    for part, container in (("t2v", "diffusers folder, sharded"), ("umt5", "transformers folder, sharded")):
+        folder = _made(part, container, tmp_path / part).path
+        assert len(list(folder.glob("*.safetensors"))) > 1
+        assert open_container(folder).config["num_layers"] == 2
 
 
 def test_scales_of_every_shape() -> None:
@@ -215,7 +128,7 @@ def test_dtype_device_and_what_is_shown(tmp_path: Path) -> None:
     name = "blocks.1.cross_attn.v.weight"
     assert container.prefix == "model.diffusion_model."
     assert container.dtype_of(name) == "float8_e4m3fn + scale"
-    assert container.dtype_of("blocks.1.modulation") == "float32"
+    assert container.dtype_of("blocks.1.modulation") == "float16"
     assert sorted(container.names()) == sorted(weights)
     assert container.shapes()[name] == (32, 32)
     assert container.read(name).dtype == torch.float32
@@ -272,6 +185,10 @@ def _truncated(folder: Path, write: Callable[[Path, Weights], Path], keep: float
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * keep)])
     return path
+
+
+def _gguf_file(folder: Path, weights: Weights) -> Path:
+    return tiny.write_gguf(folder, tiny.quantised(gguf.GGMLQuantizationType.F16, weights))
 
 
 def _pickle_named_safetensors(folder: Path) -> Path:
@@ -343,7 +260,7 @@ OPENING_FAULTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "truncated in the header": (lambda f: _truncated(f, tiny.bare_file, 0.005), "header claims|not readable"),
     "truncated pickle": (lambda f: _truncated(f, tiny.pickle_file, 0.7), "not readable as a torch file"),
     "truncated old pickle": (lambda f: _truncated(f, tiny.old_pickle_file, 0.7), "not readable as a torch file"),
-    "truncated gguf": (lambda f: _truncated(f, tiny.gguf_file(gguf.GGMLQuantizationType.F16), 0.7),
+    "truncated gguf": (lambda f: _truncated(f, _gguf_file, 0.7),
                        "not readable as GGUF"),
     "gguf header only": (_as("model.gguf", b"GGUF\x03\x00\x00\x00"), "not readable as GGUF"),
     "pickle named safetensors": (_pickle_named_safetensors, "is named .safetensors but is pth .*pickle renamed"),
@@ -356,6 +273,8 @@ OPENING_FAULTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "two indices": (_two_indices, "has 2 indices"),
     "all-in-one": (_saved(model__diffusion_model__w=torch.ones(1), vae__w=torch.ones(1)), "all-in-one checkpoint"),
     "nvfp4": (_saved(q__weight=torch.ones(2), q__weight_scale_2=torch.ones(1)), "quantisation format nvfp4"),
+    "awq": (_saved(q__weight=torch.ones(2), q__pre_quant_scale=torch.ones(1)), "quantisation format awq_w4a16"),
+    "mxfp8": (_noted(b'{"format": "mxfp8"}'), "quantisation format mxfp8"),
     "unknown comfy format": (_noted(b'{"format": "convrot_w4a4"}'), "quantisation format convrot_w4a4"),
     "comfy note is no JSON": (_noted(b"{"), "q.comfy_quant is not JSON"),
     "metadata format": (_metadata_format, "quantisation format mxfp8"),
@@ -427,7 +346,7 @@ def test_misfits_are_refused_before_anything_is_read(change: Callable[[Weights],
                                                      tmp_path: Path) -> None:
     weights = change(tiny.official_transformer(tiny.transformer("t2v")))
     container = open_container(tiny.bare_file(tmp_path, weights))
-    module = empty_transformer("t2v")
+    module = weight_table.empty(tiny.PARTS["t2v"])
     with pytest.raises(ContainerError, match=message) as caught:
         load_into(module, container, names.transformer_rename(container.names()), dtype=torch.float32)
     assert cause in caught.value.cause
@@ -439,7 +358,7 @@ def test_a_tensor_given_twice_is_refused(tmp_path: Path) -> None:
     container = open_container(tiny.bare_file(tmp_path, {**weights, "again": weights["head.modulation"]}))
     rename = names.transformer_rename(container.names())
     with pytest.raises(ContainerError, match="are both scale_shift_table"):
-        load_into(empty_transformer("t2v"), container,
+        load_into(weight_table.empty(tiny.PARTS["t2v"]), container,
                   lambda name: ("scale_shift_table",) if name == "again" else rename(name), dtype=torch.float32)
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from wantrain import cli
 from wantrain.models import base, lora_formats
 from wantrain.models.lora_formats import LoraPair
+from wantrain.models.lora_updates import worst_difference
 
 
 @pytest.fixture
@@ -25,16 +26,16 @@ def kohya(tmp_path):
 def test_convert_there_and_back_keeps_the_deltas(kohya, tmp_path, capsys):
     there, back = tmp_path / "u.safetensors", tmp_path / "k.safetensors"
     assert cli.main(["convert", str(kohya), str(there), "format=universal"]) == 0
-    assert cli.main(["convert", str(there), str(back), "format=kohya"]) == 0
-    assert "8 modules" in capsys.readouterr().out
+    assert cli.main(["convert", str(there), str(back), "--format=kohya"]) == 0
+    assert "8 LoRA modules" in capsys.readouterr().out
     a, b = lora_formats.read_lora(kohya), lora_formats.read_lora(back)
-    assert lora_formats.worst_difference(a.pairs, b.pairs)[0] < 1e-6
+    assert worst_difference(a, b)[0] < 1e-6
     assert b.metadata["ss_output_name"] == "mine"
     assert all(name.startswith("diffusion_model.blocks.") for name in load_file(there))
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    (["x"], "an input and an output"), (["IN", "OUT", "format=zip"], "format=zip"),
+    (["x"], "an input and an output"), (["IN", "OUT", "--format", "zip"], "format=zip"),
     (["IN", "OUT", "rank=3"], "rank=3"), (["gone.safetensors", "OUT"], "does not exist"),
     (["IN"], "got 1"),
 ])
@@ -56,7 +57,8 @@ def test_convert_refuses_by_name_what_the_target_cannot_hold(kohya, tmp_path, ca
 def test_inspect_says_what_a_lora_is(kohya, capsys):
     assert cli.main(["inspect", str(kohya)]) == 0
     shown = capsys.readouterr().out
-    for said in ("format kohya", "modules   8", "rank      4 on 8", "scale     0.5 on 8", "musubi-tuner",
+    for said in ("format kohya", "modules   8", "rank      4 on 8", "alpha     2 on rank 4 (8 modules)", "loads in  musubi-tuner",
+                 "not in    diffusers", "fits      tiny_wan (", "blocks.*.self_attn.q (largest: blocks.",
                  "ss_output_name = mine"):
         assert said in shown
 

@@ -29,9 +29,9 @@ from wantrain.models.lora_formats import (
     LoraPair,
     check_fit,
     read_lora,
-    worst_difference,
     write_lora,
 )
+from wantrain.models.lora_updates import worst_difference
 from wantrain.terms import UserError
 
 MODULES = [f"blocks.{n}.{m}" for n in (0, 1) for m in (
@@ -53,6 +53,10 @@ def written(folder: Path, format: str, pairs: dict[str, LoraPair] | None = None,
     path = folder / ("adapter" if format == "peft" else "lora.safetensors")
     write_lora(path, pairs or some_pairs(), format, {"ss_output_name": "x"}, **more)
     return path
+
+
+def differ(pairs: dict[str, LoraPair], others: dict[str, LoraPair]) -> tuple[float, str]:
+    return worst_difference(LoraFile(Path("a"), "universal", pairs), LoraFile(Path("b"), "universal", others))
 
 
 # One module's keys in each format, from facts/wan-formats.md 2.1, not from the table.
@@ -99,7 +103,7 @@ def test_writing_and_reading_keeps_every_delta(format: str, rows: list[tuple[str
     assert lora.format == format
     assert lora.metadata["ss_output_name"] == "x"
     assert lora.metadata["format"] == "pt"
-    worst, where = worst_difference(pairs, lora.pairs)
+    worst, where = differ(pairs, lora.pairs)
     assert worst < 1e-6, where
     for module, read in lora.pairs.items():
         assert torch.equal(read.a, pairs[module].a)
@@ -118,7 +122,7 @@ def test_there_and_back_is_the_identity(first: str, tmp_path: Path) -> None:
         there = read_lora(written(tmp_path / second, second, start.pairs))
         back = read_lora(written(tmp_path / second / "back", first, there.pairs))
         assert back.format == first
-        assert worst_difference(start.pairs, back.pairs)[0] < 1e-6
+        assert differ(start.pairs, back.pairs)[0] < 1e-6
         if GRAMMARS[first].alpha == "optional" or GRAMMARS[second].alpha != "optional":
             for module, read in start.pairs.items():
                 assert torch.equal(back.pairs[module].b, read.b)
@@ -129,14 +133,14 @@ def test_worst_difference_measures() -> None:
     pairs = some_pairs()
     other = dict(pairs)
     other["blocks.1.ffn.2"] = LoraPair(pairs["blocks.1.ffn.2"].a, pairs["blocks.1.ffn.2"].b, 4.5 * 1.001)
-    worst, where = worst_difference(pairs, other)
+    worst, where = differ(pairs, other)
     assert where == "blocks.1.ffn.2"
     assert worst == pytest.approx(1e-3, rel=1e-3)
-    assert worst_difference(pairs, dict(pairs))[0] < 1e-7
+    assert differ(pairs, dict(pairs))[0] < 1e-7
     del other["blocks.0.ffn.0"]
-    assert worst_difference(pairs, other) == (math.inf, "blocks.0.ffn.0")
+    assert differ(pairs, other) == (math.inf, "blocks.0.ffn.0")
     scaled = {m: LoraPair(p.a, p.b * 2, p.alpha / 2) for m, p in pairs.items()}
-    assert worst_difference(pairs, scaled)[0] < 1e-7
+    assert differ(pairs, scaled)[0] < 1e-7
 
 
 # Other libraries.
@@ -277,12 +281,17 @@ def test_loha_passes_through_formats_that_hold_it(tmp_path: Path) -> None:
         write_lora(tmp_path / "no", {}, "universal", {}, extras=lora.extras)
 
 
-def test_dora_is_written_nowhere(tmp_path: Path) -> None:
+def test_dora_is_written_only_where_it_loads_right(tmp_path: Path) -> None:
     lora = read_lora(saved(tmp_path, DORA))
-    assert list(lora.extras) == ["blocks.0.self_attn.q.lora_magnitude_vector.weight"]
+    assert list(lora.extras) == ["blocks.0.self_attn.q.lora_magnitude_vector"]
     for format in GRAMMARS:
-        with pytest.raises(UserError, match="lora_magnitude_vector"):
-            write_lora(tmp_path / "no", lora.pairs, format, {}, extras=lora.extras)
+        if format in ("diffusers", "peft"):
+            assert worst_difference(lora, read_lora(written(tmp_path, format, lora.pairs, extras=lora.extras)))[0] == 0
+        else:
+            with pytest.raises(UserError, match="lora_magnitude_vector") as caught:
+                write_lora(tmp_path / "no", lora.pairs, format, {}, extras=lora.extras)
+            assert "choose a format that can: diffusers, peft; for ComfyUI" in caught.value.next_step
+            assert "wantrain merge" in caught.value.next_step
 
 
 @pytest.mark.parametrize(("high", "low"), [
@@ -306,7 +315,7 @@ def test_convolutions_only_where_they_load(tmp_path: Path) -> None:
     for format, grammar in GRAMMARS.items():
         if grammar.conv:
             read = read_lora(written(tmp_path / format, format, pairs))
-            assert worst_difference(pairs, read.pairs)[0] < 1e-6
+            assert differ(pairs, read.pairs)[0] < 1e-6
         else:
             with pytest.raises(UserError, match="convolutions, which its readers refuse: patch_embedding"):
                 written(tmp_path / format, format, pairs)
@@ -326,7 +335,7 @@ def test_bf16_only_where_folding_is_exact(tmp_path: Path) -> None:
     exact = some_pairs(rank=8, alpha=2.0)
     read = read_lora(written(tmp_path, "universal", exact, dtype=torch.bfloat16))
     rounded = {m: LoraPair(p.a.bfloat16(), p.b.bfloat16(), p.alpha) for m, p in exact.items()}
-    assert worst_difference(rounded, read.pairs)[0] < 1e-7
+    assert differ(rounded, read.pairs)[0] < 1e-7
     assert read_lora(written(tmp_path, "kohya", dtype=torch.bfloat16)).pairs["blocks.0.ffn.0"].alpha == 4.5
 
 

@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from diffusers.utils import logging as diffusers_logging
-from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
 from transformers.utils import logging as transformers_logging
 
-from wantrain.files import digest_file, digest_folder
-from wantrain.models import names
-from wantrain.models.containers import Container, empty_weights, find_parts, load_into, open_container
+from wantrain.files import digest_file, digest_folder, digest_text
+from wantrain.models import hub, names, sizes
+from wantrain.models.containers import (
+    Container,
+    ContainerError,
+    empty_weights,
+    find_parts,
+    load_into,
+    open_container,
+)
+from wantrain.models.lora_formats import read_lora
+from wantrain.models.lora_updates import merged_tensor, plan_merge
 from wantrain.models.short_text import shorten_text
 from wantrain.models.variants import Variant, detect, diffusers_config
-from wantrain.terms import UserError
+from wantrain.terms import TEXT_LEN, UserError
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny_wan"
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
+OPTIONAL_PARTS = ("image_encoder",)
 
-UMT5_XXL = {
-    "vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_heads": 64, "num_layers": 24,
-    "feed_forward_proj": "gated-gelu", "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128,
-}
-"""facts/wan-formats.md 1.4; a folder with its own config.json goes before it."""
 UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
 diffusers_logging.disable_progress_bar()
@@ -36,15 +43,22 @@ transformers_logging.disable_progress_bar()
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """One checkpoint: the path of each part (file or folder) and its row of the variants table."""
+    """One checkpoint: the path of each part (file or folder) and its row of the variants table.
+
+    `merged` are LoRA files, with strengths, that the transformer is loaded with, as if its files held them.
+    """
 
     variant: Variant
     parts: Mapping[str, Path]
+    merged: tuple[tuple[Path, float], ...] = ()
 
     def digest(self, part: str, memo: Path) -> str:
-        """A digest of one part's files."""
+        """A digest of one part's files, and of what is merged into the transformer."""
         path = self.parts[part]
-        return digest_folder(path, memo) if path.is_dir() else digest_file(path, memo)
+        own = digest_folder(path, memo) if path.is_dir() else digest_file(path, memo)
+        if part != "transformer" or not self.merged:
+            return own
+        return digest_text(own, *(f"{digest_file(file, memo)} {strength}" for file, strength in self.merged))
 
     def _transformer_config(self) -> dict[str, Any]:
         path = self.parts["transformer"] / "config.json"
@@ -75,16 +89,26 @@ class Base:
         with empty_weights():
             module = WanTransformer3DModel.from_config(self._transformer_config())
         load_into(module, container, names.transformer_rename(container.names()), dtype=dtype, device=device,
-                  keep_float32=WanTransformer3DModel._keep_in_fp32_modules)
+                  keep_float32=WanTransformer3DModel._keep_in_fp32_modules, edit=self._merging(container))
         if device.type == "cpu":
             shorten_text(module)
         return module.requires_grad_(False).eval().to(device)
+
+    def _merging(self, container: Container) -> Callable[[str, torch.Tensor], torch.Tensor] | None:
+        """What folds the merged LoRAs into the container's tensors as they are read."""
+        loras = [(read_lora(file), strength) for file, strength in self.merged]
+        return partial(merged_tensor, plan_merge(container, loras)) if loras else None
 
     def vae(self, device: torch.device) -> AutoencoderKLWan:
         """The VAE in float32, as the official code runs it, frozen."""
         container = open_container(self.parts["vae"])
         with empty_weights():
-            module = AutoencoderKLWan.from_config(container.config or {})
+            module = AutoencoderKLWan.from_config(container.config or sizes.VAES[names.vae_version(container.names())])
+        wanted = self.variant.architecture.out_channels
+        if module.config.z_dim != wanted:
+            raise ContainerError(container.path, f"makes latents of {module.config.z_dim} channels, "
+                                 f"{self.variant.name} takes {wanted}", "the VAE of the other generation",
+                                 f"set model.parts.vae to Wan{self.variant.vae}_VAE.pth or its like")
         load_into(module, container, names.vae_rename(container.names()), dtype=torch.float32, device=device)
         return module.requires_grad_(False).eval().to(device)
 
@@ -93,36 +117,91 @@ class Base:
         """
         container = open_container(self.parts["text_encoder"])
         with empty_weights():
-            module = UMT5EncoderModel(UMT5Config(**(container.config or UMT5_XXL)))
+            module = UMT5EncoderModel(UMT5Config(**(container.config or sizes.UMT5_XXL)))
         load_into(module, container, names.t5_rename(container.names()), dtype=dtype, device=device)
         module = module.requires_grad_(False).eval().to(device)
-        tokenizer = AutoTokenizer.from_pretrained(self.parts["tokenizer"])
-        return WanPipeline(tokenizer=tokenizer, text_encoder=module, transformer=None, vae=None, scheduler=None)
+        return WanPipeline(tokenizer=self._tokenizer(), text_encoder=module, transformer=None, vae=None, scheduler=None)
+
+    def _tokenizer(self) -> Any:
+        path = self.parts["tokenizer"]
+        if path.is_dir():
+            return AutoTokenizer.from_pretrained(path)
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "spiece.model").write_bytes(open_container(path).spiece_model() or b"")
+            return T5Tokenizer.from_pretrained(folder, model_max_length=TEXT_LEN)
+
+    def image_encoder(self, dtype: torch.dtype, device: torch.device) -> CLIPVisionModel:
+        """The CLIP vision tower of the 2.1 image-to-video checkpoints, frozen."""
+        container = open_container(self.parts["image_encoder"])
+        with empty_weights():
+            module = CLIPVisionModel(CLIPVisionConfig(**(container.config or sizes.CLIP_VIT_H)))
+        load_into(module, container, names.clip_rename(container.names()), dtype=dtype, device=device)
+        return module.requires_grad_(False).eval().to(device)
 
     def scheduler(self, shift: float) -> UniPCMultistepScheduler:
         """UniPC, the official sampler, with the given timestep shift."""
         return UniPCMultistepScheduler.from_config(UNIPC, flow_shift=shift)
 
 
-def find(variant: Variant, path: str | None, parts: Mapping[str, str]) -> Base:
+def find(variant: Variant, path: str | None, parts: Mapping[str, str], merged: Sequence[str] = ()) -> Base:
     """Where everything is: the parts of the folder `path` (`embedded` for the tiny base; diffusers or official
     layout), with single files or folders in their place where `parts` names them.
+
+    Each may be a model id (wantrain.models.hub). `merged`: LoRA files as FILE or FILE=STRENGTH.
     """
-    folder = EMBEDDED if path == "embedded" else Path(path).expanduser() if path else None
-    if unknown := sorted(set(parts) - set(PARTS)):
-        raise UserError(f"model.parts.{unknown[0]} is not allowed: {', '.join(PARTS)}", "rename the key")
-    if folder is not None and not folder.is_dir():
-        raise UserError(
-            f"model.path = {path!r} is not a folder",
-            "download a checkpoint, e.g. `hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --local-dir "
-            "models/Wan2.1-T2V-1.3B-Diffusers`, and set model.path to its folder (or model=tiny_wan)")
-    found = find_parts(folder) if folder else {}
-    found |= {part: Path(file).expanduser() for part, file in parts.items()}
+    if unknown := sorted(set(parts) - {*PARTS, *OPTIONAL_PARTS}):
+        raise UserError(f"model.parts.{unknown[0]} is not allowed: {', '.join((*PARTS, *OPTIONAL_PARTS))}",
+                        "rename the key")
+    found: dict[str, Path] = {}
+    if path:
+        folder = EMBEDDED if path == "embedded" else _local("model.path", path, lambda f: _is_whole(f, parts))
+        found = find_parts(folder) if folder.is_dir() else {"transformer": folder}
+    found |= {part: _local(f"model.parts.{part}", where) for part, where in parts.items()}
+    if "tokenizer" not in found and "text_encoder" in found and found["text_encoder"].is_file() \
+            and open_container(found["text_encoder"]).spiece_model():
+        found["tokenizer"] = found["text_encoder"]
     for part in PARTS:
-        if part not in found or not found[part].exists():
-            where = found.get(part, f"{folder or 'model.path'} (nor as model.parts.{part})")
-            raise UserError(f"no {part} at {where}",
-                            f"set model.parts.{part} to its file or folder, or model.path to a whole checkpoint, e.g. "
-                            "`hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --local-dir "
-                            "models/Wan2.1-T2V-1.3B-Diffusers`")
-    return Base(variant, {part: found[part] for part in PARTS})
+        if part not in found:
+            like = {"tokenizer": "google/umt5-xxl"}.get(part, "FILE_OR_FOLDER")
+            raise UserError(f"model.path = {path} holds no {part}, and model.parts.{part} is not set",
+                            f"set model.parts.{part}={like}, or model.path to a whole checkpoint, e.g. "
+                            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+    return Base(variant, {part: found[part] for part in (*PARTS, *OPTIONAL_PARTS) if part in found},
+                tuple(lora_argument(argument) for argument in merged))
+
+
+def _local(key: str, where: str, whole: Callable[[Path], bool] | None = None) -> Path:
+    try:
+        return hub.local(where, whole)
+    except UserError as error:
+        raise UserError(f"{key}: {error.message}", error.next_step) from error
+
+
+def _is_whole(folder: Path, parts: Mapping[str, str]) -> bool:
+    """Whether a folder has every part that is not named elsewhere."""
+    try:
+        found = find_parts(folder)
+    except ContainerError:
+        return False
+    return all(part in found or part in parts for part in PARTS)
+
+
+def lora_argument(argument: str) -> tuple[Path, float]:
+    """FILE or FILE=STRENGTH, the file a path or model id. Raises UserError."""
+    where, _, strength = argument.partition("=")
+    try:
+        return hub.local(where), float(strength or 1)
+    except ValueError as error:
+        raise UserError(f"{argument}: the strength {strength!r} is not a number", f"{where}=0.8") from error
+
+
+def open_transformer(where: str) -> Container:
+    """The transformer of a file, of a folder with its shards, or of a whole checkpoint's folder; or a model id's."""
+    path = hub.local(where)
+    if path.is_file() or any(path.glob("diffusion_pytorch_model*")):
+        return open_container(path)
+    parts = find_parts(path)
+    if "transformer" not in parts:
+        raise UserError(f"{path} holds two transformers, {parts['high'].name} and {parts['low'].name}",
+                        f"say which: {parts['high']}")
+    return open_container(parts["transformer"])

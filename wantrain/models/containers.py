@@ -466,19 +466,22 @@ def empty_weights() -> Iterator[None]:
 
 
 def load_into(module: torch.nn.Module, container: Container, rename: Rename, *, dtype: torch.dtype,
-              device: torch.device | str = "cpu", keep_float32: Collection[str] = ()) -> None:
+              device: torch.device | str = "cpu", keep_float32: Collection[str] = (),
+              edit: Callable[[str, torch.Tensor], torch.Tensor] | None = None) -> None:
     """Fill a module whose parameters are on the meta device, tensor by tensor.
 
-    `rename` gives the module's names for a file's name (wantrain.models.names). Tensors with a name part in
-    `keep_float32` (diffusers' `_keep_in_fp32_modules`) become float32, the others `dtype`. Leading axes of length 1
-    do not count in a shape. Raises ContainerError, before reading anything, when a tensor is missing, unexpected,
-    given twice or of another shape; and when anything would stay on meta.
+    `rename` gives the module's names for a file's name (wantrain.models.names). `edit` may change a tensor, given by
+    the file's name as it is stored, before it is cast. Tensors with a name part in `keep_float32` (diffusers'
+    `_keep_in_fp32_modules`) become float32, the others `dtype`. Leading axes of length 1 do not count in a shape.
+    Raises ContainerError, before reading anything, when a tensor is missing, unexpected, given twice or of another
+    shape; and when anything would stay on meta.
     """
     targets = module.state_dict(keep_vars=True)
     groups = _tied(targets)
     plan = _plan(container, rename, {name: tuple(t.shape) for name, t in targets.items()}, groups)
     for source, names in plan.items():
         whole = container.read(source, device=device)
+        whole = edit(source, whole) if edit else whole
         for name, piece in zip(names, whole.chunk(len(names)), strict=True):
             kept = any(part in keep_float32 for part in name.split("."))
             tensor = piece.reshape(targets[name].shape).to(torch.float32 if kept else dtype, copy=len(names) > 1)

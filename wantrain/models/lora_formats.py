@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,8 @@ from wantrain.terms import UserError
 DIGEST_KEY = "wantrain_digest"
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
+MAGNITUDE = "lora_magnitude_vector"
+"""The suffix under which PEFT saves DoRA's magnitudes [out]; LyCORIS' `dora_scale` is [out, 1]."""
 
 Extras = Mapping[str, torch.Tensor]
 
@@ -101,27 +103,46 @@ GRAMMARS: dict[str, Grammar] = {g.id: g for g in (
     Grammar("comfy_updown", "diffusion_model.", False, "official", *_UPDOWN, "optional", True, ("diff", *_KRON)),
     Grammar("fun", "lora_unet__", True, "official", *_UPDOWN, "tensor", True),
     Grammar("kohya", "lora_unet_", True, "official", *_UPDOWN, "tensor", True, _KRON),
-    Grammar("diffusers", "transformer.", False, "diffusers", *_AB, "config", True),
-    Grammar("peft", "base_model.model.", False, "either", *_AB, "config", True),
+    Grammar("diffusers", "transformer.", False, "diffusers", *_AB, "config", True, (MAGNITUDE,)),
+    Grammar("peft", "base_model.model.", False, "either", *_AB, "config", True, (MAGNITUDE,)),
     Grammar("lycoris", "lycoris_", True, "diffusers", *_UPDOWN, "tensor", True, _KRON),
     Grammar("diffsynth_pipe", "pipe.dit.", False, "official", *_AB_DEFAULT, "optional", False),
     Grammar("diffsynth", "", False, "either", *_AB_DEFAULT, "optional", False),
 )}
 """In the order in which prefixes are tried: a longer one goes before one that it starts with."""
 
-LOADS_IN: dict[str, str] = {
-    "universal": "ComfyUI, WanVideoWrapper, diffusers, DiffSynth-Studio, LightX2V, ai-toolkit, diffusion-pipe; "
-                 "musubi-tuner after its own convert_lora.py",
-    "comfy_updown": "ComfyUI, WanVideoWrapper, diffusers, DiffSynth-Studio, LightX2V; ai-toolkit ignores an .alpha",
-    "kohya": "musubi-tuner, ComfyUI, WanVideoWrapper; diffusers only with all attention and ffn Linears of all blocks",
-    "fun": "VideoX-Fun, ComfyUI and WanVideoWrapper when block 0 is in it; not diffusers",
-    "diffusers": "diffusers; not ComfyUI (no effect, log lines only)",
-    "peft": "PEFT; not ComfyUI, not diffusers' load_lora_weights (no effect)",
-    "lycoris": "LyCORIS and SimpleTuner only",
-    "diffsynth": "DiffSynth-Studio, LightX2V, WanVideoWrapper; not ComfyUI, not diffusers (no effect)",
-    "diffsynth_pipe": "WanVideoWrapper and old DiffSynth-Studio",
+_COMFY = ("ComfyUI", "WanVideoWrapper")
+_LOADS_IN: dict[str, tuple[tuple[str, ...], str]] = {
+    "universal": ((*_COMFY, "diffusers", "DiffSynth-Studio", "LightX2V", "ai-toolkit", "diffusion-pipe"),
+                  "musubi-tuner after its own convert_lora.py"),
+    "comfy_updown": ((*_COMFY, "diffusers", "DiffSynth-Studio", "LightX2V"), "ai-toolkit ignores an .alpha"),
+    "kohya": (("musubi-tuner", *_COMFY), "diffusers only with all attention and ffn Linears of all blocks"),
+    "fun": (("VideoX-Fun", *_COMFY), "ComfyUI only when block 0 is in it"),
+    "diffusers": (("diffusers",), "WanVideoWrapper applies a part of it"),
+    "peft": (("PEFT",), ""),
+    "lycoris": (("LyCORIS", "SimpleTuner"), ""),
+    "diffsynth": (("DiffSynth-Studio", "LightX2V", "WanVideoWrapper"), ""),
+    "diffsynth_pipe": (("WanVideoWrapper",), "old DiffSynth-Studio"),
 }
-"""Which tools apply a plain LoRA of each format rightly, measured: facts/wan-formats.md 2.2."""
+"""Per format: the tools that apply a plain LoRA rightly, and a condition; measured, facts/wan-formats.md 2.2."""
+TOOLS = (*_COMFY, "diffusers", "DiffSynth-Studio", "LightX2V", "ai-toolkit", "diffusion-pipe", "musubi-tuner",
+         "VideoX-Fun", "LyCORIS")
+
+
+def loads_in(format: str, suffixes: Collection[str]) -> tuple[tuple[str, ...], str]:
+    """The tools that apply a file of this format and with these extra tensors (suffixes) rightly, and a condition."""
+    tools, note = _LOADS_IN[format]
+    if any(suffix.startswith(("hada_", "lokr_")) for suffix in suffixes):
+        tools = {"lycoris": tools}.get(format, (*_COMFY, "musubi-tuner"))
+        note = ""
+    if {MAGNITUDE, "dora_scale"} & set(suffixes):
+        tools = tuple(tool for tool in tools if tool in ("diffusers", "PEFT", "LyCORIS"))
+        note = "ComfyUI divides by the wrong length: fold it in with wantrain merge"
+    if any(suffix.startswith("diff") for suffix in suffixes):
+        tools = tuple(tool for tool in tools if tool in (*_COMFY, "LightX2V"))
+        note = "a change of modulation only in LightX2V" if "diff_m" in suffixes else ""
+    return tools, note
+
 
 _KEY = re.compile(
     r"(?P<stem>.+?)\.(?:"
@@ -220,7 +241,7 @@ def _parse(raw: Container, tensors: Extras, grammar: Grammar
                                  "that wantrain does not know")
         stem = _official(raw, name, key["stem"], grammar)
         if key["extra"]:
-            extras[f"{stem}.{key['extra']}"] = tensor
+            extras[f"{stem}.{MAGNITUDE if key['extra'].startswith(MAGNITUDE) else key['extra']}"] = tensor
             continue
         role = "a" if key["a"] else "b" if key["b"] else "alpha"
         roles = pieces.setdefault(stem, {})
@@ -351,21 +372,22 @@ def write_lora(path: Path, pairs: Pairs, format: str, metadata: Mapping[str, str
         if grammar.alpha == "tensor":
             tensors[f"{stem}.alpha"] = torch.tensor(pair.alpha, dtype=torch.float32)
     for name, tensor in extras.items():
-        module, suffix = _split_extra(name)
+        module, suffix = split_extra(name)
         tensors[f"{_spell(grammar, module)}.{suffix}"] = tensor
     header = {"format": "pt", **metadata, DIGEST_KEY: digest_tensors(tensors)}
     if grammar.id == "peft":
         path.mkdir(parents=True, exist_ok=True)
-        write_json(path / PEFT_CONFIG, _peft_config(pairs))
+        write_json(path / PEFT_CONFIG, _peft_config(pairs, extras))
         write_tensors(path / PEFT_WEIGHTS, tensors, header)
         return
     if grammar.id == "diffusers":
-        config = {f"transformer.{key}": value for key, value in _peft_config(pairs).items()}
+        config = {f"transformer.{key}": value for key, value in _peft_config(pairs, extras).items()}
         header["lora_adapter_metadata"] = json.dumps(config, indent=2, sort_keys=True)
     write_tensors(path, tensors, header)
 
 
-def _split_extra(name: str) -> tuple[str, str]:
+def split_extra(name: str) -> tuple[str, str]:
+    """The name of an extra tensor as (official stem, suffix)."""
     key = _KEY.fullmatch(name)
     assert key is not None, f"{name} is no extra tensor"
     return key["stem"], name.removeprefix(key["stem"] + ".")
@@ -376,30 +398,38 @@ def _spell(grammar: Grammar, module: str) -> str:
     return grammar.prefix + (stem.replace(".", "_") if grammar.flat else stem)
 
 
-def _refuse_inexpressible(grammar: Grammar, pairs: Pairs, extras: Extras, dtype: torch.dtype) -> None:
-    faults: dict[str, list[str]] = {
-        "tensors that its readers ignore": [n for n in extras if not _split_extra(n)[1].startswith(grammar.extras or
-                                                                                                 "\n")],
+def _inexpressible(grammar: Grammar, pairs: Pairs, extras: Extras, dtype: torch.dtype) -> dict[str, list[str]]:
+    """What the format cannot hold -> the names that are of it."""
+    diffusers_names = grammar.naming == "diffusers" or grammar.id == "peft"
+    faults = {
+        "tensors that its readers ignore": [n for n in extras
+                                            if not split_extra(n)[1].startswith(grammar.extras or "\n")],
         "convolutions, which its readers refuse": [m for m, p in pairs.items() if p.a.ndim > 2 and not grammar.conv],
-        "modules that diffusers does not have": [m for m in pairs if _without_twin(m) and (
-            grammar.naming == "diffusers" or grammar.id == "peft")],
+        "modules that diffusers does not have": [m for m in pairs if diffusers_names and _without_twin(m)],
         f"an alpha/rank that cannot be folded exactly in {dtype} (it is no power of two)": [
             m for m, p in pairs.items() if grammar.alpha == "optional" and dtype != torch.float32
             and abs(math.frexp(p.scale)[0]) != 0.5],
     }
-    for what, names in faults.items():
-        if names:
-            raise UserError(f"the format {grammar.id} cannot hold {what}: {', '.join(names[:3])}"
-                            f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}",
-                            "choose another format"
-                            + (", or float32" if "folded" in what else "") + f": {', '.join(GRAMMARS)}")
+    return {what: names for what, names in faults.items() if names}
+
+
+def _refuse_inexpressible(grammar: Grammar, pairs: Pairs, extras: Extras, dtype: torch.dtype) -> None:
+    for what, names in _inexpressible(grammar, pairs, extras, dtype).items():
+        able = [g.id for g in GRAMMARS.values() if not _inexpressible(g, pairs, extras, dtype)]
+        advice = f"choose a format that can: {', '.join(able)}" if able else "no format can: fold it into a checkpoint"
+        if not set(able) & {"universal", "comfy_updown", "kohya"}:
+            advice += ("; for ComfyUI fold it into a checkpoint (wantrain merge BASE LORA OUT), and if it must be a "
+                       "LoRA, take one out of that (wantrain extract OUT BASE LORA)")
+        raise UserError(f"the format {grammar.id} cannot hold {what}: {', '.join(names[:3])}"
+                        f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}",
+                        advice + ("; or store float32" if "folded" in what else ""))
 
 
 def _without_twin(module: str) -> bool:
     return _twin(module) == module and module in TRANSFORMER.without_twin
 
 
-def _peft_config(pairs: Pairs) -> dict[str, Any]:
+def _peft_config(pairs: Pairs, extras: Extras) -> dict[str, Any]:
     """PEFT's LoraConfig fields: the commonest rank and alpha, patterns with full names for the rest."""
     rank = Counter(pair.rank for pair in pairs.values()).most_common(1)[0][0]
     alpha = Counter(pair.alpha for pair in pairs.values()).most_common(1)[0][0]
@@ -413,30 +443,7 @@ def _peft_config(pairs: Pairs) -> dict[str, Any]:
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": any(name.endswith(MAGNITUDE) for name in extras),
         "fan_in_fan_out": False,
         "init_lora_weights": True,
     }
-
-
-def worst_difference(pairs: Pairs, others: Pairs) -> tuple[float, str]:
-    """The largest relative L2 difference of a module's delta between two LoRAs, and the module.
-
-    Infinite for a module that only one has. Computed from rank-sized products in float64, never from the deltas:
-    ||B1 A1 - B2 A2||^2 = tr((B^T B)(A A^T)) with B = [B1, -B2], A = [A1; A2] (exact to about 1e-8 relative).
-    """
-    if only := sorted(pairs.keys() ^ others.keys()):
-        return math.inf, only[0]
-    worst = (0.0, "")
-    for module, pair in pairs.items():
-        other = others[module]
-        norm = _norm(pair.b.double().flatten(1) * pair.scale, pair.a.double().flatten(1))
-        difference = _norm(
-            torch.cat([pair.b.double().flatten(1) * pair.scale, -other.b.double().flatten(1) * other.scale], 1),
-            torch.cat([pair.a.double().flatten(1), other.a.double().flatten(1)]))
-        worst = max(worst, (difference / norm if norm else difference, module))
-    return worst
-
-
-def _norm(b: torch.Tensor, a: torch.Tensor) -> float:
-    return math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))

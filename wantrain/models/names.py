@@ -299,6 +299,13 @@ def transformer_rename(names: Collection[str]) -> Rename:
     return lambda name: (transformer_to_diffusers(transformer_to_official(name)),)
 
 
+def official_names(names: Collection[str]) -> dict[str, str]:
+    """A transformer file's names (official or diffusers, bare) -> the official ones. Raises UnknownName."""
+    if "head.modulation" in names:
+        return {name: name for name in names}
+    return {name: transformer_to_official(name) for name in names}
+
+
 def vae_version(names: Collection[str]) -> VaeVersion:
     """Which VAE a file holds, by its names (official or diffusers)."""
     nested = ("encoder.downsamples.0.downsamples.", "encoder.down_blocks.0.resnets.")

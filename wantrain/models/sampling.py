@@ -1,4 +1,4 @@
-"""Sampling through the diffusers pipeline, with an exported LoRA file as a user would load it."""
+"""Sampling through the diffusers pipeline, with a LoRA file of any format in its transformer."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from safetensors import safe_open
 
-from wantrain.terms import TEXT_LEN, Bucket, UserError
+from wantrain import lora
+from wantrain.models.lora_updates import read_adapter
+from wantrain.terms import TEXT_LEN, Bucket
 
-__all__ = ["Settings", "WanPipeline", "build", "load_lora", "lora_metadata", "sample", "set_strength"]
+__all__ = ["Settings", "WanPipeline", "build", "load_lora", "sample"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,25 +36,11 @@ def build(transformer: WanTransformer3DModel, vae: AutoencoderKLWan, text: WanPi
 
 
 def load_lora(pipeline: WanPipeline, path: Path) -> None:
-    """Load a LoRA file; refuse when it leaves the transformer as it was (diffusers only warns)."""
-    try:
-        pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name="lora")
-    except (ValueError, KeyError, RuntimeError, OSError) as error:
-        raise UserError(f"{path} does not load as a LoRA of this transformer: {error}",
-                        "check that the file was trained on this base, or export it again: wantrain export"
-                        ) from error
-    if not any("lora_B" in name for name, _ in pipeline.transformer.named_parameters()):
-        raise UserError(f"{path} changed nothing in the transformer: its tensor names are not Wan's",
-                        "export it again: wantrain export ...")
+    """Put a LoRA file of any format into the transformer, as an adapter that `lora.set_strength` scales.
 
-
-def set_strength(pipeline: WanPipeline, strength: float) -> None:
-    """Scale the loaded LoRA; 0 computes as the base."""
-    if strength == 0:
-        pipeline.disable_lora()
-    else:
-        pipeline.enable_lora()
-        pipeline.set_adapters(["lora"], [strength])
+    Raises UserError for a file that is damaged, of another variant, or more than an adapter.
+    """
+    lora.attach(pipeline.transformer, read_adapter(path, pipeline.transformer))
 
 
 @torch.no_grad()
@@ -66,9 +53,3 @@ def sample(pipeline: WanPipeline, prompt: str, seed: int, settings: Settings) ->
         max_sequence_length=TEXT_LEN, output_type="np",
     ).frames
     return (torch.from_numpy(video_BFHWC[0]).movedim(-1, 1).clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-def lora_metadata(path: Path) -> dict[str, str]:
-    """The header of a LoRA file."""
-    with safe_open(path, framework="pt") as file:
-        return file.metadata() or {}

@@ -266,6 +266,29 @@ def read_architecture(shapes: Shapes, layout: Layout) -> Architecture:
     )
 
 
+def fitting_lora(sizes: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
+    """The variants that have Linears of these names and sizes [out, in] (official module paths)."""
+    return tuple(name for name, variant in VARIANTS.items()
+                 if all(_has_linear(variant.architecture, module, size) for module, size in sizes.items()))
+
+
+def _has_linear(a: Architecture, module: str, size: tuple[int, int]) -> bool:
+    place = re.fullmatch(r"(vace_)?blocks\.(\d+)\.(.+)", module)
+    if place is None:
+        text, time, out = (a.dim, a.text_dim), (a.dim, a.freq_dim), (a.out_channels * 4, a.dim)
+        known = {"text_embedding.0": text, "text_embedding.2": (a.dim, a.dim), "time_embedding.0": time,
+                 "time_embedding.2": (a.dim, a.dim), "time_projection.1": (6 * a.dim, a.dim), "head.head": out}
+        image = {"img_emb.proj.1": (a.image_dim, a.image_dim), "img_emb.proj.3": (a.dim, a.image_dim)}
+        return size == (known | (image if a.image_dim else {})).get(module)
+    is_vace, block, leaf = place[1] is not None, int(place[2]), place[3]
+    wanted = {"ffn.0": (a.ffn_dim, a.dim), "ffn.2": (a.dim, a.ffn_dim)}.get(leaf, (a.dim, a.dim))
+    if leaf in ("cross_attn.k_img", "cross_attn.v_img") and not a.image_dim:
+        return False
+    if leaf in ("before_proj", "after_proj") and not is_vace:
+        return False
+    return size == wanted and block < (len(a.vace_layers) if is_vace else a.num_layers)
+
+
 def _count_blocks(shapes: Shapes, prefix: str) -> int:
     numbers = {int(found[1]) for name in shapes if (found := re.match(rf"{prefix}\.(\d+)\.", name))}
     if numbers and numbers != set(range(max(numbers) + 1)):

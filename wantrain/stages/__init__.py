@@ -10,11 +10,12 @@ from typing import Protocol
 
 import torch
 
-from wantrain.config import Config, Dtype
+from wantrain.config import Config, Dtype, LoraFormat
 from wantrain.data import decode, manifest, plan
 from wantrain.data.cache import Cache
 from wantrain.files import digest_text
-from wantrain.models import encode, sampling
+from wantrain.lora import Spec
+from wantrain.models import encode, hub, sampling
 from wantrain.models.base import Base, find
 from wantrain.models.sampling import WanPipeline
 from wantrain.models.variants import VARIANTS, Variant
@@ -49,8 +50,15 @@ class Opened:
 
     @property
     def export_path(self) -> Path:
-        """Where `export` writes and where `sample` and `evaluate` look first."""
-        return self.run_dir / "export" / f"{self.config.run.name}.safetensors"
+        """Where `export` writes and where `sample` and `evaluate` look first; a PEFT adapter is a folder."""
+        suffix = "_peft" if self.config.export.format is LoraFormat.peft else ".safetensors"
+        return self.run_dir / "export" / f"{self.config.run.name}{suffix}"
+
+
+def spec_of(config: Config) -> Spec:
+    """How the config wants its adapter."""
+    own = config.lora
+    return Spec(own.rank, own.alpha, own.kind.name, own.rank_pattern, own.alpha_pattern)
 
 
 def variant_of(config: Config) -> Variant:
@@ -72,7 +80,7 @@ def clips_of(config: Config) -> tuple[list[Clip], list[Clip]]:
 def opened(config: Config, recipe_arguments: Sequence[str]) -> Opened:
     """Check everything that can be checked without loading weights. `recipe_arguments` are the user's overrides."""
     variant = variant_of(config)
-    base = find(variant, config.model.path, config.model.parts)
+    base = find(variant, config.model.path, config.model.parts, config.model.merge)
     buckets = plan.buckets(config.data.num_frames, config.data.resolutions, variant.multiple_px)
     cache_dir = Path(config.data.cache_dir)
     memo = cache_dir / "digests"
@@ -104,7 +112,7 @@ def sampler_settings(recipe: Opened) -> sampling.Settings:
 
 
 def pipeline_of(recipe: Opened, lora: Path | None) -> WanPipeline:
-    """The base's diffusers pipeline on the best device, with a LoRA file loaded as a user would load it."""
+    """The base's diffusers pipeline on the best device, with a LoRA file of any format in its transformer."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = recipe.base
     pipeline = sampling.build(base.transformer(recipe.dtype, device), base.vae(device), base.text(recipe.dtype, device),
@@ -116,8 +124,10 @@ def pipeline_of(recipe: Opened, lora: Path | None) -> WanPipeline:
 
 def lora_file(recipe: Opened, arguments: Sequence[str]) -> Path:
     """The LoRA that the config names, or the run's own export."""
-    path = Path(recipe.config.sampler.lora) if recipe.config.sampler.lora else recipe.export_path
-    if not path.is_file():
+    if recipe.config.sampler.lora:
+        return hub.local(recipe.config.sampler.lora)
+    path = recipe.export_path
+    if not path.exists():
         raise UserError(f"no LoRA file {path}", shlex.join(["wantrain", "export", *arguments]))
     return path
 

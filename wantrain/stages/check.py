@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from wantrain import config as schema
 from wantrain import lora
 from wantrain.config import Config
-from wantrain.stages import opened
+from wantrain.stages import opened, spec_of
 from wantrain.terms import Bucket
 
 
@@ -23,7 +23,7 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     recipe = opened(config, arguments)
     transformer = recipe.base.meta_transformer()
     total = sum(p.numel() for p in transformer.parameters())
-    modules = lora.inject(transformer, config.lora.targets, config.lora.rank, config.lora.alpha, config.train.seed)
+    modules = lora.inject(transformer, config.lora.targets, spec_of(config), config.train.seed)
     adapted = sum(p.numel() for p in lora.trainable(transformer).values())
     everything = recipe.planned + recipe.heldout
     clips, texts = recipe.cache.missing(everything, ["", *(p.clip.caption for p in everything)])
@@ -35,8 +35,10 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     for part, path in recipe.base.parts.items():
         print(f"  {part:13}{path}")
     print(f"  detected   {recipe.base.detected()}")
-    print(f"adapter      rank {config.lora.rank}, alpha {config.lora.alpha:g} on {len(modules)} modules: "
-          f"{adapted:,} trainable parameters")
+    for path, strength in recipe.base.merged:
+        print(f"  merged     {path} at strength {strength:g}")
+    print(f"adapter      {config.lora.kind.name}, rank {config.lora.rank}, alpha {config.lora.alpha:g} on "
+          f"{len(modules)} modules: {adapted:,} trainable parameters")
     for name, count in sorted(Counter(p.clip.source for p in everything).items()):
         repeats = {p.clip.repeats for p in everything if p.clip.source == name}
         print(f"source       {name}: {count} clips x {repeats.pop()} repeats")

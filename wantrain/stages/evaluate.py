@@ -14,7 +14,9 @@ from wantrain import engine, metrics, pictures, report, style, validation
 from wantrain.config import Config
 from wantrain.data import decode
 from wantrain.files import write_json, write_text
+from wantrain.lora import set_strength
 from wantrain.models import sampling
+from wantrain.models.lora_formats import read_lora
 from wantrain.stages import Cached, Opened, lora_file, opened, pipeline_of, sampler_settings, tensors_of
 from wantrain.terms import PlannedClip, UserError
 
@@ -45,7 +47,7 @@ def run(config: Config, arguments: Sequence[str]) -> None:
         "validation_loss": validation_losses(recipe, pipeline),
         "settings": schema.flat(config),
         "run": json.loads((recipe.run_dir / "run.json").read_text()) if (recipe.run_dir / "run.json").exists() else {},
-        "lora": {"path": str(lora), "metadata": sampling.lora_metadata(lora)},
+        "lora": {"path": str(lora), "metadata": read_lora(lora).metadata},
     }
     folder = recipe.run_dir / "report"
     rows = [[trio.videos[c][len(trio.videos[c]) // 2] for c in CONDITIONS] for trio in trios]
@@ -69,7 +71,7 @@ def sample_trios(recipe: Opened, pipeline: sampling.WanPipeline) -> list[Trio]:
         for number, (prompt, seed) in enumerate(jobs):
             trio = Trio(prompt, seed, {}, {})
             for condition in CONDITIONS:
-                sampling.set_strength(pipeline, 0.0 if condition == "base" else 1.0)
+                set_strength(pipeline.transformer, 0.0 if condition == "base" else 1.0)
                 text = f"{config.data.trigger}, {prompt}" if condition == "lora_with_trigger" else prompt
                 trio.videos[condition] = sampling.sample(pipeline, text, seed, settings)
                 trio.files[condition] = recipe.run_dir / "report" / f"{number:03d}_{condition}.mp4"
@@ -114,7 +116,7 @@ def validation_losses(recipe: Opened, pipeline: sampling.WanPipeline) -> dict[st
     device = pipeline.transformer.device
     found: dict[str, object] = {"sigmas": sigmas}
     for name, strength in (("base", 0.0), ("lora", 1.0)):
-        sampling.set_strength(pipeline, strength)
+        set_strength(pipeline.transformer, strength)
         with engine.autocast(device, recipe.dtype):
             losses = validation.losses(pipeline.transformer, pairs, sigmas, device)
         found[name] = float(losses.mean())

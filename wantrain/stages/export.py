@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import shlex
-import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
 
 from wantrain import __version__, lora
 from wantrain import config as schema
 from wantrain.config import Config
 from wantrain.engine import checkpoint
-from wantrain.models import lora_formats
-from wantrain.models.lora_formats import LoraPair
-from wantrain.models.names import transformer_to_official
-from wantrain.stages import TORCH_DTYPE, Opened, manifest_digest, opened
+from wantrain.models.lora_formats import LoraFile
+from wantrain.models.lora_updates import from_adapter, products, write_proven
+from wantrain.stages import Opened, manifest_digest, opened, spec_of
 from wantrain.terms import UserError
-
-ALLOWED_ERROR = {"float32": 1e-6, "bfloat16": 1e-2}
-"""Largest relative L2 error of a delta by storage: bfloat16 rounds A and B to 8 bits."""
 
 
 def run(config: Config, arguments: Sequence[str]) -> None:
@@ -28,34 +24,42 @@ def run(config: Config, arguments: Sequence[str]) -> None:
         raise UserError(f"no checkpoint in {recipe.run_dir / 'checkpoints'}",
                         shlex.join(["wantrain", "train", *arguments]))
     step, tensors = checkpoint.load(found[-1], None)
-    pairs = official_pairs(lora.adapter_state(checkpoint.values(tensors), config.lora.rank, config.lora.alpha))
-    path = recipe.export_path
-    lora_formats.write_lora(path, pairs, config.export.format.name, metadata(recipe, step),
-                            dtype=TORCH_DTYPE[config.export.dtype])
-    worst, module = lora_formats.worst_difference(pairs, lora_formats.read_lora(path).pairs)
-    if worst > ALLOWED_ERROR[config.export.dtype.name]:
-        raise UserError(f"{path}: read back, the delta of {module} differs by {worst:.1e}", "report this as a bug; "
-                        "the checkpoint is untouched")
-    print(f"exported {path} ({config.export.format.name}): {len(pairs)} modules, step {step}; "
-          f"read back, largest relative error of a delta {worst:.1e}")
+    pairs, extras = from_adapter(lora.adapter_state(checkpoint.values(tensors), adapter_scales(recipe)))
+    path, form = recipe.export_path, config.export.format.name
+    worst = write_proven(path, LoraFile(path, form, pairs, extras), form, metadata(recipe, step),
+                         config.export.dtype.name)
+    print(f"exported {path} ({form}): {config.lora.kind.name} on {len(pairs) or len(products(extras))} modules, step "
+          f"{step}; read back, largest relative error of a delta {worst:.1e}")
 
 
-def official_pairs(state: lora.AdapterState) -> dict[str, LoraPair]:
-    """The adapter under the official module names."""
-    return {transformer_to_official(name): LoraPair(a, b, state.alpha) for name, (a, b) in state.pairs.items()}
+def adapter_scales(recipe: Opened) -> dict[str, float]:
+    """The factor on each module's product, from the adapter's own layers, without reading weights."""
+    transformer = recipe.base.meta_transformer()
+    lora.inject(transformer, recipe.config.lora.targets, spec_of(recipe.config), recipe.config.train.seed)
+    return lora.scales(transformer)
 
 
 def metadata(recipe: Opened, step: int) -> dict[str, str]:
     """What the file says of itself: the field's keys (ss_*, modelspec.*) and where it comes from."""
     config = recipe.config
+    own = {
+        "version": __version__, "steps": str(step), "trigger": config.data.trigger, "variant": config.model.variant,
+        "config_digest": schema.digest(config), "manifest_digest": manifest_digest(recipe),
+        "base_digest": recipe.base.digest("transformer", recipe.cache.memo), "merged": " ".join(config.model.merge),
+    }
+    finished = datetime.now(UTC)
+    shift = recipe.variant.shift if config.train.shift is None else config.train.shift
     return {
         "software": f"wantrain {__version__}", "ss_output_name": config.run.name, "ss_base_model_version": "wan",
-        "ss_network_dim": str(config.lora.rank), "ss_network_alpha": str(config.lora.alpha), "ss_steps": str(step),
-        "ss_learning_rate": str(config.optim.lr), "ss_training_finished_at": str(int(time.time())),
+        "ss_network_module": f"wantrain.lora ({config.lora.kind.name})", "ss_network_dim": str(config.lora.rank),
+        "ss_network_alpha": str(config.lora.alpha), "ss_steps": str(step), "ss_max_train_steps": str(step),
+        "ss_learning_rate": str(config.optim.lr), "ss_seed": str(config.train.seed),
+        "ss_num_train_items": str(len(recipe.planned)), "ss_discrete_flow_shift": str(shift),
+        "ss_training_finished_at": str(finished.timestamp()),
         "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": "wan2.1/lora",
         "modelspec.implementation": "https://github.com/Wan-Video/Wan2.1", "modelspec.title": config.run.name,
+        "modelspec.date": finished.isoformat(timespec="seconds"), "modelspec.timestep_range": "0,1000",
+        "modelspec.resolution": "x".join(map(str, reversed(config.data.resolutions[0]))),
         "modelspec.trigger_phrase": config.data.trigger,
-        "wantrain.config_digest": schema.digest(config),
-        "wantrain.base_digest": recipe.base.digest("transformer", recipe.cache.memo),
-        "wantrain.manifest_digest": manifest_digest(recipe), "wantrain.variant": config.model.variant,
+        **{f"wantrain.{key}": value for key, value in own.items()},
     }

@@ -3,51 +3,97 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
-from wantrain.models import lora_formats
+from wantrain.models import hub, lora_formats
 from wantrain.models.containers import Container, open_container, open_raw
-from wantrain.models.lora_formats import LOADS_IN, PEFT_WEIGHTS, LoraFile
-from wantrain.models.variants import detect
+from wantrain.models.lora_formats import PEFT_WEIGHTS, LoraFile, loads_in, split_extra
+from wantrain.models.lora_updates import product_delta, product_rank, products
+from wantrain.models.variants import Expert, detect, fitting_lora
+from wantrain.options import parse
 from wantrain.terms import UserError
 
 LORA_MARKS = (".lora_", ".hada_", ".lokr_", ".diff", ".lora.")
 PART_MARKS = {
     "VAE": ("encoder.conv1.weight", "encoder.conv_in.weight"),
     "umT5 text encoder": ("token_embedding.weight", "shared.weight"),
-    "CLIP image encoder": ("visual.cls_embedding", "embeddings.class_embedding"),
+    "CLIP image encoder": ("visual.cls_embedding", "embeddings.class_embedding",
+                           "vision_model.embeddings.class_embedding"),
 }
+USAGE = "wantrain inspect FILE"
+OPTIONS = {"norms": ("summary", "all"), "expert": ("", "high", "low")}
 
 
 def run(arguments: Sequence[str]) -> None:
     """Print what the one file, or folder of shards, is."""
-    if len(arguments) != 1:
-        raise UserError(f"inspect takes one file or folder, got {len(arguments)}", "wantrain inspect FILE")
-    path = Path(arguments[0]).expanduser()
+    files, options = parse(arguments, USAGE, OPTIONS)
+    if len(files) != 1:
+        raise UserError(f"inspect takes one file or folder, got {len(files)}", USAGE)
+    path = hub.local(files[0])
     raw = open_raw(path / PEFT_WEIGHTS if (path / PEFT_WEIGHTS).is_file() else path)
     if any(mark in name for name in raw.names() for mark in LORA_MARKS):
-        _lora(path, lora_formats.read_lora(path))
+        _lora(lora_formats.read_lora(path, cast("Expert | None", options["expert"] or None)), options["norms"] == "all")
     else:
         _weights(path, open_container(path))
 
 
-def _lora(path: Path, lora: LoraFile) -> None:
-    ranks = Counter(pair.rank for pair in lora.pairs.values())
-    scales = Counter(round(pair.scale, 6) for pair in lora.pairs.values())
-    print(f"file      {path}: LoRA, format {lora.format}")
-    print(f"modules   {len(lora.pairs)}" + (f", and {len(lora.extras)} other tensors, e.g. {next(iter(lora.extras))}"
-                                           if lora.extras else ""))
+def _lora(lora: LoraFile, every_norm: bool) -> None:
+    made = products(lora.extras)
+    suffixes = {split_extra(name)[1] for name in lora.extras}
+    ranks = Counter([*(pair.rank for pair in lora.pairs.values()), *map(product_rank, made.values())])
+    scales = Counter(f"{pair.alpha:g} on rank {pair.rank}" for pair in lora.pairs.values())
+    tools, note = loads_in(lora.format, suffixes)
+    print(f"file      {lora.path}: {_kind(lora, suffixes)}, format {lora.format}")
+    print(f"modules   {len(lora.pairs) + len(made)}"
+          + (f", and {len(lora.extras)} other tensors: {', '.join(sorted(suffixes))}" if lora.extras else ""))
+    print(f"fits      {' or '.join(fitting_lora(_sizes(lora))) or 'no variant'} (by its modules' names and sizes)")
     print(f"rank      {', '.join(f'{rank} on {n}' for rank, n in ranks.most_common())}")
-    print(f"scale     {', '.join(f'{scale:g} on {n}' for scale, n in scales.most_common(4))} (alpha / rank)")
-    print(f"loads in  {LOADS_IN[lora.format]}")
-    norms = sorted(((float(pair.delta().norm()), module) for module, pair in lora.pairs.items()), reverse=True)
-    print("norms     largest and smallest of the deltas (L2):")
-    for norm, module in norms[:3] + norms[3:][-2:]:
-        print(f"          {norm:9.4g}  {module}")
+    if scales:
+        print(f"alpha     {', '.join(f'{scale} ({n} modules)' for scale, n in scales.most_common(4))}")
+    print(f"loads in  {', '.join(tools) or 'nothing that we measured'}" + (f" ({note})" if note else ""))
+    print(f"not in    {', '.join(tool for tool in lora_formats.TOOLS if tool not in tools) or '-'}")
+    norms = {module: float(pair.delta().norm()) for module, pair in lora.pairs.items()}
+    _norms(norms | {module: float(product_delta(leaves).norm()) for module, leaves in made.items()}, every_norm)
     for key, value in sorted(lora.metadata.items()):
-        print(f"metadata  {key} = {value[:100]}")
+        print(f"metadata  {key} = {value if len(value) <= 100 else value[:97] + '...'}")
+
+
+def _kind(lora: LoraFile, suffixes: set[str]) -> str:
+    is_dora = bool(suffixes & {lora_formats.MAGNITUDE, "dora_scale"})
+    kinds = {"LoRA": bool(lora.pairs) and not is_dora, "DoRA": is_dora, "LoHa": "hada_w1_a" in suffixes,
+             "LoKr": any(suffix.startswith("lokr_") for suffix in suffixes),
+             "whole differences": bool(suffixes & {"diff", "diff_b", "diff_m"})}
+    return " and ".join(kind for kind, there in kinds.items() if there)
+
+
+def _sizes(lora: LoraFile) -> dict[str, tuple[int, int]]:
+    """[out, in] of every adapted Linear."""
+    sizes = {module: (pair.b.shape[0], pair.a.shape[1]) for module, pair in lora.pairs.items() if pair.a.ndim == 2}
+    for module, leaves in products(lora.extras).items():
+        out, in_ = product_delta(leaves).shape
+        sizes[module] = (out, in_)
+    return sizes
+
+
+def _norms(norms: Mapping[str, float], every: bool) -> None:
+    """L2 norms of the deltas: by kind of module the least, mean and largest over the blocks, or every one."""
+    if every:
+        print("norms     of the deltas (L2):")
+        for module, norm in norms.items():
+            print(f"          {norm:10.4g}  {module}")
+        return
+    kinds: dict[str, list[tuple[float, str]]] = {}
+    for module, norm in norms.items():
+        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", module, count=1), []).append((norm, module))
+    print("norms     of the deltas (L2): least, mean, largest; norms=all lists every module")
+    for kind, found in kinds.items():
+        mean = sum(norm for norm, _ in found) / len(found)
+        print(f"          {min(found)[0]:10.4g} {mean:10.4g} {max(found)[0]:10.4g}  {kind}"
+              + (f" (largest: {max(found)[1]})" if len(found) > 1 else ""))
 
 
 def _weights(path: Path, container: Container) -> None:
@@ -56,4 +102,5 @@ def _weights(path: Path, container: Container) -> None:
     print(f"tensors   {len(shapes)}, {sum(map(math.prod, shapes.values())):,} parameters")
     print(f"stored as {', '.join(f'{k} x {n}' for k, n in Counter(map(container.dtype_of, shapes)).most_common())}")
     part = next((name for name, marks in PART_MARKS.items() if any(mark in shapes for mark in marks)), None)
-    print(f"holds     {part or detect(shapes, str(path)).message}")
+    print(f"holds     {part or detect(shapes, str(path)).message}"
+          + (", and its tokenizer" if container.spiece_model() else ""))

@@ -2,72 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from wantrain import metrics
-from wantrain.files import write_tensors
-from wantrain.models import lora_formats
-from wantrain.models.containers import open_container
-from wantrain.models.names import transformer_to_diffusers, transformer_to_official
+from wantrain.files import stream_tensors, write_json
+from wantrain.models.base import lora_argument, open_transformer
+from wantrain.models.containers import Container
+from wantrain.models.lora_formats import read_lora
+from wantrain.models.lora_updates import STORAGE, Update, merged_tensor, plan_merge
+from wantrain.models.names import official_names, transformer_to_diffusers
+from wantrain.models.variants import VARIANTS, Expert, detect, diffusers_config
+from wantrain.options import parse
 from wantrain.terms import UserError
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-OPTIONS = {"layout": ("official", "diffusers"), "dtype": tuple(DTYPES)}
-USAGE = "wantrain merge BASE LORA[=STRENGTH] ... OUT"
+USAGE = "wantrain merge BASE LORA[=STRENGTH] ... OUT.safetensors"
+OPTIONS = {"layout": ("official", "diffusers"), "dtype": ("bfloat16", "float16", "float32"),
+           "expert": ("", "high", "low")}
+DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Add strength * delta to every adapted weight in float32, cast, and write one safetensors file.
+    """Fold every LoRA in, in float32, cast, write and read back; one tensor in memory at a time.
 
-    The merged model is held in memory once, in the dtype asked for.
+    layout=official writes one file with the names of the public and ComfyUI files, layout=diffusers a folder for
+    from_pretrained.
     """
-    options = {"layout": "official", "dtype": "bfloat16"}
-    files = []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key not in OPTIONS:
-            files.append(argument)
-        elif value not in OPTIONS[key]:
-            raise UserError(f"{argument} is not allowed: {', '.join(OPTIONS[key])}", USAGE)
-        else:
-            options[key] = value
+    files, options = parse(arguments, USAGE, OPTIONS)
     if len(files) < 3:
         raise UserError(f"merge takes a base, at least one LoRA and an output, got {len(files)} paths", USAGE)
-    source, *loras, target = files
-    container = open_container(source)
+    source, *given, out = files
+    container = open_transformer(source)
+    expert = cast("Expert | None", options["expert"] or None)
+    plan = plan_merge(container, [(read_lora(path, expert), strength) for path, strength in map(lora_argument, given)])
+    target = Path(out).expanduser()
+    own = official_names(container.names())
+    if options["layout"] == "diffusers":
+        own = {name: transformer_to_diffusers(official) for name, official in own.items()}
+        write_json(target / "config.json", diffusers_folder_config(container))
+        target = target / DIFFUSERS_FILE
+    elif target.suffix != ".safetensors":
+        raise UserError(f"{out} does not end in .safetensors", USAGE)
+    shapes = container.shapes()
+    stream_tensors(target, {own[name]: shape for name, shape in shapes.items()}, STORAGE[options["dtype"]][0],
+                   merged(container, plan), {"wantrain.merged": " ".join(given)})
+    print(f"{target}: {len(plan)} of {len(shapes)} tensors changed, {options['layout']} names, {options['dtype']}; "
+          "read back equal")
+
+
+def merged(container: Container, plan: dict[str, list[Update]]) -> Iterator[torch.Tensor]:
+    """Every tensor of the file with its updates. Raises UserError where a result is not finite."""
     names = container.names()
-    is_official = "head.modulation" in names
-    official = {n: n if is_official else transformer_to_official(n) for n in names}
-    shapes = {official[name]: shape for name, shape in container.shapes().items()}
-    deltas = [_read(argument, shapes) for argument in loras]
-    merged, touched = {}, 0
-    with metrics.progress(len(official), 0, "tensor", "merge") as bar:
-        for name, own in official.items():
-            tensor = container.read(name, torch.float32)
-            added = [strength * lora.pairs[module].delta() for lora, strength in deltas
-                     if (module := own.removesuffix(".weight")) in lora.pairs and own.endswith(".weight")]
-            tensor = torch.stack([tensor, *added]).sum(0) if added else tensor
-            touched += bool(added)
-            merged[own if options["layout"] == "official" else transformer_to_diffusers(own)] = tensor.to(
-                DTYPES[options["dtype"]])
+    with metrics.progress(len(names), 0, "tensor", "merge") as bar:
+        for name in names:
+            tensor = merged_tensor(plan, name, container.read(name))
+            if name in plan and not torch.isfinite(tensor).all():
+                raise UserError(f"{name} is not finite after merging", "use smaller strengths, or inspect the LoRAs")
+            yield tensor
             bar.update()
-    write_tensors(Path(target), merged, {"format": "pt"})
-    print(f"{target}: {touched} of {len(merged)} tensors changed, {options['layout']} names, {options['dtype']}")
 
 
-def _read(argument: str, shapes: dict[str, tuple[int, ...]]) -> tuple[lora_formats.LoraFile, float]:
-    """A LoRA that fits the base, and its strength."""
-    path, _, strength = argument.partition("=")
-    try:
-        value = float(strength or 1)
-    except ValueError as error:
-        raise UserError(f"{argument}: the strength {strength!r} is not a number", USAGE) from error
-    lora = lora_formats.read_lora(Path(path))
-    if lora.extras:
-        raise UserError(f"{path} holds what merge does not apply: {', '.join(list(lora.extras)[:3])}",
-                        "merge it with the tool that made it")
-    lora_formats.check_fit(lora, shapes)
-    return lora, value
+def diffusers_folder_config(container: Container) -> dict[str, object]:
+    """The config.json of the folder: the base's own, or that of the variant which the tensors fit."""
+    if container.config:
+        return container.config
+    detection = detect(container.shapes(), str(container.path))
+    variant = detection.resolve(detection.fitting[0] if detection.fitting else None)  # they differ in schedules only
+    return {"_class_name": variant.transformer_class, **diffusers_config(VARIANTS[variant.name])}

@@ -8,6 +8,7 @@ from pathlib import Path
 from wantrain import metrics, pictures
 from wantrain.config import Config
 from wantrain.files import write_json
+from wantrain.lora import set_strength
 from wantrain.models import sampling
 from wantrain.stages import Opened, lora_file, opened, pipeline_of, sampler_settings
 from wantrain.terms import UserError
@@ -29,7 +30,7 @@ def run(config: Config, arguments: Sequence[str]) -> None:
             row = []
             for strength in config.sampler.strengths:
                 if lora:
-                    sampling.set_strength(pipeline, strength)
+                    set_strength(pipeline.transformer, strength)
                 frames_FCHW = sampling.sample(pipeline, prompt, seed, settings)
                 pictures.write_mp4(folder / f"{number:03d}_strength_{strength:g}.mp4", frames_FCHW, recipe.variant.fps)
                 row.append(frames_FCHW[len(frames_FCHW) // 2])

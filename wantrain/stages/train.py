@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -24,10 +23,10 @@ from wantrain.data import batches
 from wantrain.data.batches import Order, Split
 from wantrain.engine import Accelerator, checkpoint
 from wantrain.files import write_json, write_text
-from wantrain.models import lora_formats
+from wantrain.models import hub
 from wantrain.models.encode import predict_velocity
-from wantrain.models.names import transformer_to_diffusers, transformer_to_official
-from wantrain.stages import Cached, Encode, Encoder, Opened, manifest_digest, opened, tensors_of
+from wantrain.models.lora_updates import read_adapter
+from wantrain.stages import Cached, Encode, Encoder, Opened, manifest_digest, opened, spec_of, tensors_of
 from wantrain.terms import Batch, Interrupted, UserError
 
 
@@ -94,28 +93,16 @@ def prepare(recipe: Opened) -> Training:
     accelerator = engine.start(config.data.batch_size, config.train.micro_batch_size, config.tracker.names,
                                recipe.run_dir, config.optim.max_grad_norm)
     transformer = recipe.base.transformer(recipe.dtype, accelerator.device)
-    modules = lora.inject(transformer, config.lora.targets, config.lora.rank, config.lora.alpha, config.train.seed)
-    if config.lora.start_from:
-        start_from(transformer, config)
+    given = read_adapter(hub.local(config.lora.start_from), transformer) if config.lora.start_from else None
+    modules = lora.inject(transformer, config.lora.targets, spec_of(config), config.train.seed)
+    if given:
+        lora.start_from(transformer, given)
     if config.train.activation_checkpointing:
         transformer.enable_gradient_checkpointing()
     optim = config.optim
     model, optimizer = accelerator.prepare(transformer, engine.adamw(
         list(lora.trainable(transformer).values()), optim.lr, optim.betas, optim.eps, optim.weight_decay))
     return Training(recipe, accelerator, model, optimizer, modules)
-
-
-def start_from(transformer: torch.nn.Module, config: Config) -> None:
-    """Put the LoRA file of the config into the injected adapter."""
-    given = lora_formats.read_lora(Path(str(config.lora.start_from)))
-    if given.extras:
-        raise UserError(f"lora.start_from = {given.path} holds more than A and B: {', '.join(list(given.extras)[:3])}",
-                        "these cannot be trained on; choose a plain LoRA")
-    shapes = {transformer_to_official(name.replace(".base_layer", "")): tuple(p.shape)
-              for name, p in transformer.named_parameters() if ".lora_" not in name}
-    lora_formats.check_fit(given, shapes)
-    lora.start_from(transformer, config.lora.rank, config.lora.alpha, {
-        transformer_to_diffusers(module): (pair.a, pair.b, pair.scale) for module, pair in given.pairs.items()})
 
 
 def train(training: Training, source: Encode, step: int, stopper: Stopper) -> int:

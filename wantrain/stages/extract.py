@@ -1,0 +1,78 @@
+"""`wantrain extract TUNED BASE OUT rank=32`: what a tuned transformer learned, as a LoRA."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from wantrain import __version__, metrics
+from wantrain.models.base import open_transformer
+from wantrain.models.containers import Container, ContainerError
+from wantrain.models.lora_formats import GRAMMARS, LoraFile, LoraPair
+from wantrain.models.lora_updates import STORAGE, low_rank, write_proven
+from wantrain.models.names import official_names
+from wantrain.options import parse
+from wantrain.terms import UserError
+
+USAGE = "wantrain extract TUNED BASE OUT.safetensors rank=32"
+OPTIONS: dict[str, Sequence[str] | int] = {"rank": 32, "format": tuple(GRAMMARS), "dtype": tuple(STORAGE),
+                                           "rest": ("refuse", "diff", "drop")}
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Write the best LoRA of the given rank for TUNED - BASE, with the share of the change that it keeps, per layer.
+
+    `rest` says what becomes of changed tensors that are no Linear weight: refuse names them, diff writes them whole
+    (format=comfy_updown), drop leaves them out.
+    """
+    files, options = parse(arguments, USAGE, OPTIONS)
+    if len(files) != 3:
+        raise UserError(f"extract takes a tuned transformer, its base and an output, got {len(files)}", USAGE)
+    tuned, base = open_transformer(files[0]), open_transformer(files[1])
+    pairs, energy, rest = differences(tuned, base, int(options["rank"]))
+    if not pairs and not rest:
+        raise UserError(f"{files[0]} and {files[1]} hold the same weights", "check the two paths")
+    if rest and options["rest"] == "refuse":
+        raise UserError(f"{len(rest)} changed tensors are no Linear weight: {', '.join(list(rest)[:3])}",
+                        "rest=diff format=comfy_updown keeps them (ComfyUI, LightX2V), rest=drop leaves them out")
+    extras = rest if options["rest"] == "diff" else {}
+    target = Path(files[2]).expanduser()
+    metadata = {"software": f"wantrain {__version__}", "ss_network_dim": options["rank"],
+                "ss_network_alpha": options["rank"], "wantrain.extracted_from": f"{files[0]} - {files[1]}",
+                "wantrain.energy": json.dumps({module: round(kept, 6) for module, kept in energy.items()})}
+    worst = write_proven(target, LoraFile(target, options["format"], pairs, extras), options["format"], metadata,
+                         options["dtype"])
+    for module, kept in energy.items():
+        print(f"  {kept:8.2%}  {module}")
+    print(f"{target}: rank {options['rank']} on {len(pairs)} modules, above the share of each change's energy that it "
+          f"keeps (least {min(energy.values(), default=1):.2%})"
+          + (f"; {len(rest)} other changed tensors {'kept' if extras else 'left out'}" if rest else "")
+          + f"; read back, largest relative error of a delta {worst:.1e}")
+
+
+def differences(tuned: Container, base: Container, rank: int
+                ) -> tuple[dict[str, LoraPair], dict[str, float], dict[str, torch.Tensor]]:
+    """(official module -> pair, module -> share of the squared norm kept, whole differences of all other tensors)."""
+    theirs, own = ({official: name for name, official in official_names(c.names()).items()} for c in (tuned, base))
+    if only := sorted(theirs.keys() ^ own.keys()):
+        raise ContainerError(tuned.path, f"and the base do not have the same tensors: {', '.join(only[:3])}",
+                             "two different Wan variants", "use the base that it was tuned from")
+    pairs: dict[str, LoraPair] = {}
+    energy: dict[str, float] = {}
+    rest: dict[str, torch.Tensor] = {}
+    with metrics.progress(len(own), 0, "tensor", "extract") as bar:
+        for official, name in own.items():
+            difference = tuned.read(theirs[official], torch.float32) - base.read(name, torch.float32)
+            bar.update()
+            if not difference.any():
+                continue
+            module, _, leaf = official.rpartition(".")
+            if leaf == "weight" and difference.ndim == 2:
+                pairs[module], energy[module] = low_rank(difference, rank)
+            else:
+                suffix = {"weight": "diff", "bias": "diff_b", "modulation": "diff_m"}.get(leaf)
+                rest[f"{module}.{suffix}" if suffix else f"{official}.diff"] = difference
+    return pairs, energy, rest
