@@ -292,6 +292,10 @@ HARMLESS_TO_RESUME = ("run.", "sampler.", "evaluate.", "export.", "tracker.", "v
 """Keys (prefixes) that may differ between a checkpoint and the config that goes on from it."""
 
 
+OPEN = ("model.parts", "lora.rank_pattern", "lora.alpha_pattern")
+"""Dictionaries whose keys are the user's."""
+
+
 def configs_folder() -> Path:
     """`configs/`: beside the package in a checkout, inside it in an installed wheel."""
     package = Path(__file__).parent
@@ -314,7 +318,10 @@ def load(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
 
     `config_dir` is a folder of the user's own groups (e.g. `recipe/mine.yaml`), searched before the shipped ones.
     """
-    ConfigStore.instance().store(name="schema", node=Config)
+    node = OmegaConf.structured(Config)
+    for key in OPEN:
+        OmegaConf.set_struct(OmegaConf.select(node, key), False)
+    ConfigStore.instance().store(name="schema", node=node)
     OmegaConf.register_new_resolver("assets", lambda name: str(asset(name)), replace=True)
     GlobalHydra.instance().clear()
     search = [f"hydra.searchpath=[file://{config_dir.resolve()}]"] if config_dir else []
@@ -345,7 +352,7 @@ def _unknown(config: DictConfig, schema: DictConfig, prefix: str = "") -> list[s
         elif prefix + key == "data.sources" and isinstance(node, DictConfig):
             for name in map(str, node):
                 found += _unknown(node[name], OmegaConf.structured(Source), f"{prefix}{key}.{name}.")
-        elif isinstance(node, DictConfig) and isinstance(schema[key], DictConfig):
+        elif isinstance(node, DictConfig) and isinstance(schema[key], DictConfig) and prefix + key not in OPEN:
             found += _unknown(node, schema[key], f"{prefix}{key}.")
     return found
 

@@ -7,15 +7,16 @@ import re
 
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import WanPipeline, WanTransformer3DModel
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from wantrain import cli, lora, pictures
 from wantrain.data import decode
 from wantrain.engine import checkpoint
 from wantrain.models import base, lora_formats, lora_updates, sampling
+from wantrain.models.names import transformer_to_diffusers
 from wantrain.models.variants import VARIANTS
 from wantrain.terms import UserError
 
@@ -139,8 +140,6 @@ def test_training_starts_from_an_exported_lora(trained, wantrain, tmp_path, caps
 
 
 def test_a_file_without_effect_is_refused_by_the_sampler(tmp_path):
-    from safetensors.torch import save_file
-
     save_file({"blocks.0.attn1.to_qq.lora_A.weight": torch.zeros(2, 192),
                "blocks.0.attn1.to_qq.lora_B.weight": torch.zeros(192, 2)}, tmp_path / "x.safetensors")
     pipeline = sampling.build(TINY.transformer(torch.float32, CPU), TINY.vae(CPU), TINY.text(torch.float32, CPU),
@@ -163,3 +162,128 @@ def test_sample_writes_playable_videos_whose_strength_0_is_the_base(trained, wan
     wanted = decode.read_clip(trained / "want.mp4", 0, None, 16, settings.bucket)
     near, far = ((frames.float() - wanted.float()).abs().mean() for frames in (same, other))
     assert near < 3 < far, "two loads of one base differ by 1e-7, which x264 may enlarge; a LoRA differs by far more"
+
+
+@pytest.mark.parametrize(("kind", "form"), [("rslora", "universal"), ("dora", "diffusers"), ("loha", "comfy_updown"),
+                                            ("lokr", "comfy_updown")])
+def test_every_kind_trains_exports_and_comes_back(wantrain, tmp_path, capsys, kind, form):
+    """The file in the sampler's pipeline computes what the checkpoint's adapter does; universal is refused."""
+    own = [f"lora.kind={kind}", "lora.rank_pattern={attn: 2}", "optim.lr=0.05", "train.num_steps=2"]
+    assert wantrain("train", *own) == 0
+    if kind != "rslora":
+        assert wantrain("export", *own) == 2
+        assert f"choose a format that can: {form}" in capsys.readouterr().err
+    assert wantrain("export", *own, f"export.format={form}") == 0
+    _assert_pipeline_computes_the_checkpoint(tmp_path / "run", kind)
+
+
+@torch.no_grad()
+def _assert_pipeline_computes_the_checkpoint(run, kind):
+    trained_on = TINY.transformer(torch.float32, CPU)
+    before = trained_on(**inputs())[0]
+    lora.inject(trained_on, ["attn_ffn"], lora.Spec(4, 4, kind, {"attn": 2}), seed=0)
+    _, tensors = checkpoint.load(checkpoint.steps_on_disk(run / "checkpoints")[-1], None)
+    lora.start_from(trained_on, lora.adapter_state(checkpoint.values(tensors), lora.scales(trained_on)))
+    pipeline = sampling.build(TINY.transformer(torch.float32, CPU), TINY.vae(CPU), TINY.text(torch.float32, CPU),
+                              TINY.scheduler(3.0))
+    sampling.load_lora(pipeline, run / "export" / "demo_anime.safetensors")
+    after = trained_on(**inputs())[0]
+    assert (after - before).abs().max() > 1e-3
+    torch.testing.assert_close(pipeline.transformer(**inputs())[0], after, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_base_with_merged_loras_is_base_and_loras(trained, tmp_path):
+    given = trained / "export" / "demo_anime.safetensors"
+    merged = base.find(VARIANTS["tiny_wan"], "embedded", {}, [f"{given}=0.5", str(given)])
+    pipeline = WanPipeline.from_pretrained(base.EMBEDDED, dtype=torch.float32)
+    pipeline.load_lora_weights(str(given), adapter_name="a")
+    pipeline.set_adapters(["a"], [1.5])
+    want = pipeline.transformer(**inputs())[0]
+    torch.testing.assert_close(merged.transformer(torch.float32, CPU)(**inputs())[0], want, atol=2e-4, rtol=2e-4)
+    digests = {base.find(VARIANTS["tiny_wan"], "embedded", {}, loras).digest("transformer", tmp_path / "memo")
+               for loras in ([], [str(given)], [f"{given}=0.5"], [f"{given}=0.5", str(given)])}
+    assert len(digests) == 4
+    with pytest.raises(UserError, match="'much' is not a number"):
+        base.find(VARIANTS["tiny_wan"], "embedded", {}, [f"{given}=much"])
+
+
+def test_training_on_top_of_a_merged_lora(trained, wantrain, tmp_path, capsys):
+    """Its loss starts where the merged LoRA's training ended, the export holds the new part alone, and says so."""
+    given = trained / "export" / "demo_anime.safetensors"
+    own = [f"run.dir={tmp_path / 'top'}", f"model.merge=[{given}]", "train.num_steps=1", "optim.lr=1e-3"]
+    going_on = [f"run.dir={tmp_path / 'on'}", f"lora.start_from={given}", "train.num_steps=1", "optim.lr=1e-3"]
+    assert wantrain("train", *own) == 0
+    assert wantrain("train", *going_on) == 0
+    first, second = (json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+                     for run in ("top", "on"))
+    assert first == pytest.approx(second, rel=1e-5)
+    assert wantrain("train", *own, "model.merge=[]", "train.num_steps=2") == 2
+    assert "(base weights)" in capsys.readouterr().err
+    assert wantrain("export", *own) == 0
+    file = lora_formats.read_lora(tmp_path / "top" / "export" / "demo_anime.safetensors")
+    assert file.metadata["wantrain.merged"] == str(given)
+    old = lora_formats.read_lora(given)
+    assert all(pair.delta().norm() < 0.2 * old.pairs[module].delta().norm() for module, pair in file.pairs.items())
+
+
+def test_a_peft_export_is_a_folder_that_samples(trained, wantrain):
+    assert wantrain("export", "lora.alpha=3", "export.format=peft") == 0
+    assert (trained / "export" / "demo_anime_peft" / "adapter_config.json").is_file()
+    assert wantrain("sample", "export.format=peft", "sampler.strengths=[1]") == 0
+    assert len(list((trained / "samples").glob("*.mp4"))) == 1
+
+
+@torch.no_grad()
+def test_merging_into_a_diffusers_folder(trained, tmp_path):
+    given, out = trained / "export" / "demo_anime.safetensors", tmp_path / "merged"
+    assert cli.main(["merge", str(base.EMBEDDED), str(given), str(out), "--layout", "diffusers", "dtype=float32"]) == 0
+    pipeline = WanPipeline.from_pretrained(base.EMBEDDED, dtype=torch.float32)
+    pipeline.load_lora_weights(str(given))
+    merged = WanTransformer3DModel.from_pretrained(out)
+    torch.testing.assert_close(merged(**inputs())[0], pipeline.transformer(**inputs())[0], atol=2e-4, rtol=2e-4)
+    file = tmp_path / "official.safetensors"
+    assert cli.main(["merge", str(base.EMBEDDED / "transformer"), str(given), str(file)]) == 0
+    assert cli.main(["merge", str(file), str(given), str(tmp_path / "again"), "layout=diffusers"]) == 0
+    assert WanTransformer3DModel.from_pretrained(tmp_path / "again").config.num_layers == 6
+    assert cli.main(["merge", str(base.EMBEDDED), str(given), str(tmp_path / "no_suffix")]) == 2
+
+
+def test_extract_finds_the_lora_in_a_merged_transformer(trained, tmp_path, capsys):
+    given, tuned = trained / "export" / "demo_anime.safetensors", tmp_path / "tuned.safetensors"
+    out, plain = tmp_path / "out.safetensors", str(base.EMBEDDED)
+    assert cli.main(["merge", plain, str(given), str(tuned), "dtype=float32"]) == 0
+    assert cli.main(["extract", str(tuned), plain, str(out), "rank=4"]) == 0
+    assert "rank 4 on 60 modules" in capsys.readouterr().out
+    found, wanted = lora_formats.read_lora(out), lora_formats.read_lora(given)
+    assert lora_updates.worst_difference(wanted, found)[0] < 1e-3, "the merged weights were rounded to float32"
+    energy = json.loads(found.metadata["wantrain.energy"])
+    assert len(energy) == 60
+    assert min(energy.values()) > 0.9999
+    assert cli.main(["extract", str(tuned), plain, str(out), "rank=2", "--format=kohya"]) == 0
+    assert 0.3 < min(json.loads(lora_formats.read_lora(out).metadata["wantrain.energy"]).values()) < 0.9999
+    assert cli.main(["extract", plain, plain, str(out)]) == 2
+    assert "hold the same weights" in capsys.readouterr().err
+
+
+def test_extract_names_what_is_no_linear_weight(tmp_path, capsys):
+    weights = load_file(base.EMBEDDED / "transformer" / "diffusion_pytorch_model.safetensors")
+    changed = {"blocks.0.attn1.to_q.weight": 0.1, "blocks.0.attn1.to_q.bias": 0.2, "blocks.1.norm2.weight": 0.3,
+               "blocks.2.scale_shift_table": 0.4, "scale_shift_table": 0.5, "patch_embedding.weight": 0.6}
+    tuned, out = tmp_path / "tuned.safetensors", tmp_path / "out.safetensors"
+    save_file({name: tensor.float() + changed.get(name, 0) for name, tensor in weights.items()}, tuned)
+    extract = ["extract", str(tuned), str(base.EMBEDDED), str(out), "rank=4"]
+    assert cli.main(extract) == 2
+    assert "5 changed tensors are no Linear weight" in capsys.readouterr().err
+    assert cli.main([*extract, "rest=diff"]) == 2
+    assert "choose a format that can: comfy_updown" in capsys.readouterr().err
+    assert cli.main([*extract, "rest=drop"]) == 0
+    assert not lora_formats.read_lora(out).extras
+    assert cli.main([*extract, "rest=diff", "format=comfy_updown"]) == 0
+    assert set(lora_formats.read_lora(out).extras) == {
+        "blocks.0.self_attn.q.diff_b", "blocks.1.norm3.diff", "blocks.2.diff_m", "head.diff_m", "patch_embedding.diff"}
+    back = tmp_path / "back.safetensors"
+    assert cli.main(["merge", str(base.EMBEDDED), str(out), str(back), "dtype=float32", "layout=official"]) == 0
+    again, whole = load_file(back), load_file(tuned)
+    for name, tensor in again.items():
+        torch.testing.assert_close(tensor, whole[transformer_to_diffusers(name)], atol=1e-5, rtol=1e-5)

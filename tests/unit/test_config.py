@@ -59,6 +59,16 @@ def test_a_mistake_names_its_key_or_value(override, said):
     assert caught.value.next_step
 
 
+def test_dictionaries_of_the_users_own_keys():
+    composed = config.load(["recipe=demo_anime", "model.parts.vae=/x", "lora.rank_pattern={attn: 2}",
+                            "lora.alpha_pattern.attn_ffn=3"])
+    assert (composed.model.parts, composed.lora.rank_pattern, composed.lora.alpha_pattern) == (
+        {"vae": "/x"}, {"attn": 2}, {"attn_ffn": 3.0})
+    for wrong in ("lora.rank_pattern={attn: much}", "lora.rank_pattern={attn: 0}"):
+        with pytest.raises(UserError, match="rank_pattern"):
+            config.load(["recipe=demo_anime", wrong])
+
+
 def test_a_mistyped_key_gets_a_suggestion():
     with pytest.raises(UserError, match="did you mean 'warmup_steps'"):
         config.load(["recipe=demo_anime", "optim.warmup_step=1"])

@@ -57,9 +57,9 @@ def test_convert_refuses_by_name_what_the_target_cannot_hold(kohya, tmp_path, ca
 def test_inspect_says_what_a_lora_is(kohya, capsys):
     assert cli.main(["inspect", str(kohya)]) == 0
     shown = capsys.readouterr().out
-    for said in ("format kohya", "modules   8", "rank      4 on 8", "alpha     2 on rank 4 (8 modules)", "loads in  musubi-tuner",
-                 "not in    diffusers", "fits      tiny_wan (", "blocks.*.self_attn.q (largest: blocks.",
-                 "ss_output_name = mine"):
+    for said in ("format kohya", "modules   8", "rank      4 on 8", "alpha     2 on rank 4 (8 modules)",
+                 "loads in  musubi-tuner", "not in    diffusers", "fits      tiny_wan (",
+                 "blocks.*.self_attn.q (largest: blocks.", "ss_output_name = mine"):
         assert said in shown
 
 

@@ -11,7 +11,9 @@ FLOORS = {
 DOORS = {
     "hydra": {"config"}, "omegaconf": {"config"}, "diffusers": {"models"}, "transformers": {"models"},
     "decord": {"data.decode"}, "datasets": {"data.manifest"}, "peft": {"lora"}, "accelerate": {"engine"},
-    "deepspeed": {"engine"}, "wandb": {"metrics"}, "tensorboard": {"metrics"}, "jinja2": {"report"}, "huggingface_hub": {"models.hub"}, "httpx2": {"models.hub"}, "modelscope": {"models.hub"},
+    "deepspeed": {"engine"}, "wandb": {"metrics"}, "tensorboard": {"metrics"}, "jinja2": {"report"},
+    "huggingface_hub": {"models.hub"}, "httpx2": {"models.hub"},
+    "modelscope": {"models.hub"},
 }
 
 

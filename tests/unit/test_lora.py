@@ -1,4 +1,4 @@
-"""Adapters of every kind: exact targets and trainable set, step 0 equal to the base, file and merge equal to adapter."""
+"""Adapters of every kind: targets and trainable set, step 0 equal to the base, file and merge equal to the adapter."""
 
 import math
 from pathlib import Path

@@ -28,7 +28,7 @@ from wantrain.models.containers import (
 from wantrain.models.lora_formats import read_lora
 from wantrain.models.lora_updates import merged_tensor, plan_merge
 from wantrain.models.short_text import shorten_text
-from wantrain.models.variants import Variant, detect, diffusers_config
+from wantrain.models.variants import Variant, detect, diffusers_config, is_diffusers_config
 from wantrain.terms import TEXT_LEN, UserError
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny_wan"
@@ -61,11 +61,9 @@ class Base:
         return digest_text(own, *(f"{digest_file(file, memo)} {strength}" for file, strength in self.merged))
 
     def _transformer_config(self) -> dict[str, Any]:
-        path = self.parts["transformer"] / "config.json"
-        if path.is_file():
-            config: dict[str, Any] = WanTransformer3DModel.load_config(path.parent)
-            return config
-        return diffusers_config(self.variant)
+        path = self.parts["transformer"]
+        own = WanTransformer3DModel.load_config(path) if (path / "config.json").is_file() else {}
+        return own if is_diffusers_config(own) else diffusers_config(self.variant)
 
     def meta_transformer(self) -> WanTransformer3DModel:
         """The transformer's architecture on the meta device, without reading weights."""

@@ -98,8 +98,12 @@ class Container:
         """
         tensor = self._entries[name].load()
         if name in self._scales:
-            scale = self._entries[self._scales[name]].load().to(device, torch.float32)
-            tensor = self._scaled(name, tensor.to(device, torch.float32), scale)
+            scale = self._entries[self._scales[name]].load()
+            if not scale.is_floating_point():
+                raise ContainerError(self.path, f"the scale of {name} is stored as {scale.dtype}", "a block format "
+                                     "such as mxfp8, without the note that says so", "use the fp16, bf16 or "
+                                     "tensor-scaled fp8 file of the same model")
+            tensor = self._scaled(name, tensor.to(device, torch.float32), scale.to(device, torch.float32))
         elif tensor.dtype == torch.int8 or (tensor.dtype in _FP8 and self._scales and tensor.ndim > 1):
             raise ContainerError(self.path, f"{name} is {tensor.dtype} without a scale, while weights of this kind "
                                  "have one", "the scale was dropped when the file was repackaged")

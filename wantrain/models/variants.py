@@ -163,6 +163,11 @@ def diffusers_config(variant: Variant) -> dict[str, Any]:
     return config
 
 
+def is_diffusers_config(config: Mapping[str, Any]) -> bool:
+    """Whether a transformer folder's config.json has diffusers' keys; the official one has `dim` and `num_heads`."""
+    return "attention_head_dim" in config
+
+
 # Tensors that only a family we do not support has, in ComfyUI's order of detection (facts/wan-formats.md 1.6).
 _UNSUPPORTED: dict[str, str] = {
     "casual_audio_encoder.": "Wan2.2-S2V",

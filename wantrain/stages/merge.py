@@ -15,7 +15,7 @@ from wantrain.models.containers import Container
 from wantrain.models.lora_formats import read_lora
 from wantrain.models.lora_updates import STORAGE, Update, merged_tensor, plan_merge
 from wantrain.models.names import official_names, transformer_to_diffusers
-from wantrain.models.variants import VARIANTS, Expert, detect, diffusers_config
+from wantrain.models.variants import Expert, detect, diffusers_config, is_diffusers_config
 from wantrain.options import parse
 from wantrain.terms import UserError
 
@@ -41,8 +41,9 @@ def run(arguments: Sequence[str]) -> None:
     target = Path(out).expanduser()
     own = official_names(container.names())
     if options["layout"] == "diffusers":
+        config = diffusers_folder_config(container)  # refuses what diffusers has no class for
         own = {name: transformer_to_diffusers(official) for name, official in own.items()}
-        write_json(target / "config.json", diffusers_folder_config(container))
+        write_json(target / "config.json", config)
         target = target / DIFFUSERS_FILE
     elif target.suffix != ".safetensors":
         raise UserError(f"{out} does not end in .safetensors", USAGE)
@@ -67,8 +68,8 @@ def merged(container: Container, plan: dict[str, list[Update]]) -> Iterator[torc
 
 def diffusers_folder_config(container: Container) -> dict[str, object]:
     """The config.json of the folder: the base's own, or that of the variant which the tensors fit."""
-    if container.config:
-        return container.config
+    if is_diffusers_config(container.config or {}):
+        return container.config or {}
     detection = detect(container.shapes(), str(container.path))
     variant = detection.resolve(detection.fitting[0] if detection.fitting else None)  # they differ in schedules only
-    return {"_class_name": variant.transformer_class, **diffusers_config(VARIANTS[variant.name])}
+    return {"_class_name": variant.transformer_class, **diffusers_config(variant)}
