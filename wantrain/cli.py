@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from wantrain.terms import EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserError
 
@@ -24,14 +25,31 @@ VERBS = {
 SHARED_VERBS = ("cache", "train")
 """What several processes do together; the other verbs run in the first process of a launch."""
 
+class FileVerb(NamedTuple):
+    """What a verb for any file does, how it is called, and its options."""
+
+    does: str
+    usage: str
+    options: dict[str, str]
+
+
+_EXPERT = {"expert=high|low": "which half of a file that holds LoRAs for both A14B experts"}
 FILE_VERBS = {
-    "inspect": "say what a weight or LoRA file holds and where it loads: inspect FILE [norms=all]",
-    "convert": "rewrite a LoRA in another format: convert IN OUT format=NAME [dtype=float32] [expert=high|low]",
-    "merge": "fold LoRAs into a transformer: merge BASE LORA[=STRENGTH] ... OUT [layout=official|diffusers] "
-             "[dtype=bfloat16] [expert=high|low]",
-    "extract": "take a LoRA out of a tuned transformer: extract TUNED BASE OUT [rank=32] [format=universal] "
-               "[dtype=float32] [rest=refuse|diff|drop]",
+    "inspect": FileVerb("say what a weight or LoRA file holds, and where it loads", "inspect FILE", {
+        "norms=all": "the norm of every module's delta, not a line for each kind of module", **_EXPERT}),
+    "convert": FileVerb("rewrite a LoRA in another tool's format, proven by reading it back", "convert IN OUT", {
+        "format=universal": "or comfy_updown, kohya, fun, diffusers, peft, lycoris, diffsynth, diffsynth_pipe",
+        "dtype=float32": "or bfloat16, float16", **_EXPERT}),
+    "merge": FileVerb("fold LoRAs into a transformer, read back to prove it", "merge BASE LORA[=STRENGTH] ... OUT", {
+        "layout=official": "one file with the names of the public and ComfyUI files; diffusers: a folder",
+        "dtype=bfloat16": "or float16, float32", **_EXPERT}),
+    "extract": FileVerb("take a LoRA out of a tuned transformer, with the share of the change it keeps, by layer",
+                        "extract TUNED BASE OUT", {
+        "rank=32": "of every module", "format=universal": "as for convert", "dtype=float32": "or bfloat16, float16",
+        "rest=refuse": "when norms or biases changed; diff: keep them whole (comfy_updown), drop: leave them out",
+    }),
 }
+"""Options are `key=value` or `--key value`; files may be model ids."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,12 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_help())
         return 0
     verb, rest = given[0], given[1:]
-    if verb not in VERBS | FILE_VERBS:
-        print(f"error: no verb {verb!r}; there are {', '.join(VERBS | FILE_VERBS)}\n  next: wantrain --help",
+    if verb not in (*VERBS, *FILE_VERBS):
+        print(f"error: no verb {verb!r}; there are {', '.join((*VERBS, *FILE_VERBS))}\n  next: wantrain --help",
               file=sys.stderr)
         return EXIT_USER_ERROR
     if {"-h", "--help"} & set(rest):
-        print(_verb_help(verb) if verb in VERBS else f"usage: wantrain {FILE_VERBS[verb]}")
+        print(_verb_help(verb) if verb in VERBS else _file_verb_help(FILE_VERBS[verb]))
         return 0
     process = int(os.environ.get("RANK", "0"))
     try:
@@ -81,11 +99,17 @@ def _run(verb: str, rest: list[str]) -> int:
 
 
 def _help() -> str:
-    verbs, file_verbs = ("\n".join(f"  {name:10}{text}" for name, text in table.items())
-                         for table in (VERBS, FILE_VERBS))
+    verbs = "\n".join(f"  {name:10}{does}" for name, does in VERBS.items())
+    file_verbs = "\n".join(f"  {name:10}{verb.does}: {verb.usage}" for name, verb in FILE_VERBS.items())
     return (f"usage: wantrain VERB recipe=NAME [key=value ...]\n\n{verbs}\n\nfor any file:\n{file_verbs}\n\n"
             "wantrain VERB --help lists recipes and keys. With several processes:\n"
             "  accelerate launch --config_file launch/ddp.yaml -m wantrain train recipe=NAME")
+
+
+def _file_verb_help(verb: FileVerb) -> str:
+    options = "\n".join(f"  {option:20}{text}" for option, text in verb.options.items())
+    return (f"usage: wantrain {verb.usage} [key=value ...]\n\n  {verb.does}\n\noptions and defaults (--key value is the "
+            f"same as key=value):\n{options}\n\nA file may be a model id: owner/name/path/in/it.")
 
 
 def _verb_help(verb: str) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 
 import pytest
+import sentencepiece
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
+from tests import tiny_models as tiny
 from wantrain.models import base, encode
 from wantrain.models.names import t5_to_official, transformer_to_official
 from wantrain.models.variants import VARIANTS
@@ -107,3 +110,77 @@ def test_latents_are_the_normalised_mode_and_decode_back():
     assert (decoded.float() / 127.5 - 1 - want).abs().max() < 0.01
 
 
+def test_an_official_folder_with_its_own_config_is_built_from_the_variant(official):
+    """Its keys (dim, num_heads) are not diffusers': taken for them they build another model."""
+    (official / "config.json").write_text(json.dumps({"_class_name": "WanModel", "dim": 192, "num_heads": 6}))
+    parts = {"vae": str(base.EMBEDDED / "vae"), "text_encoder": str(base.EMBEDDED / "text_encoder")}
+    folder = base.find(VARIANTS["tiny_wan"], str(official), parts)
+    assert_same(folder.transformer(torch.float32, CPU), TINY.transformer(torch.float32, CPU))
+    assert {n: p.shape for n, p in folder.meta_transformer().named_parameters()} == {
+        n: p.shape for n, p in TINY.meta_transformer().named_parameters()}
+
+
+@pytest.fixture
+def comfy_text_encoder(tmp_path):
+    """A ComfyUI text encoder file: HF names and a SentencePiece model inside, trained here."""
+    lines = ["a red house by the sea", "a blue boat at night", "green trees in the wind", "small birds on a wire"] * 50
+    buffer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=buffer, vocab_size=40, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        hard_vocab_limit=False, minloglevel=2)
+    weights = load_file(base.EMBEDDED / "text_encoder" / "model.safetensors")
+    spiece = {"spiece_model": torch.tensor(list(buffer.getvalue()), dtype=torch.uint8)}
+    save_file({**weights, **spiece}, tmp_path / "umt5.safetensors")
+    return tmp_path / "umt5.safetensors", sentencepiece.SentencePieceProcessor(model_proto=buffer.getvalue())
+
+
+def test_a_comfyui_text_encoder_brings_its_tokenizer(comfy_text_encoder, monkeypatch):
+    file, own = comfy_text_encoder
+    parts = {"transformer": str(base.EMBEDDED / "transformer"), "vae": str(base.EMBEDDED / "vae"),
+             "text_encoder": str(file)}
+    found = base.find(VARIANTS["tiny_wan"], None, parts)
+    assert found.parts["tokenizer"] == file
+    config = json.loads((base.EMBEDDED / "text_encoder" / "config.json").read_text())
+    monkeypatch.setattr(base.sizes, "UMT5_XXL", config)
+    text = found.text(torch.float32, CPU)
+    assert_same(text.text_encoder, TINY.text(torch.float32, CPU).text_encoder)
+    for caption in ("a red house by the sea", "small boat, at night"):
+        assert text.tokenizer(caption).input_ids == [*own.encode(caption), own.eos_id()]
+    parts["text_encoder"] = str(base.EMBEDDED / "text_encoder" / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.parts\.tokenizer is not set") as caught:
+        base.find(VARIANTS["tiny_wan"], None, parts)
+    assert "google/umt5-xxl" in caught.value.next_step
+
+
+def test_a_vae_of_the_other_generation_is_refused_and_its_own_variant_loads_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(base.sizes, "VAES", tiny.VAES)
+    file = tiny.pickle_file(tmp_path, tiny.weights(tiny.PARTS["vae 2.2"]))
+    parts = {**{part: str(path) for part, path in TINY.parts.items()}, "vae": str(file)}
+    with pytest.raises(UserError, match="makes latents of 48 channels, tiny_wan takes 16"):
+        base.find(VARIANTS["tiny_wan"], None, parts).vae(CPU)
+    vae = base.find(VARIANTS["wan22_ti2v_5b"], None, parts).vae(CPU)
+    assert_same(vae, tiny.module(tiny.PARTS["vae 2.2"]))
+
+
+def test_the_image_encoder_of_the_official_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(base.sizes, "CLIP_VIT_H", tiny.CLIP)
+    file = tiny.pickle_file(tmp_path, tiny.weights(tiny.PARTS["clip"]))
+    found = base.find(VARIANTS["tiny_wan"], "embedded", {"image_encoder": str(file)})
+    assert_same(found.image_encoder(torch.float32, CPU), tiny.module(tiny.PARTS["clip"]))
+
+
+def test_a_model_id_in_the_cache_is_a_base(tmp_path, monkeypatch):
+    """The embedded base laid out as the hub's cache has it, and no network."""
+    commit = "0" * 40
+    snapshot = tmp_path / "models--some--wan" / "snapshots" / commit
+    shutil.copytree(base.EMBEDDED, snapshot)
+    (tmp_path / "models--some--wan" / "refs").mkdir()
+    (tmp_path / "models--some--wan" / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    found = base.find(VARIANTS["tiny_wan"], "some/wan", {"vae": "some/wan/vae"})
+    assert found.parts["transformer"] == snapshot / "transformer"
+    assert found.parts["vae"] == snapshot / "vae"
+    shutil.rmtree(snapshot / "vae")
+    with pytest.raises(UserError, match=r"model\.path: some/wan is no local path, and the cache .* does not hold it"):
+        base.find(VARIANTS["tiny_wan"], "some/wan", {})

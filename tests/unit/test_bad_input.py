@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -39,6 +40,12 @@ def test_help_of_every_verb(capsys):
         shown = capsys.readouterr().out
         assert "optim.lr" in shown
         assert "demo_anime" in shown
+    for verb, told in cli.FILE_VERBS.items():
+        assert cli.main([verb, "--help"]) == 0
+        shown = capsys.readouterr().out
+        assert f"usage: wantrain {told.usage}" in shown
+        options = importlib.import_module(f"wantrain.stages.{verb}").OPTIONS
+        assert [option.partition("=")[0] for option in told.options] == list(options)
 
 
 def test_a_missing_video(wantrain, capsys, tmp_path):
@@ -82,7 +89,9 @@ def test_a_cache_made_by_another_vae(wantrain, capsys, tmp_path):
 
 
 def test_a_base_that_is_not_there(wantrain, capsys, tmp_path):
-    assert "hf download" in failing(wantrain, capsys, "check", f"model.path={tmp_path / 'none'}")
+    shown = failing(wantrain, capsys, "check", f"model.path={tmp_path / 'none'}")
+    assert "model.path: " in shown
+    assert "owner/name" in shown
     assert "holds no Wan transformer" in failing(wantrain, capsys, "check", f"model.path={tmp_path}")
 
 
