@@ -108,8 +108,8 @@ def _help() -> str:
 
 def _file_verb_help(verb: FileVerb) -> str:
     options = "\n".join(f"  {option:20}{text}" for option, text in verb.options.items())
-    return (f"usage: wantrain {verb.usage} [key=value ...]\n\n  {verb.does}\n\noptions and defaults (--key value is the "
-            f"same as key=value):\n{options}\n\nA file may be a model id: owner/name/path/in/it.")
+    return (f"usage: wantrain {verb.usage} [key=value ...]\n\n  {verb.does}\n\noptions with defaults (--key value "
+            f"is the same as key=value):\n{options}\n\nA file may be a model id: owner/name/path/in/it.")
 
 
 def _verb_help(verb: str) -> str:

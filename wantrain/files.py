@@ -28,9 +28,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        temporary.chmod(mode)  # safetensors makes files that only their owner may read
         temporary.replace(path)
     except OSError as error:
         raise UserError(
@@ -79,18 +82,20 @@ def stream_tensors(path: Path, shapes: Mapping[str, Sequence[int]], dtype: torch
         header[name] = {"dtype": _SAFETENSORS_WORDS[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    digests = {}
+    written = []
     with atomic_path(path) as temporary:
         with temporary.open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
-            for (name, shape), given in zip(shapes.items(), tensors, strict=True):
+            for shape, given in zip(shapes.values(), tensors, strict=True):
                 tensor = given.detach().to("cpu", dtype).reshape(tuple(shape)).contiguous()
-                digests[name] = digest_tensors({name: tensor})
-                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        with safe_open(temporary, framework="pt") as written:
-            for name, digest in digests.items():
-                if digest_tensors({name: written.get_tensor(name)}) != digest:
-                    raise OSError(f"{name} reads back differently from what was written")
+                data = tensor.reshape(-1).view(torch.uint8).numpy().data
+                file.write(data)
+                written.append((data.nbytes, hashlib.blake2b(data).digest()))
+        with safe_open(temporary, framework="pt") as readable, temporary.open("rb") as file:
+            file.seek(8 + len(text))
+            if set(readable.keys()) != shapes.keys() or any(
+                    hashlib.blake2b(file.read(size)).digest() != digest for size, digest in written):
+                raise OSError("it reads back differently from what was written")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

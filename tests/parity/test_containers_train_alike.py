@@ -39,7 +39,7 @@ def twin_of(weights: tiny.Tensors, folder: Path) -> Path:
     return folder
 
 
-def compare(wantrain, folder: Path, container: str) -> None:
+def assert_trains_alike(wantrain, folder: Path, container: str) -> None:
     file, = tiny.CONTAINERS[container](TINY_WAN, folder / "file")
     path = find_parts(file.path)[file.found_as] if file.found_as else file.path
     one, other = (exported(wantrain, folder / run, transformer) for run, transformer in
@@ -51,13 +51,13 @@ def compare(wantrain, folder: Path, container: str) -> None:
 
 @pytest.mark.parametrize("container", SHOWN)
 def test_a_container_trains_as_its_diffusers_folder(wantrain, tmp_path, container):
-    compare(wantrain, tmp_path, container)
+    assert_trains_alike(wantrain, tmp_path, container)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("container", [name for name in CONTAINERS if name not in SHOWN])
 def test_every_container_trains_as_its_diffusers_folder(wantrain, tmp_path, container):
-    compare(wantrain, tmp_path, container)
+    assert_trains_alike(wantrain, tmp_path, container)
 
 
 def test_other_weights_train_another_lora(wantrain, tmp_path):

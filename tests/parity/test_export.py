@@ -262,6 +262,9 @@ def test_extract_finds_the_lora_in_a_merged_transformer(trained, tmp_path, capsy
     assert min(energy.values()) > 0.9999
     assert cli.main(["extract", str(tuned), plain, str(out), "rank=2", "--format=kohya"]) == 0
     assert 0.3 < min(json.loads(lora_formats.read_lora(out).metadata["wantrain.energy"]).values()) < 0.9999
+    rounded = tmp_path / "rounded.safetensors"
+    assert cli.main(["merge", plain, str(given), str(rounded), "dtype=bfloat16"]) == 0
+    assert cli.main(["extract", str(rounded), plain, str(out), "rank=4"]) == 0, "norms were rounded, not tuned"
     assert cli.main(["extract", plain, plain, str(out)]) == 2
     assert "hold the same weights" in capsys.readouterr().err
 

@@ -65,10 +65,12 @@ def differences(tuned: Container, base: Container, rank: int
     rest: dict[str, torch.Tensor] = {}
     with metrics.progress(len(own), 0, "tensor", "extract") as bar:
         for official, name in own.items():
-            difference = tuned.read(theirs[official], torch.float32) - base.read(name, torch.float32)
+            after, before = tuned.read(theirs[official]), base.read(name)
             bar.update()
-            if not difference.any():
+            # What is equal in either file's dtype was rounded, not tuned.
+            if torch.equal(before.to(after.dtype), after) or torch.equal(after.to(before.dtype), before):
                 continue
+            difference = after.float() - before.float()
             module, _, leaf = official.rpartition(".")
             if leaf == "weight" and difference.ndim == 2:
                 pairs[module], energy[module] = low_rank(difference, rank)

@@ -1,0 +1,586 @@
+"""Look into every video and image before anything is spent on them: what it is, what decodes, what is broken.
+
+    python -m data_tools.probe films/ stills/ --out probe.jsonl
+
+One JSON line a file, in the fields of `Probed`; paths are relative to the folder of the output. A file is decoded from
+its first frame to its last, in a worker process with a time limit. Nothing is dropped in silence:
+found = probed + faulty + ignored. Times and sizes are those of `wantrain.data.decode`, so what is said here is what
+`wantrain cache` will see. The other tools read the output with `read` or call `probe_files`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import collections
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import shlex
+import signal
+import stat
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import av
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from wantrain.data import decode
+from wantrain.data.manifest import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from wantrain.files import write_text
+from wantrain.terms import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+
+OTHER_VIDEO_SUFFIXES = frozenset({".wmv", ".asf", ".flv", ".3gp", ".m2ts", ".mts", ".ogv", ".vob", ".mxf", ".m2v"})
+"""Films that the folder form of a manifest does not list, but a .jsonl or .csv may name."""
+
+SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES | OTHER_VIDEO_SUFFIXES
+
+EXIF_ORIENTATION = 0x0112
+EXIF_TURNS_DEG = {3: 180, 4: 180, 5: 270, 6: 270, 7: 90, 8: 90}
+"""Counter-clockwise turn that shows the picture upright, by Exif orientation (4, 5 and 7 are also mirrored)."""
+
+HDR_TRANSFERS = {16: "pq", 18: "hlg"}
+"""ITU-T H.273 transfer characteristics (SMPTE ST 2084 and ARIB STD-B67)."""
+
+PLAYLISTS = frozenset({"hls", "dash", "concat", "imf"})
+"""Formats that only point to other files or addresses: never followed."""
+
+DURATION_IN_HEADER = frozenset({"matroska,webm", "flv", "asf"})
+"""Containers whose header tells the duration but not the number of frames; the others tell it or only estimate."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+TIME_LIMIT = "not finished after"
+"""Begins the fault of a file that ran into the time limit; such a file is tried again by the next call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """What one file holds. `fault` is empty for a usable file; for a faulty one the other fields may be unset.
+
+    `width`, `height` in pixels as shown, after `rotation_deg` (counter-clockwise). `fps` is the constant rate, or the
+    mean one when `is_variable_fps`; 0 for one frame. `min_gap_s`, `max_gap_s` lie between neighbouring frames.
+    `num_frames` were decoded, `num_frames_claimed` are in the header (0: it does not say). `pixel_aspect` is not 1
+    where pixels are not square (they are read as if they were). `has_alpha`: some pixel is not opaque.
+    `reader` is decord, pyav or pillow, `reader_reason` why it is not decord.
+    """
+
+    path: str
+    size_bytes: int = 0
+    mtime_ns: int = 0
+    kind: str = ""
+    container: str = ""
+    codec: str = ""
+    width: int = 0
+    height: int = 0
+    rotation_deg: int = 0
+    pixel_aspect: float = 1.0
+    fps: float = 0.0
+    is_variable_fps: bool = False
+    min_gap_s: float = 0.0
+    max_gap_s: float = 0.0
+    num_frames: int = 0
+    num_frames_claimed: int = 0
+    duration_s: float = 0.0
+    pixel_format: str = ""
+    bit_depth: int = 0
+    transfer: str = ""
+    is_hdr: bool = False
+    is_interlaced: bool = False
+    has_alpha: bool = False
+    has_audio: bool = False
+    reader: str = ""
+    reader_reason: str = ""
+    fault: str = ""
+
+
+def probe_file(path: Path) -> Probed:
+    """Decode the whole file in this process. A bad file is told by `fault`, not by an exception."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        return Probed(str(path), fault=f"{shown(path)}: cannot be reached: {error.strerror}")
+    found = Probed(str(path), status.st_size, status.st_mtime_ns)
+    level = av.logging.get_level()
+    av.logging.set_level(av.logging.ERROR)
+    with av.logging.Capture(local=False) as log:
+        try:
+            _check_openable(path, status)
+            found = (_probe_image if path.suffix.lower() in IMAGE_SUFFIXES else _probe_video)(path, found)
+        except UserError as error:
+            cause = error.message.partition(" cannot be decoded: ")[2] or error.message
+        except av.FFmpegError as error:
+            cause = str(error.strerror)
+        except (OSError, ValueError, IndexError, Image.DecompressionBombError) as error:
+            cause = str(error)
+        else:
+            cause = found.fault
+    av.logging.set_level(level)
+    if not cause:
+        return found
+    details = [line.strip() for _, _, text in log for line in text.splitlines() if line.strip()]
+    detail = f" ({details[0]})" if details and details[0] not in cause else ""
+    return dataclasses.replace(found, fault=f"{shown(path)}: {cause}{detail}")
+
+
+def _check_openable(path: Path, status: os.stat_result) -> None:
+    """Raises ValueError or OSError for what needs no decoder to be refused."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError("its name is not UTF-8, so that no manifest can hold it: rename it") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a regular file")
+    if not status.st_size:
+        raise ValueError("empty (0 bytes)")
+    with path.open("rb") as file:
+        head = file.read(4096)
+    with contextlib.suppress(UnicodeDecodeError):
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+        if all(c.isprintable() or c.isspace() for c in text):
+            raise ValueError("a text file, neither a video nor an image")
+
+
+def _probe_image(path: Path, found: Probed) -> Probed:
+    try:
+        with Image.open(path) as image:
+            image.load()
+            num_frames = getattr(image, "n_frames", 1)
+            container = image.format or ""
+            orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+            has_alpha = image.has_transparency_data and _transparent(np.asarray(image.convert("RGBA")))
+            mode = image.mode
+    except UnidentifiedImageError as error:
+        with contextlib.suppress(av.FFmpegError), _open(path) as film:
+            if film.streams.video and not film.format.name.endswith("_pipe"):
+                raise ValueError(f"by its content a film ({film.format.name}): give it the ending of one") from error
+        raise ValueError("not an image by its content") from error
+    size = decode.probe(path)
+    first_only = f", only the first of its {num_frames} frames is read" if num_frames > 1 else ""
+    return dataclasses.replace(
+        found, kind="image", container=container.lower(), codec=container.lower(), width=size.width,
+        height=size.height, rotation_deg=EXIF_TURNS_DEG.get(orientation, 0), num_frames=num_frames,
+        num_frames_claimed=num_frames, pixel_format=mode.lower(), has_alpha=has_alpha,
+        bit_depth={"1": 1, "I": 32, "F": 32}.get(mode, 16 if mode.startswith("I;16") else 8),
+        reader="pillow", reader_reason=f"image{first_only}")
+
+
+def _probe_video(path: Path, found: Probed) -> Probed:
+    with _open(path) as container:
+        if container.format.name in PLAYLISTS:
+            raise ValueError(f"a playlist ({container.format.name}), not a film")
+        if container.format.name.endswith("_pipe"):
+            raise ValueError(f"by its content an image ({container.format.name.removesuffix('_pipe')}): "
+                             "give it the ending of one")
+        pictures = av.stream.Disposition.attached_pic
+        if not container.streams.video or container.streams.video[0].disposition & pictures:
+            raise ValueError("no video in it" + (", only audio" if container.streams.audio else ""))
+        demuxed = decode.probe(path)
+        seen = _decode_all(container)
+        stream = container.streams.video[0]
+        assert stream.time_base is not None
+        names = container.format.name.split(",")
+        suffix = path.suffix.lower().removeprefix(".")
+        transfer = int(stream.codec_context.color_trc)
+        fps, is_variable, gaps_s = rate(demuxed.times_s, stream.time_base, (stream.average_rate, stream.guessed_rate))
+        return dataclasses.replace(
+            found, kind="video", container=suffix if suffix in names else names[0],
+            codec=stream.codec_context.codec.canonical_name, width=demuxed.width, height=demuxed.height,
+            rotation_deg=seen.rotation_deg, pixel_aspect=float(stream.sample_aspect_ratio or 1) or 1.0, fps=fps,
+            is_variable_fps=is_variable, min_gap_s=gaps_s[0], max_gap_s=gaps_s[1], num_frames=seen.num_frames,
+            num_frames_claimed=stream.frames, duration_s=round(demuxed.duration_s, 6),
+            pixel_format=seen.pixel_format, bit_depth=seen.bit_depth, is_interlaced=seen.is_interlaced,
+            transfer=HDR_TRANSFERS.get(transfer, "" if transfer == 2 else str(transfer)),
+            is_hdr=transfer in HDR_TRANSFERS, has_audio=bool(container.streams.audio),
+            has_alpha=seen.has_alpha or stream.metadata.get("alpha_mode") == "1",
+            reader="pyav" if demuxed.why_not_decord else "decord", reader_reason=demuxed.why_not_decord,
+            fault=_incomplete(container, stream.frames, demuxed, seen))
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[av.container.InputContainer]:
+    """The container, forbidden to reach beyond this machine's files."""
+    with av.open(str(path.absolute()), options={"protocol_whitelist": "file"}, metadata_errors="replace") as container:
+        yield container
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What decoding told. `end_s` is the end of the last packet of any stream, from the container's start."""
+
+    num_frames: int = 0
+    num_damaged: int = 0
+    sizes: set[tuple[int, int]] = dataclasses.field(default_factory=set)
+    rotation_deg: int = 0
+    pixel_format: str = ""
+    bit_depth: int = 0
+    is_interlaced: bool = False
+    has_alpha: bool = False
+    end_s: float = 0.0
+    broken_off: str = ""
+
+
+def _decode_all(container: av.container.InputContainer) -> _Seen:
+    """Decode every frame of the first video stream, keeping none."""
+    seen = _Seen()
+    stream = container.streams.video[0]
+    stream.thread_type = "NONE"
+    start = Fraction(container.start_time or 0, av.time_base)
+    try:
+        for packet in container.demux():
+            if packet.pts is not None and packet.time_base is not None:
+                end = (packet.pts + (packet.duration or 0)) * packet.time_base - start
+                seen.end_s = max(seen.end_s, float(end))
+            if packet.stream is not stream:
+                continue
+            for frame in packet.decode():
+                assert isinstance(frame, av.VideoFrame)
+                _look_at(frame, seen)
+    except av.FFmpegError as error:
+        seen.broken_off = str(error.strerror)
+    return seen
+
+
+def _look_at(frame: av.VideoFrame, seen: _Seen) -> None:
+    if not seen.num_frames:
+        seen.pixel_format, seen.rotation_deg = frame.format.name, frame.rotation % 360
+        seen.bit_depth = max(c.bits for c in frame.format.components)
+    seen.num_frames += 1
+    seen.num_damaged += frame.is_corrupt
+    seen.sizes.add((frame.width, frame.height))
+    seen.is_interlaced |= frame.interlaced_frame
+    if not seen.has_alpha and (frame.format.has_palette or any(c.is_alpha for c in frame.format.components)):
+        seen.has_alpha = _transparent(frame.to_ndarray(format="rgba"))
+
+
+def _transparent(rgba_HWC: np.ndarray) -> bool:
+    return bool(rgba_HWC[..., 3].min() < 255)
+
+
+def _incomplete(container: av.container.InputContainer, claimed: int, demuxed: decode.Probe, seen: _Seen) -> str:
+    """What is wrong with a film that opens, '' if nothing."""
+    num_timed = len(demuxed.times_s)
+    header_s = (container.duration or 0) / av.time_base if container.format.name in DURATION_IN_HEADER else 0.0
+    sizes = ", ".join(f"{width}x{height}" for width, height in sorted(seen.sizes))
+    faults = {
+        f"truncated: the header claims {claimed} frames, {seen.num_frames} decode":
+            "truncated" in demuxed.why_not_decord,
+        f"truncated: the header claims {header_s:.2f} s, the data ends after {seen.end_s:.2f} s":
+            header_s - seen.end_s > max(0.5, 0.02 * header_s),
+        f"damaged: decoding stops after {seen.num_frames} of {num_timed} frames: {seen.broken_off}":
+            bool(seen.broken_off),
+        f"damaged: {seen.num_damaged} of {seen.num_frames} frames decode with errors": seen.num_damaged > 0,
+        f"damaged: {num_timed} frames have a time, {seen.num_frames} decode; write it anew with ffmpeg":
+            seen.num_frames != num_timed,
+        f"its frames change their size ({sizes}): cut it there": len(seen.sizes) > 1,
+    }
+    return next((text for text, found in faults.items() if found), "")
+
+
+def rate(times_s: np.ndarray, tick: Fraction, claims: Iterable[Fraction | None]
+         ) -> tuple[float, bool, tuple[float, float]]:
+    """(fps, whether it varies, smallest and largest gap in seconds) of frames shown at `times_s` (sorted, from 0).
+
+    The rate is constant when every frame lies on its grid, but for the rounding of times to `tick` seconds or a tenth
+    of a frame of jitter. A claim of the header is believed only where the times confirm it.
+    """
+    if len(times_s) < 2:
+        return 0.0, False, (0.0, 0.0)
+    gaps_s = np.diff(times_s)
+    gap_s, index = float(np.median(gaps_s)), np.arange(len(times_s))
+    rounding_s = min(1.01 * float(tick), 0.3 * gap_s) + 1e-9
+    extremes = (round(float(gaps_s.min()), 6), round(float(gaps_s.max()), 6))
+    for claim in claims:
+        if claim and np.abs(times_s - index / float(claim)).max() <= rounding_s:
+            return round(float(claim), 6), False, extremes
+    mean = (len(times_s) - 1) / float(times_s[-1] or 1)
+    is_variable = np.abs(times_s - index / mean).max() > max(rounding_s, 0.1 * gap_s)
+    return round(mean, 3), bool(is_variable), extremes
+
+
+def find_files(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """(files to probe, files ignored for their ending) below the paths, absolute and sorted.
+
+    A file that is named itself is never ignored. A folder that cannot be read is a UserError.
+    """
+    wanted: set[Path] = set()
+    ignored: set[Path] = set()
+    for path in paths:
+        if path.is_dir():
+            for file in _walk(path):
+                (wanted if file.suffix.lower() in SUFFIXES else ignored).add(_absolute(file))
+        elif os.path.lexists(path):
+            wanted.add(_absolute(path))
+        else:
+            raise UserError(f"{shown(path)} does not exist", "give files or folders of videos and images")
+    return sorted(wanted), sorted(ignored - wanted)
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.normpath(Path.cwd() / path))  # links keep their names
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Every file below the folder; linked folders are followed, each once."""
+    seen: set[Path] = set()
+
+    def refuse(error: OSError) -> NoReturn:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}", "mend its permissions or leave it out")
+
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        real = {name: (Path(root) / name).resolve() for name in folders}
+        folders[:] = [name for name in folders if real[name] not in seen]
+        seen.update(real[name] for name in folders)
+        yield from (Path(root, name) for name in names)
+
+
+@dataclass(slots=True)
+class _Worker:
+    process: BaseProcess
+    pipe: Connection
+    item: Any = None
+    until: float = 0.0
+
+
+def in_workers(
+    function: Callable[[Item], Result], items: Collection[Item], jobs: int, timeout_s: float
+) -> Iterator[tuple[Item, Result | None, str]]:
+    """(item, function(item), '') as they finish, from `jobs` processes; (item, None, why) for one that died.
+
+    `function` is importable by name and its results can be pickled. A worker past `timeout_s` seconds is killed and
+    replaced, and so is one that crashes: no file can stop the others.
+    """
+    todo = collections.deque(items)
+    context = multiprocessing.get_context("forkserver")  # never a fork of a process that holds threads or readers
+    context.set_forkserver_preload([__name__])
+
+    def start() -> _Worker:
+        here, there = context.Pipe()
+        process = context.Process(target=_serve, args=(function, there), daemon=True)
+        process.start()
+        there.close()
+        return _Worker(process, here)
+
+    workers = [start() for _ in range(min(jobs, len(todo)))]
+    try:
+        while todo or any(w.item is not None for w in workers):
+            for worker in workers:
+                if worker.item is None and todo:
+                    worker.item, worker.until = todo.popleft(), time.monotonic() + timeout_s
+                    worker.pipe.send(worker.item)
+            busy = [w for w in workers if w.item is not None]
+            wait([w.pipe for w in busy], max(0.0, min(w.until for w in busy) - time.monotonic()))
+            for worker in busy:
+                if worker.pipe.poll() or time.monotonic() >= worker.until:
+                    result, why = _collect(worker, timeout_s)
+                    if why:
+                        _end(worker)
+                        workers[workers.index(worker)] = start()
+                    yield worker.item, result, why
+                    worker.item = None
+    finally:
+        for worker in workers:
+            _end(worker)
+
+
+def _collect(worker: _Worker, timeout_s: float) -> tuple[Any, str]:
+    """(its result, '') or (None, why there is none)."""
+    if not worker.pipe.poll():
+        return None, f"{TIME_LIMIT} {timeout_s:g} s; allow more with --timeout-s"
+    try:
+        return worker.pipe.recv(), ""
+    except EOFError:
+        worker.process.join()
+        return None, f"its reader crashed (exit code {worker.process.exitcode})"
+
+
+def _end(worker: _Worker) -> None:
+    worker.process.kill()
+    worker.process.join()
+    worker.pipe.close()
+
+
+def _serve(function: Callable[[Item], Result], pipe: Connection) -> None:
+    """A worker's life: results for items until the pipe closes. The parent alone answers to Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            pipe.send(function(pipe.recv()))
+
+
+def probe_files(paths: Collection[Path], jobs: int, timeout_s: float, probe: Callable[[Path], Probed] = probe_file
+                ) -> Iterator[Probed]:
+    """Every file probed, as they finish, in `jobs` worker processes with `timeout_s` seconds for each file."""
+    for path, found, why in in_workers(probe, paths, jobs, timeout_s):
+        yield found or dataclasses.replace(_unprobed(path), fault=f"{shown(path)}: {why}")
+
+
+def _unprobed(path: Path) -> Probed:
+    with contextlib.suppress(OSError):
+        status = path.stat()
+        return Probed(str(path), status.st_size, status.st_mtime_ns)
+    return Probed(str(path))
+
+
+def read(out: Path) -> list[Probed]:
+    """The lines of an output of this tool; a last line cut off by a crash is left out. Paths are made usable."""
+    if not out.exists():
+        return []
+    found = []
+    for line in out.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError, TypeError):  # a cut line, or fields of another version
+            row = json.loads(line)
+            found.append(Probed(**row | {"path": str(_absolute(out.parent / row["path"]))}))
+    return found
+
+
+def json_line(row: dict[str, Any]) -> str:
+    """One line of JSON: readable names, escapes only for names that are not UTF-8."""
+    text = json.dumps(row, ensure_ascii=False)
+    return (text if text == text.encode("utf-8", "ignore").decode() else json.dumps(row)) + "\n"
+
+
+def _line(found: Probed, out: Path) -> str:
+    return json_line(dataclasses.asdict(found) | {"path": relative(Path(found.path), out.parent)})
+
+
+def relative(path: Path, folder: Path) -> str:
+    """The path as a manifest in `folder` names it, with forward slashes."""
+    return Path(os.path.relpath(path, folder)).as_posix()
+
+
+def shown(path: Path) -> str:
+    """The path for people: bytes that are not UTF-8 become question marks."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
+def run(paths: Sequence[Path], out: Path, jobs: int, timeout_s: float) -> tuple[list[Probed], list[Path]]:
+    """Probe what is below `paths` into `out`: (probed in the order of their paths, ignored).
+
+    Lines of `out`, and of the journal that a killed call leaves beside it, are kept for files whose size and time of
+    change are the same.
+    """
+    files, ignored = find_files(paths)
+    journal = out.with_name(out.name + ".journal")
+    known = {p.path: p for p in (*read(out), *read(journal)) if f": {TIME_LIMIT}" not in p.fault}
+    done = {path: p for path in files if (p := known.get(str(path))) and _stamp(p) == _stamp(_unprobed(path))}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with journal.open("a", encoding="utf-8") as file, progress(len(files), len(done), "file", "probe") as bar:
+        for found in probe_files([path for path in files if path not in done], jobs, timeout_s):
+            done[Path(found.path)] = found
+            file.write(_line(found, out))
+            file.flush()
+            bar.update()
+    write_text(out, "".join(_line(done[path], out) for path in files))
+    journal.unlink()
+    return [done[path] for path in files], ignored
+
+
+def _stamp(found: Probed) -> tuple[int, int]:
+    return found.size_bytes, found.mtime_ns
+
+
+def summary(found: Sequence[Probed], ignored: Sequence[Path]) -> str:
+    """The counts, what may surprise, and every fault."""
+    fine, faulty = [p for p in found if not p.fault], [p for p in found if p.fault]
+    endings = _counts(path.suffix.lower() or "no ending" for path in ignored)
+    surprises: dict[str, list[Any]] = {
+        "variable rate": [p.is_variable_fps for p in fine], "rotated": [p.rotation_deg for p in fine],
+        "HDR": [p.is_hdr for p in fine], "more than 8 bit": [p.bit_depth > 8 for p in fine],
+        "transparent (transparency is dropped)": [p.has_alpha for p in fine], "interlaced": [p.is_interlaced for p in fine],
+        "pixels not square (read as square)": [p.pixel_aspect != 1 for p in fine],
+        "only the first frame is read": [p.kind == "image" and p.num_frames > 1 for p in fine],
+    }
+    table = {
+        "codec": _counts(p.codec for p in fine), "size": _counts(f"{p.width}x{p.height}" for p in fine),
+        "fps": _counts("variable" if p.is_variable_fps else f"{p.fps:g}" for p in fine if p.fps),
+        "reader": _counts(p.reader + (f" ({p.reader_reason})" if p.reader == "pyav" else "") for p in fine),
+        "beware": ", ".join(f"{text} {n}" for text, flags in surprises.items() if (n := sum(map(bool, flags)))),
+    }
+    num_all = len(found) + len(ignored)
+    lines = [f"found {num_all} = {len(fine)} probed + {len(faulty)} faulty + {len(ignored)} ignored"
+             + (f" (not known as videos or images: {endings})" if ignored else ""),
+             f"  {'frames':8}{sum(p.num_frames for p in fine)} decoded, "
+             f"{sum(p.duration_s for p in fine):.1f} s of video",
+             *(f"  {name:8}{text}" for name, text in table.items() if text)]
+    return "\n".join(lines + [f"  fault: {p.fault}" for p in faulty])
+
+
+def _counts(values: Iterable[str]) -> str:
+    return ", ".join(f"{value} {n}" for value, n in collections.Counter(values).most_common())
+
+
+def progress(total: int, done: int, unit: str, what: str) -> tqdm[NoReturn]:
+    """A progress bar: live on a terminal, a line every ten seconds in a log."""
+    live = sys.stderr.isatty()
+    return tqdm(total=total, initial=done, desc=what, unit=unit, dynamic_ncols=live, ascii=not live,
+                mininterval=0.5 if live else 10)
+
+
+def answer(work: Callable[[], str], command: Sequence[str]) -> int:
+    """Print what a tool's work says; a fault that the user can mend, or Ctrl-C, is one message and an exit code."""
+    try:
+        print(work())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; what was finished is kept\n  next: {shlex.join(command)}    goes on from there",
+              file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def add_job_arguments(parser: argparse.ArgumentParser, timeout_s: float) -> None:
+    """--jobs and --timeout-s, alike in every tool that works file by file."""
+    parser.add_argument("--jobs", type=_positive(int), default=os.cpu_count() or 1, metavar="N",
+                        help="files at the same time, a process each (default: the number of cores, %(default)s)")
+    parser.add_argument("--timeout-s", type=_positive(float), default=timeout_s, metavar="S",
+                        help="a file that takes longer is a fault, and the job goes on (default: %(default)g)")
+
+
+def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = kind(0)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+        return value
+
+    return parse
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code: 0 (also where files are faulty: they are the finding), 2, 130."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.probe", description="What every video and image is, and what is wrong with it: "
+        "decodes each file to its end, writes one JSON line a file and prints a summary. Sources are only read.",
+        epilog="The same command again goes on where it was stopped, and looks only at files that are new or changed.")
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH",
+                        help="a file, or a folder of which everything below is looked at: "
+                        + " ".join(sorted(SUFFIXES)))
+    parser.add_argument("--out", type=Path, default=Path("probe.jsonl"), metavar="FILE",
+                        help="where the lines go (default: %(default)s)")
+    add_job_arguments(parser, 120)
+    args = parser.parse_args(given)
+    return answer(lambda: summary(*run(args.paths, args.out, args.jobs, args.timeout_s)),
+                  ["python", "-m", "data_tools.probe", *given])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
