@@ -3,8 +3,8 @@
     python -m benchmarks.step [--steps 12] [--batch 8]
 
 Reference (1.00): forward and backward of the adapted transformer on tensors at hand, nothing else. Against it: the
-whole `train_step` with drawing, clipping and AdamW; the same with activation checkpointing; and reading a batch from
-the cache, alone. Rounds are interleaved and medians compared, because the machine's speed drifts.
+whole `train_step` with drawing, clipping and AdamW; the same with activation checkpointing and with each kind of
+adapter; and reading a batch from the cache. Rounds are interleaved and medians compared, because the speed drifts.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ import torch
 from tests.conftest import write_clips
 from wantrain import cli, flow
 from wantrain.config import load
+from wantrain.lora import KINDS
 from wantrain.models.encode import predict_velocity
 from wantrain.stages import Cached, opened, train
 
@@ -69,6 +71,9 @@ def main() -> None:
         "train_step, activation checkpointing": lambda: step(True),
         "a batch from the cache": lambda: make(0),
     }
+    for kind in KINDS:
+        other = train.prepare(opened(load([*arguments, f"lora.kind={kind}"]), arguments))
+        work[f"train_step, lora.kind={kind}"] = partial(train.train_step, other, 0, [batch])
     times: dict[str, list[float]] = {name: [] for name in work}
     for round_number in range(given.steps + 1):
         for name, call in work.items():

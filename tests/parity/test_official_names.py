@@ -16,7 +16,7 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from wantrain.models import names, sizes
-from wantrain.models.variants import VARIANTS, Shapes, Variant, detect, diffusers_config
+from wantrain.models.variants import VARIANTS, Shapes, Variant, detect, diffusers_config, fitting_lora
 from wantrain.terms import UserError
 
 PUBLIC_MD5 = {
@@ -144,6 +144,24 @@ def test_each_variant_is_detected(name: str) -> None:
     if name not in WITHOUT_CLASS:
         diffusers_found = detect(diffusers_shapes(VARIANTS[name]), None)
         assert (diffusers_found.fitting, diffusers_found.layout) == (found.fitting, "diffusers")
+
+
+@pytest.mark.parametrize("name", [v.name for v in TABLE])
+def test_the_variants_that_a_lora_fits(name: str) -> None:
+    """One on every Linear fits what has them all; one on self-attention only, whatever has that width."""
+    a = VARIANTS[name].architecture
+    linears = {n.removesuffix(".weight"): (s[0], s[1]) for n, s in official_shapes(VARIANTS[name]).items()
+               if len(s) == 2 and n.endswith(".weight")}
+    fitting = fitting_lora(linears)
+    assert name in fitting
+    for other in (VARIANTS[n].architecture for n in fitting):
+        assert (other.dim, other.ffn_dim, other.num_layers) == (a.dim, a.ffn_dim, a.num_layers)
+        assert (other.image_dim is None) <= (a.image_dim is None)
+        assert len(other.vace_layers) >= len(a.vace_layers)
+    attention = {m: s for m, s in linears.items() if ".self_attn." in m and m.startswith("blocks.")}
+    assert set(fitting_lora(attention)) == {v.name for v in VARIANTS.values() if v.architecture.dim == a.dim}
+    assert not fitting_lora({**linears, "blocks.0.self_attn.q": (8, 8)})
+    assert not fitting_lora({**linears, "blocks.40.ffn.0": linears["blocks.0.ffn.0"]})
 
 
 def test_tiny_wan_is_detected() -> None:

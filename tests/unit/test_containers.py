@@ -300,6 +300,8 @@ def test_damaged_containers_are_refused_by_name(fault: str, tmp_path: Path) -> N
     ({"q__weight": torch.ones(2, 2).to(torch.int8)}, "q.weight is torch.int8 without a scale"),
     ({"q__weight": torch.ones(2, 2).to(torch.float8_e4m3fn), "q__scale_weight": torch.ones(3)},
      r"a scale of shape \[3\] does not fit a weight of shape \[2, 2\]"),
+    ({"q__weight": torch.ones(2, 2).to(torch.float8_e4m3fn), "q__weight_scale": torch.ones(2, dtype=torch.uint8)},
+     "the scale of q.weight is stored as torch.uint8 .*mxfp8"),
 ])
 def test_bad_scales_are_refused(tensors: Weights, message: str, tmp_path: Path) -> None:
     container = open_container(_saved(**tensors)(tmp_path))
