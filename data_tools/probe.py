@@ -115,6 +115,7 @@ def probe_file(path: Path) -> Probed:
     found = Probed(str(path), status.st_size, status.st_mtime_ns)
     level = av.logging.get_level()
     av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)  # else the last file's message may come late, in this file's log
     with av.logging.Capture(local=False) as log:
         try:
             _check_openable(path, status)
@@ -164,7 +165,7 @@ def _probe_image(path: Path, found: Probed) -> Probed:
             mode = image.mode
     except UnidentifiedImageError as error:
         with contextlib.suppress(av.FFmpegError), _open(path) as film:
-            if film.streams.video and not film.format.name.endswith("_pipe"):
+            if film.streams.video and not _is_picture(film):
                 raise ValueError(f"by its content a film ({film.format.name}): give it the ending of one") from error
         raise ValueError("not an image by its content") from error
     size = decode.probe(path)
@@ -181,7 +182,7 @@ def _probe_video(path: Path, found: Probed) -> Probed:
     with _open(path) as container:
         if container.format.name in PLAYLISTS:
             raise ValueError(f"a playlist ({container.format.name}), not a film")
-        if container.format.name.endswith("_pipe"):
+        if _is_picture(container):
             raise ValueError(f"by its content an image ({container.format.name.removesuffix('_pipe')}): "
                              "give it the ending of one")
         pictures = av.stream.Disposition.attached_pic
@@ -214,6 +215,10 @@ def _open(path: Path) -> Iterator[av.container.InputContainer]:
     """The container, forbidden to reach beyond this machine's files."""
     with av.open(str(path.absolute()), options={"protocol_whitelist": "file"}, metadata_errors="replace") as container:
         yield container
+
+
+def _is_picture(container: av.container.InputContainer) -> bool:
+    return container.format.name.endswith("_pipe") or container.format.name == "image2"
 
 
 @dataclass(slots=True)
@@ -334,7 +339,7 @@ def _absolute(path: Path) -> Path:
 
 def _walk(folder: Path) -> Iterator[Path]:
     """Every file below the folder; linked folders are followed, each once."""
-    seen: set[Path] = set()
+    seen = {folder.resolve()}
 
     def refuse(error: OSError) -> NoReturn:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}", "mend its permissions or leave it out")
@@ -346,7 +351,7 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (Path(root, name) for name in names)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Worker:
     process: BaseProcess
     pipe: Connection
@@ -387,7 +392,8 @@ def in_workers(
                     result, why = _collect(worker, timeout_s)
                     if why:
                         _end(worker)
-                        workers[workers.index(worker)] = start()
+                        workers.remove(worker)
+                        workers += [start()] if todo else []
                     yield worker.item, result, why
                     worker.item = None
     finally:
@@ -499,7 +505,7 @@ def summary(found: Sequence[Probed], ignored: Sequence[Path]) -> str:
     surprises: dict[str, list[Any]] = {
         "variable rate": [p.is_variable_fps for p in fine], "rotated": [p.rotation_deg for p in fine],
         "HDR": [p.is_hdr for p in fine], "more than 8 bit": [p.bit_depth > 8 for p in fine],
-        "transparent (transparency is dropped)": [p.has_alpha for p in fine], "interlaced": [p.is_interlaced for p in fine],
+        "interlaced": [p.is_interlaced for p in fine], "transparent (alpha is dropped)": [p.has_alpha for p in fine],
         "pixels not square (read as square)": [p.pixel_aspect != 1 for p in fine],
         "only the first frame is read": [p.kind == "image" and p.num_frames > 1 for p in fine],
     }
