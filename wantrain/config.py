@@ -43,6 +43,12 @@ class Schedule(Enum):
     linear = "linear"
 
 
+class Experts(Enum):
+    both = "both"
+    high = "high"
+    low = "low"
+
+
 class LoraKind(Enum):
     lora = "lora"
     rslora = "rslora"
@@ -81,9 +87,11 @@ class Model:
     path: str | None = None
     """Folder or model id of a whole checkpoint, diffusers or official layout, or `embedded` for the tiny base."""
     parts: dict[str, str] = field(default_factory=dict)
-    """Files, folders or model ids in place of the folder's own: transformer, vae, text_encoder, tokenizer."""
+    """Files, folders or model ids in place of the folder's own: transformer (or high, low), vae, text_encoder, ..."""
     merge: list[str] = field(default_factory=list)
-    """LoRA files folded into the base before training and sampling, each FILE or FILE=STRENGTH."""
+    """LoRA files folded into the base before training and sampling, FILE or FILE=STRENGTH; {expert}: high or low."""
+    experts: Experts = Experts.both
+    """Which of the two transformers of Wan2.2 A14B to train and export, one after the other."""
     dtype: Dtype = Dtype.bfloat16
     """Storage of the frozen transformer and text encoder; bfloat16 also computes under autocast."""
 
@@ -197,7 +205,7 @@ class Sampler:
     num_steps: int | None = None
     """Denoising steps; null takes the variant's."""
     guidance: float | None = None
-    """Classifier-free guidance scale; null takes the variant's."""
+    """Classifier-free guidance scale; null takes the variant's (of each expert)."""
     shift: float | None = None
     """Timestep shift of the sampler; null takes the variant's."""
     num_frames: int | None = None
@@ -205,7 +213,7 @@ class Sampler:
     resolution: list[int] | None = None
     """[height, width] in pixels; null takes the first of data.resolutions."""
     lora: str | None = None
-    """LoRA file or model id to sample with; null takes the run's own export."""
+    """LoRA file or model id to sample with ({expert}: high or low); null takes the run's own export."""
 
 
 @dataclass(slots=True)
@@ -288,7 +296,7 @@ class Config:
 HARMLESS_TO_RESUME = ("run.", "sampler.", "evaluate.", "export.", "tracker.", "validation.", "data.mode",
                       "data.cache_dir", "data.heldout", "train.num_steps", "train.micro_batch_size",
                       "train.save_every", "train.keep_checkpoints", "train.log_every", "train.resume",
-                      "train.activation_checkpointing", "model.path", "model.parts", "data.trigger")
+                      "train.activation_checkpointing", "model.path", "model.parts", "model.experts", "data.trigger")
 """Keys (prefixes) that may differ between a checkpoint and the config that goes on from it."""
 
 

@@ -26,17 +26,26 @@ def shift_sigma(sigma: torch.Tensor, shift: float) -> torch.Tensor:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def draw_sigma(seed: int, step: int, index_B: Sequence[int], global_batch_size: int, shift: float) -> torch.Tensor:
+def unshift_sigma(sigma: float, shift: float) -> float:
+    """The inverse of `shift_sigma`."""
+    return sigma / (shift - (shift - 1) * sigma)
+
+
+def draw_sigma(seed: int, step: int, index_B: Sequence[int], global_batch_size: int, shift: float, *,
+               within: tuple[float, float] = (0.0, 1.0)) -> torch.Tensor:
     """Sigma of the given samples of a global batch: uniform, stratified over the batch, then shifted.
 
-    The batch's N strata [k/N, (k+1)/N) are dealt to its samples at random, so every step covers the whole range.
-    Returns float32, shape [len(index_B)].
+    `within` [low, high) conditions the draw on that range, which an expert is asked for at inference; sigma is then
+    never outside, nor rounds to its upper end. The batch's N strata are dealt to its samples at random, so every step
+    covers the whole range. Returns float32, shape [len(index_B)].
     """
     generator = generator_for(seed, step, "sigma")
     strata = torch.randperm(global_batch_size, generator=generator)
     jitter = torch.rand(global_batch_size, generator=generator, dtype=torch.float64)
-    uniform = (strata.double() + jitter) / global_batch_size
-    return shift_sigma(uniform, shift)[list(index_B)].float()
+    low, high = (unshift_sigma(end, shift) for end in within)
+    uniform = low + (high - low) * (strata.double() + jitter) / global_batch_size
+    sigma = shift_sigma(uniform, shift)[list(index_B)].float()
+    return sigma if within == (0.0, 1.0) else sigma.clamp(within[0], within[1] * (1 - 1e-6))
 
 
 def draw_noise(seed: int, step: int, index_B: Sequence[int], shape_CTHW: Sequence[int]) -> torch.Tensor:

@@ -13,16 +13,18 @@ CONDITION_NAMES = {"base": "base", "lora_with_trigger": "LoRA with trigger", "lo
 CURVE_PX = (640, 200)
 
 
-def html(name: str, trigger: str, numbers: Mapping[str, Any], lines: Sequence[Mapping[str, float]],
+def html(name: str, trigger: str, numbers: Mapping[str, Any], lines: Mapping[str, Sequence[Mapping[str, float]]],
          trios: Sequence[tuple[str, int, Mapping[str, Path]]]) -> str:
-    """The page: numbers, videos side by side, loss curve, settings, provenance."""
+    """The page: numbers, videos side by side, a loss curve for each training (by expert), settings, provenance."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "assets"), autoescape=True,
                               undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     rows = [{"prompt": prompt, "seed": seed, "videos": {c: _data_url(p) for c, p in files.items()}}
             for prompt, seed, files in trios]
+    tables = [("settings", numbers["settings"]), *((f"run {expert}", run) for expert, run in numbers["run"].items()),
+              *((f"LoRA file {lora['path']}", lora["metadata"]) for lora in numbers["loras"])]
     return environment.get_template("report.html.j2").render(
-        name=name, trigger=trigger, numbers=numbers, rows=rows, conditions=CONDITION_NAMES,
-        curve=curve(lines), size=CURVE_PX)
+        name=name, trigger=trigger, numbers=numbers, rows=rows, tables=tables, conditions=CONDITION_NAMES,
+        curves={expert: curve(found) for expert, found in lines.items()}, size=CURVE_PX)
 
 
 def _data_url(path: Path) -> str:

@@ -20,14 +20,14 @@ def losses(transformer: torch.nn.Module, pairs: Sequence[tuple[torch.Tensor, tor
            device: torch.device) -> torch.Tensor:
     """Loss of every clip at every sigma, float32 [clips, sigmas].
 
-    `pairs` holds (latents_CTHW, text_LD padded) of each clip. Noise depends on (clip's place, sigma's place) only;
+    `pairs` holds (latents_CTHW, text_LD padded) of each clip. Noise depends on (clip's place, sigma) only;
     precision is the caller's (its autocast).
     """
     sigma_B = torch.tensor(sigmas)
     rows = []
     for place, (latents_CTHW, text_LD) in enumerate(pairs):
-        noise = torch.stack([torch.randn(latents_CTHW.shape, generator=flow.generator_for(SEED, place, i))
-                             for i in range(len(sigmas))])
+        noise = torch.stack([torch.randn(latents_CTHW.shape, generator=flow.generator_for(SEED, place, str(sigma)))
+                             for sigma in sigmas])
         latents = latents_CTHW.expand_as(noise)
         noisy = flow.mix(latents, noise, sigma_B).to(device)
         predicted = predict_velocity(transformer, noisy, sigma_B.to(device),

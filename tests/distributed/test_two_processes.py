@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.conftest import arguments_for
+from tests.parity.test_experts import write_a14b
 from wantrain.engine import checkpoint
 
 LAUNCH = Path(__file__).parents[2] / "launch"
@@ -102,3 +103,13 @@ def test_two_processes_build_the_cache_that_one_builds(launched, cache_dir, tmp_
     own, other = entries(tmp_path), entries(cache_dir)
     assert len(own) == 10 + 11
     assert own == {name: other[name] for name in own}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["ddp", "zero2", "zero3"])
+def test_both_experts_train_one_after_the_other(launched, tmp_path, file):
+    """A second engine in the same processes: the same numbers as from one process."""
+    own = ["model.variant=tiny_wan_a14b", f"model.path={write_a14b(tmp_path)}"]
+    one, two = launched(None, *own), launched(file, *own)
+    for expert in ("high", "low"):
+        assert_same_training(one / expert, two / expert, rtol=2e-5)

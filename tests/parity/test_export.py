@@ -142,10 +142,10 @@ def test_training_starts_from_an_exported_lora(trained, wantrain, tmp_path, caps
 def test_a_file_without_effect_is_refused_by_the_sampler(tmp_path):
     save_file({"blocks.0.attn1.to_qq.lora_A.weight": torch.zeros(2, 192),
                "blocks.0.attn1.to_qq.lora_B.weight": torch.zeros(192, 2)}, tmp_path / "x.safetensors")
-    pipeline = sampling.build(TINY.transformer(torch.float32, CPU), TINY.vae(CPU), TINY.text(torch.float32, CPU),
+    pipeline = sampling.build([TINY.transformer(torch.float32, CPU)], TINY.vae(CPU), TINY.text(torch.float32, CPU),
                               TINY.scheduler(3.0))
     with pytest.raises(UserError, match="is no known module of a Wan transformer"):
-        sampling.load_lora(pipeline, tmp_path / "x.safetensors")
+        sampling.load_lora(pipeline.transformer, tmp_path / "x.safetensors")
 
 
 def test_sample_writes_playable_videos_whose_strength_0_is_the_base(trained, wantrain):
@@ -155,7 +155,7 @@ def test_sample_writes_playable_videos_whose_strength_0_is_the_base(trained, wan
     assert Image.open(folder / "contact_sheet.png").size[0] > 3 * 200
     plain = WanPipeline.from_pretrained(base.EMBEDDED, dtype=torch.float32)
     plain.scheduler = TINY.scheduler(3.0)
-    settings = sampling.Settings(2, 4.0, 3.0, sampling.Bucket(5, 32, 48), "")
+    settings = sampling.Settings(2, (4.0, 4.0), 3.0, sampling.Bucket(5, 32, 48), "")
     want = sampling.sample(plain, "a square", 1, settings)
     pictures.write_mp4(trained / "want.mp4", want, 16)
     same, other = (decode.read_clip(folder / f"000_strength_{s}.mp4", 0, None, 16, settings.bucket) for s in "01")
@@ -184,9 +184,9 @@ def _assert_pipeline_computes_the_checkpoint(run, kind):
     lora.inject(trained_on, ["attn_ffn"], lora.Spec(4, 4, kind, {"attn": 2}), seed=0)
     _, tensors = checkpoint.load(checkpoint.steps_on_disk(run / "checkpoints")[-1], None)
     lora.start_from(trained_on, lora.adapter_state(checkpoint.values(tensors), lora.scales(trained_on)))
-    pipeline = sampling.build(TINY.transformer(torch.float32, CPU), TINY.vae(CPU), TINY.text(torch.float32, CPU),
+    pipeline = sampling.build([TINY.transformer(torch.float32, CPU)], TINY.vae(CPU), TINY.text(torch.float32, CPU),
                               TINY.scheduler(3.0))
-    sampling.load_lora(pipeline, run / "export" / "demo_anime.safetensors")
+    sampling.load_lora(pipeline.transformer, run / "export" / "demo_anime.safetensors")
     after = trained_on(**inputs())[0]
     assert (after - before).abs().max() > 1e-3
     torch.testing.assert_close(pipeline.transformer(**inputs())[0], after, atol=1e-4, rtol=1e-4)
@@ -222,7 +222,7 @@ def test_training_on_top_of_a_merged_lora(trained, wantrain, tmp_path, capsys):
     assert "(base weights)" in capsys.readouterr().err
     assert wantrain("export", *own) == 0
     file = lora_formats.read_lora(tmp_path / "top" / "export" / "demo_anime.safetensors")
-    assert file.metadata["wantrain.merged"] == str(given)
+    assert file.metadata["wantrain.merged"] == f"{given}=1"
     old = lora_formats.read_lora(given)
     assert all(pair.delta().norm() < 0.2 * old.pairs[module].delta().norm() for module, pair in file.pairs.items())
 

@@ -18,7 +18,7 @@ def test_every_yaml_composes():
     for recipe in RECIPES:
         assert config.load([f"recipe={recipe}"]).run.name == recipe
     groups = [p for p in folder.glob("*/*.yaml") if p.parent.name != "recipe"]
-    assert len(groups) == 8
+    assert len(groups) == 9
     for path in groups:
         composed = config.load(["recipe=demo_anime", f"{path.parent.name}={path.stem}"])
         part = vars_of(composed)[path.parent.name]
@@ -89,7 +89,7 @@ def test_a_users_own_recipe_is_found(tmp_path):
 
 def test_every_key_has_a_sentence_in_help():
     described = config.described()
-    assert len(described) == 57
+    assert len(described) == 58
     assert [key for key, (_, sentence) in described.items() if not sentence.endswith(".")] == []
 
 

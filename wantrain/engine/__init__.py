@@ -59,6 +59,16 @@ def start(global_batch_size: int, micro_batch_size: int, trackers: Sequence[str]
     return accelerator
 
 
+def end(accelerator: Accelerator, another_follows: bool) -> None:
+    """Let go of the model and close the trackers; the processes part only when no other training follows in them."""
+    accelerator.free_memory()
+    if not another_follows:
+        accelerator.end_training()
+        return
+    for tracker in accelerator.trackers:
+        tracker.finish()
+
+
 def _without_shared_memory_op() -> None:
     """DeepSpeed on CPU would compile its shared-memory collective at the first run; plain gloo serves."""
     import deepspeed  # heavy, and needed only under its launcher

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,11 @@ from wantrain.models.containers import (
 from wantrain.models.lora_formats import read_lora
 from wantrain.models.lora_updates import merged_tensor, plan_merge
 from wantrain.models.short_text import shorten_text
-from wantrain.models.variants import Variant, detect, diffusers_config, is_diffusers_config
+from wantrain.models.variants import Expert, Variant, detect, diffusers_config, is_diffusers_config
 from wantrain.terms import TEXT_LEN, UserError
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny_wan"
-PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
+SHARED_PARTS = ("vae", "text_encoder", "tokenizer")
 OPTIONAL_PARTS = ("image_encoder",)
 
 UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
@@ -45,12 +45,24 @@ transformers_logging.disable_progress_bar()
 class Base:
     """One checkpoint: the path of each part (file or folder) and its row of the variants table.
 
-    `merged` are LoRA files, with strengths, that the transformer is loaded with, as if its files held them.
+    `merge` are LoRA files, FILE or FILE=STRENGTH, that the transformer is loaded with, as if its files held them.
+    Where there are two transformers the parts are `high` and `low`, and `each` gives the base of each.
     """
 
     variant: Variant
     parts: Mapping[str, Path]
-    merged: tuple[tuple[Path, float], ...] = ()
+    merge: tuple[str, ...] = ()
+    expert: Expert | None = None
+
+    def each(self) -> list[Base]:
+        """This base, or that of each expert (high noise first), whose part `transformer` it then is."""
+        return [replace(self, expert=expert, parts={**self.parts, "transformer": self.parts[expert]})
+                for expert in self.variant.experts] or [self]
+
+    @property
+    def merged(self) -> list[tuple[Path, float]]:
+        """The LoRA files with their strengths; `{expert}` in a name stands for high or low."""
+        return [lora_argument(for_expert(argument, self.expert)) for argument in self.merge]
 
     def digest(self, part: str, memo: Path) -> str:
         """A digest of one part's files, and of what is merged into the transformer."""
@@ -77,6 +89,9 @@ class Base:
     def _detected(self, container: Container) -> str:
         detection = detect(container.shapes(), str(self.parts["transformer"]))
         detection.resolve(self.variant.name)
+        if self.expert and detection.expert not in (None, self.expert):
+            raise UserError(f"{self.parts['transformer']} is named as the {detection.expert} noise expert, but is "
+                            f"given as the {self.expert} one", "exchange model.parts.high and model.parts.low")
         kinds = sorted({container.dtype_of(name) for name in container.names()})
         return f"{detection.message}; {container.kind}, {detection.layout} names, {', '.join(kinds)}"
 
@@ -141,31 +156,45 @@ class Base:
         return UniPCMultistepScheduler.from_config(UNIPC, flow_shift=shift)
 
 
-def find(variant: Variant, path: str | None, parts: Mapping[str, str], merged: Sequence[str] = ()) -> Base:
+def required_parts(variant: Variant) -> tuple[str, ...]:
+    """What a whole checkpoint must hold."""
+    return (*(variant.experts or ("transformer",)), *SHARED_PARTS)
+
+
+def for_expert(name: str, expert: Expert | None) -> str:
+    """A file's name with high or low in place of `{expert}`."""
+    return name.replace("{expert}", expert) if expert else name
+
+
+def find(variant: Variant, path: str | None, parts: Mapping[str, str], merge: Sequence[str] = ()) -> Base:
     """Where everything is: the parts of the folder `path` (`embedded` for the tiny base; diffusers or official
     layout), with single files or folders in their place where `parts` names them.
 
-    Each may be a model id (wantrain.models.hub). `merged`: LoRA files as FILE or FILE=STRENGTH.
+    Each may be a model id (wantrain.models.hub). `merge`: LoRA files as FILE or FILE=STRENGTH.
     """
-    if unknown := sorted(set(parts) - {*PARTS, *OPTIONAL_PARTS}):
-        raise UserError(f"model.parts.{unknown[0]} is not allowed: {', '.join((*PARTS, *OPTIONAL_PARTS))}",
+    required = required_parts(variant)
+    if unknown := sorted(set(parts) - {*required, *OPTIONAL_PARTS}):
+        raise UserError(f"model.parts.{unknown[0]} is not allowed: {', '.join((*required, *OPTIONAL_PARTS))}",
                         "rename the key")
     found: dict[str, Path] = {}
     if path:
-        folder = EMBEDDED if path == "embedded" else _local("model.path", path, lambda f: _is_whole(f, parts))
+        wanted = set(required) - set(parts)
+        folder = EMBEDDED if path == "embedded" else _local("model.path", path, lambda f: _is_whole(f, wanted))
         found = find_parts(folder) if folder.is_dir() else {"transformer": folder}
     found |= {part: _local(f"model.parts.{part}", where) for part, where in parts.items()}
     if "tokenizer" not in found and "text_encoder" in found and found["text_encoder"].is_file() \
             and open_container(found["text_encoder"]).spiece_model():
         found["tokenizer"] = found["text_encoder"]
-    for part in PARTS:
+    for part in required:
         if part not in found:
             like = {"tokenizer": "google/umt5-xxl"}.get(part, "FILE_OR_FOLDER")
             raise UserError(f"model.path = {path} holds no {part}, and model.parts.{part} is not set",
                             f"set model.parts.{part}={like}, or model.path to a whole checkpoint, e.g. "
                             "Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
-    return Base(variant, {part: found[part] for part in (*PARTS, *OPTIONAL_PARTS) if part in found},
-                tuple(lora_argument(argument) for argument in merged))
+    base = Base(variant, {part: found[part] for part in (*required, *OPTIONAL_PARTS) if part in found}, tuple(merge))
+    for one in base.each():
+        assert len(one.merged) == len(merge)  # every file is there, before anything heavy
+    return base
 
 
 def _local(key: str, where: str, whole: Callable[[Path], bool] | None = None) -> Path:
@@ -175,13 +204,12 @@ def _local(key: str, where: str, whole: Callable[[Path], bool] | None = None) ->
         raise UserError(f"{key}: {error.message}", error.next_step) from error
 
 
-def _is_whole(folder: Path, parts: Mapping[str, str]) -> bool:
-    """Whether a folder has every part that is not named elsewhere."""
+def _is_whole(folder: Path, wanted: Collection[str]) -> bool:
+    """Whether a checkpoint's folder has every part that is wanted."""
     try:
-        found = find_parts(folder)
+        return set(wanted) <= find_parts(folder).keys()
     except ContainerError:
         return False
-    return all(part in found or part in parts for part in PARTS)
 
 
 def lora_argument(argument: str) -> tuple[Path, float]:

@@ -79,6 +79,12 @@ class Variant:
         """Names of the transformers where there are two, else empty."""
         return ("high", "low") if self.boundary is not None else ()
 
+    def sigmas_of(self, expert: Expert | None) -> tuple[float, float]:
+        """[low, high) of the sigmas at which an expert works; everything where there is one transformer."""
+        if self.boundary is None or expert is None:
+            return 0.0, 1.0
+        return (self.boundary, 1.0) if expert == "high" else (0.0, self.boundary)
+
     @property
     def transformer_class(self) -> str:
         """The diffusers class that holds this transformer."""
@@ -90,6 +96,7 @@ _14B = Architecture(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824, in_cha
 _5B = Architecture(dim=3072, num_heads=24, num_layers=30, ffn_dim=14336, in_channels=48, out_channels=48)
 _TINY = Architecture(dim=192, num_heads=6, num_layers=6, ffn_dim=768, in_channels=16, out_channels=16, text_dim=128,
                      freq_dim=64)
+_TINY_A14B = replace(_TINY, dim=96, num_heads=3, num_layers=2, ffn_dim=192)
 _1B3_CLIP = replace(_1B3, image_dim=CLIP_DIM)
 _14B_CLIP = replace(_14B, image_dim=CLIP_DIM)
 _14B_I2V = replace(_14B_CLIP, in_channels=36)
@@ -127,6 +134,7 @@ VARIANTS: dict[str, Variant] = {variant.name: variant for variant in (
     Variant("wan22_ti2v_5b", "ti2v", _5B, 825, 4_999_787_712, 5.0, 50, fps=24, num_frames=121, vae="2.2",
             multiple_px=32),
     Variant("tiny_wan", "t2v", _TINY, None, None, 3.0, 50, num_frames=9),
+    Variant("tiny_wan_a14b", "t2v", _TINY_A14B, None, None, 12.0, 40, (3.0, 4.0), 0.875, num_frames=9),  # for tests
 )}
 
 

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from wantrain.config import Config, Dtype, LoraFormat
+from wantrain.config import Config, Dtype, Experts, LoraFormat
 from wantrain.data import decode, manifest, plan
 from wantrain.data.cache import Cache
 from wantrain.files import digest_text
 from wantrain.lora import Spec
 from wantrain.models import encode, hub, sampling
-from wantrain.models.base import Base, find
+from wantrain.models.base import Base, find, for_expert
 from wantrain.models.sampling import WanPipeline
-from wantrain.models.variants import VARIANTS, Variant
+from wantrain.models.variants import VARIANTS, Expert, Variant
 from wantrain.terms import Bucket, Clip, PlannedClip, UserError
 
 TORCH_DTYPE = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
@@ -30,6 +30,7 @@ class Opened:
 
     config: Config
     base: Base
+    """Of the checkpoint, or of one expert."""
     buckets: list[Bucket]
     planned: list[PlannedClip]
     heldout: list[PlannedClip]
@@ -39,9 +40,15 @@ class Opened:
     def variant(self) -> Variant:
         return self.base.variant
 
+    def trainings(self) -> list[Opened]:
+        """This recipe, or one for each expert that is asked for: two trainings over one cache, high noise first."""
+        asked = self.config.model.experts.name
+        return [replace(self, base=base) for base in self.base.each() if asked in ("both", base.expert)]
+
     @property
     def run_dir(self) -> Path:
-        return Path(self.config.run.dir)
+        """The run's folder; an expert's training has its own inside."""
+        return Path(self.config.run.dir) / (self.base.expert or "")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -51,8 +58,14 @@ class Opened:
     @property
     def export_path(self) -> Path:
         """Where `export` writes and where `sample` and `evaluate` look first; a PEFT adapter is a folder."""
+        noise = f"_{self.base.expert}_noise" if self.base.expert else ""
         suffix = "_peft" if self.config.export.format is LoraFormat.peft else ".safetensors"
-        return self.run_dir / "export" / f"{self.config.run.name}{suffix}"
+        return Path(self.config.run.dir) / "export" / f"{self.config.run.name}{noise}{suffix}"
+
+    @property
+    def sigmas(self) -> tuple[float, float]:
+        """[low, high) of the sigmas to train at."""
+        return self.variant.sigmas_of(self.base.expert)
 
 
 def spec_of(config: Config) -> Spec:
@@ -62,12 +75,16 @@ def spec_of(config: Config) -> Spec:
 
 
 def variant_of(config: Config) -> Variant:
-    """The config's row of the variants table; only plain text-to-video with one transformer trains today."""
-    trainable = [v.name for v in VARIANTS.values() if v.task == "t2v" and not v.experts]
+    """The config's row of the variants table; only plain text-to-video trains today."""
+    trainable = [v.name for v in VARIANTS.values() if v.task == "t2v"]
     if config.model.variant not in trainable:
         raise UserError(f"model.variant = {config.model.variant!r} is not allowed: {', '.join(trainable)}",
                         "choose one of these, e.g. model=tiny_wan")
-    return VARIANTS[config.model.variant]
+    variant = VARIANTS[config.model.variant]
+    if config.model.experts is not Experts.both and not variant.experts:
+        raise UserError(f"model.experts = {config.model.experts.name}, but {variant.name} has one transformer",
+                        "take model.experts out")
+    return variant
 
 
 def clips_of(config: Config) -> tuple[list[Clip], list[Clip]]:
@@ -105,31 +122,37 @@ def sampler_settings(recipe: Opened) -> sampling.Settings:
     bucket, = plan.buckets([own.num_frames or max(data.num_frames)], [[height, width]], variant.multiple_px)
     return sampling.Settings(
         num_steps=own.num_steps or variant.num_steps,
-        guidance=variant.guidance[0] if own.guidance is None else own.guidance,
+        guidance=variant.guidance if own.guidance is None else (own.guidance, own.guidance),
         shift=variant.shift if own.shift is None else own.shift,
         bucket=bucket, negative_prompt=own.negative_prompt,
     )
 
 
-def pipeline_of(recipe: Opened, lora: Path | None) -> WanPipeline:
-    """The base's diffusers pipeline on the best device, with a LoRA file of any format in its transformer."""
+Loras = Mapping[Expert | None, Path]
+"""The LoRA file of each adapted transformer: by expert, or of the one under None."""
+
+
+def pipeline_of(recipe: Opened, loras: Loras) -> WanPipeline:
+    """The base's diffusers pipeline on the best device, with LoRA files of any format in its transformers, or none."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    base = recipe.base
-    pipeline = sampling.build(base.transformer(recipe.dtype, device), base.vae(device), base.text(recipe.dtype, device),
-                              base.scheduler(sampler_settings(recipe).shift))
-    if lora:
-        sampling.load_lora(pipeline, lora)
-    return pipeline
+    transformers = []
+    for base in recipe.base.each():
+        transformers.append(base.transformer(recipe.dtype, device))
+        if base.expert in loras:
+            sampling.load_lora(transformers[-1], loras[base.expert])
+    return sampling.build(transformers, recipe.base.vae(device), recipe.base.text(recipe.dtype, device),
+                          recipe.base.scheduler(sampler_settings(recipe).shift), recipe.variant.boundary)
 
 
-def lora_file(recipe: Opened, arguments: Sequence[str]) -> Path:
-    """The LoRA that the config names, or the run's own export."""
-    if recipe.config.sampler.lora:
-        return hub.local(recipe.config.sampler.lora)
-    path = recipe.export_path
-    if not path.exists():
-        raise UserError(f"no LoRA file {path}", shlex.join(["wantrain", "export", *arguments]))
-    return path
+def lora_files(recipe: Opened, arguments: Sequence[str]) -> Loras:
+    """The LoRA files that the config names, or the run's own exports, of the experts that are asked for."""
+    own, trainings = recipe.config.sampler.lora, {one.base.expert: one for one in recipe.trainings()}
+    if own:
+        return {expert: hub.local(for_expert(own, expert)) for expert in trainings}
+    paths = {expert: one.export_path for expert, one in trainings.items()}
+    if absent := [path for path in paths.values() if not path.exists()]:
+        raise UserError(f"no LoRA file {absent[0]}", shlex.join(["wantrain", "export", *arguments]))
+    return paths
 
 
 class Encode(Protocol):

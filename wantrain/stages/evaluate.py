@@ -14,10 +14,9 @@ from wantrain import engine, metrics, pictures, report, style, validation
 from wantrain.config import Config
 from wantrain.data import decode
 from wantrain.files import write_json, write_text
-from wantrain.lora import set_strength
 from wantrain.models import sampling
 from wantrain.models.lora_formats import read_lora
-from wantrain.stages import Cached, Opened, lora_file, opened, pipeline_of, sampler_settings, tensors_of
+from wantrain.stages import Cached, Opened, lora_files, opened, pipeline_of, sampler_settings, tensors_of
 from wantrain.terms import PlannedClip, UserError
 
 CONDITIONS = ("base", "lora_with_trigger", "lora_without_trigger")
@@ -39,15 +38,18 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     if not (config.evaluate.prompts and config.data.trigger and recipe.heldout):
         raise UserError("evaluate needs evaluate.prompts, data.trigger and data.heldout",
                         "set them in the recipe; demo_anime shows how")
-    lora = lora_file(recipe, arguments)
-    pipeline = pipeline_of(recipe, lora)
+    loras = lora_files(recipe, arguments)
+    pipeline = pipeline_of(recipe, loras)
+    trainings = {one.base.expert or "": one.run_dir for one in recipe.trainings()}
     trios = sample_trios(recipe, pipeline)
+    distances = style_distances(recipe, trios)
     numbers = {
-        "style_distance": style_distances(recipe, trios),
+        "style_distance": distances,
         "validation_loss": validation_losses(recipe, pipeline),
         "settings": schema.flat(config),
-        "run": json.loads((recipe.run_dir / "run.json").read_text()) if (recipe.run_dir / "run.json").exists() else {},
-        "lora": {"path": str(lora), "metadata": read_lora(lora).metadata},
+        "run": {expert: json.loads((run_dir / "run.json").read_text()) for expert, run_dir in trainings.items()
+                if (run_dir / "run.json").exists()},
+        "loras": [{"path": str(path), "metadata": read_lora(path).metadata} for path in loras.values()],
     }
     folder = recipe.run_dir / "report"
     rows = [[trio.videos[c][len(trio.videos[c]) // 2] for c in CONDITIONS] for trio in trios]
@@ -55,10 +57,11 @@ def run(config: Config, arguments: Sequence[str]) -> None:
                                                                "LoRA, no trigger"],
                            [f"{t.prompt} (seed {t.seed})" for t in trios])
     write_json(recipe.run_dir / "report.json", numbers)
-    page = report.html(config.run.name, config.data.trigger, numbers, metrics.read(recipe.run_dir / "metrics.jsonl"),
+    page = report.html(config.run.name, config.data.trigger, numbers,
+                       {expert: metrics.read(run_dir / "metrics.jsonl") for expert, run_dir in trainings.items()},
                        [(t.prompt, t.seed, {c: t.files[c] for c in CONDITIONS}) for t in trios])
     write_text(folder / "report.html", page)
-    shown = ", ".join(f"{k} {v:.3f}" for k, v in numbers["style_distance"].items() if isinstance(v, float))
+    shown = ", ".join(f"{k} {v:.3f}" for k, v in distances.items() if isinstance(v, float))
     print(f"style distance: {shown}\nreport: {folder / 'report.html'} and {recipe.run_dir / 'report.json'}")
 
 
@@ -71,7 +74,7 @@ def sample_trios(recipe: Opened, pipeline: sampling.WanPipeline) -> list[Trio]:
         for number, (prompt, seed) in enumerate(jobs):
             trio = Trio(prompt, seed, {}, {})
             for condition in CONDITIONS:
-                set_strength(pipeline.transformer, 0.0 if condition == "base" else 1.0)
+                sampling.set_strength(pipeline, 0.0 if condition == "base" else 1.0)
                 text = f"{config.data.trigger}, {prompt}" if condition == "lora_with_trigger" else prompt
                 trio.videos[condition] = sampling.sample(pipeline, text, seed, settings)
                 trio.files[condition] = recipe.run_dir / "report" / f"{number:03d}_{condition}.mp4"
@@ -114,11 +117,13 @@ def validation_losses(recipe: Opened, pipeline: sampling.WanPipeline) -> dict[st
     source = Cached(recipe)
     pairs = [tensors_of(source, p, p.clip.caption) for p in recipe.heldout]
     device = pipeline.transformer.device
+    transformers, boundary = sampling.transformers_of(pipeline), recipe.variant.boundary or 0.0
     found: dict[str, object] = {"sigmas": sigmas}
     for name, strength in (("base", 0.0), ("lora", 1.0)):
-        set_strength(pipeline.transformer, strength)
+        sampling.set_strength(pipeline, strength)
         with engine.autocast(device, recipe.dtype):
-            losses = validation.losses(pipeline.transformer, pairs, sigmas, device)
+            losses = torch.cat([validation.losses(transformers[sigma < boundary], pairs, [sigma], device)
+                                for sigma in sigmas], dim=1)
         found[name] = float(losses.mean())
         found[f"{name}_by_sigma"] = losses.mean(0).tolist()
     return found

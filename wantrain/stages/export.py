@@ -13,12 +13,19 @@ from wantrain.engine import checkpoint
 from wantrain.models.lora_formats import LoraFile
 from wantrain.models.lora_updates import from_adapter, products, write_proven
 from wantrain.stages import Opened, manifest_digest, opened, spec_of
-from wantrain.terms import UserError
+from wantrain.terms import NUM_TIMESTEPS, UserError
 
 
 def run(config: Config, arguments: Sequence[str]) -> None:
-    """Write `export/NAME.safetensors` in the format asked for, read it back and compare it with the trained deltas."""
-    recipe = opened(config, arguments)
+    """Write `export/NAME.safetensors`, or the pair of both experts, each read back and compared with what was trained.
+    """
+    for recipe in opened(config, arguments).trainings():
+        export_one(recipe, arguments)
+
+
+def export_one(recipe: Opened, arguments: Sequence[str]) -> None:
+    """One adapter in the format asked for."""
+    config = recipe.config
     found = checkpoint.steps_on_disk(recipe.run_dir / "checkpoints")
     if not found:
         raise UserError(f"no checkpoint in {recipe.run_dir / 'checkpoints'}",
@@ -45,7 +52,9 @@ def metadata(recipe: Opened, step: int) -> dict[str, str]:
     own = {
         "version": __version__, "steps": str(step), "trigger": config.data.trigger, "variant": config.model.variant,
         "config_digest": schema.digest(config), "manifest_digest": manifest_digest(recipe),
-        "base_digest": recipe.base.digest("transformer", recipe.cache.memo), "merged": " ".join(config.model.merge),
+        "base_digest": recipe.base.digest("transformer", recipe.cache.memo),
+        "merged": " ".join(f"{path}={strength:g}" for path, strength in recipe.base.merged),
+        "expert": recipe.base.expert or "", "sigmas": " ".join(f"{sigma:g}" for sigma in recipe.sigmas),
     }
     finished = datetime.now(UTC)
     shift = recipe.variant.shift if config.train.shift is None else config.train.shift
@@ -58,7 +67,8 @@ def metadata(recipe: Opened, step: int) -> dict[str, str]:
         "ss_training_finished_at": str(finished.timestamp()),
         "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": "wan2.1/lora",
         "modelspec.implementation": "https://github.com/Wan-Video/Wan2.1", "modelspec.title": config.run.name,
-        "modelspec.date": finished.isoformat(timespec="seconds"), "modelspec.timestep_range": "0,1000",
+        "modelspec.date": finished.isoformat(timespec="seconds"),
+        "modelspec.timestep_range": ",".join(f"{NUM_TIMESTEPS * sigma:g}" for sigma in recipe.sigmas),
         "modelspec.resolution": "x".join(map(str, reversed(config.data.resolutions[0]))),
         "modelspec.trigger_phrase": config.data.trigger,
         **{f"wantrain.{key}": value for key, value in own.items()},

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from wantrain import metrics, pictures
 from wantrain.config import Config
 from wantrain.files import write_json
-from wantrain.lora import set_strength
 from wantrain.models import sampling
-from wantrain.stages import Opened, lora_file, opened, pipeline_of, sampler_settings
+from wantrain.stages import Loras, Opened, lora_files, opened, pipeline_of, sampler_settings
 from wantrain.terms import UserError
 
 
@@ -19,8 +17,8 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     recipe = opened(config, arguments)
     if not config.sampler.prompts:
         raise UserError("sampler.prompts is empty", "sampler.prompts='[a red house, a blue boat]'")
-    lora = lora_file(recipe, arguments) if any(config.sampler.strengths) else None
-    pipeline = pipeline_of(recipe, lora)
+    loras = lora_files(recipe, arguments) if any(config.sampler.strengths) else {}
+    pipeline = pipeline_of(recipe, loras)
     settings = sampler_settings(recipe)
     folder = recipe.run_dir / "samples"
     jobs = [(prompt, seed) for prompt in config.sampler.prompts for seed in config.sampler.seeds]
@@ -29,8 +27,8 @@ def run(config: Config, arguments: Sequence[str]) -> None:
         for number, (prompt, seed) in enumerate(jobs):
             row = []
             for strength in config.sampler.strengths:
-                if lora:
-                    set_strength(pipeline.transformer, strength)
+                if loras:
+                    sampling.set_strength(pipeline, strength)
                 frames_FCHW = sampling.sample(pipeline, prompt, seed, settings)
                 pictures.write_mp4(folder / f"{number:03d}_strength_{strength:g}.mp4", frames_FCHW, recipe.variant.fps)
                 row.append(frames_FCHW[len(frames_FCHW) // 2])
@@ -38,12 +36,12 @@ def run(config: Config, arguments: Sequence[str]) -> None:
             rows.append(row)
     columns = [f"strength {s:g}" if s else "base" for s in config.sampler.strengths]
     pictures.contact_sheet(folder / "contact_sheet.png", rows, columns, [f"{p} (seed {s})" for p, s in jobs])
-    write_json(folder / "samples.json", _index(recipe, jobs, lora))
+    write_json(folder / "samples.json", _index(recipe, jobs, loras))
     print(f"{len(jobs) * len(columns)} videos and contact_sheet.png in {folder}")
 
 
-def _index(recipe: Opened, jobs: Sequence[tuple[str, int]], lora: Path | None) -> dict[str, object]:
+def _index(recipe: Opened, jobs: Sequence[tuple[str, int]], loras: Loras) -> dict[str, object]:
     settings = sampler_settings(recipe)
-    return {"lora": str(lora), "num_steps": settings.num_steps, "guidance": settings.guidance,
+    return {"loras": list(map(str, loras.values())), "num_steps": settings.num_steps, "guidance": settings.guidance,
             "shift": settings.shift, "bucket": str(settings.bucket),
             "samples": [{"number": n, "prompt": p, "seed": s} for n, (p, s) in enumerate(jobs)]}

@@ -24,6 +24,7 @@ from wantrain.data.batches import Order, Split
 from wantrain.engine import Accelerator, checkpoint
 from wantrain.files import write_json, write_text
 from wantrain.models import hub
+from wantrain.models.base import for_expert
 from wantrain.models.encode import predict_velocity
 from wantrain.models.lora_updates import read_adapter
 from wantrain.stages import Cached, Encode, Encoder, Opened, manifest_digest, opened, spec_of, tensors_of
@@ -72,19 +73,29 @@ class Training:
 
 
 def run(config: Config, arguments: Sequence[str]) -> None:
-    """Train the recipe's adapter, going on from the newest checkpoint of its run folder."""
+    """Train the recipe's adapter, or those of both experts, going on from the newest checkpoints of the run folder."""
     recipe = opened(config, arguments)
     cached = Cached(recipe) if config.data.mode is DataMode.cache else None  # says at once if entries are missing
+    trainings = recipe.trainings()
+    for number, own in enumerate(trainings):
+        another_follows = number + 1 < len(trainings)
+        is_main = train_one(own, cached, another_follows)
+        if is_main and not another_follows:
+            print(f"trained {config.train.num_steps} steps{' of each expert' if len(trainings) > 1 else ''}; next: "
+                  f"{shlex.join(['wantrain', 'export', *arguments])}")
+
+
+def train_one(recipe: Opened, cached: Cached | None, another_follows: bool) -> bool:
+    """One adapter on one transformer; returns whether this is the main process. Raises Interrupted."""
     training = prepare(recipe)
     step = resume(training)
     start_run(training, step)
     with Stopper() as stopper:
         step = train(training, cached or Encoder(recipe, training.device), step, stopper)
-    training.accelerator.end_training()
-    if step < config.train.num_steps:
-        raise Interrupted(f"stopped after step {step}; saved in {training.recipe.run_dir / 'checkpoints'}")
-    if training.accelerator.is_main_process:
-        print(f"trained {step} steps; next: {shlex.join(['wantrain', 'export', *arguments])}")
+    if step < recipe.config.train.num_steps:
+        raise Interrupted(f"stopped after step {step}; saved in {recipe.run_dir / 'checkpoints'}")
+    engine.end(training.accelerator, another_follows)
+    return training.accelerator.is_main_process
 
 
 def prepare(recipe: Opened) -> Training:
@@ -93,7 +104,9 @@ def prepare(recipe: Opened) -> Training:
     accelerator = engine.start(config.data.batch_size, config.train.micro_batch_size, config.tracker.names,
                                recipe.run_dir, config.optim.max_grad_norm)
     transformer = recipe.base.transformer(recipe.dtype, accelerator.device)
-    given = read_adapter(hub.local(config.lora.start_from), transformer) if config.lora.start_from else None
+    given = None
+    if config.lora.start_from:
+        given = read_adapter(hub.local(for_expert(config.lora.start_from, recipe.base.expert)), transformer)
     modules = lora.inject(transformer, config.lora.targets, spec_of(config), config.train.seed)
     if given:
         lora.start_from(transformer, given)
@@ -168,7 +181,8 @@ def batch_loss(training: Training, batch: Batch, step: int) -> torch.Tensor:
     """loss_B of one micro-batch: sigma and noise from (seed, step, index), mix, predict, compare."""
     config, dtype, device = training.config, training.recipe.dtype, training.device
     shift = training.recipe.variant.shift if config.train.shift is None else config.train.shift
-    sigma_B = flow.draw_sigma(config.train.seed, step, batch.index_B, config.data.batch_size, shift)
+    sigma_B = flow.draw_sigma(config.train.seed, step, batch.index_B, config.data.batch_size, shift,
+                              within=training.recipe.sigmas)
     noise = flow.draw_noise(config.train.seed, step, batch.index_B, batch.latents_BCTHW.shape[1:])
     noisy = flow.mix(batch.latents_BCTHW, noise, sigma_B)
     target = flow.velocity(batch.latents_BCTHW, noise)
@@ -186,9 +200,11 @@ def refuse_non_finite(training: Training, step: int, what: str, values: torch.Te
 
 
 def validate(training: Training, heldout: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """Mean held-out loss at the config's sigmas."""
+    """Mean held-out loss at those of the config's sigmas at which this transformer works."""
+    low, high = training.recipe.sigmas
+    sigmas = [sigma for sigma in training.config.validation.sigmas if low <= sigma < high or sigma == high == 1]
     with engine.autocast(training.device, training.recipe.dtype):
-        losses = validation.losses(training.model, heldout, training.config.validation.sigmas, training.device)
+        losses = validation.losses(training.model, heldout, sigmas, training.device)
     return float(losses.mean())
 
 
@@ -232,7 +248,8 @@ def start_run(training: Training, start: int) -> None:
             "versions": {p: version(p) for p in ("torch", "diffusers", "transformers", "peft", "accelerate")},
             "num_processes": accelerator.num_processes, "engine": accelerator.distributed_type.value,
             "start_step": start, "config_digest": schema.digest(config),
-            "base_digest": recipe.base.digest("transformer", recipe.cache.memo),
+            "base_digest": recipe.base.digest("transformer", recipe.cache.memo), "expert": recipe.base.expert,
+            "sigmas": recipe.sigmas,
             "manifest_digest": manifest_digest(recipe),
             "num_clips": len(recipe.planned), "modules": training.modules,
         })

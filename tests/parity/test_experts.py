@@ -1,0 +1,163 @@
+"""The two experts of A14B: two trainings over one cache, each in its own range of sigma, exported as a pair."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanPipeline
+from safetensors.torch import load_file
+
+from tests import tiny_models as tiny
+from wantrain import flow
+from wantrain.engine import checkpoint
+from wantrain.models import base, sampling
+from wantrain.models.base import EMBEDDED
+from wantrain.models.lora_formats import read_lora
+from wantrain.models.lora_updates import worst_difference
+from wantrain.models.variants import VARIANTS, diffusers_config
+from wantrain.terms import UserError
+
+CPU = torch.device("cpu")
+
+
+def write_a14b(folder: Path) -> Path:
+    """A whole checkpoint in the diffusers layout: two random tiny transformers beside the embedded base's parts."""
+    part = tiny.Part("tiny_a14b", lambda: tiny.WanTransformer3DModel(**diffusers_config(VARIANTS["tiny_wan_a14b"])),
+                     tiny.PARTS["t2v"].official, tiny.PARTS["t2v"].rename)
+    for seed, name in enumerate(("transformer", "transformer_2")):
+        tiny.module(part, seed).save_pretrained(folder / name)
+    for name in ("vae", "text_encoder", "tokenizer", "scheduler"):
+        (folder / name).symlink_to(EMBEDDED / name)
+    index = json.loads((EMBEDDED / "model_index.json").read_text())
+    index |= {"transformer_2": index["transformer"], "boundary_ratio": 0.875}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def a14b(tmp_path_factory):
+    return write_a14b(tmp_path_factory.mktemp("a14b"))
+
+
+@pytest.fixture
+def own(a14b):
+    """Overrides that put the small recipe on it."""
+    return ["model.variant=tiny_wan_a14b", f"model.path={a14b}", "train.num_steps=2", "optim.lr=0.05"]
+
+
+def exported(run):
+    return {expert: run / "export" / f"demo_anime_{expert}_noise.safetensors" for expert in ("high", "low")}
+
+
+@pytest.mark.parametrize(("variant", "share"), [("wan22_t2v_a14b", 0.632), ("wan22_i2v_a14b", 0.357)])
+def test_draws_stay_on_the_experts_side_and_share_the_schedule_as_inference_does(variant, share):
+    row = VARIANTS[variant]
+    high, low = (row.sigmas_of(expert) for expert in row.experts)
+    assert high[1] == 1
+    assert high[0] == low[1] == row.boundary
+    assert flow.unshift_sigma(1, row.shift) - flow.unshift_sigma(high[0], row.shift) == pytest.approx(share, abs=5e-4)
+    for within in (high, low):
+        drawn = torch.cat([flow.draw_sigma(0, step, range(10_000), 10_000, row.shift, within=within)
+                           for step in range(100)])
+        timestep = flow.timestep(drawn)
+        assert ((timestep >= 1000 * row.boundary) == (within is high)).all(), "diffusers asks t >= boundary * 1000"
+        uniform = drawn.double() / (row.shift - (row.shift - 1) * drawn.double())
+        ends = [flow.unshift_sigma(end, row.shift) for end in within]
+        wanted = torch.linspace(*ends, len(drawn), dtype=torch.float64)
+        assert (uniform.sort().values - wanted).abs().max() / (ends[1] - ends[0]) < 0.002
+
+
+def test_both_train_in_their_own_folders_and_export_a_pair(wantrain, own, tmp_path, capsys):
+    assert wantrain("check", *own) == 0
+    shown = capsys.readouterr().out
+    assert "high noise expert: uniform, shift 12, in [0.875, 1]: 63.2% of the schedule" in shown
+    assert "low noise expert: uniform, shift 12, in [0, 0.875]: 36.8% of the schedule" in shown
+    assert wantrain("train", *own) == 0
+    assert wantrain("export", *own) == 0
+    run = tmp_path / "run"
+    for expert, path in exported(run).items():
+        header = json.loads((run / expert / "run.json").read_text())
+        metadata = read_lora(path).metadata
+        assert header["expert"] == metadata["wantrain.expert"] == expert
+        assert metadata["wantrain.base_digest"] == header["base_digest"]
+        assert metadata["modelspec.timestep_range"] == ("875,1000" if expert == "high" else "0,875")
+        assert len((run / expert / "metrics.jsonl").read_text().splitlines()) == 2
+    one, other = (load_file(path) for path in exported(run).values())
+    assert one.keys() == other.keys()
+    assert not any(torch.equal(one[name], other[name]) for name in one if "lora_B" in name)
+
+
+def test_diffusers_loads_the_pair_and_samples_what_we_sample(wantrain, own, a14b, tmp_path):
+    assert wantrain("train", *own) == 0
+    assert wantrain("export", *own) == 0
+    pair = exported(tmp_path / "run")
+    theirs = WanPipeline.from_pretrained(a14b, dtype=torch.float32)
+    plain = WanPipeline.from_pretrained(a14b, dtype=torch.float32)
+    theirs.load_lora_weights(str(pair["high"]))
+    theirs.load_lora_weights(str(pair["low"]), load_into_transformer_2=True)
+    found = base.find(VARIANTS["tiny_wan_a14b"], str(a14b), {})
+    bases = found.each()
+    assert [one.expert for one in bases] == ["high", "low"]
+    ours = sampling.build([one.transformer(torch.float32, CPU) for one in bases], found.vae(CPU),
+                          found.text(torch.float32, CPU), found.scheduler(12.0), 0.875)
+    for transformer, path in zip(sampling.transformers_of(ours), pair.values(), strict=True):
+        sampling.load_lora(transformer, path)
+    settings = sampling.Settings(4, (3.0, 4.0), 12.0, sampling.Bucket(5, 32, 48), "")
+    for pipeline in (theirs, plain):
+        pipeline.scheduler = found.scheduler(12.0)
+    one, other, without = (sampling.sample(p, "a square", 1, settings).float() for p in (ours, theirs, plain))
+    assert (one - other).abs().mean() < 0.1, "rounding to bytes"
+    assert (one - without).abs().mean() > 1
+
+
+def test_one_expert_at_a_time_and_going_on(wantrain, own, tmp_path):
+    """Training high alone and then both leaves high as it was; each may start from its own half of a pair."""
+    assert wantrain("train", *own, "model.experts=high") == 0
+    run = tmp_path / "run"
+    assert not (run / "low").exists()
+    first = checkpoint.steps_on_disk(run / "high" / "checkpoints")[-1].stat().st_mtime_ns
+    assert wantrain("export", *own, "model.experts=high") == 0
+    assert wantrain("train", *own) == 0
+    assert checkpoint.steps_on_disk(run / "high" / "checkpoints")[-1].stat().st_mtime_ns == first
+    assert wantrain("export", *own) == 0
+    pair = exported(run)
+    template = str(run / "export" / "demo_anime_{expert}_noise.safetensors")
+    more = [*own, f"run.dir={tmp_path / 'more'}", f"lora.start_from='{template}'", "optim.lr=1e-12",
+            "optim.weight_decay=0"]
+    assert wantrain("train", *more) == 0
+    assert wantrain("export", *more) == 0
+    for expert, path in exported(tmp_path / "more").items():
+        assert worst_difference(read_lora(pair[expert]), read_lora(path))[0] < 1e-5
+    for part, merge in (("high", "low"), ("low", "high")):
+        merged = base.find(VARIANTS["tiny_wan_a14b"], own[1].partition("=")[2], {}, [template]).each()
+        assert merged[part == "low"].merged == [(pair[part], 1.0)] != [(pair[merge], 1.0)]
+
+
+def test_sampling_and_the_report_of_both(wantrain, own, tmp_path):
+    own = [*own, "validation.every_steps=2", "validation.sigmas=[0.5,0.95]"]
+    for verb in ("train", "export", "sample", "evaluate"):
+        assert wantrain(verb, *own) == 0
+    run = tmp_path / "run"
+    numbers = json.loads((run / "report.json").read_text())
+    assert set(numbers["run"]) == {"high", "low"}
+    assert [Path(lora["path"]) for lora in numbers["loras"]] == list(exported(run).values())
+    last = {expert: json.loads((run / expert / "metrics.jsonl").read_text().splitlines()[-1])["validation_loss"]
+            for expert in ("high", "low")}
+    low, high = numbers["validation_loss"]["lora_by_sigma"]
+    assert (last["low"], last["high"]) == pytest.approx((low, high), rel=1e-4), "each sigma by its own expert"
+    assert (run / "report" / "report.html").read_text().count("noise expert</h3>") == 2
+
+
+def test_what_is_no_pair_is_refused(wantrain, own, a14b, capsys, tmp_path):
+    assert wantrain("check", "model.experts=high") == 2
+    assert "tiny_wan has one transformer" in capsys.readouterr().err
+    assert wantrain("check", *own, "model.experts=middle") == 2
+    (tmp_path / "wan2.2_low_noise").symlink_to(a14b / "transformer")
+    exchanged = base.find(VARIANTS["tiny_wan_a14b"], str(a14b), {"high": str(tmp_path / "wan2.2_low_noise")})
+    with pytest.raises(UserError, match="is named as the low noise expert, but is given as the high one"):
+        exchanged.each()[0].detected()
+    with pytest.raises(UserError, match=r"model\.parts\.transformer is not allowed: high, low"):
+        base.find(VARIANTS["tiny_wan_a14b"], str(a14b), {"transformer": "x"})
