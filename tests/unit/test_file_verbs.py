@@ -69,6 +69,14 @@ def test_inspect_says_what_weights_are(capsys):
         assert said in capsys.readouterr().out
 
 
+def test_inspect_lists_the_parts_of_a_checkpoint(capsys):
+    assert cli.main(["inspect", str(base.EMBEDDED)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("file      ") == 3
+    for said in ("tiny_wan: from the tensors", "holds     VAE", "holds     umT5"):
+        assert said in shown
+
+
 def test_inspect_refuses_what_is_no_weight_file(tmp_path, capsys):
     (tmp_path / "x.safetensors").write_bytes(b"<!doctype html>" * 50)
     assert cli.main(["inspect", str(tmp_path / "x.safetensors")]) == 2

@@ -294,6 +294,27 @@ def test_dora_is_written_only_where_it_loads_right(tmp_path: Path) -> None:
             assert "wantrain merge" in caught.value.next_step
 
 
+H = "lora_unet_blocks_0_ffn_2"
+LOKR = {f"{H}.lokr_w1": torch.ones(4, 8), f"{H}.lokr_w2_a": torch.ones(8, 2), f"{H}.lokr_w2_b": torch.ones(2, 8)}
+
+
+@pytest.mark.parametrize(("tensors", "message"), [
+    ({n: t for n, t in LOHA.items() if "w2_b" not in n}, "blocks.0.ffn.2 lacks hada_w2 or a half of it"),
+    ({n: t for n, t in LOKR.items() if "w1" not in n}, "lacks lokr_w1 or a half of it"),
+    ({n: t for n, t in LOKR.items() if "w2_a" not in n}, "lacks lokr_w2 or a half of it"),
+    ({**LOKR, f"{H}.lokr_w2_b": torch.ones(3, 8)}, "do not multiply"),
+    ({**LOHA, f"{H}.hada_w1_a": torch.ones(4, 9)}, "do not multiply"),
+    ({**LOHA, f"{H}.alpha": torch.tensor(0.0)}, "has the alpha 0.0"),
+    ({**LOHA, "lora_unet_blocks_1_ffn_2.alpha": torch.tensor(4.0)}, "blocks.1.ffn.2 has an alpha, and nothing"),
+    ({**LOHA, f"{H}.hada_w1_a": torch.full((4, 4), float("nan"))}, "is not finite"),
+])
+def test_damaged_loha_and_lokr_are_refused_by_name(tensors: dict[str, torch.Tensor], message: str, tmp_path: Path
+                                                   ) -> None:
+    assert read_lora(saved(tmp_path, LOKR)).extras
+    with pytest.raises(ContainerError, match=message):
+        read_lora(saved(tmp_path, tensors))
+
+
 @pytest.mark.parametrize(("high", "low"), [
     ("diffusion_model.transformer_1.blocks.0.self_attn.q", "diffusion_model.transformer_2.blocks.0.self_attn.q"),
     ("transformer.blocks.0.attn1.to_q", "transformer_2.blocks.0.attn1.to_q"),

@@ -188,6 +188,7 @@ def read_lora(path: Path | str, expert: Expert | None = None) -> LoraFile:
                                  "convert the original file again")
         pairs[module] = LoraPair(roles["a"], roles["b"], alphas.get(module, _config_alpha(config, module, rank)))
     _check_values(raw, pairs, extras)
+    _check_products(raw, extras)
     return LoraFile(path, grammar.id, pairs, extras, raw.metadata)
 
 
@@ -333,6 +334,34 @@ def _check_values(raw: Container, pairs: Pairs, extras: Extras) -> None:
     for module, pair in pairs.items():
         if not math.isfinite(pair.alpha) or pair.alpha == 0:
             raise ContainerError(raw.path, f"{module} has alpha {pair.alpha}, so no effect", "a damaged file")
+
+
+_PRODUCTS = {"hada_w": ("hada_w1", "hada_w2"), "lokr_w": ("lokr_w1", "lokr_w2")}
+
+
+def _check_products(raw: Container, extras: Extras) -> None:
+    """Refuse LoHa and LoKr modules whose factors are not all there or do not multiply, and an alpha of nothing."""
+    modules: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in extras.items():
+        module, suffix = split_extra(name)
+        modules.setdefault(module, {})[suffix] = tensor
+    for module, leaves in modules.items():
+        kind = next((kind for kind in _PRODUCTS if any(leaf.startswith(kind) for leaf in leaves)), None)
+        if kind is None:
+            if "alpha" in leaves:
+                raise ContainerError(raw.path, f"{module} has an alpha, and nothing that it scales", "an interrupted "
+                                     "export, or tensors filtered by name")
+            continue
+        for factor in _PRODUCTS[kind]:
+            a, b = leaves.get(f"{factor}_a"), leaves.get(f"{factor}_b")
+            if (a is None or b is None) and (factor not in leaves or kind == "hada_w"):
+                raise ContainerError(raw.path, f"{module} lacks {factor} or a half of it", "an interrupted export, or "
+                                     "tensors filtered by name")
+            if a is not None and b is not None and a.ndim == b.ndim == 2 and a.shape[1] != b.shape[0]:
+                raise ContainerError(raw.path, f"{module}: {factor}_a {list(a.shape)} and {factor}_b {list(b.shape)} "
+                                     "do not multiply", "transposed tensors, or those of two LoRAs mixed")
+        if "alpha" in leaves and (leaves["alpha"].numel() != 1 or not float(leaves["alpha"])):
+            raise ContainerError(raw.path, f"{module} has the alpha {leaves['alpha'].tolist()}", "a damaged file")
 
 
 def check_fit(lora: LoraFile, shapes: Mapping[str, tuple[int, ...]]) -> None:

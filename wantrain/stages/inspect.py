@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import cast
 
 from wantrain.models import hub, lora_formats
-from wantrain.models.containers import Container, open_container, open_raw
+from wantrain.models.containers import Container, ContainerError, find_parts, open_container, open_raw
 from wantrain.models.lora_formats import PEFT_WEIGHTS, LoraFile, loads_in, split_extra
 from wantrain.models.lora_updates import product_delta, product_rank, products
 from wantrain.models.variants import Expert, detect, fitting_lora
@@ -29,16 +29,30 @@ OPTIONS = {"norms": ("summary", "all"), "expert": ("", "high", "low")}
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Print what the one file, or folder of shards, is."""
+    """Print what the one file, or folder of shards, is, or each part of a whole checkpoint's folder."""
     files, options = parse(arguments, USAGE, OPTIONS)
     if len(files) != 1:
         raise UserError(f"inspect takes one file or folder, got {len(files)}", USAGE)
     path = hub.local(files[0])
+    if parts := _checkpoint(path):
+        for part in parts:
+            _weights(part, open_container(part))
+        return
     raw = open_raw(path / PEFT_WEIGHTS if (path / PEFT_WEIGHTS).is_file() else path)
     if any(mark in name for name in raw.names() for mark in LORA_MARKS):
         _lora(lora_formats.read_lora(path, cast("Expert | None", options["expert"] or None)), options["norms"] == "all")
     else:
         _weights(path, open_container(path))
+
+
+def _checkpoint(path: Path) -> list[Path]:
+    """The parts with weights of a whole checkpoint's folder; empty for anything else."""
+    if not path.is_dir() or any(path.glob("*.safetensors")):
+        return []
+    try:
+        return [part for name, part in find_parts(path).items() if name != "tokenizer"]
+    except ContainerError:
+        return []
 
 
 def _lora(lora: LoraFile, every_norm: bool) -> None:
