@@ -27,7 +27,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -108,22 +107,20 @@ class Probed:
 
 def probe_file(path: Path) -> Probed:
     """Decode the whole file in this process. A bad file is told by `fault`, not by an exception."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        return Probed(str(path), fault=f"{shown(path)}: cannot be reached: {error.strerror}")
-    found = Probed(str(path), status.st_size, status.st_mtime_ns)
+    found = Probed(str(path), *stamp(path))
     level = av.logging.get_level()
     av.logging.set_level(av.logging.ERROR)
     av.logging.set_skip_repeated(False)  # else the last file's message may come late, in this file's log
     with av.logging.Capture(local=False) as log:
         try:
-            _check_openable(path, status)
+            check_openable(path)
             found = (_probe_image if path.suffix.lower() in IMAGE_SUFFIXES else _probe_video)(path, found)
         except UserError as error:
             cause = error.message.partition(" cannot be decoded: ")[2] or error.message
         except av.FFmpegError as error:
             cause = str(error.strerror)
+        except FileNotFoundError:
+            cause = "a link to nothing, or gone by now"
         except (OSError, ValueError, IndexError, Image.DecompressionBombError) as error:
             cause = str(error)
         else:
@@ -136,8 +133,9 @@ def probe_file(path: Path) -> Probed:
     return dataclasses.replace(found, fault=f"{shown(path)}: {cause}{detail}")
 
 
-def _check_openable(path: Path, status: os.stat_result) -> None:
+def check_openable(path: Path) -> None:
     """Raises ValueError or OSError for what needs no decoder to be refused."""
+    status = path.stat()
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -351,12 +349,46 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (Path(root, name) for name in names)
 
 
-@dataclass(slots=True, eq=False)
 class _Worker:
-    process: BaseProcess
-    pipe: Connection
-    item: Any = None
-    until: float = 0.0
+    """A process that answers one item at a time, and is replaced where it must be killed."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.function = function
+        self.item: Any = None
+        self.start()
+
+    def start(self) -> None:
+        context = multiprocessing.get_context("forkserver")  # never a fork of a process that holds threads or readers
+        context.set_forkserver_preload([__name__])
+        self.pipe, there = context.Pipe()
+        self.process = context.Process(target=_serve, args=(self.function, there), daemon=True)
+        self.process.start()
+        there.close()
+        self.is_fresh = True
+
+    def give(self, item: Any, timeout_s: float) -> None:
+        if self.is_fresh:
+            self.pipe.recv()  # its imports do not count against its first file
+        self.item, self.until, self.is_fresh = item, time.monotonic() + timeout_s, False
+        self.pipe.send(item)
+
+    def take(self, timeout_s: float) -> tuple[Any, str]:
+        """(its result, '') or (None, why there is none)."""
+        why, self.item = f"{TIME_LIMIT} {timeout_s:g} s; allow more with --timeout-s", None
+        if self.pipe.poll():
+            try:
+                return self.pipe.recv(), ""
+            except EOFError:
+                self.process.join()
+                why = f"its reader crashed (exit code {self.process.exitcode})"
+        self.end()
+        self.start()
+        return None, why
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
 
 
 def in_workers(
@@ -368,60 +400,28 @@ def in_workers(
     replaced, and so is one that crashes: no file can stop the others.
     """
     todo = collections.deque(items)
-    context = multiprocessing.get_context("forkserver")  # never a fork of a process that holds threads or readers
-    context.set_forkserver_preload([__name__])
-
-    def start() -> _Worker:
-        here, there = context.Pipe()
-        process = context.Process(target=_serve, args=(function, there), daemon=True)
-        process.start()
-        there.close()
-        return _Worker(process, here)
-
-    workers = [start() for _ in range(min(jobs, len(todo)))]
+    workers = [_Worker(function) for _ in range(min(jobs, len(todo)))]
     try:
         while todo or any(w.item is not None for w in workers):
             for worker in workers:
                 if worker.item is None and todo:
-                    worker.item, worker.until = todo.popleft(), time.monotonic() + timeout_s
-                    worker.pipe.send(worker.item)
+                    worker.give(todo.popleft(), timeout_s)
             busy = [w for w in workers if w.item is not None]
             wait([w.pipe for w in busy], max(0.0, min(w.until for w in busy) - time.monotonic()))
             for worker in busy:
                 if worker.pipe.poll() or time.monotonic() >= worker.until:
-                    result, why = _collect(worker, timeout_s)
-                    if why:
-                        _end(worker)
-                        workers.remove(worker)
-                        workers += [start()] if todo else []
-                    yield worker.item, result, why
-                    worker.item = None
+                    item = worker.item
+                    yield item, *worker.take(timeout_s)
     finally:
         for worker in workers:
-            _end(worker)
-
-
-def _collect(worker: _Worker, timeout_s: float) -> tuple[Any, str]:
-    """(its result, '') or (None, why there is none)."""
-    if not worker.pipe.poll():
-        return None, f"{TIME_LIMIT} {timeout_s:g} s; allow more with --timeout-s"
-    try:
-        return worker.pipe.recv(), ""
-    except EOFError:
-        worker.process.join()
-        return None, f"its reader crashed (exit code {worker.process.exitcode})"
-
-
-def _end(worker: _Worker) -> None:
-    worker.process.kill()
-    worker.process.join()
-    worker.pipe.close()
+            worker.end()
 
 
 def _serve(function: Callable[[Item], Result], pipe: Connection) -> None:
     """A worker's life: results for items until the pipe closes. The parent alone answers to Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(EOFError, BrokenPipeError):
+        pipe.send("ready")
         while True:
             pipe.send(function(pipe.recv()))
 
@@ -430,14 +430,15 @@ def probe_files(paths: Collection[Path], jobs: int, timeout_s: float, probe: Cal
                 ) -> Iterator[Probed]:
     """Every file probed, as they finish, in `jobs` worker processes with `timeout_s` seconds for each file."""
     for path, found, why in in_workers(probe, paths, jobs, timeout_s):
-        yield found or dataclasses.replace(_unprobed(path), fault=f"{shown(path)}: {why}")
+        yield found or Probed(str(path), *stamp(path), fault=f"{shown(path)}: {why}")
 
 
-def _unprobed(path: Path) -> Probed:
+def stamp(path: Path) -> tuple[int, int]:
+    """(size in bytes, time of the last change in ns): a file with the same ones is taken for unchanged."""
     with contextlib.suppress(OSError):
         status = path.stat()
-        return Probed(str(path), status.st_size, status.st_mtime_ns)
-    return Probed(str(path))
+        return status.st_size, status.st_mtime_ns
+    return 0, 0
 
 
 def read(out: Path) -> list[Probed]:
@@ -481,9 +482,11 @@ def run(paths: Sequence[Path], out: Path, jobs: int, timeout_s: float) -> tuple[
     files, ignored = find_files(paths)
     journal = out.with_name(out.name + ".journal")
     known = {p.path: p for p in (*read(out), *read(journal)) if f": {TIME_LIMIT}" not in p.fault}
-    done = {path: p for path in files if (p := known.get(str(path))) and _stamp(p) == _stamp(_unprobed(path))}
+    done = {path: p for path in files if (p := known.get(str(path)))
+            and (p.size_bytes, p.mtime_ns) == stamp(path)}
     out.parent.mkdir(parents=True, exist_ok=True)
     with journal.open("a", encoding="utf-8") as file, progress(len(files), len(done), "file", "probe") as bar:
+        file.write("\n")  # ends a line that a kill cut off
         for found in probe_files([path for path in files if path not in done], jobs, timeout_s):
             done[Path(found.path)] = found
             file.write(_line(found, out))
@@ -492,10 +495,6 @@ def run(paths: Sequence[Path], out: Path, jobs: int, timeout_s: float) -> tuple[
     write_text(out, "".join(_line(done[path], out) for path in files))
     journal.unlink()
     return [done[path] for path in files], ignored
-
-
-def _stamp(found: Probed) -> tuple[int, int]:
-    return found.size_bytes, found.mtime_ns
 
 
 def summary(found: Sequence[Probed], ignored: Sequence[Path]) -> str:
@@ -551,13 +550,15 @@ def answer(work: Callable[[], str], command: Sequence[str]) -> int:
 
 def add_job_arguments(parser: argparse.ArgumentParser, timeout_s: float) -> None:
     """--jobs and --timeout-s, alike in every tool that works file by file."""
-    parser.add_argument("--jobs", type=_positive(int), default=os.cpu_count() or 1, metavar="N",
+    parser.add_argument("--jobs", type=positive(int), default=os.cpu_count() or 1, metavar="N",
                         help="files at the same time, a process each (default: the number of cores, %(default)s)")
-    parser.add_argument("--timeout-s", type=_positive(float), default=timeout_s, metavar="S",
+    parser.add_argument("--timeout-s", type=positive(float), default=timeout_s, metavar="S",
                         help="a file that takes longer is a fault, and the job goes on (default: %(default)g)")
 
 
-def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+def positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    """An argument's type: a number above 0."""
+
     def parse(text: str) -> float:
         try:
             value = kind(text)

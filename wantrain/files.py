@@ -145,3 +145,8 @@ def digest_folder(folder: Path, memo: Path | None = None) -> str:
     """A digest of every file below `folder`: relative names and bytes."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return digest_text(*(f"{p.relative_to(folder)} {digest_file(p, memo)}" for p in files))
+
+
+def digest_path(path: Path, memo: Path | None = None) -> str:
+    """A digest of a file, or of every file below a folder."""
+    return digest_folder(path, memo) if path.is_dir() else digest_file(path, memo)

@@ -227,9 +227,11 @@ def test_training_on_top_of_a_merged_lora(trained, wantrain, tmp_path, capsys):
     assert all(pair.delta().norm() < 0.2 * old.pairs[module].delta().norm() for module, pair in file.pairs.items())
 
 
-def test_a_peft_export_is_a_folder_that_samples(trained, wantrain):
+def test_a_peft_export_is_a_folder_that_samples_and_merges(trained, wantrain):
     assert wantrain("export", "lora.alpha=3", "export.format=peft") == 0
-    assert (trained / "export" / "demo_anime_peft" / "adapter_config.json").is_file()
+    folder = trained / "export" / "demo_anime_peft"
+    assert (folder / "adapter_config.json").is_file()
+    assert wantrain("check", f"model.merge=['{folder}=0.5']") == 0
     assert wantrain("sample", "export.format=peft", "sampler.strengths=[1]") == 0
     assert len(list((trained / "samples").glob("*.mp4"))) == 1
 

@@ -15,7 +15,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
 from transformers.utils import logging as transformers_logging
 
-from wantrain.files import digest_file, digest_folder, digest_text
+from wantrain.files import digest_path, digest_text
 from wantrain.models import hub, names, sizes
 from wantrain.models.containers import (
     Container,
@@ -66,11 +66,10 @@ class Base:
 
     def digest(self, part: str, memo: Path) -> str:
         """A digest of one part's files, and of what is merged into the transformer."""
-        path = self.parts[part]
-        own = digest_folder(path, memo) if path.is_dir() else digest_file(path, memo)
+        own = digest_path(self.parts[part], memo)
         if part != "transformer" or not self.merged:
             return own
-        return digest_text(own, *(f"{digest_file(file, memo)} {strength}" for file, strength in self.merged))
+        return digest_text(own, *(f"{digest_path(file, memo)} {strength}" for file, strength in self.merged))
 
     def _transformer_config(self) -> dict[str, Any]:
         path = self.parts["transformer"]
