@@ -18,9 +18,10 @@ LABEL_PX = 16
 
 def write_mp4(path: Path, frames_FCHW: torch.Tensor, fps: float) -> None:
     """H.264, yuv420p, visually lossless (crf 16): plays in browsers. Sizes must be even."""
-    with atomic_path(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+    with atomic_path(path) as temporary, av.open(str(temporary), "w", format="mp4",
+                                                 container_options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001),
-                                      options={"crf": "16", "movflags": "+faststart"})
+                                      options={"crf": "16"})
         stream.height, stream.width, stream.pix_fmt = frames_FCHW.shape[2], frames_FCHW.shape[3], "yuv420p"
         for frame_HWC in frames_FCHW.movedim(1, -1).contiguous().numpy():
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")))

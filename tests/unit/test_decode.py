@@ -148,3 +148,27 @@ def test_fit_keeps_the_aspect_and_crops_the_centre():
     assert whole.shape == (1, 3, 20, 40)
     assert int(whole[..., :8].min()) == 255
     assert int(whole[..., 12:].max()) == 0
+
+
+def test_a_stream_cut_inside_a_group_of_pictures_never_gives_other_frames(film, tmp_path):
+    """Its first frames have times and do not decode: what is asked for by time comes, or an error, never another frame.
+    """
+    ffmpeg("-i", film, "-c", "copy", tmp_path / "whole.ts")
+    packets = (tmp_path / "whole.ts").read_bytes()
+    (tmp_path / "cut.ts").write_bytes(packets[188 * (len(packets) // 188 // 4):])
+    found = decode.probe(tmp_path / "cut.ts")
+    with av.open(str(tmp_path / "cut.ts")) as container:
+        stream = container.streams.video[0]
+        decoded = {round(float(f.pts * stream.time_base - found.start_s), 4): f.to_ndarray(format="rgb24")
+                   for f in container.decode(stream)}
+    assert len(decoded) < len(found.times_s)
+    read = 0
+    for index, time_s in enumerate(found.times_s):
+        bucket = Bucket(1, found.height, found.width)
+        try:
+            frames = decode.read_clip(tmp_path / "cut.ts", float(time_s), None, 24, bucket)
+        except UserError:
+            continue
+        read += 1
+        assert np.array_equal(frames[0].movedim(0, -1).numpy(), decoded[round(float(time_s), 4)]), index
+    assert read > len(found.times_s) // 3

@@ -31,13 +31,17 @@ NARROW_PX = 64
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What demuxing tells: shown frames' times (seconds, sorted), duration in seconds, size in pixels, who reads."""
+    """What demuxing tells: shown frames' times (seconds, sorted), duration in seconds, size in pixels, who reads.
+
+    Times count from the first frame that has one, which is `start_s` on the file's own clock.
+    """
 
     times_s: np.ndarray
     duration_s: float
     width: int
     height: int
     why_not_decord: str
+    start_s: Fraction = Fraction(0)
 
     @property
     def aspect(self) -> float:
@@ -62,6 +66,8 @@ def probe(path: Path) -> Probe:
 
 
 def _probe(container: av.container.InputContainer) -> Probe:
+    if not container.streams.video:
+        raise ValueError("no video in it")
     stream = container.streams.video[0]
     assert stream.time_base is not None
     times, ends, num_discarded = [], [], 0
@@ -88,7 +94,7 @@ def _probe(container: av.container.InputContainer) -> Probe:
     step = Fraction(1) / (stream.average_rate or 25)
     duration = max(*ends, max(times) + (step if max(ends) == max(times) else 0)) - start
     why = ", ".join(reason for reason, found in unsafe.items() if found)
-    return Probe(np.array(sorted(float(t - start) for t in times)), float(duration), width, height, why)
+    return Probe(np.array(sorted(float(t - start) for t in times)), float(duration), width, height, why, start)
 
 
 def _quarter_turns(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> int:
@@ -167,15 +173,13 @@ def _read_pyav(path: Path, found: Probe, index_F: Sequence[int] | np.ndarray) ->
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             assert stream.time_base is not None
-            first = None
-            for frame in container.decode(stream):
-                first = frame.pts
-                break
-            assert first is not None
-            container.seek(int(found.times_s[int(min(index_F))] / stream.time_base) + first, stream=stream)
+            # The file's clock, not the first frame that decodes: a stream cut inside a group of pictures has earlier
+            # frames that do not.
+            first_s = found.start_s + Fraction(float(found.times_s[int(min(index_F))]))
+            container.seek(int(first_s / stream.time_base), stream=stream)
             for frame in container.decode(stream):
                 assert frame.pts is not None
-                index = wanted.get(round(float((frame.pts - first) * stream.time_base), 4))
+                index = wanted.get(round(float(frame.pts * stream.time_base - found.start_s), 4))
                 if index is not None:
                     kept[index] = np.rot90(frame.to_ndarray(format="rgb24"), (frame.rotation // 90) % 4)
                 if len(kept) == len(wanted):
