@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -77,6 +79,18 @@ def test_every_wantrain_command_of_the_readme_runs_on_the_tiny_base(clips, cache
             continue
         recipe = [a for a in own if not a.startswith(("data.", "model"))]
         assert cli.main([verb, *recipe, *small]) == 0, line
+
+
+def test_the_data_tools_of_the_readme_run(tmp_path, monkeypatch):
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my").mkdir()
+    (tmp_path / "my" / "films").symlink_to(config.asset("demo/footage/heldout"))
+    for line in readme_commands("wantrain-"):
+        name, *own = shlex.split(line)
+        module, _, function = scripts[name].partition(":")
+        assert getattr(importlib.import_module(module), function)(own) == 0, line
+        assert Path(own[-1]).read_text().count("\n") >= 4
 
 
 def test_the_launch_commands_name_files_and_recipes_that_exist():

@@ -8,7 +8,7 @@ and readers open and close inside one call, never across a fork.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -166,29 +166,43 @@ def _read_decord(path: Path, index_F: Sequence[int] | np.ndarray) -> np.ndarray:
 
 
 def _read_pyav(path: Path, found: Probe, index_F: Sequence[int] | np.ndarray) -> np.ndarray:
-    """The same through PyAV: seek to the keyframe before the first, then by timestamp."""
+    """The same through PyAV, by timestamp: from the keyframe before the first, or, where a seek goes too far (transport
+    streams have no index), from the file's beginning.
+    """
     wanted = {round(float(found.times_s[i]), 4): int(i) for i in index_F}
-    kept: dict[int, np.ndarray] = {}
+    first_s = found.start_s + Fraction(float(min(wanted)))
     try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            assert stream.time_base is not None
-            # The file's clock, not the first frame that decodes: a stream cut inside a group of pictures has earlier
-            # frames that do not.
-            first_s = found.start_s + Fraction(float(found.times_s[int(min(index_F))]))
-            container.seek(int(first_s / stream.time_base), stream=stream)
-            for frame in container.decode(stream):
-                assert frame.pts is not None
-                index = wanted.get(round(float(frame.pts * stream.time_base - found.start_s), 4))
-                if index is not None:
-                    kept[index] = np.rot90(frame.to_ndarray(format="rgb24"), (frame.rotation // 90) % 4)
-                if len(kept) == len(wanted):
-                    break
+        kept = _decode_at(path, found.start_s, wanted, first_s)
+        if len(kept) < len(wanted):
+            kept = _decode_at(path, found.start_s, wanted, None)
     except av.FFmpegError as error:
         raise _broken(path, error) from error
     if len(kept) < len(wanted):
         raise _broken(path, f"{len(kept)} of {len(wanted)} frames decode")
     return np.stack([kept[int(i)] for i in index_F])
+
+
+def _decode_at(path: Path, start_s: Fraction, wanted: Mapping[float, int], seek_s: Fraction | None
+               ) -> dict[int, np.ndarray]:
+    """The frames at the wanted seconds after `start_s`, by index; those that decode from `seek_s` of the file's clock.
+
+    The file's clock and not the first frame that decodes: a stream that was cut inside a group of pictures begins with
+    frames that have a time and do not.
+    """
+    kept: dict[int, np.ndarray] = {}
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert stream.time_base is not None
+        if seek_s is not None:
+            container.seek(int(seek_s / stream.time_base), stream=stream)
+        for frame in container.decode(stream):
+            assert frame.pts is not None
+            index = wanted.get(round(float(frame.pts * stream.time_base - start_s), 4))
+            if index is not None:
+                kept[index] = np.rot90(frame.to_ndarray(format="rgb24"), (frame.rotation // 90) % 4)
+            if len(kept) == len(wanted):
+                break
+    return kept
 
 
 def fit(frames_FCHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
