@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from wantrain import cli, lora, pictures
+from wantrain.config import LoraFormat
 from wantrain.data import decode
 from wantrain.engine import checkpoint
 from wantrain.models import base, lora_formats, lora_updates, sampling
@@ -90,6 +91,17 @@ def test_an_export_that_reads_back_wrong_is_an_error(trained, wantrain, capsys, 
     monkeypatch.setattr(lora_updates, "write_lora", losing)
     assert wantrain("export", "lora.alpha=3") == 2
     assert "read back, the delta of" in capsys.readouterr().err
+
+
+def test_every_format_of_the_config_reads_back_as_what_was_trained(trained, wantrain):
+    """The universal file is held against the checkpoint in the tests above, and the others against it."""
+    files = {}
+    for form in LoraFormat:
+        assert wantrain("export", "lora.alpha=3", f"export.format={form.name}") == 0
+        name = "demo_anime_peft" if form is LoraFormat.peft else "demo_anime.safetensors"
+        files[form.name] = lora_formats.read_lora(trained / "export" / name)
+        assert files[form.name].format == form.name
+        assert lora_updates.worst_difference(files["universal"], files[form.name])[0] < 1e-6
 
 
 @torch.no_grad()
