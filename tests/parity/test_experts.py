@@ -70,6 +70,16 @@ def test_draws_stay_on_the_experts_side_and_share_the_schedule_as_inference_does
         assert (uniform.sort().values - wanted).abs().max() / (ends[1] - ends[0]) < 0.002
 
 
+@pytest.mark.parametrize("boundary", [0.875, 0.9])
+def test_the_draw_nearest_to_the_boundary_does_not_round_onto_it(boundary, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda number, **_: torch.full((number,), 1 - 2.0**-53, dtype=torch.float64))
+    low, = flow.timestep(flow.draw_sigma(0, 0, [0], 1, 5.0, within=(0.0, boundary)))
+    assert 1000 * boundary - 0.01 < low < 1000 * boundary
+    monkeypatch.setattr(torch, "rand", lambda number, **_: torch.zeros(number, dtype=torch.float64))
+    high, = flow.timestep(flow.draw_sigma(0, 0, [0], 1, 5.0, within=(boundary, 1.0)))
+    assert 1000 * boundary <= high < 1000 * boundary + 0.01
+
+
 def test_both_train_in_their_own_folders_and_export_a_pair(wantrain, own, tmp_path, capsys):
     assert wantrain("check", *own) == 0
     shown = capsys.readouterr().out
