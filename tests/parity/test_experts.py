@@ -18,6 +18,7 @@ from wantrain.models.base import EMBEDDED
 from wantrain.models.lora_formats import read_lora
 from wantrain.models.lora_updates import worst_difference
 from wantrain.models.variants import VARIANTS, diffusers_config
+from wantrain.stages import train
 from wantrain.terms import UserError
 
 CPU = torch.device("cpu")
@@ -78,6 +79,23 @@ def test_the_draw_nearest_to_the_boundary_does_not_round_onto_it(boundary, monke
     monkeypatch.setattr(torch, "rand", lambda number, **_: torch.zeros(number, dtype=torch.float64))
     high, = flow.timestep(flow.draw_sigma(0, 0, [0], 1, 5.0, within=(boundary, 1.0)))
     assert 1000 * boundary <= high < 1000 * boundary + 0.01
+
+
+def test_each_expert_is_trained_at_its_own_sigmas_only(wantrain, own, monkeypatch):
+    asked = []
+    predict = train.predict_velocity
+
+    def recording(model, noisy, sigma_B, text_BLD):
+        asked.append(sigma_B)
+        return predict(model, noisy, sigma_B, text_BLD)
+
+    monkeypatch.setattr(train, "predict_velocity", recording)
+    assert wantrain("train", *own, "train.num_steps=6") == 0
+    high, low = torch.stack(asked).chunk(2)
+    assert (high >= 0.875).all()
+    assert (low < 0.875).all()
+    assert high.max() - high.min() > 0.08
+    assert low.max() - low.min() > 0.5
 
 
 def test_both_train_in_their_own_folders_and_export_a_pair(wantrain, own, tmp_path, capsys):

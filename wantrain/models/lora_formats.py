@@ -125,7 +125,8 @@ _LOADS_IN: dict[str, tuple[tuple[str, ...], str]] = {
     "diffsynth_pipe": (("WanVideoWrapper",), "old DiffSynth-Studio"),
 }
 """Per format: the tools that apply a plain LoRA rightly, and a condition; measured, facts/wan-formats.md 2.2."""
-TOOLS = (*_COMFY, "diffusers", "DiffSynth-Studio", "LightX2V", "ai-toolkit", "diffusion-pipe", "musubi-tuner", "LyCORIS")
+TOOLS = (*_COMFY, "diffusers", "DiffSynth-Studio", "LightX2V", "ai-toolkit", "diffusion-pipe", "musubi-tuner",
+         "LyCORIS")
 """Those of which it was measured what they load."""
 
 
