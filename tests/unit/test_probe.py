@@ -151,7 +151,7 @@ def test_a_kill_loses_nothing(three, monkeypatch):
 def test_a_file_that_hangs_or_crashes_its_reader_stops_nothing(three, function, timeout_s, cause):
     began = time.monotonic()
     found = {Path(p.path).name: p for p in probe.probe_files(sorted(three.glob("*.png")), 1, timeout_s, function)}
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 100
     assert {name: p.fault for name, p in found.items()} == {
         "a.png": "", "b.png": f"{three / 'b.png'}: {cause}", "c.png": ""}
     assert found["b.png"].size_bytes == (three / "b.png").stat().st_size
