@@ -133,7 +133,7 @@ def test_diffusers_loads_the_pair_and_samples_what_we_sample(wantrain, own, a14b
                           found.text(torch.float32, CPU), found.scheduler(12.0), 0.875)
     for transformer, path in zip(sampling.transformers_of(ours), pair.values(), strict=True):
         sampling.load_lora(transformer, path)
-    low, high = 1.5, 6.0
+    low, high = 1.0, 60.0  # far apart, as random experts hardly hear the prompt
     one = sampling.sample(ours, "a square", 1, sampling.Settings(4, (low, high), 12.0, sampling.Bucket(5, 32, 48), ""))
     for pipeline, guidance, differs in ((theirs, (high, low), False), (theirs, (low, high), True),
                                         (plain, (high, low), True)):
@@ -141,9 +141,8 @@ def test_diffusers_loads_the_pair_and_samples_what_we_sample(wantrain, own, a14b
         video_BFHWC = pipeline("a square", negative_prompt="", height=32, width=48, num_frames=5, num_inference_steps=4,
                                guidance_scale=guidance[0], guidance_scale_2=guidance[1], output_type="np",
                                generator=torch.Generator().manual_seed(1)).frames
-        difference = (one.movedim(1, -1).numpy() / 255 - video_BFHWC[0])
-        assert (abs(difference).mean() > 0.01) == differs
-        assert differs or abs(difference).mean() < 0.003, "rounding to bytes"
+        difference = abs(one.movedim(1, -1).numpy() / 255 - video_BFHWC[0]).mean()
+        assert difference > 0.01 if differs else difference < 0.004, "rounding to bytes costs 0.002"
 
 
 def test_one_expert_at_a_time_and_going_on(wantrain, own, tmp_path):
