@@ -72,7 +72,7 @@ def test_every_wantrain_command_of_the_readme_runs_on_the_tiny_base(clips, cache
     order = [*cli.VERBS, *cli.FILE_VERBS]
     exported = str(tmp_path / "run" / "export" / "anime_1b3.safetensors")
     for line in sorted(readme_commands("wantrain "), key=lambda line: order.index(shlex.split(line)[1])):
-        verb, *own = shlex.split(line.replace("runs/demo_anime/export/demo_anime.safetensors", exported)
+        verb, *own = shlex.split(line.replace("runs/anime_1b3/export/anime_1b3.safetensors", exported)
                                  .replace("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", str(base.EMBEDDED)))[1:]
         if "--help" in own or verb in cli.FILE_VERBS:
             assert cli.main([verb, *own]) == 0, line
