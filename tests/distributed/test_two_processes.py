@@ -64,7 +64,7 @@ def assert_same_training(one, two, rtol):
             torch.testing.assert_close(b[name], tensor, rtol=0, atol=2e-3 * scale + 1e-9)
 
 
-@pytest.mark.parametrize("file", ["ddp", "zero2"])
+@pytest.mark.parametrize("file", ["ddp", pytest.param("zero2", marks=pytest.mark.slow)])
 def test_two_processes_train_as_one_does_and_resume_in_one(launched, alone, file):
     """Steps 1 and 2 under two processes, 3 and 4 in one that goes on from their checkpoint."""
     parts = launched(file, "train.num_steps=2", run=f"{file}_parts")
