@@ -15,6 +15,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from wantrain.terms import UserError
 
 ADAPTER = "default"
+MAGNITUDE = "lora_magnitude_vector"
+"""PEFT's word for DoRA's magnitudes [out]."""
 
 _ATTENTION = r"(vace_)?blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0|add_k_proj|add_v_proj)"
 TARGET_PRESETS: dict[str, tuple[str, ...]] = {
@@ -38,7 +40,7 @@ _PAIR = ("lora_A", "lora_B")
 KINDS: dict[str, Kind] = {
     "lora": Kind(LoraConfig, "lora_alpha", _PAIR),
     "rslora": Kind(partial(LoraConfig, use_rslora=True), "lora_alpha", _PAIR),
-    "dora": Kind(partial(LoraConfig, use_dora=True), "lora_alpha", (*_PAIR, "lora_magnitude_vector")),
+    "dora": Kind(partial(LoraConfig, use_dora=True), "lora_alpha", (*_PAIR, MAGNITUDE)),
     "loha": Kind(LoHaConfig, "alpha", ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")),
     "lokr": Kind(LoKrConfig, "alpha", ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")),
 }
@@ -115,8 +117,8 @@ def inject(transformer: torch.nn.Module, targets: Sequence[str], spec: Spec, see
         inject_adapter_in_model(config, transformer, adapter_name=ADAPTER)
     for name, parameter in trainable(transformer).items():
         parameter.data = parameter.data.float()
-        if "lora_magnitude_vector" in name:  # PEFT took the rows' lengths in the base's dtype
-            weight = transformer.get_parameter(name.partition(".lora_magnitude_vector")[0] + ".base_layer.weight")
+        if MAGNITUDE in name:  # PEFT took the rows' lengths in the base's dtype
+            weight = transformer.get_parameter(name.partition(f".{MAGNITUDE}")[0] + ".base_layer.weight")
             parameter.data = torch.linalg.norm(weight.float(), dim=1)
     _check_trainable(transformer, names, kind)
     return names
@@ -185,7 +187,7 @@ def _fill(module: str, own: Mapping[str, torch.Tensor], theirs: Mapping[str, tor
     scaled = next(leaf for leaf in ("lora_B", "hada_w2_b", "lokr_w1", "lokr_w1_b") if leaf in own)
     with torch.no_grad():
         for leaf, tensor in theirs.items():
-            value = tensor.float().reshape(-1) if leaf == "lora_magnitude_vector" else tensor.float()
+            value = tensor.float().reshape(-1) if leaf == MAGNITUDE else tensor.float()
             target = own[leaf]
             if leaf in _PAIR and target.shape != value.shape:
                 rank, allowed = (t.shape[leaf == "lora_B"] for t in (value, target))
@@ -205,20 +207,21 @@ def attach(transformer: torch.nn.Module, given: AdapterState) -> None:
     Raises UserError as `inject` and `start_from` do; a LoKr that was factored otherwise than PEFT does is refused.
     """
     leaves = set().union(*given.tensors.values())
-    kind = "dora" if "lora_magnitude_vector" in leaves else next(
+    kind = "dora" if MAGNITUDE in leaves else next(
         name for name, kind in KINDS.items() if leaves <= set(kind.leaves))
-    ranks = {re.escape(module): _rank(tensors) for module, tensors in given.tensors.items()}
+    # For a LoKr of two whole factors: the least rank at which PEFT leaves the second whole.
+    ranks = {re.escape(module): inner_rank(tensors) or -(-max(tensors["lokr_w2"].shape) // 2)
+             for module, tensors in given.tensors.items()}
     rank = next(iter(ranks.values()))
-    inject(transformer, list(ranks), Spec(rank, rank, kind, ranks, ranks), seed=0)
+    others = {module: own for module, own in ranks.items() if own != rank}
+    inject(transformer, list(ranks), Spec(rank, rank, kind, others), seed=0)
     start_from(transformer, given)
 
 
-def _rank(tensors: Mapping[str, torch.Tensor]) -> int:
-    """One module's inner width; for a LoKr of two whole factors the least at which PEFT leaves the second whole."""
-    for leaf in ("lora_A", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
-        if leaf in tensors:
-            return tensors[leaf].shape[0]
-    return -(-max(tensors["lokr_w2"].shape) // 2)
+def inner_rank(leaves: Mapping[str, torch.Tensor]) -> int | None:
+    """One module's inner width; None where both factors of a LoKr are whole."""
+    narrow = next((leaves[leaf] for leaf in ("lora_A", "hada_w1_b", "lokr_w1_b", "lokr_w2_b") if leaf in leaves), None)
+    return None if narrow is None else narrow.shape[0]
 
 
 def set_strength(transformer: torch.nn.Module, strength: float) -> None:

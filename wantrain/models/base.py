@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,13 +45,13 @@ transformers_logging.disable_progress_bar()
 class Base:
     """One checkpoint: the path of each part (file or folder) and its row of the variants table.
 
-    `merge` are LoRA files, FILE or FILE=STRENGTH, that the transformer is loaded with, as if its files held them.
+    `merges` are LoRA files with strengths, by expert, that the transformer is loaded with, as if its files held them.
     Where there are two transformers the parts are `high` and `low`, and `each` gives the base of each.
     """
 
     variant: Variant
     parts: Mapping[str, Path]
-    merge: tuple[str, ...] = ()
+    merges: Mapping[Expert | None, Sequence[tuple[Path, float]]] = field(default_factory=dict)
     expert: Expert | None = None
 
     def each(self) -> list[Base]:
@@ -60,9 +60,9 @@ class Base:
                 for expert in self.variant.experts] or [self]
 
     @property
-    def merged(self) -> list[tuple[Path, float]]:
-        """The LoRA files with their strengths; `{expert}` in a name stands for high or low."""
-        return [lora_argument(for_expert(argument, self.expert)) for argument in self.merge]
+    def merged(self) -> Sequence[tuple[Path, float]]:
+        """The LoRA files of this expert with their strengths."""
+        return self.merges.get(self.expert, ())
 
     def digest(self, part: str, memo: Path) -> str:
         """A digest of one part's files, and of what is merged into the transformer."""
@@ -169,7 +169,8 @@ def find(variant: Variant, path: str | None, parts: Mapping[str, str], merge: Se
     """Where everything is: the parts of the folder `path` (`embedded` for the tiny base; diffusers or official
     layout), with single files or folders in their place where `parts` names them.
 
-    Each may be a model id (wantrain.models.hub). `merge`: LoRA files as FILE or FILE=STRENGTH.
+    Each may be a model id (wantrain.models.hub). `merge`: LoRA files as FILE or FILE=STRENGTH; `{expert}` in a name
+    stands for high or low.
     """
     required = required_parts(variant)
     if unknown := sorted(set(parts) - {*required, *OPTIONAL_PARTS}):
@@ -190,10 +191,9 @@ def find(variant: Variant, path: str | None, parts: Mapping[str, str], merge: Se
             raise UserError(f"model.path = {path} holds no {part}, and model.parts.{part} is not set",
                             f"set model.parts.{part}={like}, or model.path to a whole checkpoint, e.g. "
                             "Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
-    base = Base(variant, {part: found[part] for part in (*required, *OPTIONAL_PARTS) if part in found}, tuple(merge))
-    for one in base.each():
-        assert len(one.merged) == len(merge)  # every file is there, before anything heavy
-    return base
+    return Base(variant, {part: found[part] for part in (*required, *OPTIONAL_PARTS) if part in found},
+                {expert: [lora_argument(for_expert(argument, expert)) for argument in merge]
+                 for expert in variant.experts or (None,)})
 
 
 def _local(key: str, where: str, whole: Callable[[Path], bool] | None = None) -> Path:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 from wantrain.files import digest_tensors, write_json, write_tensors
+from wantrain.lora import MAGNITUDE
 from wantrain.models.containers import Container, ContainerError, open_raw, parse_json
 from wantrain.models.names import TRANSFORMER, NoTwin, UnknownName
 from wantrain.models.variants import Expert
@@ -26,8 +27,6 @@ from wantrain.terms import UserError
 DIGEST_KEY = "wantrain_digest"
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
-MAGNITUDE = "lora_magnitude_vector"
-"""The suffix under which PEFT saves DoRA's magnitudes [out]; LyCORIS' `dora_scale` is [out, 1]."""
 
 Extras = Mapping[str, torch.Tensor]
 
@@ -338,21 +337,27 @@ def _check_values(raw: Container, pairs: Pairs, extras: Extras) -> None:
 
 
 _PRODUCTS = {"hada_w": ("hada_w1", "hada_w2"), "lokr_w": ("lokr_w1", "lokr_w2")}
+PRODUCT = (*_PRODUCTS, "alpha")
+"""What the suffixes of a LoHa's and a LoKr's tensors begin with."""
+
+
+def products(extras: Extras) -> dict[str, dict[str, torch.Tensor]]:
+    """The LoHa and LoKr modules among the extras: official module -> leaf -> tensor, alpha among them."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in extras.items():
+        module, leaf = split_extra(name)
+        if leaf.startswith(PRODUCT):
+            found.setdefault(module, {})[leaf] = tensor
+    return found
 
 
 def _check_products(raw: Container, extras: Extras) -> None:
     """Refuse LoHa and LoKr modules whose factors are not all there or do not multiply, and an alpha of nothing."""
-    modules: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in extras.items():
-        module, suffix = split_extra(name)
-        modules.setdefault(module, {})[suffix] = tensor
-    for module, leaves in modules.items():
+    for module, leaves in products(extras).items():
         kind = next((kind for kind in _PRODUCTS if any(leaf.startswith(kind) for leaf in leaves)), None)
         if kind is None:
-            if "alpha" in leaves:
-                raise ContainerError(raw.path, f"{module} has an alpha, and nothing that it scales", "an interrupted "
-                                     "export, or tensors filtered by name")
-            continue
+            raise ContainerError(raw.path, f"{module} has an alpha, and nothing that it scales", "an interrupted "
+                                 "export, or tensors filtered by name")
         for factor in _PRODUCTS[kind]:
             a, b = leaves.get(f"{factor}_a"), leaves.get(f"{factor}_b")
             if (a is None or b is None) and (factor not in leaves or kind == "hada_w"):

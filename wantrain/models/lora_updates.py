@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 
-from wantrain.lora import AdapterState
+from wantrain.lora import MAGNITUDE, AdapterState, inner_rank
 from wantrain.models.containers import Container, ContainerError
 from wantrain.models.lora_formats import (
-    MAGNITUDE,
-    Extras,
+    PRODUCT,
     LoraFile,
     LoraPair,
     check_fit,
+    products,
     read_lora,
     split_extra,
     write_lora,
@@ -35,28 +35,11 @@ STORAGE = {"float32": (torch.float32, 1e-6), "bfloat16": (torch.bfloat16, 1e-2),
 
 _DENSE = {"diff": "weight", "diff_b": "bias", "diff_m": "modulation"}
 _PARAMETERS = ("modulation", "emb_pos")
-_PRODUCT = ("hada_w", "lokr_w", "alpha")
-
-
-def products(extras: Extras) -> dict[str, dict[str, torch.Tensor]]:
-    """The LoHa and LoKr modules among the extras: official module -> leaf -> tensor, alpha among them."""
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in extras.items():
-        module, leaf = split_extra(name)
-        if leaf.startswith(_PRODUCT):
-            found.setdefault(module, {})[leaf] = tensor
-    return found
-
-
-def product_rank(leaves: Mapping[str, torch.Tensor]) -> int | None:
-    """The inner width of a LoHa or LoKr module; None where both factors of a LoKr are whole."""
-    factor = next((leaves[leaf] for leaf in ("hada_w1_b", "lokr_w1_b", "lokr_w2_b") if leaf in leaves), None)
-    return None if factor is None else factor.shape[0]
 
 
 def product_scale(leaves: Mapping[str, torch.Tensor]) -> float:
     """alpha/rank; 1 without an alpha, and for a LoKr of two whole factors, whose alpha no reader applies."""
-    rank = product_rank(leaves)
+    rank = inner_rank(leaves)
     return float(leaves["alpha"]) / rank if rank and "alpha" in leaves else 1.0
 
 
@@ -86,7 +69,7 @@ def updates(lora: LoraFile, strength: float = 1.0) -> dict[str, Update]:
         elif suffix in _DENSE:
             target = stem if stem.endswith(_PARAMETERS) else f"{stem}.{_DENSE[suffix]}"
             deltas.append((target, tensor.float))
-        elif not suffix.startswith(_PRODUCT):
+        elif not suffix.startswith(PRODUCT):
             raise ContainerError(lora.path, f"wantrain does not apply {name}", "an adapter of convolutions or biases, "
                                  "or a DoRA of another kind", "apply it with the tool that made it")
     deltas += [(f"{module}.weight", partial(product_delta, leaves)) for module, leaves in products(lora.extras).items()]
@@ -166,7 +149,7 @@ def from_adapter(state: AdapterState) -> tuple[dict[str, LoraPair], dict[str, to
             if MAGNITUDE in leaves:
                 extras[f"{module}.{MAGNITUDE}"] = leaves[MAGNITUDE]
             continue
-        rank = product_rank(leaves)
+        rank = inner_rank(leaves)
         # Readers ignore the alpha of a LoKr with two whole factors, so its scale goes into one of them.
         extras |= {f"{module}.{leaf}": tensor * scale if rank is None and leaf == "lokr_w1" else tensor
                    for leaf, tensor in leaves.items()}
@@ -191,7 +174,7 @@ def to_adapter(lora: LoraFile) -> AdapterState:
         module, suffix = split_extra(name)
         if _is_magnitude(lora, module, suffix):
             tensors[module][MAGNITUDE] = tensor.reshape(-1)
-        elif not suffix.startswith(_PRODUCT):
+        elif not suffix.startswith(PRODUCT):
             foreign.append(name)
     if foreign:
         raise ContainerError(lora.path, f"holds more than an adapter: {', '.join(foreign[:3])}"
@@ -254,7 +237,7 @@ def worst_difference(one: LoraFile, other: LoraFile) -> tuple[float, str]:
     differences += [(_relative(product_delta(leaves), product_delta(theirs[module])), module)
                     for module, leaves in products(one.extras).items()]
     differences += [(_relative(tensor, other.extras[name]), name) for name, tensor in one.extras.items()
-                    if not split_extra(name)[1].startswith(_PRODUCT)]
+                    if not split_extra(name)[1].startswith(PRODUCT)]
     return max(differences, default=(0.0, ""))
 
 
@@ -266,8 +249,13 @@ def _relative(one: torch.Tensor, other: torch.Tensor) -> float:
     return difference / norm if norm else difference
 
 
+def pair_norm(pair: LoraPair) -> float:
+    """The L2 norm of a pair's delta, from rank-sized products."""
+    return _norm(pair.b.double().flatten(1) * pair.scale, pair.a.double().flatten(1))
+
+
 def _pair_difference(pair: LoraPair, other: LoraPair) -> float:
-    norm = _norm(pair.b.double().flatten(1) * pair.scale, pair.a.double().flatten(1))
+    norm = pair_norm(pair)
     difference = _norm(
         torch.cat([pair.b.double().flatten(1) * pair.scale, -other.b.double().flatten(1) * other.scale], 1),
         torch.cat([pair.a.double().flatten(1), other.a.double().flatten(1)]))

@@ -10,8 +10,8 @@ from wantrain import __version__, lora
 from wantrain import config as schema
 from wantrain.config import Config
 from wantrain.engine import checkpoint
-from wantrain.models.lora_formats import LoraFile
-from wantrain.models.lora_updates import from_adapter, products, write_proven
+from wantrain.models.lora_formats import LoraFile, products
+from wantrain.models.lora_updates import from_adapter, write_proven
 from wantrain.stages import Opened, manifest_digest, opened, spec_of
 from wantrain.terms import NUM_TIMESTEPS, UserError
 

@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
+from wantrain.lora import MAGNITUDE, inner_rank
 from wantrain.models import hub, lora_formats
 from wantrain.models.containers import Container, ContainerError, find_parts, open_container, open_raw
-from wantrain.models.lora_formats import PEFT_WEIGHTS, LoraFile, loads_in, split_extra
-from wantrain.models.lora_updates import product_delta, product_rank, products
+from wantrain.models.lora_formats import PEFT_WEIGHTS, LoraFile, loads_in, products, split_extra
+from wantrain.models.lora_updates import pair_norm, product_delta
 from wantrain.models.variants import Expert, detect, fitting_lora
 from wantrain.options import parse
 from wantrain.terms import UserError
@@ -56,41 +57,34 @@ def _checkpoint(path: Path) -> list[Path]:
 
 
 def _lora(lora: LoraFile, every_norm: bool) -> None:
-    made = products(lora.extras)
+    made = {module: product_delta(leaves) for module, leaves in products(lora.extras).items()}
+    sizes = {module: (pair.b.shape[0], pair.a.shape[1]) for module, pair in lora.pairs.items() if pair.a.ndim == 2}
+    sizes |= {module: (delta.shape[0], delta.shape[1]) for module, delta in made.items()}
     suffixes = {split_extra(name)[1] for name in lora.extras}
-    ranks = Counter([*(pair.rank for pair in lora.pairs.values()), *map(product_rank, made.values())])
+    ranks = Counter([*(pair.rank for pair in lora.pairs.values()), *map(inner_rank, products(lora.extras).values())])
     scales = Counter(f"{pair.alpha:g} on rank {pair.rank}" for pair in lora.pairs.values())
     tools, note = loads_in(lora.format, suffixes)
     print(f"file      {lora.path}: {_kind(lora, suffixes)}, format {lora.format}")
     print(f"modules   {len(lora.pairs) + len(made)}"
           + (f", and {len(lora.extras)} other tensors: {', '.join(sorted(suffixes))}" if lora.extras else ""))
-    print(f"fits      {' or '.join(fitting_lora(_sizes(lora))) or 'no variant'} (by its modules' names and sizes)")
+    print(f"fits      {' or '.join(fitting_lora(sizes)) or 'no variant'} (by its modules' names and sizes)")
     print(f"rank      {', '.join(f'{rank} on {n}' for rank, n in ranks.most_common())}")
     if scales:
         print(f"alpha     {', '.join(f'{scale} ({n} modules)' for scale, n in scales.most_common(4))}")
     print(f"loads in  {', '.join(tools) or 'nothing that we measured'}" + (f" ({note})" if note else ""))
     print(f"not in    {', '.join(tool for tool in lora_formats.TOOLS if tool not in tools) or '-'}")
-    norms = {module: float(pair.delta().norm()) for module, pair in lora.pairs.items()}
-    _norms(norms | {module: float(product_delta(leaves).norm()) for module, leaves in made.items()}, every_norm)
+    norms = {module: pair_norm(pair) for module, pair in lora.pairs.items()}
+    _norms(norms | {module: float(delta.norm()) for module, delta in made.items()}, every_norm)
     for key, value in sorted(lora.metadata.items()):
         print(f"metadata  {key} = {value if len(value) <= 100 else value[:97] + '...'}")
 
 
 def _kind(lora: LoraFile, suffixes: set[str]) -> str:
-    is_dora = bool(suffixes & {lora_formats.MAGNITUDE, "dora_scale"})
+    is_dora = bool(suffixes & {MAGNITUDE, "dora_scale"})
     kinds = {"LoRA": bool(lora.pairs) and not is_dora, "DoRA": is_dora, "LoHa": "hada_w1_a" in suffixes,
              "LoKr": any(suffix.startswith("lokr_") for suffix in suffixes),
              "whole differences": bool(suffixes & {"diff", "diff_b", "diff_m"})}
     return " and ".join(kind for kind, there in kinds.items() if there)
-
-
-def _sizes(lora: LoraFile) -> dict[str, tuple[int, int]]:
-    """[out, in] of every adapted Linear."""
-    sizes = {module: (pair.b.shape[0], pair.a.shape[1]) for module, pair in lora.pairs.items() if pair.a.ndim == 2}
-    for module, leaves in products(lora.extras).items():
-        out, in_ = product_delta(leaves).shape
-        sizes[module] = (out, in_)
-    return sizes
 
 
 def _norms(norms: Mapping[str, float], every: bool) -> None:
