@@ -11,39 +11,38 @@ found = probed + faulty + ignored. Times and sizes are those of `wantrain.data.d
 from __future__ import annotations
 
 import argparse
-import codecs
 import collections
 import contextlib
 import dataclasses
 import json
-import multiprocessing
-import os
-import shlex
-import signal
-import stat
 import sys
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
 import av
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
 
+from data_tools.command import (
+    SUFFIXES,
+    absolute,
+    add_job_arguments,
+    answer,
+    check_openable,
+    find_files,
+    json_line,
+    relative,
+    shown,
+    stamp,
+)
 from wantrain.data import decode
-from wantrain.data.manifest import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from wantrain.data.manifest import IMAGE_SUFFIXES
 from wantrain.files import write_text
-from wantrain.terms import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
-
-OTHER_VIDEO_SUFFIXES = frozenset({".wmv", ".asf", ".flv", ".3gp", ".m2ts", ".mts", ".ogv", ".vob", ".mxf", ".m2v"})
-"""Films that the folder form of a manifest does not list, but a .jsonl or .csv may name."""
-
-SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES | OTHER_VIDEO_SUFFIXES
+from wantrain.jobs import TIME_LIMIT, in_workers, progress
+from wantrain.terms import UserError
 
 EXIF_ORIENTATION = 0x0112
 EXIF_TURNS_DEG = {3: 180, 4: 180, 5: 270, 6: 270, 7: 90, 8: 90}
@@ -57,12 +56,6 @@ PLAYLISTS = frozenset({"hls", "dash", "concat", "imf"})
 
 DURATION_IN_HEADER = frozenset({"matroska,webm", "flv", "asf"})
 """Containers whose header tells the duration but not the number of frames; the others tell it or only estimate."""
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-TIME_LIMIT = "not finished after"
-"""Begins the fault of a file that ran into the time limit; such a file is tried again by the next call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,25 +124,6 @@ def probe_file(path: Path) -> Probed:
     details = [line.strip() for _, _, text in log for line in text.splitlines() if line.strip()]
     detail = f" ({details[0]})" if details and details[0] not in cause else ""
     return dataclasses.replace(found, fault=f"{shown(path)}: {cause}{detail}")
-
-
-def check_openable(path: Path) -> None:
-    """Raises ValueError or OSError for what needs no decoder to be refused."""
-    status = path.stat()
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise ValueError("its name is not UTF-8, so that no manifest can hold it: rename it") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError("not a regular file")
-    if not status.st_size:
-        raise ValueError("empty (0 bytes)")
-    with path.open("rb") as file:
-        head = file.read(4096)
-    with contextlib.suppress(UnicodeDecodeError):
-        text = codecs.getincrementaldecoder("utf-8")().decode(head)
-        if all(c.isprintable() or c.isspace() for c in text):
-            raise ValueError("a text file, neither a video nor an image")
 
 
 def _probe_image(path: Path, found: Probed) -> Probed:
@@ -313,132 +287,11 @@ def rate(times_s: np.ndarray, tick: Fraction, claims: Iterable[Fraction | None]
     return round(mean, 3), bool(is_variable), extremes
 
 
-def find_files(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """(files to probe, files ignored for their ending) below the paths, absolute and sorted.
-
-    A file that is named itself is never ignored. A folder that cannot be read is a UserError.
-    """
-    wanted: set[Path] = set()
-    ignored: set[Path] = set()
-    for path in paths:
-        if path.is_dir():
-            for file in _walk(path):
-                (wanted if file.suffix.lower() in SUFFIXES else ignored).add(_absolute(file))
-        elif os.path.lexists(path):
-            wanted.add(_absolute(path))
-        else:
-            raise UserError(f"{shown(path)} does not exist", "give files or folders of videos and images")
-    return sorted(wanted), sorted(ignored - wanted)
-
-
-def _absolute(path: Path) -> Path:
-    return Path(os.path.normpath(Path.cwd() / path))  # links keep their names
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """Every file below the folder; linked folders are followed, each once."""
-    seen = {folder.resolve()}
-
-    def refuse(error: OSError) -> NoReturn:
-        raise UserError(f"{error.filename} cannot be read: {error.strerror}", "mend its permissions or leave it out")
-
-    for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        real = {name: (Path(root) / name).resolve() for name in folders}
-        folders[:] = [name for name in folders if real[name] not in seen]
-        seen.update(real[name] for name in folders)
-        yield from (Path(root, name) for name in names)
-
-
-class _Worker:
-    """A process that answers one item at a time, and is replaced where it must be killed."""
-
-    def __init__(self, function: Callable[[Any], Any]) -> None:
-        self.function = function
-        self.item: Any = None
-        self.start()
-
-    def start(self) -> None:
-        context = multiprocessing.get_context("forkserver")  # never a fork of a process that holds threads or readers
-        context.set_forkserver_preload([__name__])
-        self.pipe, there = context.Pipe()
-        self.process = context.Process(target=_serve, args=(self.function, there), daemon=True)
-        self.process.start()
-        there.close()
-        self.is_fresh = True
-
-    def give(self, item: Any, timeout_s: float) -> None:
-        if self.is_fresh:
-            self.pipe.recv()  # its imports do not count against its first file
-        self.item, self.until, self.is_fresh = item, time.monotonic() + timeout_s, False
-        self.pipe.send(item)
-
-    def take(self, timeout_s: float) -> tuple[Any, str]:
-        """(its result, '') or (None, why there is none)."""
-        why, self.item = f"{TIME_LIMIT} {timeout_s:g} s; allow more with --timeout-s", None
-        if self.pipe.poll():
-            try:
-                return self.pipe.recv(), ""
-            except EOFError:
-                self.process.join()
-                why = f"its reader crashed (exit code {self.process.exitcode})"
-        self.end()
-        self.start()
-        return None, why
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.join()
-        self.pipe.close()
-
-
-def in_workers(
-    function: Callable[[Item], Result], items: Collection[Item], jobs: int, timeout_s: float
-) -> Iterator[tuple[Item, Result | None, str]]:
-    """(item, function(item), '') as they finish, from `jobs` processes; (item, None, why) for one that died.
-
-    `function` is importable by name and its results can be pickled. A worker past `timeout_s` seconds is killed and
-    replaced, and so is one that crashes: no file can stop the others.
-    """
-    todo = collections.deque(items)
-    workers = [_Worker(function) for _ in range(min(jobs, len(todo)))]
-    try:
-        while todo or any(w.item is not None for w in workers):
-            for worker in workers:
-                if worker.item is None and todo:
-                    worker.give(todo.popleft(), timeout_s)
-            busy = [w for w in workers if w.item is not None]
-            wait([w.pipe for w in busy], max(0.0, min(w.until for w in busy) - time.monotonic()))
-            for worker in busy:
-                if worker.pipe.poll() or time.monotonic() >= worker.until:
-                    item = worker.item
-                    yield item, *worker.take(timeout_s)
-    finally:
-        for worker in workers:
-            worker.end()
-
-
-def _serve(function: Callable[[Item], Result], pipe: Connection) -> None:
-    """A worker's life: results for items until the pipe closes. The parent alone answers to Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with contextlib.suppress(EOFError, BrokenPipeError):
-        pipe.send("ready")
-        while True:
-            pipe.send(function(pipe.recv()))
-
-
 def probe_files(paths: Collection[Path], jobs: int, timeout_s: float, probe: Callable[[Path], Probed] = probe_file
                 ) -> Iterator[Probed]:
     """Every file probed, as they finish, in `jobs` worker processes with `timeout_s` seconds for each file."""
     for path, found, why in in_workers(probe, paths, jobs, timeout_s):
         yield found or Probed(str(path), *stamp(path), fault=f"{shown(path)}: {why}")
-
-
-def stamp(path: Path) -> tuple[int, int]:
-    """(size in bytes, time of the last change in ns): a file with the same ones is taken for unchanged."""
-    with contextlib.suppress(OSError):
-        status = path.stat()
-        return status.st_size, status.st_mtime_ns
-    return 0, 0
 
 
 def read(out: Path) -> list[Probed]:
@@ -449,28 +302,12 @@ def read(out: Path) -> list[Probed]:
     for line in out.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(ValueError, TypeError):  # a cut line, or fields of another version
             row = json.loads(line)
-            found.append(Probed(**row | {"path": str(_absolute(out.parent / row["path"]))}))
+            found.append(Probed(**row | {"path": str(absolute(out.parent / row["path"]))}))
     return found
-
-
-def json_line(row: dict[str, Any]) -> str:
-    """One line of JSON: readable names, escapes only for names that are not UTF-8."""
-    text = json.dumps(row, ensure_ascii=False)
-    return (text if text == text.encode("utf-8", "ignore").decode() else json.dumps(row)) + "\n"
 
 
 def _line(found: Probed, out: Path) -> str:
     return json_line(dataclasses.asdict(found) | {"path": relative(Path(found.path), out.parent)})
-
-
-def relative(path: Path, folder: Path) -> str:
-    """The path as a manifest in `folder` names it, with forward slashes."""
-    return Path(os.path.relpath(path, folder)).as_posix()
-
-
-def shown(path: Path) -> str:
-    """The path for people: bytes that are not UTF-8 become question marks."""
-    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def run(paths: Sequence[Path], out: Path, jobs: int, timeout_s: float) -> tuple[list[Probed], list[Path]]:
@@ -481,6 +318,7 @@ def run(paths: Sequence[Path], out: Path, jobs: int, timeout_s: float) -> tuple[
     """
     files, ignored = find_files(paths)
     journal = out.with_name(out.name + ".journal")
+    # what ran into the time limit is tried again
     known = {p.path: p for p in (*read(out), *read(journal)) if f": {TIME_LIMIT}" not in p.fault}
     done = {path: p for path in files if (p := known.get(str(path)))
             and (p.size_bytes, p.mtime_ns) == stamp(path)}
@@ -525,50 +363,6 @@ def summary(found: Sequence[Probed], ignored: Sequence[Path]) -> str:
 
 def _counts(values: Iterable[str]) -> str:
     return ", ".join(f"{value} {n}" for value, n in collections.Counter(values).most_common())
-
-
-def progress(total: int, done: int, unit: str, what: str) -> tqdm[NoReturn]:
-    """A progress bar: live on a terminal, a line every ten seconds in a log."""
-    live = sys.stderr.isatty()
-    return tqdm(total=total, initial=done, desc=what, unit=unit, dynamic_ncols=live, ascii=not live,
-                mininterval=0.5 if live else 10)
-
-
-def answer(work: Callable[[], str], command: Sequence[str]) -> int:
-    """Print what a tool's work says; a fault that the user can mend, or Ctrl-C, is one message and an exit code."""
-    try:
-        print(work())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; what was finished is kept\n  next: {shlex.join(command)}    goes on from there",
-              file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return 0
-
-
-def add_job_arguments(parser: argparse.ArgumentParser, timeout_s: float) -> None:
-    """--jobs and --timeout-s, alike in every tool that works file by file."""
-    parser.add_argument("--jobs", type=positive(int), default=os.cpu_count() or 1, metavar="N",
-                        help="files at the same time, a process each (default: the number of cores, %(default)s)")
-    parser.add_argument("--timeout-s", type=positive(float), default=timeout_s, metavar="S",
-                        help="a file that takes longer is a fault, and the job goes on (default: %(default)g)")
-
-
-def positive(kind: type[int] | type[float]) -> Callable[[str], float]:
-    """An argument's type: a number above 0."""
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = kind(0)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-        return value
-
-    return parse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

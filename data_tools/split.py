@@ -30,15 +30,13 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from scenedetect import AdaptiveDetector, ContentDetector, FrameTimecode
 
-from data_tools.probe import (
+from data_tools.command import (
     add_job_arguments,
     answer,
     check_openable,
     find_files,
-    in_workers,
     json_line,
     positive,
-    progress,
     relative,
     shown,
     stamp,
@@ -46,6 +44,7 @@ from data_tools.probe import (
 from wantrain.data import decode
 from wantrain.data.manifest import IMAGE_SUFFIXES
 from wantrain.files import atomic_path, digest_text, write_text
+from wantrain.jobs import in_workers, progress
 from wantrain.terms import UserError
 
 GUARD_S = 1e-4

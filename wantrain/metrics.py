@@ -5,20 +5,11 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
 
-from tqdm import tqdm
-
-
-def progress(total: int, start: int, unit: str, what: str = "", main: bool = True) -> tqdm[NoReturn]:
-    """A progress bar: live on a terminal, a line every ten seconds in a log, silent on all but the main process."""
-    live = sys.stderr.isatty()
-    return tqdm(total=total, initial=start, desc=what or None, unit=unit, disable=not main, dynamic_ncols=live,
-                ascii=not live, mininterval=0.5 if live else 10)
+from wantrain.jobs import progress
 
 
 class Metrics:

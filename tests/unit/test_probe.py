@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools import probe
+from data_tools import command, probe
 from tests import odd_files
+from wantrain import jobs
 from wantrain.data import decode
 from wantrain.terms import UserError
 
@@ -111,7 +112,7 @@ def three(tmp_path):
 
 
 def test_a_second_call_looks_only_at_what_changed(three, monkeypatch):
-    files, calls, out = probe.find_files([three])[0], three / "calls", three / "out" / "probe.jsonl"
+    files, calls, out = command.find_files([three])[0], three / "calls", three / "out" / "probe.jsonl"
     monkeypatch.setattr(probe, "probe_files", lambda paths, jobs, timeout_s: map(noted, paths))
     first = probe.run(files, out, 1, 60)
     assert calls.read_text().split() == ["a.png", "b.png", "c.png"]
@@ -131,7 +132,7 @@ def test_a_kill_loses_nothing(three, monkeypatch):
         raise KeyboardInterrupt
 
     calls, out = three / "calls", three / "out" / "probe.jsonl"
-    files = probe.find_files([three])[0]
+    files = command.find_files([three])[0]
     monkeypatch.setattr(probe, "probe_files", killed)
     with pytest.raises(KeyboardInterrupt):
         probe.run(files, out, 1, 60)
@@ -158,8 +159,8 @@ def test_a_file_that_hangs_or_crashes_its_reader_stops_nothing(three, function, 
 
 
 def test_a_file_that_ran_into_the_limit_is_tried_again(three, monkeypatch):
-    files, out = probe.find_files([three])[0], three / "out" / "probe.jsonl"
-    late = f"b.png: {probe.TIME_LIMIT} 1 s"
+    files, out = command.find_files([three])[0], three / "out" / "probe.jsonl"
+    late = f"b.png: {jobs.TIME_LIMIT} 1 s"
     monkeypatch.setattr(probe, "probe_files", lambda paths, jobs, timeout_s: (
         probe.dataclasses.replace(noted(p), fault=late if p.name == "b.png" else "") for p in paths))
     assert probe.run(files, out, 1, 1)[0][1].fault == late
@@ -185,11 +186,11 @@ def test_a_named_file_is_never_ignored_and_links_are_followed_once(tmp_path):
     (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
     for name in ("a.mp4", "b.txt", "c.txt"):
         (tmp_path / "in" / name).touch()
-    wanted, ignored = probe.find_files([tmp_path / "in", tmp_path / "in" / "b.txt"])
+    wanted, ignored = command.find_files([tmp_path / "in", tmp_path / "in" / "b.txt"])
     assert [p.name for p in wanted] == ["a.mp4", "b.txt"]
     assert [p.name for p in ignored] == ["c.txt"]
     with pytest.raises(UserError, match="nowhere does not exist"):
-        probe.find_files([tmp_path / "nowhere"])
+        command.find_files([tmp_path / "nowhere"])
 
 
 def test_a_name_that_is_not_utf8_is_a_fault_and_can_be_written(tmp_path):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from wantrain import engine, metrics
+from wantrain import engine
 from wantrain.config import Config
+from wantrain.jobs import progress
 from wantrain.stages import Encoder, opened
 
 
@@ -21,11 +22,11 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     mine = slice(accelerator.process_index, None, accelerator.num_processes)
     if clips or texts:
         encoder = Encoder(recipe, accelerator.device)
-        with metrics.progress(len(texts[mine]), 0, "caption", "captions", accelerator.is_main_process) as bar:
+        with progress(len(texts[mine]), 0, "caption", "captions", accelerator.is_main_process) as bar:
             for caption in texts[mine]:
                 recipe.cache.write(recipe.cache.text_path(caption), encoder.text(caption), f"caption {caption!r}")
                 bar.update()
-        with metrics.progress(len(clips[mine]), 0, "clip", "clips", accelerator.is_main_process) as bar:
+        with progress(len(clips[mine]), 0, "clip", "clips", accelerator.is_main_process) as bar:
             for planned in clips[mine]:
                 recipe.cache.write(recipe.cache.latents_path(planned), encoder.latents(planned),
                                    f"clip {planned.clip.id}")

@@ -14,6 +14,7 @@ from wantrain import engine, metrics, pictures, report, style, validation
 from wantrain.config import Config
 from wantrain.data import decode
 from wantrain.files import write_json, write_text
+from wantrain.jobs import progress
 from wantrain.models import sampling
 from wantrain.models.lora_formats import read_lora
 from wantrain.stages import Cached, Opened, lora_files, opened, pipeline_of, sampler_settings, tensors_of
@@ -70,7 +71,7 @@ def sample_trios(recipe: Opened, pipeline: sampling.WanPipeline) -> list[Trio]:
     config, settings = recipe.config, sampler_settings(recipe)
     jobs = [(prompt, seed) for prompt in config.evaluate.prompts for seed in config.evaluate.seeds]
     trios = []
-    with metrics.progress(len(jobs) * len(CONDITIONS), 0, "video", "samples") as bar:
+    with progress(len(jobs) * len(CONDITIONS), 0, "video", "samples") as bar:
         for number, (prompt, seed) in enumerate(jobs):
             trio = Trio(prompt, seed, {}, {})
             for condition in CONDITIONS:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from wantrain import __version__, metrics
+from wantrain import __version__
+from wantrain.jobs import progress
 from wantrain.models.base import open_transformer
 from wantrain.models.containers import Container, ContainerError
 from wantrain.models.lora_formats import GRAMMARS, LoraFile, LoraPair
@@ -63,7 +64,7 @@ def differences(tuned: Container, base: Container, rank: int
     pairs: dict[str, LoraPair] = {}
     energy: dict[str, float] = {}
     rest: dict[str, torch.Tensor] = {}
-    with metrics.progress(len(own), 0, "tensor", "extract") as bar:
+    with progress(len(own), 0, "tensor", "extract") as bar:
         for official, name in own.items():
             after, before = tuned.read(theirs[official]), base.read(name)
             bar.update()

@@ -8,8 +8,8 @@ from typing import cast
 
 import torch
 
-from wantrain import metrics
 from wantrain.files import stream_tensors, write_json
+from wantrain.jobs import progress
 from wantrain.models.base import lora_argument, open_transformer
 from wantrain.models.containers import Container
 from wantrain.models.lora_formats import read_lora
@@ -57,7 +57,7 @@ def run(arguments: Sequence[str]) -> None:
 def merged(container: Container, plan: dict[str, list[Update]]) -> Iterator[torch.Tensor]:
     """Every tensor of the file with its updates. Raises UserError where a result is not finite."""
     names = container.names()
-    with metrics.progress(len(names), 0, "tensor", "merge") as bar:
+    with progress(len(names), 0, "tensor", "merge") as bar:
         for name in names:
             tensor = merged_tensor(plan, name, container.read(name))
             if name in plan and not torch.isfinite(tensor).all():

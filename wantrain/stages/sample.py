@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from wantrain import metrics, pictures
+from wantrain import pictures
 from wantrain.config import Config
 from wantrain.files import write_json
+from wantrain.jobs import progress
 from wantrain.models import sampling
 from wantrain.stages import Loras, Opened, lora_files, opened, pipeline_of, sampler_settings
 from wantrain.terms import UserError
@@ -23,7 +24,7 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     folder = recipe.run_dir / "samples"
     jobs = [(prompt, seed) for prompt in config.sampler.prompts for seed in config.sampler.seeds]
     rows = []
-    with metrics.progress(len(jobs) * len(config.sampler.strengths), 0, "video", "samples") as bar:
+    with progress(len(jobs) * len(config.sampler.strengths), 0, "video", "samples") as bar:
         for number, (prompt, seed) in enumerate(jobs):
             row = []
             for strength in config.sampler.strengths:

@@ -1,0 +1,140 @@
+"""What the data tools share: finding files, lines of JSON, arguments, and the way a tool answers."""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import contextlib
+import json
+import os
+import shlex
+import stat
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from wantrain.data.manifest import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from wantrain.terms import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+
+OTHER_VIDEO_SUFFIXES = frozenset({".wmv", ".asf", ".flv", ".3gp", ".m2ts", ".mts", ".ogv", ".vob", ".mxf", ".m2v"})
+"""Films that the folder form of a manifest does not list, but a .jsonl or .csv may name."""
+
+SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES | OTHER_VIDEO_SUFFIXES
+
+
+def find_files(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """(files to probe, files ignored for their ending) below the paths, absolute and sorted.
+
+    A file that is named itself is never ignored. A folder that cannot be read is a UserError.
+    """
+    wanted: set[Path] = set()
+    ignored: set[Path] = set()
+    for path in paths:
+        if path.is_dir():
+            for file in _walk(path):
+                (wanted if file.suffix.lower() in SUFFIXES else ignored).add(absolute(file))
+        elif os.path.lexists(path):
+            wanted.add(absolute(path))
+        else:
+            raise UserError(f"{shown(path)} does not exist", "give files or folders of videos and images")
+    return sorted(wanted), sorted(ignored - wanted)
+
+
+def absolute(path: Path) -> Path:
+    """The path from the root, its links kept by name."""
+    return Path(os.path.normpath(Path.cwd() / path))
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Every file below the folder; linked folders are followed, each once."""
+    seen = {folder.resolve()}
+
+    def refuse(error: OSError) -> NoReturn:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}", "mend its permissions or leave it out")
+
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        real = {name: (Path(root) / name).resolve() for name in folders}
+        folders[:] = [name for name in folders if real[name] not in seen]
+        seen.update(real[name] for name in folders)
+        yield from (Path(root, name) for name in names)
+
+
+def check_openable(path: Path) -> None:
+    """Raises ValueError or OSError for what needs no decoder to be refused."""
+    status = path.stat()
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError("its name is not UTF-8, so that no manifest can hold it: rename it") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a regular file")
+    if not status.st_size:
+        raise ValueError("empty (0 bytes)")
+    with path.open("rb") as file:
+        head = file.read(4096)
+    with contextlib.suppress(UnicodeDecodeError):
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+        if all(c.isprintable() or c.isspace() for c in text):
+            raise ValueError("a text file, neither a video nor an image")
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """(size in bytes, time of the last change in ns): a file with the same ones is taken for unchanged."""
+    with contextlib.suppress(OSError):
+        status = path.stat()
+        return status.st_size, status.st_mtime_ns
+    return 0, 0
+
+
+def json_line(row: dict[str, Any]) -> str:
+    """One line of JSON: readable names, escapes only for names that are not UTF-8."""
+    text = json.dumps(row, ensure_ascii=False)
+    return (text if text == text.encode("utf-8", "ignore").decode() else json.dumps(row)) + "\n"
+
+
+def relative(path: Path, folder: Path) -> str:
+    """The path as a manifest in `folder` names it, with forward slashes."""
+    return Path(os.path.relpath(path, folder)).as_posix()
+
+
+def shown(path: Path) -> str:
+    """The path for people: bytes that are not UTF-8 become question marks."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
+def answer(work: Callable[[], str], command: Sequence[str]) -> int:
+    """Print what a tool's work says; a fault that the user can mend, or Ctrl-C, is one message and an exit code."""
+    try:
+        print(work())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; what was finished is kept\n  next: {shlex.join(command)}    goes on from there",
+              file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def add_job_arguments(parser: argparse.ArgumentParser, timeout_s: float) -> None:
+    """--jobs and --timeout-s, alike in every tool that works file by file."""
+    parser.add_argument("--jobs", type=positive(int), default=os.cpu_count() or 1, metavar="N",
+                        help="files at the same time, a process each (default: the number of cores, %(default)s)")
+    parser.add_argument("--timeout-s", type=positive(float), default=timeout_s, metavar="S",
+                        help="a file that takes longer is a fault, and the job goes on (default: %(default)g)")
+
+
+def positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    """An argument's type: a number above 0."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = kind(0)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+        return value
+
+    return parse

@@ -1,0 +1,109 @@
+"""Long work: a progress bar, and a pool of worker processes in which no item can stop the others."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import multiprocessing
+import signal
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator
+from multiprocessing.connection import Connection, wait
+from typing import Any, NoReturn, TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+TIME_LIMIT = "not finished after"
+"""Begins the reason of an item that ran into the time limit."""
+
+
+def progress(total: int, start: int, unit: str, what: str = "", main: bool = True) -> tqdm[NoReturn]:
+    """A progress bar: live on a terminal, a line every ten seconds in a log, silent on all but the main process."""
+    live = sys.stderr.isatty()
+    return tqdm(total=total, initial=start, desc=what or None, unit=unit, disable=not main, dynamic_ncols=live,
+                ascii=not live, mininterval=0.5 if live else 10)
+
+
+class _Worker:
+    """A process that answers one item at a time, and is replaced where it must be killed."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.function = function
+        self.item: Any = None
+        self.start()
+
+    def start(self) -> None:
+        context = multiprocessing.get_context("forkserver")  # never a fork of a process that holds threads or readers
+        context.set_forkserver_preload([self.function.__module__])
+        self.pipe, there = context.Pipe()
+        self.process = context.Process(target=_serve, args=(self.function, there), daemon=True)
+        self.process.start()
+        there.close()
+        self.is_fresh = True
+
+    def give(self, item: Any, timeout_s: float) -> None:
+        if self.is_fresh:
+            self.pipe.recv()  # its imports do not count against its first file
+        self.item, self.until, self.is_fresh = item, time.monotonic() + timeout_s, False
+        self.pipe.send(item)
+
+    def take(self, too_long: str) -> tuple[Any, str]:
+        """(its result, '') or (None, why there is none)."""
+        why, self.item = too_long, None
+        if self.pipe.poll():
+            try:
+                return self.pipe.recv(), ""
+            except EOFError:
+                self.process.join()
+                why = f"its reader crashed (exit code {self.process.exitcode})"
+        self.end()
+        self.start()
+        return None, why
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+
+def in_workers(
+    function: Callable[[Item], Result], items: Collection[Item], jobs: int, timeout_s: float, limit: str = "--timeout-s"
+) -> Iterator[tuple[Item, Result | None, str]]:
+    """(item, function(item), '') as they finish, from `jobs` processes; (item, None, why) for one that died.
+
+    `function` is importable by name and its results can be pickled. A worker past `timeout_s` seconds (set by `limit`)
+    is killed and replaced, and so is one that crashes: no file can stop the others. While a result is looked at, every
+    worker is busy with its next item, so that at most one result a worker waits in memory.
+    """
+    too_long = f"{TIME_LIMIT} {timeout_s:g} s; allow more with {limit}"
+    todo = collections.deque(items)
+    workers = [_Worker(function) for _ in range(min(jobs, len(todo)))]
+    try:
+        while todo or any(w.item is not None for w in workers):
+            for worker in workers:
+                if worker.item is None and todo:
+                    worker.give(todo.popleft(), timeout_s)
+            busy = [w for w in workers if w.item is not None]
+            wait([w.pipe for w in busy], max(0.0, min(w.until for w in busy) - time.monotonic()))
+            for worker in busy:
+                if worker.pipe.poll() or time.monotonic() >= worker.until:
+                    item, result = worker.item, worker.take(too_long)
+                    if todo:
+                        worker.give(todo.popleft(), timeout_s)
+                    yield item, *result
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+def _serve(function: Callable[[Item], Result], pipe: Connection) -> None:
+    """A worker's life: results for items until the pipe closes. The parent alone answers to Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        pipe.send("ready")
+        while True:
+            pipe.send(function(pipe.recv()))
