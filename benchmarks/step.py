@@ -57,7 +57,7 @@ def main() -> None:
     if cli.main(["cache", *arguments]) != 0:
         raise SystemExit(1)
     training = train.prepare(opened(load(arguments), arguments))
-    make = train.batch_maker(training, Cached(training.recipe))
+    make = train.batch_maker(training, Cached(training.recipe), 0)
     batch, = make(0)
 
     def step(checkpointing: bool) -> None:

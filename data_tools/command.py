@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from wantrain.data.manifest import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from wantrain.terms import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from wantrain.terms import EXIT_INTERRUPTED, EXIT_USER_ERROR, IMAGE_SUFFIXES, VIDEO_SUFFIXES, UserError
 
 OTHER_VIDEO_SUFFIXES = frozenset({".wmv", ".asf", ".flv", ".3gp", ".m2ts", ".mts", ".ogv", ".vob", ".mxf", ".m2v"})
 """Films that the folder form of a manifest does not list, but a .jsonl or .csv may name."""

@@ -39,10 +39,10 @@ from data_tools.command import (
     stamp,
 )
 from wantrain.data import decode
-from wantrain.data.manifest import IMAGE_SUFFIXES
+from wantrain.data.media import PLAYLISTS, open_video
 from wantrain.files import write_text
 from wantrain.jobs import TIME_LIMIT, in_workers, progress
-from wantrain.terms import UserError
+from wantrain.terms import IMAGE_SUFFIXES, UserError
 
 EXIF_ORIENTATION = 0x0112
 EXIF_TURNS_DEG = {3: 180, 4: 180, 5: 270, 6: 270, 7: 90, 8: 90}
@@ -50,9 +50,6 @@ EXIF_TURNS_DEG = {3: 180, 4: 180, 5: 270, 6: 270, 7: 90, 8: 90}
 
 HDR_TRANSFERS = {16: "pq", 18: "hlg"}
 """ITU-T H.273 transfer characteristics (SMPTE ST 2084 and ARIB STD-B67)."""
-
-PLAYLISTS = frozenset({"hls", "dash", "concat", "imf"})
-"""Formats that only point to other files or addresses: never followed."""
 
 DURATION_IN_HEADER = frozenset({"matroska,webm", "flv", "asf"})
 """Containers whose header tells the duration but not the number of frames; the others tell it or only estimate."""
@@ -136,7 +133,7 @@ def _probe_image(path: Path, found: Probed) -> Probed:
             has_alpha = image.has_transparency_data and _transparent(np.asarray(image.convert("RGBA")))
             mode = image.mode
     except UnidentifiedImageError as error:
-        with contextlib.suppress(av.FFmpegError), _open(path) as film:
+        with contextlib.suppress(av.FFmpegError), open_video(path) as film:
             if film.streams.video and not _is_picture(film):
                 raise ValueError(f"by its content a film ({film.format.name}): give it the ending of one") from error
         raise ValueError("not an image by its content") from error
@@ -151,7 +148,7 @@ def _probe_image(path: Path, found: Probed) -> Probed:
 
 
 def _probe_video(path: Path, found: Probed) -> Probed:
-    with _open(path) as container:
+    with open_video(path) as container:
         if container.format.name in PLAYLISTS:
             raise ValueError(f"a playlist ({container.format.name}), not a film")
         if _is_picture(container):
@@ -180,13 +177,6 @@ def _probe_video(path: Path, found: Probed) -> Probed:
             has_alpha=seen.has_alpha or stream.metadata.get("alpha_mode") == "1",
             reader="pyav" if demuxed.why_not_decord else "decord", reader_reason=demuxed.why_not_decord,
             fault=_incomplete(container, stream.frames, demuxed, seen))
-
-
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[av.container.InputContainer]:
-    """The container, forbidden to reach beyond this machine's files."""
-    with av.open(str(path.absolute()), options={"protocol_whitelist": "file"}, metadata_errors="replace") as container:
-        yield container
 
 
 def _is_picture(container: av.container.InputContainer) -> bool:

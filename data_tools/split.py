@@ -42,10 +42,9 @@ from data_tools.command import (
     stamp,
 )
 from wantrain.data import decode
-from wantrain.data.manifest import IMAGE_SUFFIXES
 from wantrain.files import atomic_path, digest_text, write_text
 from wantrain.jobs import in_workers, progress
-from wantrain.terms import UserError
+from wantrain.terms import IMAGE_SUFFIXES, UserError
 
 GUARD_S = 1e-4
 """A span ends this much before the next shot begins: as far as `decode.choose_frames` looks ahead of a time."""

@@ -48,6 +48,10 @@ FILE_VERBS = {
         "rank=32": "of every module", "format=universal": "as for convert", "dtype=float32": "or bfloat16, float16",
         "rest=refuse": "when norms or biases changed; diff: keep them whole (comfy_updown), drop: leave them out",
     }),
+    "prune": FileVerb("list what each run needs of a cache, and delete what none does", "prune CACHE_FOLDER [RUN ...]", {
+        "delete=no": "yes: delete it; else it is only counted",
+        "verify=no": "yes: read every entry and count damaged ones as not needed",
+    }),
 }
 """Options are `key=value` or `--key value`; files may be model ids."""
 

@@ -37,6 +37,14 @@ class DataMode(Enum):
     stream = "stream"
 
 
+class Extract(Enum):
+    head = "head"
+    middle = "middle"
+    uniform = "uniform"
+    sliding = "sliding"
+    random = "random"
+
+
 class Schedule(Enum):
     constant = "constant"
     cosine = "cosine"
@@ -117,9 +125,15 @@ class Lora:
 @dataclass(slots=True)
 class Source:
     path: str = MISSING
-    """Folder of videos or images with sidecar .txt captions, or a .jsonl or .csv manifest."""
-    repeats: int = 1
-    """How often an epoch shows each clip of this source."""
+    """Folder of media with sidecar .txt, .jsonl, .csv, .parquet, .tar shards ('*.tar'), hf://datasets/OWNER/NAME."""
+    repeats: float = 1.0
+    """How often an epoch shows each clip of this source; 0.5 shows one half of them in turn with the other."""
+    weight: float | None = None
+    """Share of the samples relative to the weights of other sources, whatever their sizes; in place of repeats."""
+    speed: float = 1.0
+    """2 shows two seconds of the source in one; 1 leaves motion as it was."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our column names to the source's own where they differ, e.g. {video: mp4, caption: text}."""
 
 
 @dataclass(slots=True)
@@ -134,6 +148,22 @@ class Data:
     """cache: read latents made by `wantrain cache`; stream: decode and encode at every step."""
     cache_dir: str = "cache"
     """Folder of the content-addressed cache; may be shared by any number of recipes."""
+    extract: Extract = Extract.head
+    """Which windows of a clip: the head, the middle, uniform (fewest that miss nothing), sliding, random (stream)."""
+    limits: dict[str, Any] = field(default_factory=dict)
+    """[low, high] by column of measurements (wantrain-filter), null for no bound; clips outside are dropped."""
+    allow_drops: bool = False
+    """Go on without clips that cannot be used, e.g. unreadable or too short; they are listed with their reasons."""
+    max_tokens_per_clip: int | None = None
+    """Where a length at a resolution has more transformer tokens than this, its picture shrinks until it fits."""
+    max_tokens_per_batch: int | None = None
+    """A step takes as many times batch_size samples of a bucket as fit into these tokens; null: always once."""
+    tag_orders: int = 0
+    """Other orders of a caption's comma-separated tags, encoded once and drawn anew for each sample."""
+    num_workers: int | None = None
+    """Processes that look into files and decode; null takes all cores, shared by the processes of a machine."""
+    timeout_s: float = 300.0
+    """A file that takes longer than this to look into, or a clip to decode, is a fault and does not stop the others."""
     num_frames: list[int] = MISSING
     """Clip lengths in frames at the model's fps, each 4n+1; a clip goes to the longest that it fills."""
     resolutions: list[list[int]] = MISSING
@@ -180,6 +210,8 @@ class Train:
     """Steps between metrics lines."""
     resume: Resume = Resume.auto
     """auto: go on from the newest checkpoint of the run folder; never: refuse a folder that has one."""
+    mask_background: float = 0.0
+    """Weight of the loss outside a clip's mask, 1 inside; clips without a mask count everywhere."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time, same numbers."""
 
@@ -271,7 +303,21 @@ class Config:
         yield 0 <= data.caption_dropout <= 1, "data.caption_dropout", data.caption_dropout, "a share in [0, 1]"
         yield bool(data.sources), "data.sources", data.sources, "at least one source"
         for name, source in data.sources.items():
-            yield source.repeats >= 1, f"data.sources.{name}.repeats", source.repeats, "1 or more"
+            yield source.repeats > 0, f"data.sources.{name}.repeats", source.repeats, "above 0"
+            yield source.weight is None or source.weight > 0, f"data.sources.{name}.weight", source.weight, "above 0"
+            yield source.speed > 0, f"data.sources.{name}.speed", source.speed, "above 0"
+        weighted = [name for name, source in data.sources.items() if source.weight is not None]
+        yield len(weighted) in (0, len(data.sources)), "data.sources.*.weight", weighted, "all sources, or none"
+        for column, limit in data.limits.items():
+            yield _is_range(limit), f"data.limits.{column}", limit, "[low, high] with null for no bound"
+        yield data.extract is not Extract.random or data.mode is DataMode.stream, "data.extract", "random", \
+            "only with data.mode=stream; uniform or sliding give more than the head from a cache"
+        yield data.tag_orders >= 0, "data.tag_orders", data.tag_orders, "0 or more"
+        yield data.timeout_s > 0, "data.timeout_s", data.timeout_s, "above 0"
+        yield 0 <= train.mask_background <= 1, "train.mask_background", train.mask_background, "a weight in [0, 1]"
+        for key, most in {"data.max_tokens_per_clip": data.max_tokens_per_clip, "data.num_workers": data.num_workers,
+                          "data.max_tokens_per_batch": data.max_tokens_per_batch}.items():
+            yield most is None or most >= 1, key, most, "1 or more, or null"
         for key, number in {"lora.rank": self.lora.rank, "train.num_steps": train.num_steps,
                             "train.micro_batch_size": train.micro_batch_size, "data.batch_size": data.batch_size,
                             "train.save_every": train.save_every, "train.log_every": train.log_every,
@@ -293,15 +339,29 @@ class Config:
             yield name in ("tensorboard", "wandb"), "tracker.names", name, "tensorboard, wandb"
 
 
+def _is_range(limit: object) -> bool:
+    """Whether this is [low, high] of numbers or null, and not both null."""
+    if not (isinstance(limit, list) and len(limit) == 2):
+        return False
+    bounds = [bound for bound in limit if bound is not None]
+    numbers = all(isinstance(bound, int | float) for bound in bounds)
+    return numbers and bool(bounds) and bounds == sorted(bounds)
+
+
 HARMLESS_TO_RESUME = ("run.", "sampler.", "evaluate.", "export.", "tracker.", "validation.", "data.mode",
-                      "data.cache_dir", "data.heldout", "train.num_steps", "train.micro_batch_size",
+                      "data.cache_dir", "data.heldout", "data.num_workers", "data.timeout_s",
+                      "data.allow_drops", "train.num_steps", "train.micro_batch_size",
                       "train.save_every", "train.keep_checkpoints", "train.log_every", "train.resume",
                       "train.activation_checkpointing", "model.path", "model.parts", "model.experts", "data.trigger")
 """Keys (prefixes) that may differ between a checkpoint and the config that goes on from it."""
 
 
-OPEN = ("model.parts", "lora.rank_pattern", "lora.alpha_pattern")
-"""Dictionaries whose keys are the user's."""
+OPEN = ("model.parts", "lora.rank_pattern", "lora.alpha_pattern", "data.limits")
+"""Dictionaries whose keys are the user's; those of a source are too."""
+
+
+def _is_open(key: str) -> bool:
+    return key in OPEN or key.startswith("data.sources.")
 
 
 def configs_folder() -> Path:
@@ -360,7 +420,7 @@ def _unknown(config: DictConfig, schema: DictConfig, prefix: str = "") -> list[s
         elif prefix + key == "data.sources" and isinstance(node, DictConfig):
             for name in map(str, node):
                 found += _unknown(node[name], OmegaConf.structured(Source), f"{prefix}{key}.{name}.")
-        elif isinstance(node, DictConfig) and isinstance(schema[key], DictConfig) and prefix + key not in OPEN:
+        elif isinstance(node, DictConfig) and isinstance(schema[key], DictConfig) and not _is_open(prefix + key):
             found += _unknown(node, schema[key], f"{prefix}{key}.")
     return found
 
@@ -401,6 +461,8 @@ def _described(schema: type, prefix: str) -> Iterator[tuple[str, tuple[str, str]
                 else default
             yield f"{prefix}{entry.name}", ({"MISSING": "required", "field(default_factory=list)": "[]"}.get(
                 default, default), text)
+        if prefix + entry.name == "data.sources":
+            yield from _described(Source, "data.sources.NAME.")
 
 
 def to_yaml(config: Config) -> str:

@@ -1,20 +1,14 @@
-"""Atomic writes, digests and the run folder."""
+"""Atomic writes and digests of files. (Without torch, so that worker processes start at once.)"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
-import math
 import os
-import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from wantrain.terms import UserError
 
@@ -56,71 +50,9 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file atomically. A full disk is a UserError and leaves nothing half-written."""
-    with atomic_path(path) as temporary:
-        try:
-            save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary, dict(metadata))
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
-
-
-_SAFETENSORS_WORDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-
-
-def stream_tensors(path: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, tensors: Iterable[torch.Tensor],
-                   metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file atomically with one tensor in memory at a time, and read it back to prove it.
-
-    `tensors` come in the order of `shapes` and are cast to `dtype`. (The library can only write what is all in
-    memory, and a 14B transformer is 28 GB.)
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    end = 0
-    for name, shape in shapes.items():
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _SAFETENSORS_WORDS[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    written = []
-    with atomic_path(path) as temporary:
-        with temporary.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for shape, given in zip(shapes.values(), tensors, strict=True):
-                tensor = given.detach().to("cpu", dtype).reshape(tuple(shape)).contiguous()
-                data = tensor.reshape(-1).view(torch.uint8).numpy().data
-                file.write(data)
-                written.append((data.nbytes, hashlib.blake2b(data).digest()))
-        with safe_open(temporary, framework="pt") as readable, temporary.open("rb") as file:
-            file.seek(8 + len(text))
-            if set(readable.keys()) != shapes.keys() or any(
-                    hashlib.blake2b(file.read(size)).digest() != digest for size, digest in written):
-                raise OSError("it reads back differently from what was written")
-
-
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """All tensors of a safetensors file (owned memory, not views of a map) and its metadata."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name).clone() for name in file.offset_keys()}, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a readable safetensors file: {error}", f"delete it and make it again: rm {path}"
-                        ) from error
-
-
 def digest_text(*parts: object) -> str:
     """A 128-bit hex digest of the parts' text, unambiguous about where one part ends."""
     return hashlib.blake2b(json.dumps([str(p) for p in parts]).encode(), digest_size=16).hexdigest()
-
-
-def digest_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
-    """A 128-bit hex digest of names, shapes, dtypes and bytes, independent of the order of the mapping."""
-    state = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        state.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return state.hexdigest()
 
 
 def digest_file(path: Path, memo: Path | None = None) -> str:

@@ -69,8 +69,13 @@ def timestep(sigma_B: torch.Tensor) -> torch.Tensor:
     return sigma_B.float() * NUM_TIMESTEPS
 
 
-def loss_per_sample(predicted_BCTHW: torch.Tensor, target_BCTHW: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of each sample in float32: loss_B."""
+def loss_per_sample(predicted_BCTHW: torch.Tensor, target_BCTHW: torch.Tensor, weight_B1THW: torch.Tensor | None = None
+                    ) -> torch.Tensor:
+    """Mean squared error of each sample in float32, weighted by `weight_B1THW` if given: loss_B."""
     if predicted_BCTHW.shape != target_BCTHW.shape:
         raise ValueError(f"predicted {tuple(predicted_BCTHW.shape)} and target {tuple(target_BCTHW.shape)} differ")
-    return (predicted_BCTHW.float() - target_BCTHW.float()).square().flatten(1).mean(1)
+    errors_BCTHW = (predicted_BCTHW.float() - target_BCTHW.float()).square()
+    if weight_B1THW is None:
+        return errors_BCTHW.flatten(1).mean(1)
+    weight_BCTHW = weight_B1THW.expand_as(errors_BCTHW)
+    return (errors_BCTHW * weight_BCTHW).flatten(1).sum(1) / weight_BCTHW.flatten(1).sum(1)

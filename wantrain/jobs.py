@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
+import itertools
 import multiprocessing
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn, TypeVar
 
@@ -21,11 +21,14 @@ TIME_LIMIT = "not finished after"
 """Begins the reason of an item that ran into the time limit."""
 
 
-def progress(total: int, start: int, unit: str, what: str = "", main: bool = True) -> tqdm[NoReturn]:
-    """A progress bar: live on a terminal, a line every ten seconds in a log, silent on all but the main process."""
+def progress(total: int, start: int, unit: str, what: str = "", main: bool = True, delay_s: float = 0
+             ) -> tqdm[NoReturn]:
+    """A progress bar: live on a terminal, a line every ten seconds in a log, silent on all but the main process and in
+    the first `delay_s` seconds.
+    """
     live = sys.stderr.isatty()
     return tqdm(total=total, initial=start, desc=what or None, unit=unit, disable=not main, dynamic_ncols=live,
-                ascii=not live, mininterval=0.5 if live else 10)
+                ascii=not live, mininterval=0.5 if live else 10, delay=delay_s)
 
 
 class _Worker:
@@ -33,7 +36,7 @@ class _Worker:
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
         self.function = function
-        self.item: Any = None
+        self.item: tuple[int, Any] | None = None
         self.start()
 
     def start(self) -> None:
@@ -45,11 +48,12 @@ class _Worker:
         there.close()
         self.is_fresh = True
 
-    def give(self, item: Any, timeout_s: float) -> None:
+    def give(self, item: tuple[int, Any], timeout_s: float) -> None:
+        """Send item[1] to the process; item[0] is its number."""
         if self.is_fresh:
             self.pipe.recv()  # its imports do not count against its first file
         self.item, self.until, self.is_fresh = item, time.monotonic() + timeout_s, False
-        self.pipe.send(item)
+        self.pipe.send(item[1])
 
     def take(self, too_long: str) -> tuple[Any, str]:
         """(its result, '') or (None, why there is none)."""
@@ -71,30 +75,44 @@ class _Worker:
 
 
 def in_workers(
-    function: Callable[[Item], Result], items: Collection[Item], jobs: int, timeout_s: float, limit: str = "--timeout-s"
+    function: Callable[[Item], Result], items: Iterable[Item], jobs: int, timeout_s: float, limit: str = "--timeout-s",
+    *, ordered: bool = False,
 ) -> Iterator[tuple[Item, Result | None, str]]:
     """(item, function(item), '') as they finish, from `jobs` processes; (item, None, why) for one that died.
 
     `function` is importable by name and its results can be pickled. A worker past `timeout_s` seconds (set by `limit`)
     is killed and replaced, and so is one that crashes: no file can stop the others. While a result is looked at, every
-    worker is busy with its next item, so that at most one result a worker waits in memory.
+    worker is busy with its next item. With `ordered` results come in the order of the items, which may be endless: at
+    most two for each worker are ahead.
     """
     too_long = f"{TIME_LIMIT} {timeout_s:g} s; allow more with {limit}"
-    todo = collections.deque(items)
-    workers = [_Worker(function) for _ in range(min(jobs, len(todo)))]
+    numbered = enumerate(items)
+    first = list(itertools.islice(numbered, jobs))
+    todo = itertools.chain(first, numbered)
+    workers = [_Worker(function) for _ in first]
+    done: dict[int, tuple[Item, Result | None, str]] = {}
+    num_given = num_yielded = 0
     try:
-        while todo or any(w.item is not None for w in workers):
+        while True:
             for worker in workers:
-                if worker.item is None and todo:
-                    worker.give(todo.popleft(), timeout_s)
+                may = worker.item is None and not (ordered and num_given - num_yielded >= 2 * len(workers))
+                if may and (following := next(todo, None)):
+                    worker.give(following, timeout_s)
+                    num_given += 1
+            if done and (not ordered or num_yielded in done):
+                result = done.pop(num_yielded if ordered else next(iter(done)))
+                num_yielded += 1
+                yield result
+                continue
             busy = [w for w in workers if w.item is not None]
+            if not busy:
+                return
             wait([w.pipe for w in busy], max(0.0, min(w.until for w in busy) - time.monotonic()))
             for worker in busy:
                 if worker.pipe.poll() or time.monotonic() >= worker.until:
-                    item, result = worker.item, worker.take(too_long)
-                    if todo:
-                        worker.give(todo.popleft(), timeout_s)
-                    yield item, *result
+                    assert worker.item is not None
+                    number, item = worker.item
+                    done[number] = (item, *worker.take(too_long))
     finally:
         for worker in workers:
             worker.end()

@@ -6,10 +6,13 @@ B batch, C channels, F pixel frames, T latent frames, H W height and width, L te
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # the worker processes that look into files need no torch
+    import torch
 
 NUM_TIMESTEPS = 1000
 """The timestep told to the model is NUM_TIMESTEPS * sigma, float32, formed only at the model's door."""
@@ -52,40 +55,117 @@ class Bucket:
         return f"{self.num_frames}f {self.height}x{self.width}"
 
 
+VIDEO_SUFFIXES = frozenset({".mp4", ".mkv", ".mov", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m4v", ".gif"})
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """Bytes that are no local file of their own: what an fsspec URL names, or a member of a tar shard.
+
+    `size` bytes from `offset` on; -1 is all of it. `key` changes whenever the bytes may have changed.
+    """
+
+    url: str
+    name: str
+    key: str
+    offset: int = 0
+    size: int = -1
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.name).suffix
+
+    def __str__(self) -> str:
+        return f"{self.url}!{self.name}" if self.offset else self.url
+
+
+Media = Path | Remote
+"""Where the bytes of a video or image are."""
+
+
 @dataclass(frozen=True, slots=True)
 class Clip:
     """One entry of the manifest: a span of a source video (or an image, a 1-frame clip) with its caption.
 
-    `start_s` and `end_s` bound the span in seconds of the source; `end_s` None means to its end.
+    `start_s` and `end_s` bound the span in seconds of the source; `end_s` None means to its end. `repeats` is how
+    often an epoch shows it. `speed` 2 shows two seconds of the source in one. `control` and `mask` are videos of the
+    same span, `measures` the numeric columns of the manifest, `more_captions` others that fit the clip as well.
     """
 
     id: str
-    path: Path
+    path: Media
     caption: str
     source: str
-    repeats: int
+    repeats: float = 1.0
     start_s: float = 0.0
     end_s: float | None = None
+    more_captions: tuple[str, ...] = ()
+    control: Media | None = None
+    mask: Media | None = None
+    speed: float = 1.0
+    measures: Mapping[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What looking into a file told: the digest of its bytes, its length, its size as shown, and who reads it.
+
+    `why_not_decord` is empty when decord does, "image" for an image. `fault` is empty for a usable file.
+    """
+
+    digest: str = ""
+    duration_s: float = 0.0
+    width: int = 0
+    height: int = 0
+    why_not_decord: str = ""
+    fault: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedClip:
-    """A clip with the bucket it goes to and the content address of its latents."""
+    """A window of a clip with the bucket it goes to: bucket.num_frames frames from `start_s` on, `fps` a second.
+
+    `start_s` and 1 / `fps` are seconds of the source. With `latest_s`, each sample begins at a moment of its own
+    from `start_s` to there. `partners` are the same windows of its control video and mask, by name.
+    """
 
     clip: Clip
     bucket: Bucket
-    source_digest: str
+    found: Found
+    fps: float
+    start_s: float = 0.0
+    latest_s: float | None = None
+    partners: Mapping[str, PlannedClip] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The clip's id, with the window's start where that is not the clip's."""
+        return self.clip.id + (f"+{self.start_s - self.clip.start_s:.3f}" if self.start_s != self.clip.start_s else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A clip of the manifest that is not used. `kind` is one of KINDS_OF_DROPS, `reason` says it with its numbers."""
+
+    clip: Clip
+    kind: str
+    reason: str
 
 
 @dataclass(slots=True)
 class Batch:
     """What one micro-step trains on.
 
-    `latents_BCTHW` float32, normalised VAE output; `text_BLD` zero-padded to TEXT_LEN;
-    `index_B` the samples' positions in the global batch, `ids` the clips they came from.
+    `latents_BCTHW` float32, normalised VAE output; `text_BLD` zero-padded to TEXT_LEN; `mask_B1THW` float32 in [0, 1],
+    where the loss looks (None: everywhere); `noise_BCTHW` and `sigma_B` float32; `index_B` the samples' positions in
+    the global batch, `ids` the windows they came from.
     """
 
     latents_BCTHW: torch.Tensor
     text_BLD: torch.Tensor
+    mask_B1THW: torch.Tensor | None
+    noise_BCTHW: torch.Tensor
+    sigma_B: torch.Tensor
     index_B: list[int]
     ids: list[str]

@@ -84,7 +84,7 @@ def test_a_cache_made_by_another_vae(wantrain, capsys, tmp_path):
     config = json.loads((base.EMBEDDED / "vae" / "config.json").read_text())
     write_json(other / "vae" / "config.json", config | {"latents_mean": [0.5] * 16})
     shown = failing(wantrain, capsys, "train", f"model.path={other}")
-    assert "the cache has no entry for" in shown
+    assert "the cache lacks" in shown
     assert "wantrain cache" in shown
 
 

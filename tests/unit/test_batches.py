@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
-from wantrain.data.batches import Order, Split, ahead, caption_for, micro_batches
-from wantrain.terms import Bucket, Clip, PlannedClip
+from wantrain.data.batches import Draws, Order, Split, ahead, caption_for, micro_batches
+from wantrain.terms import Bucket, Clip, Found, PlannedClip
 
 
 def planned(number, bucket, repeats=1, prefix="clip"):
-    return [PlannedClip(Clip(f"{prefix}{i}", Path("x"), f"caption {i}", "s", repeats), bucket, "d")
+    return [PlannedClip(Clip(f"{prefix}{i}", Path("x"), f"caption {i}", "s", repeats), bucket, Found("d"), 16.0)
             for i in range(number)]
 
 
@@ -52,10 +52,10 @@ def test_any_split_deals_each_index_once():
 
 def test_caption_dropout_has_its_share_and_ignores_the_split():
     clip = planned(1, SMALL)[0]
-    draws = [caption_for(clip, 0, step, i, 0.2) for step in range(500) for i in range(4)]
+    draws = [caption_for(clip, 0, step, i, Draws(1, dropout=0.2)) for step in range(500) for i in range(4)]
     assert abs(draws.count("") / len(draws) - 0.2) < 0.03
-    assert caption_for(clip, 0, 3, 1, 0.0) == "caption 0"
-    assert caption_for(clip, 0, 3, 1, 1.0) == ""
+    assert caption_for(clip, 0, 3, 1, Draws(1)) == "caption 0"
+    assert caption_for(clip, 0, 3, 1, Draws(1, dropout=1)) == ""
 
 
 def test_reading_ahead_changes_neither_batches_nor_order():
@@ -63,12 +63,10 @@ def test_reading_ahead_changes_neither_batches_nor_order():
     order = Order(clips, 2, seed=2)
 
     def fetch(clip, caption):
-        return torch.full((1, 1, 1, 1), float(clip.clip.id[4:])), torch.zeros(1, 1)
+        return torch.full((1, 1, 1, 1), float(clip.clip.id[4:])), torch.zeros(1, 1), None
 
     def make(step):
-        return micro_batches(order, Split(2, 1, 1, 0), step, 0.1, fetch)
+        return micro_batches(order, Split(2, 1, 1, 0), step, Draws(1, dropout=0.1), fetch)
 
-    plain = [[b.ids for b in step] for step in ahead(range(3, 9), make, threaded=False)]
-    threaded = [[b.ids for b in step] for step in ahead(range(3, 9), make, threaded=True)]
-    assert plain == threaded
-    assert len(plain) == 6
+    plain = [[b.ids for b in make(step)] for step in range(3, 9)]
+    assert [[b.ids for b in step] for step in ahead(range(3, 9), make)] == plain

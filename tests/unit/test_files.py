@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from wantrain import files
-from wantrain.files import stream_tensors, write_tensors
+from wantrain.tensors import stream_tensors, write_tensors
 from wantrain.terms import UserError
 
 TENSORS = {"b.weight": torch.randn(3, 5), "a": torch.randn(2, 1, 7), "scalar": torch.randn(())}

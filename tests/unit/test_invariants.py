@@ -132,11 +132,11 @@ def test_the_model_is_told_1000_sigma_and_the_noisy_latents_of_that_sigma(wantra
 
 def test_the_adapter_in_training_starts_as_the_base(wantrain, arguments, cached):
     training = train.prepare(opened(load(arguments), arguments))
-    batch, = train.batch_maker(training, train.Cached(training.recipe))(0)
+    batch, = train.batch_maker(training, train.Cached(training.recipe), 0)(0)
     with torch.no_grad():
-        adapted = train.batch_loss(training, batch, 0)
+        adapted = train.batch_loss(training, batch)
         lora.set_strength(training.model, 0)
-        frozen = train.batch_loss(training, batch, 0)
+        frozen = train.batch_loss(training, batch)
     assert torch.equal(adapted, frozen)
 
 

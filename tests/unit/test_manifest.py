@@ -6,7 +6,11 @@ import pytest
 
 from tests.conftest import write_clips
 from wantrain.data import manifest, plan
-from wantrain.terms import Bucket, UserError
+from wantrain.terms import UserError
+
+
+def read(path, name="s", **settings):
+    return manifest.read(manifest.Source(name, str(path), **settings))
 
 
 @pytest.fixture
@@ -18,7 +22,7 @@ def test_folder_jsonl_and_csv_give_the_same_clips(folder, tmp_path):
     rows = [(f"set/clip_{i}.mp4", f"a square {i}") for i in range(3)]
     (tmp_path / "m.jsonl").write_text("\n".join(json.dumps({"video": v, "caption": c}) for v, c in rows))
     (tmp_path / "m.csv").write_text("video,caption\n" + "\n".join(f'{v},"{c}"' for v, c in rows))
-    forms = [[(c.path.resolve(), c.caption) for c in manifest.read(str(p), "s")]
+    forms = [[(c.path.resolve(), c.caption) for c in read(p)]
              for p in (folder, tmp_path / "m.jsonl", tmp_path / "m.csv")]
     assert forms[0] == forms[1] == forms[2]
     assert len(forms[0]) == 3
@@ -27,7 +31,7 @@ def test_folder_jsonl_and_csv_give_the_same_clips(folder, tmp_path):
 def test_spans_and_ids_are_read(folder):
     row = {"video": "clip_0.mp4", "caption": "x", "id": "a", "start_s": 0.1, "end_s": 0.4}
     (folder / "m.jsonl").write_text(json.dumps(row))
-    clip, = manifest.read(str(folder / "m.jsonl"), "s", repeats=3)
+    clip, = read(folder / "m.jsonl", repeats=3)
     assert (clip.id, clip.start_s, clip.end_s, clip.repeats) == ("s/a", 0.1, 0.4, 3)
 
 
@@ -41,7 +45,7 @@ def test_all_faults_are_reported_together_with_their_lines(folder):
         {"video": "clip_2.mp4", "caption": "x", "start_s": 2, "end_s": 1},
     ]))
     with pytest.raises(UserError) as caught:
-        manifest.read(str(folder / "m.jsonl"), "s")
+        read(folder / "m.jsonl")
     text = str(caught.value)
     for line, fault in ((2, "missing file"), (3, "empty caption"), (4, "duplicate id"), (5, "no caption"), (6, "span")):
         assert any(f"line {line}:" in row and fault in row for row in text.splitlines()), (line, text)
@@ -55,31 +59,20 @@ def test_all_faults_are_reported_together_with_their_lines(folder):
 def test_a_malformed_manifest_names_the_line(folder, content, said):
     (folder / "m.jsonl").write_text(content)
     with pytest.raises(UserError, match=said):
-        manifest.read(str(folder / "m.jsonl"), "s")
+        read(folder / "m.jsonl")
 
 
 def test_a_missing_or_empty_sidecar_is_named(folder):
     (folder / "clip_1.txt").unlink()
     (folder / "clip_2.txt").write_text(" \n")
     with pytest.raises(UserError, match=r"clip_1\.mp4: no caption(.|\n)*clip_2\.mp4: empty caption"):
-        manifest.read(str(folder), "s")
+        read(folder)
 
 
 def test_a_missing_source_names_its_key(tmp_path):
     with pytest.raises(UserError, match=r"does not exist") as caught:
-        manifest.read(str(tmp_path / "no"), "style")
+        read(tmp_path / "no", "style")
     assert "data.sources.style.path" in caught.value.next_step
-
-
-def test_clips_go_to_the_longest_bucket_nearest_in_aspect(folder, tmp_path):
-    choices = plan.buckets([5, 9, 17], [[32, 48], [48, 32]], 16)
-    placed = plan.place(manifest.read(str(folder), "s"), choices, 16, tmp_path / "memo")
-    assert {p.bucket for p in placed} == {Bucket(9, 32, 48)}
-
-
-def test_too_short_clips_are_reported_not_dropped(folder, tmp_path):
-    with pytest.raises(UserError, match=r"3 clip\(s\) cannot be used(.|\n)*9 frames at 16 fps"):
-        plan.place(manifest.read(str(folder), "s"), [Bucket(13, 32, 48)], 16, tmp_path / "memo")
 
 
 def test_a_size_off_the_grid_is_refused_with_the_nearest():

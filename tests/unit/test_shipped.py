@@ -38,13 +38,13 @@ def test_the_demo_sets_are_small_enough_and_whole():
     for name, number, least in (("anime", 40, 8), ("architecture", 40, 8), ("footage", 18, 4)):
         folder = config.asset(f"demo/{name}")
         trigger = config.load([f"recipe=demo_{name}"]).data.trigger
-        styled, heldout = manifest.read(str(folder), "s"), manifest.read(str(folder / "heldout"), "h")
+        styled, heldout = (manifest.read(manifest.Source("s", str(p))) for p in (folder, folder / "heldout"))
         assert len(styled) == number
         assert len(heldout) >= least
         assert all(clip.caption.startswith(f"{trigger}, ") for clip in styled + heldout)
         assert not {c.caption for c in styled} & {c.caption for c in heldout} or name != "footage"
     for name in ("anime", "architecture"):
-        plain = manifest.read(str(config.asset(f"demo/{name}/regularisation")), "r")
+        plain = manifest.read(manifest.Source("r", str(config.asset(f"demo/{name}/regularisation"))))
         assert len(plain) >= 8
         assert not any("style" in clip.caption for clip in plain)
 
@@ -73,7 +73,8 @@ def test_every_wantrain_command_of_the_readme_runs_on_the_tiny_base(clips, cache
     exported = str(tmp_path / "run" / "export" / "anime_1b3.safetensors")
     for line in sorted(readme_commands("wantrain "), key=lambda line: order.index(shlex.split(line)[1])):
         verb, *own = shlex.split(line.replace("runs/anime_1b3/export/anime_1b3.safetensors", exported)
-                                 .replace("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", str(base.EMBEDDED)))[1:]
+                                 .replace("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", str(base.EMBEDDED))
+                                 .replace("prune cache", f"prune {cache_dir}"))[1:]
         if "--help" in own or verb in cli.FILE_VERBS:
             assert cli.main([verb, *own]) == 0, line
             continue

@@ -165,7 +165,7 @@ def test_the_manifest_is_one_and_captions_stay(tmp_path, film, here):
         run([tmp_path], out, split.Rules(3.0, 0.5, 100.0, None))
     assert len(rows(out)) == 7
     out.write_text("".join(json.dumps(r | {"caption": "x"}) + "\n" for r in rows(out)))
-    clips = manifest.read(str(out), "films")
+    clips = manifest.read(manifest.Source("films", str(out)))
     assert [(c.start_s, c.end_s) for c in clips][:4] == [(r["start_s"], r["end_s"]) for r in ours]
 
 

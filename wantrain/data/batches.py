@@ -2,68 +2,121 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import bisect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 
 import torch
 
-from wantrain.flow import generator_for
-from wantrain.terms import Batch, PlannedClip
+from wantrain.data.plan import num_tokens
+from wantrain.flow import draw_noise, draw_sigma, generator_for
+from wantrain.terms import Batch, Bucket, Clip, PlannedClip, UserError
 
-Fetch = Callable[[PlannedClip, str], tuple[torch.Tensor, torch.Tensor]]
-"""(clip, caption) -> (latents_CTHW, text_LD padded): from the cache, or straight from the file when streaming."""
+Fetch = Callable[[PlannedClip, str], tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
+"""(window, caption) -> (latents_CTHW, text_LD padded, mask_1THW): from the cache, or from the file when streaming."""
 
 
 @dataclass(slots=True)
 class Order:
-    """Which clips make the global batch of each step.
+    """Which windows make the global batch of each step.
 
     Each bucket is an endless row of shuffled epochs, so no clip is dropped or doubled to fill a batch; steps are
-    dealt to buckets in proportion to their clips, the one furthest behind first. A pure function of (seed, step).
+    dealt to buckets in proportion to what they need, the one furthest behind first. A batch has `global_batch_size`
+    samples, times the bucket's factor in `factors`. An epoch shows a clip `repeats` times; of a clip with 0.5, every
+    second epoch. A pure function of (seed, step).
     """
 
     planned: Sequence[PlannedClip]
     global_batch_size: int
     seed: int
-    _rows: list[list[int]] = field(init=False)
-    _done: list[int] = field(init=False)
+    factors: Mapping[Bucket, int] = field(default_factory=dict)
+    _rows: list[_Row] = field(init=False)
     _turns: list[tuple[int, int]] = field(init=False, default_factory=list)
-    _epochs: dict[tuple[int, int], list[int]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         rows: dict[str, list[int]] = {}
         for i, p in enumerate(self.planned):
-            rows.setdefault(str(p.bucket), []).extend([i] * p.clip.repeats)
-        self._rows = [rows[name] for name in sorted(rows)]
-        self._done = [0] * len(self._rows)
+            rows.setdefault(str(p.bucket), []).append(i)
+        self._rows = [
+            _Row(number, members, [Fraction(self.planned[i].clip.repeats).limit_denominator(1000) for i in members],
+                 self.global_batch_size * self.factors.get(self.planned[members[0]].bucket, 1), self.seed)
+            for number, (_, members) in enumerate(sorted(rows.items()))]
 
     def samples(self, step: int) -> list[PlannedClip]:
         """The global batch of `step`, all of one bucket."""
         while len(self._turns) <= step:
             self._deal()
-        bucket, turn = self._turns[step]
-        row = self._rows[bucket]
-        picked = []
-        for position in range(turn * self.global_batch_size, (turn + 1) * self.global_batch_size):
-            epoch, offset = divmod(position, len(row))
-            picked.append(self.planned[row[self._shuffled(bucket, epoch)[offset]]])
-        return picked
-
-    def _shuffled(self, bucket: int, epoch: int) -> list[int]:
-        if (bucket, epoch) not in self._epochs:
-            generator = generator_for(self.seed, "order", bucket, epoch)
-            self._epochs[bucket, epoch] = torch.randperm(len(self._rows[bucket]), generator=generator).tolist()
-            self._epochs.pop((bucket, epoch - 2), None)
-        return self._epochs[bucket, epoch]
+        number, turn = self._turns[step]
+        return [self.planned[i] for i in self._rows[number].batch(turn)]
 
     def _deal(self) -> None:
-        step, total = len(self._turns), sum(map(len, self._rows))
-        done = self._done
-        behind = [len(row) / total * (step + 1) - turns for row, turns in zip(self._rows, done, strict=True)]
-        bucket = behind.index(max(behind))
-        self._turns.append((bucket, done[bucket]))
-        done[bucket] += 1
+        step, total = len(self._turns), sum(row.steps for row in self._rows)
+        behind = [row.steps / total * (step + 1) - row.turns for row in self._rows]
+        number = behind.index(max(behind))
+        self._turns.append((number, self._rows[number].turns))
+        self._rows[number].turns += 1
+
+
+@dataclass(slots=True)
+class _Row:
+    """The endless row of one bucket; `members` are places in the plan."""
+
+    number: int
+    members: list[int]
+    repeats: list[Fraction]
+    batch_size: int
+    seed: int
+    turns: int = 0
+    _starts: list[int] = field(default_factory=lambda: [0])
+    _shuffled: dict[int, list[int]] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> Fraction:
+        """Batches that an epoch needs."""
+        return sum(self.repeats, Fraction(0)) / self.batch_size
+
+    def batch(self, turn: int) -> list[int]:
+        """The `turn`th batch of the bucket."""
+        first = turn * self.batch_size
+        return [self._at(position) for position in range(first, first + self.batch_size)]
+
+    def _at(self, position: int) -> int:
+        while self._starts[-1] <= position:
+            self._starts.append(self._starts[-1] + sum(self._counts(len(self._starts) - 1)))
+        epoch = bisect.bisect_right(self._starts, position) - 1
+        if epoch not in self._shuffled:
+            row = [i for i, count in zip(self.members, self._counts(epoch), strict=True) for _ in range(count)]
+            generator = generator_for(self.seed, "order", self.number, epoch)
+            self._shuffled = {e: r for e, r in self._shuffled.items() if abs(e - epoch) < 2}
+            self._shuffled[epoch] = [row[k] for k in torch.randperm(len(row), generator=generator).tolist()]
+        return self._shuffled[epoch][position - self._starts[epoch]]
+
+    def _counts(self, epoch: int) -> list[int]:
+        """How often each member stands in this epoch; of those with 1/2, one half in one epoch, the others in the next.
+        """
+        def until(epoch: int, k: int, share: Fraction) -> int:
+            return (epoch * share.numerator + k % share.denominator) // share.denominator
+
+        return [until(epoch + 1, k, share) - until(epoch, k, share) for k, share in enumerate(self.repeats)]
+
+
+def batch_factors(buckets: Iterable[Bucket], global_batch_size: int, max_tokens: int | None, multiple_px: int
+                  ) -> dict[Bucket, int]:
+    """How many times global_batch_size samples of each bucket fit into a step of `max_tokens` transformer tokens.
+
+    Whole multiples, so that any split over processes and accumulation stays even. UserError where once is too much.
+    """
+    if max_tokens is None:
+        return {}
+    factors = {b: max_tokens // (global_batch_size * num_tokens(b, multiple_px)) for b in buckets}
+    if too_large := [b for b, factor in factors.items() if not factor]:
+        needed = max(global_batch_size * num_tokens(b, multiple_px) for b in too_large)
+        raise UserError(f"data.max_tokens_per_batch = {max_tokens}, but data.batch_size = {global_batch_size} of "
+                        f"bucket {too_large[0]} has {global_batch_size * num_tokens(too_large[0], multiple_px)} tokens",
+                        f"data.max_tokens_per_batch={needed} or more, or a smaller data.batch_size")
+    return factors
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,30 +138,115 @@ class Split:
         first = (micro_step * self.num_processes + self.process_index) * self.micro_batch_size
         return list(range(first, first + self.micro_batch_size))
 
+    def of(self, num_samples: int) -> Split:
+        """The same deal of a batch that is a whole number of times as large: as many micro-steps, each larger."""
+        factor = num_samples // self.global_batch_size
+        return replace(self, global_batch_size=num_samples, micro_batch_size=self.micro_batch_size * factor)
 
-def caption_for(planned: PlannedClip, seed: int, step: int, index: int, dropout: float) -> str:
-    """The clip's caption, or the empty one for a share `dropout` of samples."""
-    draw = torch.rand((), generator=generator_for(seed, step, "caption", index))
-    return "" if draw < dropout else planned.clip.caption
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """What is drawn anew for each sample: `dropout` share of empty captions, `tag_orders` other orders of tags, and
+    sigma by `shift` within [low, high).
+    """
+
+    shift: float
+    within: tuple[float, float] = (0.0, 1.0)
+    dropout: float = 0.0
+    tag_orders: int = 0
 
 
-def micro_batches(order: Order, split: Split, step: int, dropout: float, fetch: Fetch) -> list[Batch]:
-    """This process's micro-batches of `step`."""
+def captions_of(clip: Clip, tag_orders: int) -> list[str]:
+    """Every text that a sample of this clip may be given: its captions, each with so many other orders of its tags.
+
+    Tags are separated by commas; the first, where the trigger stands, keeps its place.
+    """
+    found: dict[str, None] = {}
+    for caption in (clip.caption, *clip.more_captions):
+        first, *tags = caption.split(", ")
+        found[caption] = None
+        for number in range(tag_orders if len(tags) > 1 else 0):
+            order = torch.randperm(len(tags), generator=generator_for("tags", caption, number)).tolist()
+            found[", ".join([first, *(tags[i] for i in order)])] = None
+    return list(found)
+
+
+def caption_for(planned: PlannedClip, seed: int, step: int, index: int, draws: Draws) -> str:
+    """One of the clip's captions, or the empty one for a share `dropout` of samples."""
+    generator = generator_for(seed, step, "caption", index)
+    if torch.rand((), generator=generator) < draws.dropout:
+        return ""
+    choices = captions_of(planned.clip, draws.tag_orders)
+    return choices[int(torch.randint(len(choices), (), generator=generator))]
+
+
+def window_for(planned: PlannedClip, seed: int, step: int, index: int) -> PlannedClip:
+    """The window at a moment of its own where the plan leaves that open."""
+    if planned.latest_s is None:
+        return planned
+    share = float(torch.rand((), generator=generator_for(seed, step, "window", index)))
+    return planned_at(planned, planned.start_s + share * (planned.latest_s - planned.start_s))
+
+
+def planned_at(planned: PlannedClip, start_s: float) -> PlannedClip:
+    """The same window, and its partners', from `start_s` on."""
+    partners = {name: replace(p, start_s=start_s, latest_s=None) for name, p in planned.partners.items()}
+    return replace(planned, start_s=start_s, latest_s=None, partners=partners)
+
+
+def mine(order: Order, split: Split, step: int) -> list[list[tuple[int, PlannedClip]]]:
+    """This process's (index in the global batch, window) of each micro-step of `step`."""
     samples = order.samples(step)
-    batches = []
-    for micro_step in range(split.num_micro_steps):
-        index_B = split.indices(micro_step)
-        pairs = [fetch(samples[i], caption_for(samples[i], order.seed, step, i, dropout)) for i in index_B]
-        latents, texts = zip(*pairs, strict=True)
-        batches.append(Batch(torch.stack(latents), torch.stack(texts), index_B, [samples[i].clip.id for i in index_B]))
-    return batches
+    dealt = split.of(len(samples))
+    return [[(i, window_for(samples[i], order.seed, step, i)) for i in dealt.indices(micro_step)]
+            for micro_step in range(dealt.num_micro_steps)]
 
 
-def ahead(steps: range, make: Callable[[int], list[Batch]], threaded: bool) -> Iterator[list[Batch]]:
-    """The batches of each step; with `threaded` the next step's are read while this one computes."""
-    if not threaded:
-        yield from map(make, steps)
-        return
+def coming(order: Order, split: Split, steps: Iterable[int]) -> Iterator[PlannedClip]:
+    """Every window that `micro_batches` will fetch in these steps, in its order, each followed by its mask's."""
+    for step in steps:
+        for picked in mine(order, split, step):
+            for _, planned in picked:
+                yield planned
+                if mask := planned.partners.get("mask"):
+                    yield mask
+
+
+def micro_batches(order: Order, split: Split, step: int, draws: Draws, fetch: Fetch) -> list[Batch]:
+    """This process's micro-batches of `step`, with their noise and sigma."""
+    num_samples = len(order.samples(step))
+    made = []
+    for picked in mine(order, split, step):
+        index_B = [i for i, _ in picked]
+        latents, texts, masks = zip(*(fetch(p, caption_for(p, order.seed, step, i, draws)) for i, p in picked),
+                                    strict=True)
+        latents_BCTHW = torch.stack(latents)
+        made.append(Batch(
+            latents_BCTHW, torch.stack(texts), _stacked(masks, latents_BCTHW),
+            draw_noise(order.seed, step, index_B, latents_BCTHW.shape[1:]),
+            draw_sigma(order.seed, step, index_B, num_samples, draws.shift, within=draws.within),
+            index_B, [p.name for _, p in picked]))
+    return made
+
+
+def _stacked(masks: Sequence[torch.Tensor | None], latents_BCTHW: torch.Tensor) -> torch.Tensor | None:
+    """mask_B1THW, ones where a sample has none; None where no sample has one."""
+    if all(mask is None for mask in masks):
+        return None
+    everywhere = torch.ones(1, *latents_BCTHW.shape[2:])
+    return torch.stack([everywhere if mask is None else mask for mask in masks])
+
+
+def pinned(batch: Batch) -> Batch:
+    """The batch in page-locked memory, which goes to a GPU while that computes."""
+    mask = batch.mask_B1THW
+    return replace(batch, latents_BCTHW=batch.latents_BCTHW.pin_memory(), text_BLD=batch.text_BLD.pin_memory(),
+                   noise_BCTHW=batch.noise_BCTHW.pin_memory(), sigma_B=batch.sigma_B.pin_memory(),
+                   mask_B1THW=mask.pin_memory() if mask is not None else None)
+
+
+def ahead(steps: range, make: Callable[[int], list[Batch]]) -> Iterator[list[Batch]]:
+    """The batches of each step; the next step's are made in a thread while this one computes."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         waiting = None
         for step in steps:

@@ -1,68 +1,153 @@
-"""The content-addressed cache: one safetensors file a clip's latents, one a caption's text features.
+"""The content-addressed cache: a safetensors file for each window's latents, each mask and each caption's features.
 
 An entry's name is a digest of all that its content depends on, so nothing stale can be read and nothing right is
-rebuilt. Entries are written to a temporary name and renamed; their tensors' digest stands in the header.
+rebuilt. Entries are written to a temporary name and renamed; their tensors' digest stands in the header. One file an
+entry reads as fast as any layout (facts/dependencies.md section 6) and can be written by any number of processes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from wantrain.files import digest_tensors, digest_text, read_tensors, write_tensors
+from wantrain.files import digest_text, write_json
+from wantrain.tensors import digest_tensors, read_tensors, write_tensors
 from wantrain.terms import PlannedClip, UserError
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 """Raise this when decoding, resizing, encoding or the layout of an entry changes."""
+
+LATENTS, MASK, TEXT = "latents", "mask", "text"
+
+Entry = tuple[str, PlannedClip | str]
+"""(LATENTS or MASK, the window) or (TEXT, the caption)."""
+
+
+def describe(entry: Entry) -> str:
+    """The entry as messages name it."""
+    kind, what = entry
+    return f"caption {what!r}" if isinstance(what, str) else f"{'clip' if kind == LATENTS else kind} {what.name}"
 
 
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """Paths, reads and writes of one cache folder for one VAE, one text encoder and one frame rate."""
+    """Paths, reads and writes of one cache folder for one VAE and one text encoder."""
 
     folder: Path
     vae_digest: str
     text_digest: str
-    fps: float
     build_command: str
 
     @property
     def memo(self) -> Path:
-        """Where digests of source files are remembered."""
+        """Where digests of weight files are remembered."""
         return self.folder / "digests"
 
-    def latents_path(self, planned: PlannedClip) -> Path:
-        clip = planned.clip
-        key = digest_text("latents", RECIPE_VERSION, planned.source_digest, clip.start_s, clip.end_s, self.fps,
-                          planned.bucket, self.vae_digest)
-        return self.folder / "latents" / key[:2] / f"{key}.safetensors"
+    def path_of(self, entry: Entry) -> Path:
+        """The file of an entry."""
+        kind, what = entry
+        if isinstance(what, str):
+            key = digest_text(kind, RECIPE_VERSION, what, self.text_digest)
+        else:
+            when = (what.start_s, what.fps) if what.found.duration_s else ()
+            key = digest_text(kind, RECIPE_VERSION, what.found.digest, *when, what.bucket, self.vae_digest)
+        return self.folder / kind / key[:2] / f"{key}.safetensors"
 
-    def text_path(self, caption: str) -> Path:
-        key = digest_text("text", RECIPE_VERSION, caption, self.text_digest)
-        return self.folder / "text" / key[:2] / f"{key}.safetensors"
+    def entries(self, planned: Iterable[PlannedClip], captions: Iterable[str]) -> dict[Path, Entry]:
+        """Everything that these windows, their partners and these captions need, each once."""
+        wanted: list[Entry] = [(TEXT, caption) for caption in dict.fromkeys(captions)]
+        for one in planned:
+            wanted.append((LATENTS, one))
+            wanted += [(MASK if name == "mask" else LATENTS, partner) for name, partner in one.partners.items()]
+        return {self.path_of(entry): entry for entry in wanted}
 
-    def write(self, path: Path, tensor: torch.Tensor, describes: str) -> None:
+    def missing(self, planned: Iterable[PlannedClip], captions: Iterable[str]) -> dict[Path, Entry]:
+        """Those of `entries` that are not there yet."""
+        return {path: entry for path, entry in self.entries(planned, captions).items() if not path.exists()}
+
+    def write(self, entry: Entry, tensor: torch.Tensor) -> None:
         """Write one entry. Non-finite values are refused: they would poison the training they are read into."""
         if not tensor.isfinite().all():
-            raise UserError(f"encoding {describes} gave non-finite values", "check the file and the base's weights; "
-                            "a VAE or text encoder in the wrong dtype does this")
-        write_tensors(path, {"x": tensor}, {"digest": digest_tensors({"x": tensor})})
+            raise UserError(f"encoding {describe(entry)} gave non-finite values", "check the file and the base's "
+                            "weights; a VAE or text encoder in the wrong dtype does this")
+        write_tensors(self.path_of(entry), {"x": tensor}, {"digest": digest_tensors({"x": tensor})})
 
-    def read(self, path: Path, describes: str) -> torch.Tensor:
+    def read(self, entry: Entry) -> torch.Tensor:
         """Read one entry; a missing or altered one is a UserError that names the command that makes it."""
+        path = self.path_of(entry)
         if not path.exists():
-            raise UserError(f"the cache has no entry for {describes} with this model and these settings ({path})",
+            raise UserError(f"the cache has no entry for {describe(entry)} with this model and these settings ({path})",
                             self.build_command)
-        tensors, metadata = read_tensors(path)
-        if metadata.get("digest") != digest_tensors(tensors):
-            raise UserError(f"the cache entry of {describes} is damaged: {path}", f"rm {path} && {self.build_command}")
-        return tensors["x"]
+        try:
+            return read_entry(path)
+        except UserError as error:
+            raise UserError(f"the cache entry of {describe(entry)} is damaged: {path}",
+                            f"rm {path} && {self.build_command}") from error
 
-    def missing(self, planned: list[PlannedClip], captions: list[str]) -> tuple[list[PlannedClip], list[str]]:
-        """The clips and captions (each once) that have no entry yet."""
-        clips = {self.latents_path(p): p for p in planned}
-        texts = {self.text_path(c): c for c in captions}
-        return ([p for path, p in clips.items() if not path.exists()],
-                [c for path, c in texts.items() if not path.exists()])
+    @property
+    def _faults(self) -> Path:
+        return self.folder / "faults.jsonl"
+
+    def faults(self) -> dict[str, str]:
+        """Why windows could not be decoded in an earlier run, by the name of their entry."""
+        known = {}
+        for line in self._faults.read_text(encoding="utf-8").splitlines() if self._faults.exists() else ():
+            with contextlib.suppress(ValueError, KeyError):
+                row = json.loads(line)
+                known[row["entry"]] = str(row["fault"])
+        return known
+
+    def remember_fault(self, entry: Entry, fault: str) -> None:
+        """Note that the window of this entry cannot be decoded, so that the next plan knows."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._faults.open("a", encoding="utf-8") as file:
+            file.write("\n" + json.dumps({"entry": self.path_of(entry).name, "fault": fault}) + "\n")
+
+    def claim(self, name: str, entries: Mapping[Path, Entry]) -> None:
+        """Note that the run `name` needs these entries: `prune` leaves them."""
+        names = sorted(str(path.relative_to(self.folder)) for path in entries)
+        write_json(claims_folder(self.folder) / f"{digest_text(name)}.json", {"run": name, "entries": names})
+
+
+def read_entry(path: Path) -> torch.Tensor:
+    """The tensor of one entry. UserError where the file is damaged."""
+    tensors, metadata = read_tensors(path)
+    if set(tensors) != {"x"} or metadata != {"digest": digest_tensors(tensors)}:
+        raise UserError(f"{path} is damaged: its checksum differs", f"rm {path}, then run `wantrain cache` again")
+    return tensors["x"]
+
+
+def claims_folder(folder: Path) -> Path:
+    """Where runs note what they need of the cache in `folder`."""
+    return folder / "used_by"
+
+
+def claims(folder: Path) -> dict[str, tuple[Path, list[str]]]:
+    """run -> (its note, the entries that it needs, relative to the cache's folder)."""
+    found = {}
+    for note in sorted(claims_folder(folder).glob("*.json")):
+        content = json.loads(note.read_text(encoding="utf-8"))
+        found[str(content["run"])] = (note, list(content["entries"]))
+    return found
+
+
+def entry_files(folder: Path) -> Iterator[Path]:
+    """Every entry in a cache's folder."""
+    for kind in (LATENTS, MASK, TEXT):
+        yield from sorted((folder / kind).glob("*/*.safetensors"))
+
+
+def leftovers(folder: Path, before_s: float) -> Sequence[Path]:
+    """Temporary files of processes that were killed: those not touched since `before_s` (seconds of the epoch)."""
+    found = []
+    for kind in (LATENTS, MASK, TEXT):
+        for path in (folder / kind).glob("*/.*.tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime < before_s:
+                    found.append(path)
+    return found

@@ -1,48 +1,195 @@
-"""Which clip goes to which bucket: the plan that `check`, `cache` and `train` share."""
+"""Which windows of which clips go to which bucket, and why the others do not: shared by every verb."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from wantrain.data import decode
-from wantrain.files import digest_file
-from wantrain.terms import Bucket, Clip, PlannedClip, UserError
+from wantrain.data.decode import count_frames
+from wantrain.terms import Bucket, Clip, Dropped, Found, Media, PlannedClip, UserError
+
+EXTRACTIONS = ("head", "middle", "uniform", "sliding", "random")
+KINDS_OF_DROPS = ("unreadable", "outside limits", "not measured", "too short", "shape", "partner")
+
+MOST_CROPPED = 0.75
+"""A clip that would lose more of its picture than this to the crop is dropped: nearly always a mistake."""
 
 
-def buckets(num_frames: Sequence[int], resolutions: Sequence[Sequence[int]], multiple_px: int) -> list[Bucket]:
-    """Every length at every resolution. Heights and widths must be multiples of `multiple_px`."""
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How clips become windows: `fps` of the model, `extract` one of EXTRACTIONS, `limits` [low, high] by measurement
+    (None: no bound).
+    """
+
+    buckets: Sequence[Bucket]
+    fps: float
+    extract: str = "head"
+    limits: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Every clip of the manifests: the windows of those that are used, and those that are not, with reasons."""
+
+    used: list[PlannedClip]
+    dropped: list[Dropped]
+
+    @property
+    def num_found(self) -> int:
+        return len({p.clip.id for p in self.used}) + len(self.dropped)
+
+
+def num_tokens(bucket: Bucket, multiple_px: int) -> int:
+    """Transformer tokens of a clip: latent frames x patches of `multiple_px` pixels."""
+    return (1 + (bucket.num_frames - 1) // 4) * (bucket.height // multiple_px) * (bucket.width // multiple_px)
+
+
+def buckets(num_frames: Sequence[int], resolutions: Sequence[Sequence[int]], multiple_px: int,
+            max_tokens: int | None = None) -> list[Bucket]:
+    """Every length at every resolution. Heights and widths must be multiples of `multiple_px`.
+
+    With `max_tokens`, a longer clip gets a smaller picture: each resolution shrinks, its aspect kept as nearly as
+    multiples allow, until the clip has no more tokens than that.
+    """
     for height, width in resolutions:
         if height % multiple_px or width % multiple_px:
             fixed = [max(multiple_px, round(x / multiple_px) * multiple_px) for x in (height, width)]
             raise UserError(f"data.resolutions: [{height}, {width}] is not a multiple of {multiple_px} px, which this "
                             "model's VAE and patches need", f"use {fixed}")
-    return [Bucket(f, h, w) for f in sorted(num_frames) for h, w in resolutions]
+    made = [_within(Bucket(f, h, w), multiple_px, max_tokens) for f in sorted(num_frames) for h, w in resolutions]
+    return list(dict.fromkeys(made))
 
 
-def place(clips: Iterable[Clip], choices: Sequence[Bucket], fps: float, memo: Path) -> list[PlannedClip]:
-    """Give each clip the bucket nearest in aspect and the longest that it fills.
+def _within(bucket: Bucket, multiple_px: int, max_tokens: int | None) -> Bucket:
+    if max_tokens is None or num_tokens(bucket, multiple_px) <= max_tokens:
+        return bucket
+    budget = max_tokens // (1 + (bucket.num_frames - 1) // 4)
+    if not budget:
+        raise UserError(f"data.max_tokens_per_clip = {max_tokens} is less than a clip of {bucket.num_frames} frames "
+                        "has at the smallest size", "raise it or take that length out of data.num_frames")
+    rows, columns = bucket.height // multiple_px, bucket.width // multiple_px
+    # of all sizes within the budget and the resolution: the largest whose aspect is nearest
+    sizes = [(r, min(columns, budget // r)) for r in range(1, min(rows, budget) + 1)]
 
-    Undecodable or too short clips are reported together as one UserError: nothing is dropped in silence.
-    `memo` is the folder that remembers digests of source files.
+    def fitness(size: tuple[int, int]) -> float:
+        r, c = size
+        return math.log(r * c) - 4 * abs(math.log((r / c) / (rows / columns)))
+
+    r, c = max(sizes, key=fitness)
+    return Bucket(bucket.num_frames, r * multiple_px, c * multiple_px)
+
+
+def windows(available: int, num_frames: int, extract: str) -> list[int]:
+    """First frames of the windows of `num_frames` frames in `available` ones.
+
+    head: the first; middle: the one in the middle; uniform: the fewest that miss no frame, spread evenly; sliding:
+    each begins half a window after the one before; random: from anywhere, drawn later.
     """
-    planned, faults = [], []
+    last = available - num_frames
+    if extract == "middle":
+        return [last // 2]
+    if extract == "uniform" and last:
+        number = math.ceil(available / num_frames)
+        return [round(i * last / (number - 1)) for i in range(number)]
+    if extract == "sliding":
+        return list(range(0, last + 1, max(1, num_frames // 2)))
+    return [0]
+
+
+def media_of(clips: Sequence[Clip]) -> list[Media]:
+    """Every file that the clips are made of, each once, those of one film together."""
+    return list(dict.fromkeys(m for m in itertools.chain(
+        (c.path for c in clips), (c.control for c in clips), (c.mask for c in clips)) if m is not None))
+
+
+def place(clips: Sequence[Clip], found: Mapping[Media, Found], rules: Rules) -> Plan:
+    """Give each clip the bucket nearest in aspect, of those the longest that it fills, and take its windows.
+
+    `found` is what looking into the clips' files told. Nothing is lost: used + dropped = clips.
+    """
+    used: list[PlannedClip] = []
+    dropped: list[Dropped] = []
     for clip in clips:
-        try:
-            found = decode.probe(clip.path)
-        except UserError as error:
-            faults.append(f"{clip.id}: {error.message}")
-            continue
-        available = decode.count_frames(found, clip.start_s, clip.end_s, fps)
-        fitting = [b for b in choices if b.num_frames <= available]
-        if not fitting:
-            shortest = min(b.num_frames for b in choices)
-            faults.append(f"{clip.id}: {available} frames at {fps:g} fps, the shortest bucket needs {shortest}")
-            continue
-        best = min(fitting, key=lambda b: (abs(math.log(b.height / b.width / found.aspect)), -b.num_frames))
-        planned.append(PlannedClip(clip, best, digest_file(clip.path, memo)))
-    if faults:
-        raise UserError(f"{len(faults)} clip(s) cannot be used:\n  " + "\n  ".join(faults),
-                        "replace them, take them out of the manifest, or add a smaller length to data.num_frames")
-    return planned
+        placed = _place(clip, found, rules)
+        if isinstance(placed, Dropped):
+            dropped.append(placed)
+        else:
+            used += placed
+    return Plan(used, dropped)
+
+
+def _place(clip: Clip, found: Mapping[Media, Found], rules: Rules) -> list[PlannedClip] | Dropped:
+    seen = found[clip.path]
+    if seen.fault:
+        return Dropped(clip, "unreadable", f"{clip.path}: {seen.fault}")
+    for column, (low, high) in rules.limits.items():
+        value = clip.measures.get(column)
+        if value is None:
+            return Dropped(clip, "not measured", f"data.limits.{column} is set, and the clip has no {column}")
+        if (low is not None and value < low) or (high is not None and value > high):
+            side = f"below {low:g}" if low is not None and value < low else f"above {high:g}"
+            return Dropped(clip, "outside limits", f"{column} = {value:g} is {side}")
+    fps = rules.fps / clip.speed
+    available = count_frames(seen, clip.start_s, clip.end_s, fps)
+    fitting = [b for b in rules.buckets if b.num_frames <= available]
+    if not fitting:
+        shortest = min(b.num_frames for b in rules.buckets)
+        return Dropped(clip, "too short", f"{available} frame{'s' * (available != 1)} at {rules.fps:g} fps, the "
+                       f"shortest bucket needs {shortest}" + ("; add 1 to data.num_frames" * (not seen.duration_s)))
+    aspect = seen.height / seen.width
+    best = min(fitting, key=lambda b: (-b.num_frames, abs(math.log(b.height / b.width / aspect)), -b.height * b.width))
+    if (lost := cropped(best, seen)) > MOST_CROPPED:
+        return Dropped(clip, "shape", f"{seen.width}x{seen.height} would lose {lost:.0%} of its picture in {best}")
+    last = available - best.num_frames
+    planned = [PlannedClip(clip, best, seen, fps, round(clip.start_s + first / fps, 6),
+                           round(clip.start_s + last / fps, 6) if rules.extract == "random" and last else None)
+               for first in windows(available, best.num_frames, rules.extract)]
+    return _with_partners(planned, found)
+
+
+def _with_partners(planned: list[PlannedClip], found: Mapping[Media, Found]) -> list[PlannedClip] | Dropped:
+    """The windows with those of their control video and mask; a partner that is too short drops the clip."""
+    clip = planned[0].clip
+    media = {kind: m for kind, m in (("control", clip.control), ("mask", clip.mask)) if m is not None}
+    for kind, medium in media.items():
+        seen = found[medium]
+        needed = max(p.latest_s or p.start_s for p in planned)
+        if seen.fault:
+            return Dropped(clip, "partner", f"its {kind} {medium}: {seen.fault}")
+        if not seen.duration_s and kind == "mask":
+            continue  # an image stands for a mask that does not move
+        if count_frames(seen, needed, clip.end_s, planned[0].fps) < planned[0].bucket.num_frames:
+            return Dropped(clip, "partner", f"its {kind} {medium} ends before it, after {seen.duration_s:g} s")
+
+    def partner(p: PlannedClip, medium: Media) -> PlannedClip:
+        seen = found[medium]
+        bucket = p.bucket if seen.duration_s else replace(p.bucket, num_frames=1)
+        return replace(p, clip=replace(clip, path=medium), bucket=bucket, found=seen)
+
+    return [replace(p, partners={kind: partner(p, medium) for kind, medium in media.items()}) for p in planned]
+
+
+def cropped(bucket: Bucket, found: Found) -> float:
+    """The share of the picture that is lost to the crop."""
+    scale = max(bucket.height / found.height, bucket.width / found.width)
+    return 1 - bucket.height * bucket.width / (found.height * found.width * scale * scale)
+
+
+def enlarged(bucket: Bucket, found: Found) -> float:
+    """By how much the picture is enlarged; below 1 it shrinks."""
+    return max(bucket.height / found.height, bucket.width / found.width)
+
+
+def trimmed_s(planned: Sequence[PlannedClip]) -> float:
+    """Seconds of one clip's span that no window shows; `planned` are its windows."""
+    clip, seen, fps = planned[0].clip, planned[0].found, planned[0].fps
+    if not seen.duration_s or planned[0].latest_s is not None:
+        return 0.0
+    available = count_frames(seen, clip.start_s, clip.end_s, fps)
+    shown: set[int] = set()
+    for p in planned:
+        first = round((p.start_s - clip.start_s) * fps)
+        shown.update(range(first, first + p.bucket.num_frames))
+    return (available - len(shown)) / fps

@@ -17,7 +17,8 @@ import torch
 from accelerate import Accelerator
 
 from wantrain.engine import is_deepspeed
-from wantrain.files import digest_file, read_tensors, write_json, write_tensors
+from wantrain.files import digest_file, write_json
+from wantrain.tensors import read_tensors, write_tensors
 from wantrain.terms import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

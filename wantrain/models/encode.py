@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
 from wantrain.flow import timestep
-from wantrain.terms import TEXT_LEN
+from wantrain.terms import TEXT_LEN, Bucket
 
 
 def _mean_std(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,6 +25,16 @@ def encode_frames(vae: AutoencoderKLWan, frames_FCHW: torch.Tensor) -> torch.Ten
     latents_BCTHW = vae.encode(pixels_BCFHW).latent_dist.mode()
     mean, std = _mean_std(vae, latents_BCTHW)
     return ((latents_BCTHW - mean) / std)[0].float().cpu()
+
+
+def pool_mask(frames_FCHW: torch.Tensor, bucket: Bucket, spatial_px: int) -> torch.Tensor:
+    """uint8 pixels of a mask (white: look here) -> mask_1THW float32 in [0, 1]: the mean over what each latent covers,
+    spatial_px x spatial_px pixels of the first frame and then of every four. One frame stands for all.
+    """
+    mask_F1HW = frames_FCHW.float().mean(1, keepdim=True) / 255
+    pooled_FHW = torch.nn.functional.avg_pool2d(mask_F1HW, spatial_px)[:, 0].expand(bucket.num_frames, -1, -1)
+    later = pooled_FHW[1:].reshape(-1, 4, *pooled_FHW.shape[1:]).mean(1)
+    return torch.cat([pooled_FHW[:1], later]).unsqueeze(0)
 
 
 @torch.no_grad()

@@ -17,11 +17,12 @@ from typing import Any, Literal
 
 import torch
 
-from wantrain.files import digest_tensors, write_json, write_tensors
+from wantrain.files import write_json
 from wantrain.lora import MAGNITUDE
 from wantrain.models.containers import Container, ContainerError, open_raw, parse_json
 from wantrain.models.names import TRANSFORMER, NoTwin, UnknownName
 from wantrain.models.variants import Expert
+from wantrain.tensors import digest_tensors, write_tensors
 from wantrain.terms import UserError
 
 DIGEST_KEY = "wantrain_digest"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -11,15 +13,17 @@ from typing import Protocol
 import torch
 
 from wantrain.config import Config, Dtype, Experts, LoraFormat
-from wantrain.data import decode, manifest, plan
-from wantrain.data.cache import Cache
+from wantrain.data import batches, decode, manifest, media, plan
+from wantrain.data.cache import LATENTS, MASK, TEXT, Cache, Entry, describe
+from wantrain.data.plan import Plan
 from wantrain.files import digest_text
+from wantrain.jobs import in_workers
 from wantrain.lora import Spec
 from wantrain.models import encode, hub, sampling
 from wantrain.models.base import Base, find, for_expert
 from wantrain.models.sampling import WanPipeline
 from wantrain.models.variants import VARIANTS, Expert, Variant
-from wantrain.terms import Bucket, Clip, PlannedClip, UserError
+from wantrain.terms import Bucket, Clip, Dropped, PlannedClip, UserError
 
 TORCH_DTYPE = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
 
@@ -32,9 +36,27 @@ class Opened:
     base: Base
     """Of the checkpoint, or of one expert."""
     buckets: list[Bucket]
-    planned: list[PlannedClip]
+    plan: Plan
     heldout: list[PlannedClip]
     cache: Cache
+
+    @property
+    def planned(self) -> list[PlannedClip]:
+        """The windows to train on."""
+        return self.plan.used
+
+    @property
+    def factors(self) -> dict[Bucket, int]:
+        """How many times data.batch_size samples a step takes of each bucket."""
+        data = self.config.data
+        return batches.batch_factors({p.bucket for p in self.planned}, data.batch_size, data.max_tokens_per_batch,
+                                     self.variant.multiple_px)
+
+    @property
+    def captions(self) -> list[str]:
+        """Every text that training may draw, the empty one first."""
+        return ["", *(text for p in self.planned + self.heldout
+                      for text in batches.captions_of(p.clip, self.config.data.tag_orders))]
 
     @property
     def variant(self) -> Variant:
@@ -89,30 +111,75 @@ def variant_of(config: Config) -> Variant:
 
 def clips_of(config: Config) -> tuple[list[Clip], list[Clip]]:
     """Training and held-out clips of the manifests."""
-    training = [clip for name, source in config.data.sources.items()
-                for clip in manifest.read(source.path, name, source.repeats)]
-    return training, manifest.read(config.data.heldout, "heldout") if config.data.heldout else []
+    fetched = Path(config.data.cache_dir) / "fetched"
+    training = [clip for name, source in config.data.sources.items() for clip in manifest.read(manifest.Source(
+        name, source.path, source.repeats, source.speed, source.columns, fetched))]
+    if not config.data.heldout:
+        return training, []
+    return training, manifest.read(manifest.Source("heldout", config.data.heldout, fetched=fetched))
 
 
 def opened(config: Config, recipe_arguments: Sequence[str]) -> Opened:
     """Check everything that can be checked without loading weights. `recipe_arguments` are the user's overrides."""
-    variant = variant_of(config)
+    variant, data = variant_of(config), config.data
     base = find(variant, config.model.path, config.model.parts, config.model.merge)
-    buckets = plan.buckets(config.data.num_frames, config.data.resolutions, variant.multiple_px)
-    cache_dir = Path(config.data.cache_dir)
+    cache_dir = Path(data.cache_dir)
     memo = cache_dir / "digests"
-    training, heldout = clips_of(config)
     text_parts = [base.digest(part, memo) for part in ("text_encoder", "tokenizer")]
     cache = Cache(cache_dir, base.digest("vae", memo), " ".join([*text_parts, config.model.dtype.name]),
-                  variant.fps, shlex.join(["wantrain", "cache", *recipe_arguments]))
-    return Opened(config, base, buckets, plan.place(training, buckets, variant.fps, memo),
-                  plan.place(heldout, buckets, variant.fps, memo), cache)
+                  shlex.join(["wantrain", "cache", *recipe_arguments]))
+    training, heldout = clips_of(config)
+    found = media.look_all(plan.media_of(training + heldout), cache_dir, num_workers(config), data.timeout_s)
+    rules = plan.Rules(plan.buckets(data.num_frames, data.resolutions, variant.multiple_px, data.max_tokens_per_clip),
+                       variant.fps, data.extract.name, data.limits)
+    placed = _without_faults(plan.place(training, found, rules), cache)
+    apart = _without_faults(plan.place(heldout, found, replace(rules, extract="head", limits={})), cache)
+    refuse_drops([*placed.dropped, *apart.dropped], data.allow_drops)
+    if not placed.used:
+        raise UserError(f"none of {placed.num_found} clips can be used", "wantrain check says why; look at data.limits")
+    return Opened(config, base, list(rules.buckets), Plan(_weighted(placed.used, config), placed.dropped), apart.used,
+                  cache)
+
+
+def num_workers(config: Config) -> int:
+    """Processes that look into files and decode: this process's share of the cores unless told."""
+    shares = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return config.data.num_workers or max(1, (os.cpu_count() or 1) // shares)
+
+
+def _without_faults(placed: Plan, cache: Cache) -> Plan:
+    """The plan without the windows that an earlier run could not decode."""
+    faults = cache.faults()
+    bad = {p.clip.id: Dropped(p.clip, "unreadable", faults[path.name])
+           for p in placed.used for path in cache.entries([p], []) if path.name in faults}
+    return Plan([p for p in placed.used if p.clip.id not in bad], [*placed.dropped, *bad.values()])
+
+
+def refuse_drops(dropped: Sequence[Dropped], allowed: bool) -> None:
+    """Say all clips that cannot be used, unless the user goes on without them; limits are the user's own wish."""
+    faults = [f"{one.clip.id}: {one.reason}" for one in dropped if one.kind != "outside limits"]
+    if faults and not allowed:
+        raise UserError(f"{len(faults)} clip(s) cannot be used:\n  " + "\n  ".join(faults),
+                        "replace them, take them out of the manifest, add a smaller length to data.num_frames, or go "
+                        "on without them: data.allow_drops=true")
+
+
+def _weighted(planned: list[PlannedClip], config: Config) -> list[PlannedClip]:
+    """The windows with their sources' weights turned into repeats; an epoch keeps its number of samples."""
+    weights = {name: source.weight for name, source in config.data.sources.items() if source.weight is not None}
+    if not weights:
+        return planned
+    counts = Counter(p.clip.source for p in planned)
+    unit = len(planned) / sum(weights[name] for name in counts)
+    return [replace(p, clip=replace(p.clip, repeats=weights[p.clip.source] * unit / counts[p.clip.source]))
+            for p in planned]
 
 
 def manifest_digest(recipe: Opened) -> str:
     """A digest of which clips, captions, spans and repeats were trained on."""
-    return digest_text(*(" ".join(map(str, (p.source_digest, p.clip.caption, p.clip.start_s, p.clip.end_s,
-                                            p.clip.repeats, p.bucket))) for p in recipe.planned))
+    return digest_text(*(" ".join(map(str, (
+        p.found.digest, p.clip.caption, *p.clip.more_captions, p.start_s, p.latest_s, p.fps, p.clip.repeats, p.bucket,
+        *(f"{name} {other.found.digest}" for name, other in p.partners.items())))) for p in recipe.planned))
 
 
 def sampler_settings(recipe: Opened) -> sampling.Settings:
@@ -159,6 +226,7 @@ class Encode(Protocol):
     """What `cache` and streaming share: a clip or a caption to its tensors."""
 
     def latents(self, planned: PlannedClip) -> torch.Tensor: ...
+    def mask(self, planned: PlannedClip) -> torch.Tensor: ...
     def text(self, caption: str) -> torch.Tensor: ...
 
 
@@ -166,19 +234,60 @@ class Encoder:
     """Decode and encode on the spot with the base's VAE and text encoder, on `device`."""
 
     def __init__(self, recipe: Opened, device: torch.device) -> None:
-        self._fps = recipe.variant.fps
         self._vae = recipe.base.vae(device)
         self._text = recipe.base.text(recipe.dtype, device)
+        self._latent_px = recipe.variant.multiple_px // 2
+
+    def encode(self, frames_FCHW: torch.Tensor) -> torch.Tensor:
+        """latents_CTHW float32 on the CPU."""
+        return encode.encode_frames(self._vae, frames_FCHW)
+
+    def pool(self, frames_FCHW: torch.Tensor, planned: PlannedClip) -> torch.Tensor:
+        """mask_1THW of a mask's frames."""
+        return encode.pool_mask(frames_FCHW, planned.bucket, self._latent_px)
 
     def latents(self, planned: PlannedClip) -> torch.Tensor:
-        """latents_CTHW float32 on the CPU."""
-        clip = planned.clip
-        frames_FCHW = decode.read_clip(clip.path, clip.start_s, clip.end_s, self._fps, planned.bucket)
-        return encode.encode_frames(self._vae, frames_FCHW)
+        """latents_CTHW float32 on the CPU, decoded in this process."""
+        return self.encode(decode.read_window(planned))
+
+    def mask(self, planned: PlannedClip) -> torch.Tensor:
+        """mask_1THW float32 on the CPU, decoded in this process."""
+        return self.pool(decode.read_window(planned), planned)
 
     def text(self, caption: str) -> torch.Tensor:
         """text_LD of the caption's true length, on the CPU."""
         return encode.encode_text(self._text, caption)
+
+
+class Streamed:
+    """What training asks for, decoded ahead of it in worker processes and encoded here.
+
+    `coming` are the windows in the order in which they will be asked for, each followed by its mask's.
+    """
+
+    def __init__(self, encoder: Encoder, coming: Iterable[PlannedClip], jobs: int, timeout_s: float) -> None:
+        self._encoder = encoder
+        self._decoded = in_workers(decode.frames_in_worker, coming, jobs, timeout_s, "data.timeout_s", ordered=True)
+
+    def latents(self, planned: PlannedClip) -> torch.Tensor:
+        """latents_CTHW float32 on the CPU."""
+        return self._encoder.encode(self._next(planned))
+
+    def mask(self, planned: PlannedClip) -> torch.Tensor:
+        """mask_1THW float32 on the CPU."""
+        return self._encoder.pool(self._next(planned), planned)
+
+    def text(self, caption: str) -> torch.Tensor:
+        """text_LD of the caption's true length, on the CPU."""
+        return self._encoder.text(caption)
+
+    def _next(self, planned: PlannedClip) -> torch.Tensor:
+        given, result, why = next(self._decoded)
+        assert given == planned, f"{given.name} was decoded where {planned.name} is asked for"
+        frames_FCHW, fault = result or (None, f"clip {planned.clip.id}: {why}")
+        if frames_FCHW is None:
+            raise UserError(fault, "replace the file or take it out of the manifest; the last checkpoint is untouched")
+        return torch.from_numpy(frames_FCHW)
 
 
 class Cached:
@@ -186,23 +295,32 @@ class Cached:
 
     def __init__(self, recipe: Opened) -> None:
         self._cache = recipe.cache
-        everything = recipe.planned + recipe.heldout
-        clips, texts = self._cache.missing(everything, ["", *(p.clip.caption for p in everything)])
-        if clips or texts:
-            first = f"clip {clips[0].clip.id}" if clips else f"caption {texts[0]!r}"
-            raise UserError(f"the cache has no entry for {len(clips)} of {len(everything)} clips and {len(texts)} "
-                            f"captions with this base and these settings; the first is {first}",
-                            self._cache.build_command)
+        if missing := self._cache.missing(recipe.planned + recipe.heldout, recipe.captions):
+            raise UserError(f"the cache lacks {counted(missing)} for this base and these settings; the first is "
+                            f"{describe(next(iter(missing.values())))}", self._cache.build_command)
 
     def latents(self, planned: PlannedClip) -> torch.Tensor:
         """latents_CTHW float32 on the CPU."""
-        return self._cache.read(self._cache.latents_path(planned), f"clip {planned.clip.id}")
+        return self._cache.read((LATENTS, planned))
+
+    def mask(self, planned: PlannedClip) -> torch.Tensor:
+        """mask_1THW float32 on the CPU."""
+        return self._cache.read((MASK, planned))
 
     def text(self, caption: str) -> torch.Tensor:
         """text_LD of the caption's true length, on the CPU."""
-        return self._cache.read(self._cache.text_path(caption), f"caption {caption!r}")
+        return self._cache.read((TEXT, caption))
 
 
-def tensors_of(source: Encode, planned: PlannedClip, caption: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(latents_CTHW, text_LD padded to TEXT_LEN)."""
-    return source.latents(planned), encode.pad_text(source.text(caption))
+def counted(entries: Mapping[Path, Entry]) -> str:
+    """`3 clips, 0 masks and 2 captions`."""
+    kinds = Counter(kind for kind, _ in entries.values())
+    masks = f", {kinds[MASK]} masks" if kinds[MASK] else ""
+    return f"{kinds[LATENTS]} clips{masks} and {kinds[TEXT]} captions"
+
+
+def tensors_of(source: Encode, planned: PlannedClip, caption: str
+               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(latents_CTHW, text_LD padded to TEXT_LEN, mask_1THW or None)."""
+    mask = planned.partners.get("mask")
+    return source.latents(planned), encode.pad_text(source.text(caption)), source.mask(mask) if mask else None

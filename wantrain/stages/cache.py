@@ -2,36 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import torch
 
 from wantrain import engine
 from wantrain.config import Config
-from wantrain.jobs import progress
-from wantrain.stages import Encoder, opened
+from wantrain.data import decode
+from wantrain.data.cache import LATENTS, MASK, TEXT, Entry, describe, leftovers
+from wantrain.jobs import TIME_LIMIT, in_workers, progress
+from wantrain.stages import Encoder, Opened, counted, num_workers, opened
+from wantrain.terms import PlannedClip, UserError
 
 
 def run(config: Config, arguments: Sequence[str]) -> None:
     """Build what is missing of the recipe's cache; with several processes each does its share."""
-    recipe = opened(config, arguments)
+    began = time.time()
     accelerator = engine.start(engine.world_size(), 1, [], Path(config.run.dir), 1.0)
+    with accelerator.main_process_first():  # it looks into new files, the others read what it noted
+        recipe = opened(config, arguments)
     everything = recipe.planned + recipe.heldout
-    captions = ["", *(p.clip.caption for p in everything)]
-    clips, texts = recipe.cache.missing(everything, captions)
+    entries = recipe.cache.entries(everything, recipe.captions)
+    missing = recipe.cache.missing(everything, recipe.captions)
     accelerator.wait_for_everyone()  # all have listed what is missing before any entry appears
-    mine = slice(accelerator.process_index, None, accelerator.num_processes)
-    if clips or texts:
+    mine = dict(list(missing.items())[accelerator.process_index :: accelerator.num_processes])
+    faults = []
+    if missing:
         encoder = Encoder(recipe, accelerator.device)
-        with progress(len(texts[mine]), 0, "caption", "captions", accelerator.is_main_process) as bar:
-            for caption in texts[mine]:
-                recipe.cache.write(recipe.cache.text_path(caption), encoder.text(caption), f"caption {caption!r}")
-                bar.update()
-        with progress(len(clips[mine]), 0, "clip", "clips", accelerator.is_main_process) as bar:
-            for planned in clips[mine]:
-                recipe.cache.write(recipe.cache.latents_path(planned), encoder.latents(planned),
-                                   f"clip {planned.clip.id}")
-                bar.update()
-    accelerator.wait_for_everyone()
+        encode_texts(recipe, encoder, mine, accelerator.is_main_process)
+        faults = encode_windows(recipe, encoder, mine, accelerator.is_main_process)
+    failed = engine.any_process(accelerator, bool(faults))
     if accelerator.is_main_process:
-        print(f"cache {recipe.cache.folder}: {len(everything)} clips and {len(set(captions))} captions ready "
-              f"({len(clips)} and {len(texts)} made now)")
+        recipe.cache.claim(config.run.name, entries)
+        for path in leftovers(recipe.cache.folder, began):
+            path.unlink(missing_ok=True)
+    if failed:
+        raise UserError(f"{len(faults)} of this process's clips cannot be decoded (everything else is cached):\n  "
+                        + "\n  ".join(faults), "replace these files or take them out of the manifest, or go on without "
+                        "them: data.allow_drops=true")
+    if accelerator.is_main_process:
+        print(f"cache {recipe.cache.folder}: {counted(entries)} ready ({counted(missing)} made now)")
+
+
+def encode_texts(recipe: Opened, encoder: Encoder, entries: Mapping[Path, Entry], is_main: bool) -> None:
+    """Write the features of the captions among `entries`."""
+    texts = [entry for entry in entries.values() if entry[0] == TEXT]
+    with progress(len(texts), 0, "caption", "captions", is_main) as bar:
+        for entry in texts:
+            recipe.cache.write(entry, encoder.text(str(entry[1])))
+            bar.update()
+
+
+def encode_windows(recipe: Opened, encoder: Encoder, entries: Mapping[Path, Entry], is_main: bool) -> list[str]:
+    """Write the latents and masks among `entries`, decoded by worker processes while this one encodes.
+
+    Returns what could not be decoded; that is remembered, but for what only took too long.
+    """
+    data, faults = recipe.config.data, []
+    num_windows = sum(kind != TEXT for kind, _ in entries.values())
+    with progress(num_windows, 0, "clip", "clips", is_main) as bar:
+        for kind in (LATENTS, MASK):
+            windows = [what for own, what in entries.values() if own == kind and isinstance(what, PlannedClip)]
+            for planned, result, why in in_workers(decode.frames_in_worker, windows, num_workers(recipe.config),
+                                                   data.timeout_s, "data.timeout_s"):
+                entry = (kind, planned)
+                frames, fault = result or (None, f"{describe(entry)}: {why}")
+                if frames is not None:
+                    frames_FCHW = torch.from_numpy(frames)
+                    tensor = encoder.encode(frames_FCHW) if kind == LATENTS else encoder.pool(frames_FCHW, planned)
+                    recipe.cache.write(entry, tensor)
+                else:
+                    faults.append(fault)
+                    if TIME_LIMIT not in fault:
+                        recipe.cache.remember_fault(entry, fault)
+                bar.update()
+    return faults

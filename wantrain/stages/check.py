@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 
 from wantrain import config as schema
 from wantrain import flow, lora
 from wantrain.config import Config
-from wantrain.stages import opened, spec_of
-from wantrain.terms import Bucket
-
-
-def num_tokens(bucket: Bucket, vae_px: int = 8, patch_px: int = 2) -> int:
-    """Transformer tokens of a clip: latent frames x patches."""
-    side = vae_px * patch_px
-    return (1 + (bucket.num_frames - 1) // 4) * (bucket.height // side) * (bucket.width // side)
+from wantrain.data.plan import cropped, enlarged, num_tokens, trimmed_s
+from wantrain.stages import Opened, counted, opened, spec_of
 
 
 def run(config: Config, arguments: Sequence[str]) -> None:
@@ -27,10 +22,9 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     modules = lora.inject(transformer, config.lora.targets, spec_of(config), config.train.seed)
     adapted = sum(p.numel() for p in lora.trainable(transformer).values())
     everything = recipe.planned + recipe.heldout
-    clips, texts = recipe.cache.missing(everything, ["", *(p.clip.caption for p in everything)])
-    samples = sum(p.clip.repeats for p in recipe.planned)
+    missing = recipe.cache.missing(everything, recipe.captions)
+    samples = float(sum(p.clip.repeats for p in recipe.planned))
     seen = config.train.num_steps * config.data.batch_size
-    multiple = recipe.variant.multiple_px // 2
     print(f"run          {config.run.name} in {recipe.run_dir}")
     print(f"base         {config.model.variant}, {total:,} parameters, {recipe.dtype}")
     for part, path in recipe.base.parts.items():
@@ -41,22 +35,49 @@ def run(config: Config, arguments: Sequence[str]) -> None:
             print(f"  merged     {path} at strength {strength:g}")
     print(f"adapter      {config.lora.kind.name}, rank {config.lora.rank}, alpha {config.lora.alpha:g} on "
           f"{len(modules)} modules: {adapted:,} trainable parameters")
-    for name, count in sorted(Counter(p.clip.source for p in everything).items()):
-        repeats = {p.clip.repeats for p in everything if p.clip.source == name}
-        print(f"source       {name}: {count} clips x {repeats.pop()} repeats")
-    for bucket, count in sorted(Counter(p.bucket for p in recipe.planned).items(), key=str):
-        print(f"bucket       {bucket}: {count} clips, {num_tokens(bucket, multiple)} tokens each")
+    print_data(recipe)
     print(f"steps        {config.train.num_steps} of {config.data.batch_size} samples = {seen / samples:.1f} epochs "
-          f"of {samples} samples")
+          f"of {samples:g} samples")
     shift = config.train.shift or recipe.variant.shift
     for own in trainings:
         low, high = own.sigmas
         share = flow.unshift_sigma(high, shift) - flow.unshift_sigma(low, shift)
         print(f"sigma        {f'{own.base.expert} noise expert: ' if own.base.expert else ''}uniform, shift {shift:g}, "
               f"in [{low:g}, {high:g}]: {share:.1%} of the schedule; timestep = 1000 * sigma")
-    print(f"cache        {recipe.cache.folder}: {len(clips)} clips and {len(texts)} captions still to encode")
+    print(f"cache        {recipe.cache.folder}: {counted(missing)} still to encode")
     for own in trainings:
         print(f"checkpoints  every {config.train.save_every} steps in {own.run_dir / 'checkpoints'}")
         print(f"export       {own.export_path}")
     print(f"trackers     {', '.join(['jsonl', *config.tracker.names])} (wandb {schema.wandb_mode()})")
-    print(f"next: wantrain {'cache' if clips or texts else 'train'} {' '.join(arguments)}")
+    print(f"next: wantrain {'cache' if missing else 'train'} {' '.join(arguments)}")
+
+
+def print_data(recipe: Opened) -> None:
+    """What becomes of every clip: used, dropped, trimmed, cropped, and by whom it is read."""
+    used, dropped = recipe.planned, recipe.plan.dropped
+    for source in sorted({p.clip.source for p in used} | {d.clip.source for d in dropped}):
+        windows = [p for p in used if p.clip.source == source]
+        clips = {p.clip.id for p in windows}
+        gone = Counter(d.kind for d in dropped if d.clip.source == source)
+        drops = "".join(f" + {count} dropped ({kind})" for kind, count in sorted(gone.items()))
+        more = f", {len(windows)} windows" if len(windows) != len(clips) else ""
+        repeats = f" x {windows[0].clip.repeats:g}" if windows else ""
+        found = len(clips) + sum(gone.values())
+        print(f"source       {source}: {found} clips = {len(clips)} used{drops}{repeats}{more}")
+    for one in dropped:
+        print(f"  dropped    {one.clip.id}: {one.reason}")
+    factors = recipe.factors
+    for bucket, count in sorted(Counter(p.bucket for p in used).items(), key=str):
+        size = recipe.config.data.batch_size * factors.get(bucket, 1)
+        print(f"bucket       {bucket}: {count} clips, {num_tokens(bucket, recipe.variant.multiple_px)} tokens each, "
+              f"{size} a step")
+    trims = [trimmed_s(list(windows)) for _, windows in itertools.groupby(used, key=lambda p: p.clip.id)]
+    large = [enlarged(p.bucket, p.found) for p in used]
+    lost = [cropped(p.bucket, p.found) for p in used]
+    print(f"trimmed      {sum(t > 0 for t in trims)} clips, {sum(trims):.1f} s of their spans are in no window"
+          + ("; data.extract=uniform misses nothing" if sum(trims) > 0 else ""))
+    print(f"cropped      {sum(x > 0.01 for x in lost)} windows, at most {max(lost):.0%} of the picture; enlarged "
+          f"{sum(x > 1.01 for x in large)}, at most x {max(large):.2f}")
+    readers = Counter(p.found.why_not_decord for p in used if p.found.why_not_decord not in ("", "image"))
+    if readers:
+        print("read by PyAV " + ", ".join(f"{count} ({why})" for why, count in readers.most_common()))

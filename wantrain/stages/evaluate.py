@@ -109,14 +109,14 @@ def style_distances(recipe: Opened, trios: Sequence[Trio]) -> dict[str, object]:
 
 
 def _frames(recipe: Opened, planned: Sequence[PlannedClip]) -> list[torch.Tensor]:
-    return [decode.read_clip(p.clip.path, p.clip.start_s, p.clip.end_s, recipe.variant.fps, p.bucket) for p in planned]
+    return [decode.read_window(p) for p in planned]
 
 
 def validation_losses(recipe: Opened, pipeline: sampling.WanPipeline) -> dict[str, object]:
     """Held-out loss of the base and of the LoRA, mean and at each sigma."""
     sigmas = recipe.config.validation.sigmas
     source = Cached(recipe)
-    pairs = [tensors_of(source, p, p.clip.caption) for p in recipe.heldout]
+    pairs = [tensors_of(source, p, p.clip.caption)[:2] for p in recipe.heldout]
     device = pipeline.transformer.device
     transformers, boundary = sampling.transformers_of(pipeline), recipe.variant.boundary or 0.0
     found: dict[str, object] = {"sigmas": sigmas}

@@ -8,7 +8,7 @@ from typing import cast
 
 import torch
 
-from wantrain.files import stream_tensors, write_json
+from wantrain.files import write_json
 from wantrain.jobs import progress
 from wantrain.models.base import lora_argument, open_transformer
 from wantrain.models.containers import Container
@@ -17,6 +17,7 @@ from wantrain.models.lora_updates import STORAGE, Update, merged_tensor, plan_me
 from wantrain.models.names import official_names, transformer_to_diffusers
 from wantrain.models.variants import Expert, detect, diffusers_config, is_diffusers_config
 from wantrain.options import parse
+from wantrain.tensors import stream_tensors
 from wantrain.terms import UserError
 
 USAGE = "wantrain merge BASE LORA[=STRENGTH] ... OUT.safetensors"

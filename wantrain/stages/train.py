@@ -20,14 +20,25 @@ from wantrain import __version__, engine, flow, lora, metrics, validation
 from wantrain import config as schema
 from wantrain.config import Config, DataMode, Resume
 from wantrain.data import batches
-from wantrain.data.batches import Order, Split
+from wantrain.data.batches import Draws, Order, Split
 from wantrain.engine import Accelerator, checkpoint
 from wantrain.files import write_json, write_text
 from wantrain.models import hub
 from wantrain.models.base import for_expert
 from wantrain.models.encode import predict_velocity
 from wantrain.models.lora_updates import read_adapter
-from wantrain.stages import Cached, Encode, Encoder, Opened, manifest_digest, opened, spec_of, tensors_of
+from wantrain.stages import (
+    Cached,
+    Encode,
+    Encoder,
+    Opened,
+    Streamed,
+    manifest_digest,
+    num_workers,
+    opened,
+    spec_of,
+    tensors_of,
+)
 from wantrain.terms import Batch, Interrupted, UserError
 
 
@@ -121,9 +132,11 @@ def prepare(recipe: Opened) -> Training:
 def train(training: Training, source: Encode, step: int, stopper: Stopper) -> int:
     """The loop: from `step` to the last, or to where the user stopped it; returns the steps done."""
     config, recipe, accelerator = training.config, training.recipe, training.accelerator
-    heldout = [tensors_of(source, p, p.clip.caption) for p in recipe.heldout] if config.validation.every_steps else []
+    heldout = []
+    if config.validation.every_steps:
+        heldout = [tensors_of(source, p, p.clip.caption)[:2] for p in recipe.heldout]
     last, stop = config.train.num_steps, False
-    ahead = batches.ahead(range(step, last), batch_maker(training, source), config.data.mode is DataMode.cache)
+    ahead = batches.ahead(range(step, last), batch_maker(training, source, step))
     with metrics.Metrics(recipe.run_dir / "metrics.jsonl", accelerator.log, step, last,
                          accelerator.is_main_process) as board:
         while step < last and not stop:
@@ -147,14 +160,28 @@ def train(training: Training, source: Encode, step: int, stopper: Stopper) -> in
     return step
 
 
-def batch_maker(training: Training, source: Encode) -> Callable[[int], list[Batch]]:
-    """step -> this process's micro-batches of it."""
-    config, accelerator = training.config, training.accelerator
-    order = Order(training.recipe.planned, config.data.batch_size, config.train.seed)
+def batch_maker(training: Training, source: Encode, start: int) -> Callable[[int], list[Batch]]:
+    """step -> this process's micro-batches of it, for steps in order from `start`."""
+    config, recipe, accelerator = training.config, training.recipe, training.accelerator
     split = Split(config.data.batch_size, config.train.micro_batch_size, accelerator.num_processes,
                   accelerator.process_index)
-    return lambda step: batches.micro_batches(order, split, step, config.data.caption_dropout,
-                                              lambda planned, caption: tensors_of(source, planned, caption))
+    shift = recipe.variant.shift if config.train.shift is None else config.train.shift
+    draws = Draws(shift, recipe.sigmas, config.data.caption_dropout, config.data.tag_orders)
+    order = order_of(recipe)
+    if isinstance(source, Encoder):
+        coming = batches.coming(order_of(recipe), split, range(start, config.train.num_steps))
+        source = Streamed(source, coming, num_workers(config), config.data.timeout_s)
+
+    def make(step: int) -> list[Batch]:
+        made = batches.micro_batches(order, split, step, draws, lambda p, caption: tensors_of(source, p, caption))
+        return [batches.pinned(batch) for batch in made] if training.device.type == "cuda" else made
+
+    return make
+
+
+def order_of(recipe: Opened) -> Order:
+    """Which windows make each step."""
+    return Order(recipe.planned, recipe.config.data.batch_size, recipe.config.train.seed, recipe.factors)
 
 
 def train_step(training: Training, step: int, micro_batches: Sequence[Batch]) -> dict[str, float]:
@@ -165,7 +192,7 @@ def train_step(training: Training, step: int, micro_batches: Sequence[Batch]) ->
     losses, grad_norm = [], math.nan
     for batch in micro_batches:
         with accelerator.accumulate(training.model):
-            loss_B = batch_loss(training, batch, step)
+            loss_B = batch_loss(training, batch)
             refuse_non_finite(training, step, "loss", loss_B, batch)
             losses.append(loss_B.detach())
             accelerator.backward(loss_B.mean())
@@ -177,19 +204,19 @@ def train_step(training: Training, step: int, micro_batches: Sequence[Batch]) ->
     return {"loss": float(engine.gather(accelerator, torch.cat(losses)).mean()), "grad_norm": grad_norm, "lr": lr}
 
 
-def batch_loss(training: Training, batch: Batch, step: int) -> torch.Tensor:
-    """loss_B of one micro-batch: sigma and noise from (seed, step, index), mix, predict, compare."""
-    config, dtype, device = training.config, training.recipe.dtype, training.device
-    shift = training.recipe.variant.shift if config.train.shift is None else config.train.shift
-    sigma_B = flow.draw_sigma(config.train.seed, step, batch.index_B, config.data.batch_size, shift,
-                              within=training.recipe.sigmas)
-    noise = flow.draw_noise(config.train.seed, step, batch.index_B, batch.latents_BCTHW.shape[1:])
-    noisy = flow.mix(batch.latents_BCTHW, noise, sigma_B)
-    target = flow.velocity(batch.latents_BCTHW, noise)
+def batch_loss(training: Training, batch: Batch) -> torch.Tensor:
+    """loss_B of one micro-batch: mix, predict, compare."""
+    dtype, device = training.recipe.dtype, training.device
+    latents, noise, sigma_B, text = (t.to(device, non_blocking=True) for t in (
+        batch.latents_BCTHW, batch.noise_BCTHW, batch.sigma_B, batch.text_BLD))
+    noisy = flow.mix(latents, noise, sigma_B)
     with engine.autocast(device, dtype):
-        predicted = predict_velocity(training.model, noisy.to(device, dtype), sigma_B.to(device),
-                                     batch.text_BLD.to(device, dtype))
-    return flow.loss_per_sample(predicted, target.to(device))
+        predicted = predict_velocity(training.model, noisy.to(dtype), sigma_B, text.to(dtype))
+    weight = None
+    if batch.mask_B1THW is not None:
+        background = training.config.train.mask_background
+        weight = background + (1 - background) * batch.mask_B1THW.to(device)
+    return flow.loss_per_sample(predicted, flow.velocity(latents, noise), weight)
 
 
 def refuse_non_finite(training: Training, step: int, what: str, values: torch.Tensor, batch: Batch) -> None:

@@ -1,0 +1,221 @@
+"""What a media file is and where its bytes are. (Without torch or decord, so that worker processes start at once.)"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from wantrain.files import digest_file, digest_text
+from wantrain.jobs import in_workers, progress
+from wantrain.terms import IMAGE_SUFFIXES, Found, Media, Remote, UserError
+
+LOOK_VERSION = 1
+"""Raise this when `Found` or what fills it changes."""
+
+PLAYLISTS = frozenset({"hls", "dash", "concat", "imf"})
+"""Formats that only point to other files or addresses: never followed."""
+
+NARROW_PX = 64
+"""decord 0.6 takes the padding of a row for more colour channels below this width (seen: 48 px gave 4 channels)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What demuxing tells: shown frames' times (seconds, sorted), duration in seconds, size in pixels, who reads.
+
+    Times count from the first frame that has one, which is `start_s` on the file's own clock.
+    """
+
+    times_s: np.ndarray
+    duration_s: float
+    width: int
+    height: int
+    why_not_decord: str
+    start_s: Fraction = Fraction(0)
+
+    @property
+    def aspect(self) -> float:
+        return self.height / self.width
+
+
+def broken(path: Path, reason: object) -> UserError:
+    """The error for a file that does not decode."""
+    return UserError(f"{path} cannot be decoded: {reason}",
+                     "replace the file or take it out of the manifest, then run the same command again")
+
+
+def probe(path: Path) -> Probe:
+    """Demux `path` without decoding more than a frame (an image is one frame at 0 s). Raises UserError."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise broken(path, error.strerror) from error
+    return _probe_file(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4)  # the spans of one film follow each other, and each would demux all of it
+def _probe_file(path: Path, size: int, mtime_ns: int) -> Probe:
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        width, height = read_image(path).size
+        return Probe(np.zeros(1), 0.0, width, height, "image")
+    try:
+        with open_video(path) as container:
+            return _probe(container)
+    except (av.FFmpegError, IndexError, ValueError) as error:
+        raise broken(path, error) from error
+
+
+def open_video(path: Path) -> av.container.InputContainer:
+    """The container, forbidden to reach beyond this machine's files."""
+    return av.open(str(path.absolute()), options={"protocol_whitelist": "file"}, metadata_errors="replace")
+
+
+def _probe(container: av.container.InputContainer) -> Probe:
+    if container.format.name in PLAYLISTS:
+        raise ValueError(f"a playlist ({container.format.name}), not a film")
+    if not container.streams.video:
+        raise ValueError("no video in it")
+    stream = container.streams.video[0]
+    assert stream.time_base is not None
+    times, ends, num_discarded = [], [], 0
+    for packet in container.demux(stream):
+        if packet.pts is None:
+            continue
+        num_discarded += packet.is_discard
+        if not packet.is_discard:
+            times.append(packet.pts * stream.time_base)
+            ends.append((packet.pts + (packet.duration or 0)) * stream.time_base)
+    if not times:
+        raise ValueError("no video frames")
+    start = min(times)
+    width, height = stream.codec_context.width, stream.codec_context.height
+    unsafe = {
+        "edit list": num_discarded > 0,
+        container.format.name: container.format.name in ("mpegts", "gif"),
+        "av1": stream.codec_context.name in ("av1", "libdav1d", "libaom-av1"),
+        "truncated": len(times) + num_discarded < stream.frames,
+        f"narrower than {NARROW_PX} px": min(width, height) < NARROW_PX,
+    }
+    if _quarter_turns(container, stream) % 2:
+        width, height = height, width
+    step = Fraction(1) / (stream.average_rate or 25)
+    duration = max(*ends, max(times) + (step if max(ends) == max(times) else 0)) - start
+    why = ", ".join(reason for reason, found in unsafe.items() if found)
+    return Probe(np.array(sorted(float(t - start) for t in times)), float(duration), width, height, why, start)
+
+
+def _quarter_turns(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> int:
+    """Quarter turns of the display matrix, read from the first decodable frame."""
+    container.seek(0)
+    for frame in container.decode(stream):
+        return (frame.rotation // 90) % 4
+    raise ValueError("no frame decodes")
+
+
+def read_image(path: Path) -> Image.Image:
+    """The image, decoded and turned upright. Raises UserError."""
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            image.load()
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        raise broken(path, error) from error
+    return image
+
+
+@contextlib.contextmanager
+def local(media: Media) -> Iterator[Path]:
+    """A path to the bytes: the file itself, or a copy that is gone after the block.
+
+    The copy's name is ours but for its ending: names inside shards are never trusted. Raises UserError.
+    """
+    if isinstance(media, Path):
+        yield media
+        return
+    with tempfile.TemporaryDirectory(prefix="wantrain-") as folder:
+        path = Path(folder) / f"media{media.suffix if media.suffix.isascii() else ''}"
+        path.write_bytes(fetch(media))
+        yield path
+
+
+def fetch(media: Remote) -> bytes:
+    """The bytes themselves."""
+    import fsspec  # only where something is not a plain local file
+
+    end = media.offset + media.size if media.size >= 0 else None
+    try:
+        filesystem, path = fsspec.core.url_to_fs(media.url)
+        data: bytes = filesystem.cat_file(path, media.offset, end)
+    except (OSError, ImportError, ValueError) as error:
+        raise UserError(f"{media} cannot be read: {error}", "check the address and your credentials") from error
+    if 0 <= media.size != len(data):
+        raise UserError(f"{media} is cut off: {len(data)} of {media.size} bytes", "replace the shard")
+    return data
+
+
+def look(media: Media) -> Found:
+    """Digest and demux one file, in this process. A bad file is told by `fault`, not by an exception."""
+    try:
+        with local(media) as path:
+            seen = probe(path)
+            return Found(digest_file(path), round(seen.duration_s, 6), seen.width, seen.height, seen.why_not_decord)
+    except UserError as error:
+        return Found(fault=error.message.partition(" cannot be decoded: ")[2] or error.message)
+    except OSError as error:
+        return Found(fault=error.strerror or str(error))
+
+
+def look_all(media: Sequence[Media], folder: Path, jobs: int, timeout_s: float) -> dict[Media, Found]:
+    """What each file holds, found out in `jobs` processes with `timeout_s` seconds for each.
+
+    What was found is remembered in `folder`, under the file's path, size and time of change (or its `key`), so that
+    another start, or another process, only reads what is new. Faulty files are looked at anew.
+    """
+    memory = folder / "sources.jsonl"
+    keys = {one: _key(one) for one in media}
+    known = _remembered(memory)
+    found = {one: known[key] for one, key in keys.items() if key in known}
+    unknown = [one for one in keys if one not in found]
+    if not unknown:
+        return found
+    folder.mkdir(parents=True, exist_ok=True)
+    with memory.open("a", encoding="utf-8") as file, progress(len(keys), len(found), "file", "look", delay_s=2) as bar:
+        file.write("\n")  # ends a line that a kill cut off
+        for one, seen, why in in_workers(look, unknown, jobs, timeout_s, "data.timeout_s"):
+            found[one] = seen or Found(fault=why)
+            if not found[one].fault:
+                file.write(json.dumps({"key": keys[one], **dataclasses.asdict(found[one])}) + "\n")
+                file.flush()
+            bar.update()
+    return found
+
+
+def _key(media: Media) -> str:
+    if isinstance(media, Remote):
+        return digest_text(LOOK_VERSION, media.url, media.name, media.key, media.offset, media.size)
+    with contextlib.suppress(OSError):
+        status = media.stat()
+        return digest_text(LOOK_VERSION, media.resolve(), status.st_size, status.st_mtime_ns)
+    return digest_text(LOOK_VERSION, media)
+
+
+def _remembered(memory: Path) -> dict[str, Found]:
+    """What is known, by key; a line cut off by a crash is left out."""
+    known = {}
+    for line in memory.read_text(encoding="utf-8").splitlines() if memory.exists() else ():
+        with contextlib.suppress(ValueError, TypeError):
+            row = json.loads(line)
+            key = row.pop("key")
+            known[key] = Found(**row)
+    return known
