@@ -15,6 +15,7 @@ from wantrain.terms import EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserE
 
 VERBS = {
     "check": "compose the config and say what it would do, without loading weights",
+    "report": "an HTML page of the data: what the model will see, what is dropped and why, tokens, cache size",
     "cache": "decode clips, encode them and their captions, once",
     "train": "train the LoRA, going on from the newest checkpoint",
     "export": "write the LoRA as .safetensors for ComfyUI and diffusers, proven by reading it back",
@@ -48,7 +49,8 @@ FILE_VERBS = {
         "rank=32": "of every module", "format=universal": "as for convert", "dtype=float32": "or bfloat16, float16",
         "rest=refuse": "when norms or biases changed; diff: keep them whole (comfy_updown), drop: leave them out",
     }),
-    "prune": FileVerb("list what each run needs of a cache, and delete what none does", "prune CACHE_FOLDER [RUN ...]", {
+    "prune": FileVerb("list what each run needs of a cache, and delete what none does",
+                      "prune CACHE_FOLDER [RUN ...]", {
         "delete=no": "yes: delete it; else it is only counted",
         "verify=no": "yes: read every entry and count damaged ones as not needed",
     }),

@@ -257,6 +257,12 @@ class Evaluate:
 
 
 @dataclass(slots=True)
+class Report:
+    num_windows: int = 60
+    """Windows that the data report shows as clips, spread evenly over the set; its tables count all."""
+
+
+@dataclass(slots=True)
 class Export:
     format: LoraFormat = LoraFormat.universal
     """universal loads right in most tools; comfy_updown or kohya for loha and lokr; diffusers or peft for dora."""
@@ -283,6 +289,7 @@ class Config:
     validation: Validation = field(default_factory=Validation)
     sampler: Sampler = field(default_factory=Sampler)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    report: Report = field(default_factory=Report)
     export: Export = field(default_factory=Export)
     tracker: Tracker = field(default_factory=Tracker)
 
@@ -321,7 +328,8 @@ class Config:
         for key, number in {"lora.rank": self.lora.rank, "train.num_steps": train.num_steps,
                             "train.micro_batch_size": train.micro_batch_size, "data.batch_size": data.batch_size,
                             "train.save_every": train.save_every, "train.log_every": train.log_every,
-                            "train.keep_checkpoints": train.keep_checkpoints}.items():
+                            "train.keep_checkpoints": train.keep_checkpoints,
+                            "report.num_windows": self.report.num_windows}.items():
             yield number >= 1, key, number, "1 or more"
         yield data.batch_size % train.micro_batch_size == 0, "data.batch_size", data.batch_size, \
             f"a multiple of train.micro_batch_size ({train.micro_batch_size})"
@@ -348,7 +356,7 @@ def _is_range(limit: object) -> bool:
     return numbers and bool(bounds) and bounds == sorted(bounds)
 
 
-HARMLESS_TO_RESUME = ("run.", "sampler.", "evaluate.", "export.", "tracker.", "validation.", "data.mode",
+HARMLESS_TO_RESUME = ("run.", "sampler.", "evaluate.", "report.", "export.", "tracker.", "validation.", "data.mode",
                       "data.cache_dir", "data.heldout", "data.num_workers", "data.timeout_s",
                       "data.allow_drops", "train.num_steps", "train.micro_batch_size",
                       "train.save_every", "train.keep_checkpoints", "train.log_every", "train.resume",

@@ -21,7 +21,7 @@ TIME_LIMIT = "not finished after"
 """Begins the reason of an item that ran into the time limit."""
 
 
-def progress(total: int, start: int, unit: str, what: str = "", main: bool = True, delay_s: float = 0
+def progress(total: int, start: int, unit: str, what: str = "", main: bool = True, *, delay_s: float = 0
              ) -> tqdm[NoReturn]:
     """A progress bar: live on a terminal, a line every ten seconds in a log, silent on all but the main process and in
     the first `delay_s` seconds.

@@ -16,16 +16,22 @@ GAP_PX = 6
 LABEL_PX = 16
 
 
-def write_mp4(path: Path, frames_FCHW: torch.Tensor, fps: float) -> None:
-    """H.264, yuv420p, visually lossless (crf 16): plays in browsers. Sizes must be even."""
+def write_mp4(path: Path, frames_FCHW: torch.Tensor, fps: float, crf: int = 16) -> None:
+    """H.264, yuv420p, at `crf` 16 visually lossless: plays in browsers. Sizes must be even."""
     with atomic_path(path) as temporary, av.open(str(temporary), "w", format="mp4",
                                                  container_options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001),
-                                      options={"crf": "16"})
+                                      options={"crf": str(crf)})
         stream.height, stream.width, stream.pix_fmt = frames_FCHW.shape[2], frames_FCHW.shape[3], "yuv420p"
         for frame_HWC in frames_FCHW.movedim(1, -1).contiguous().numpy():
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")))
         container.mux(stream.encode())
+
+
+def write_png(path: Path, picture_CHW: torch.Tensor) -> None:
+    """One uint8 picture."""
+    with atomic_path(path) as temporary:
+        Image.fromarray(picture_CHW.movedim(0, -1).contiguous().numpy()).save(temporary, "PNG")
 
 
 def contact_sheet(path: Path, rows: Sequence[Sequence[torch.Tensor]], columns: Sequence[str], labels: Sequence[str]

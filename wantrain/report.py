@@ -1,4 +1,4 @@
-"""The evaluation report: one HTML file with everything inside, that opens from disk without a network."""
+"""The pages: one HTML file each with everything inside, that opens from disk without a network."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 CONDITION_NAMES = {"base": "base", "lora_with_trigger": "LoRA with trigger", "lora_without_trigger": "LoRA, no trigger"}
 CURVE_PX = (640, 200)
@@ -16,19 +16,30 @@ CURVE_PX = (640, 200)
 def html(name: str, trigger: str, numbers: Mapping[str, Any], lines: Mapping[str, Sequence[Mapping[str, float]]],
          trios: Sequence[tuple[str, int, Mapping[str, Path]]]) -> str:
     """The page: numbers, videos side by side, a loss curve for each training (by expert), settings, provenance."""
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "assets"), autoescape=True,
-                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    rows = [{"prompt": prompt, "seed": seed, "videos": {c: _data_url(p) for c, p in files.items()}}
+    rows = [{"prompt": prompt, "seed": seed, "videos": {c: data_url(p) for c, p in files.items()}}
             for prompt, seed, files in trios]
     tables = [("settings", numbers["settings"]), *((f"run {expert}", run) for expert, run in numbers["run"].items()),
               *((f"LoRA file {lora['path']}", lora["metadata"]) for lora in numbers["loras"])]
-    return environment.get_template("report.html.j2").render(
+    return _template("report.html.j2").render(
         name=name, trigger=trigger, numbers=numbers, rows=rows, tables=tables, conditions=CONDITION_NAMES,
         curves={expert: curve(found) for expert, found in lines.items()}, size=CURVE_PX)
 
 
-def _data_url(path: Path) -> str:
-    return "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
+def data_html(page: Mapping[str, Any]) -> str:
+    """The page of the data: what `wantrain report` found, with its clips inside."""
+    return _template("data.html.j2").render(page)
+
+
+def _template(name: str) -> Template:
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "assets"), autoescape=True,
+                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template(name)
+
+
+def data_url(path: Path) -> str:
+    """A video or picture as a URL that holds it."""
+    kind = {".mp4": "video/mp4", ".png": "image/png"}[path.suffix]
+    return f"data:{kind};base64," + base64.b64encode(path.read_bytes()).decode()
 
 
 def curve(lines: Sequence[Mapping[str, float]]) -> dict[str, Any]:

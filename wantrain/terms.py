@@ -109,7 +109,7 @@ class Clip:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What looking into a file told: the digest of its bytes, its length, its size as shown, and who reads it.
+    """What looking into a file told: digest of its bytes, length, size as shown, number of frames, and who reads it.
 
     `why_not_decord` is empty when decord does, "image" for an image. `fault` is empty for a usable file.
     """
@@ -119,6 +119,7 @@ class Found:
     width: int = 0
     height: int = 0
     why_not_decord: str = ""
+    num_frames: int = 0
     fault: str = ""
 
 

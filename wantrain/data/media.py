@@ -169,7 +169,8 @@ def look(media: Media) -> Found:
     try:
         with local(media) as path:
             seen = probe(path)
-            return Found(digest_file(path), round(seen.duration_s, 6), seen.width, seen.height, seen.why_not_decord)
+            return Found(digest_file(path), round(seen.duration_s, 6), seen.width, seen.height, seen.why_not_decord,
+                         len(seen.times_s))
     except UserError as error:
         return Found(fault=error.message.partition(" cannot be decoded: ")[2] or error.message)
     except OSError as error:

@@ -132,9 +132,10 @@ class Base:
             module = UMT5EncoderModel(UMT5Config(**(container.config or sizes.UMT5_XXL)))
         load_into(module, container, names.t5_rename(container.names()), dtype=dtype, device=device)
         module = module.requires_grad_(False).eval().to(device)
-        return WanPipeline(tokenizer=self._tokenizer(), text_encoder=module, transformer=None, vae=None, scheduler=None)
+        return WanPipeline(tokenizer=self.tokenizer(), text_encoder=module, transformer=None, vae=None, scheduler=None)
 
-    def _tokenizer(self) -> Any:
+    def tokenizer(self) -> Any:
+        """The umT5 tokenizer by itself."""
         path = self.parts["tokenizer"]
         if path.is_dir():
             return AutoTokenizer.from_pretrained(path)

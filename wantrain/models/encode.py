@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from transformers import PreTrainedTokenizerBase
 
 from wantrain.flow import timestep
 from wantrain.terms import TEXT_LEN, Bucket
@@ -59,9 +61,9 @@ def pad_text(text_LD: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(text_LD, (0, 0, 0, TEXT_LEN - text_LD.shape[0]))
 
 
-def count_tokens(text: WanPipeline, caption: str) -> int:
+def count_tokens(tokenizer: PreTrainedTokenizerBase, caption: str) -> int:
     """Tokens of a caption, end mark included, before any truncation to TEXT_LEN."""
-    return len(text.tokenizer(caption).input_ids)
+    return len(tokenizer(prompt_clean(caption)).input_ids)
 
 
 def predict_velocity(

@@ -119,8 +119,11 @@ def clips_of(config: Config) -> tuple[list[Clip], list[Clip]]:
     return training, manifest.read(manifest.Source("heldout", config.data.heldout, fetched=fetched))
 
 
-def opened(config: Config, recipe_arguments: Sequence[str]) -> Opened:
-    """Check everything that can be checked without loading weights. `recipe_arguments` are the user's overrides."""
+def opened(config: Config, recipe_arguments: Sequence[str], refuse: bool = True) -> Opened:
+    """Check everything that can be checked without loading weights. `recipe_arguments` are the user's overrides.
+
+    Without `refuse`, clips that cannot be used are only told in the plan.
+    """
     variant, data = variant_of(config), config.data
     base = find(variant, config.model.path, config.model.parts, config.model.merge)
     cache_dir = Path(data.cache_dir)
@@ -134,7 +137,8 @@ def opened(config: Config, recipe_arguments: Sequence[str]) -> Opened:
                        variant.fps, data.extract.name, data.limits)
     placed = _without_faults(plan.place(training, found, rules), cache)
     apart = _without_faults(plan.place(heldout, found, replace(rules, extract="head", limits={})), cache)
-    refuse_drops([*placed.dropped, *apart.dropped], data.allow_drops)
+    if refuse:
+        refuse_drops([*placed.dropped, *apart.dropped], data.allow_drops)
     if not placed.used:
         raise UserError(f"none of {placed.num_found} clips can be used", "wantrain check says why; look at data.limits")
     return Opened(config, base, list(rules.buckets), Plan(_weighted(placed.used, config), placed.dropped), apart.used,
