@@ -14,7 +14,6 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ from data_tools.command import (
 )
 from wantrain.data import decode
 from wantrain.data.media import PLAYLISTS, open_video
-from wantrain.files import write_text
+from wantrain.files import remembered, write_text
 from wantrain.jobs import TIME_LIMIT, in_workers, progress
 from wantrain.terms import IMAGE_SUFFIXES, UserError
 
@@ -286,14 +285,7 @@ def probe_files(paths: Collection[Path], jobs: int, timeout_s: float, probe: Cal
 
 def read(out: Path) -> list[Probed]:
     """The lines of an output of this tool; a last line cut off by a crash is left out. Paths are made usable."""
-    if not out.exists():
-        return []
-    found = []
-    for line in out.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError, TypeError):  # a cut line, or fields of another version
-            row = json.loads(line)
-            found.append(Probed(**row | {"path": str(absolute(out.parent / row["path"]))}))
-    return found
+    return list(remembered(out, lambda row: Probed(**row | {"path": str(absolute(out.parent / row["path"]))})))
 
 
 def _line(found: Probed, out: Path) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -42,7 +41,7 @@ from data_tools.command import (
     stamp,
 )
 from wantrain.data import decode
-from wantrain.files import atomic_path, digest_text, write_text
+from wantrain.files import atomic_path, digest_text, remembered, write_text
 from wantrain.jobs import in_workers, progress
 from wantrain.terms import IMAGE_SUFFIXES, UserError
 
@@ -323,14 +322,9 @@ def run(paths: Sequence[Path], out: Path, rules: Rules, cut_to: Path | None, *, 
 
 
 def _remembered(memory: Path) -> dict[str, Split]:
-    """Outcomes by key; a last line cut off by a crash is left out."""
-    known = {}
-    for line in memory.read_text(encoding="utf-8").splitlines() if memory.exists() else ():
-        with contextlib.suppress(ValueError, TypeError):
-            row = json.loads(line)
-            key = row.pop("key")
-            known[key] = Split(**row | {"spans": tuple(Span(**span) for span in row["spans"])})
-    return known
+    """Outcomes by key."""
+    return dict(remembered(memory, lambda row: (
+        row.pop("key"), Split(**row | {"spans": tuple(Span(**span) for span in row["spans"])}))))
 
 
 def _row(job: Job, span: Span, out: Path) -> dict[str, Any]:
@@ -353,7 +347,7 @@ def _merged(out: Path, films: Collection[str], rows: Sequence[dict[str, Any]]) -
     UserError where a caption would be lost, because its span is no longer there.
     """
     try:
-        old = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] if out.exists() else []
+        old = [json.loads(line) for line in out.read_text(encoding="utf-8").split("\n") if line] if out.exists() else []
         ours = {row["id"]: row for row in old if "id" in row and shot_of(row["id"]).rpartition("@")[0] in films}
     except (ValueError, TypeError) as error:
         raise UserError(f"{out} is there and is no manifest of JSON lines: {error}", "give another --out") from error

@@ -6,11 +6,13 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from wantrain.terms import UserError
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -48,6 +50,16 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def remembered(path: Path, make: Callable[[dict[str, Any]], T]) -> Iterator[T]:
+    """What `make` makes of the rows of a journal of JSON lines, none where it is not there.
+
+    Left out are a line that a kill cut off and rows that `make` refuses, such as those with fields of another version.
+    """
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            yield make(json.loads(line))
 
 
 def digest_text(*parts: object) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from wantrain.files import digest_text, write_json
+from wantrain.files import digest_text, remembered, write_json
 from wantrain.tensors import digest_tensors, read_tensors, write_tensors
 from wantrain.terms import PlannedClip, UserError
 
@@ -95,12 +95,7 @@ class Cache:
 
     def faults(self) -> dict[str, str]:
         """Why windows could not be decoded in an earlier run, by the name of their entry."""
-        known = {}
-        for line in self._faults.read_text(encoding="utf-8").splitlines() if self._faults.exists() else ():
-            with contextlib.suppress(ValueError, KeyError):
-                row = json.loads(line)
-                known[row["entry"]] = str(row["fault"])
-        return known
+        return dict(remembered(self._faults, lambda row: (row["entry"], str(row["fault"]))))
 
     def remember_fault(self, entry: Entry, fault: str) -> None:
         """Note that the window of this entry cannot be decoded, so that the next plan knows."""

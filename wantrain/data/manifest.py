@@ -119,17 +119,15 @@ def _lines(path: str) -> Iterator[tuple[str, Row]]:
             return
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield f"line {number}", _parse(path, number, line)
+                yield f"line {number}", _parsed(line)
 
 
-def _parse(path: str, number: int, line: str) -> dict[str, Any]:
+def _parsed(line: str) -> Row:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} line {number}: not JSON: {error}", "mend the line") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{path} line {number}: expected an object with video and caption", "mend the line")
-    return row
+        return {"fault": f"not JSON: {error}"}
+    return row if isinstance(row, dict) else {"fault": "expected an object with video and caption"}
 
 
 def _folder(path: str) -> Iterator[tuple[str, Row]]:
@@ -209,6 +207,8 @@ def _number(column: str, value: Any) -> float | None:
 def _captions(row: Row) -> list[str]:
     """Every caption of the clip, on one line each; empty where the row has none."""
     further = row.get("captions") or []
+    if isinstance(further, str) and further.startswith("["):  # a cell of a .csv
+        further = json.loads(further)
     if isinstance(further, str) or not all(isinstance(text, str) for text in further):
         raise ValueError("captions is a list of texts")
     first = [] if row.get("caption") is None else [str(row["caption"])]

@@ -16,7 +16,7 @@ import av
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from wantrain.files import digest_file, digest_text
+from wantrain.files import digest_file, digest_text, remembered
 from wantrain.jobs import in_workers, progress
 from wantrain.terms import IMAGE_SUFFIXES, Found, Media, Remote, UserError
 
@@ -212,11 +212,5 @@ def _key(media: Media) -> str:
 
 
 def _remembered(memory: Path) -> dict[str, Found]:
-    """What is known, by key; a line cut off by a crash is left out."""
-    known = {}
-    for line in memory.read_text(encoding="utf-8").splitlines() if memory.exists() else ():
-        with contextlib.suppress(ValueError, TypeError):
-            row = json.loads(line)
-            key = row.pop("key")
-            known[key] = Found(**row)
-    return known
+    """What is known, by key."""
+    return dict(remembered(memory, lambda row: (row.pop("key"), Found(**row))))

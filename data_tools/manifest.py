@@ -1,0 +1,814 @@
+"""Manifests as a whole: make one of folders, check it, merge several, hold clips out, say what is in it.
+
+    python -m data_tools.manifest build films/ stills/ --out manifest.jsonl
+    python -m data_tools.manifest check manifest.jsonl --trigger sks
+    python -m data_tools.manifest merge a.jsonl b.jsonl --out all.jsonl
+    python -m data_tools.manifest split all.jsonl --train train.jsonl --heldout heldout.jsonl --share 0.1
+    python -m data_tools.manifest stats all.jsonl
+
+Read are .jsonl, .csv and .parquet, written is .jsonl. Columns that are not known here stay as they are, faults are
+told together with their lines, and nothing is written where there is one. Media are only read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import csv
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import re
+import statistics
+import sys
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_tools.command import (
+    absolute,
+    add_job_arguments,
+    answer,
+    check_openable,
+    find_files,
+    json_line,
+    positive,
+    relative,
+    shown,
+    stamp,
+)
+from wantrain.data import media
+from wantrain.files import digest_text, remembered, write_text
+from wantrain.jobs import in_workers, progress
+from wantrain.terms import IMAGE_SUFFIXES, Found, UserError
+
+KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "video": (str, "a path"), "control": (str, "a path"), "mask": (str, "a path"), "caption": (str, "a text"),
+    "captions": (list, "a list of texts"), "start_s": ((int, float), "a number of seconds"),
+    "end_s": ((int, float), "a number of seconds"), "id": ((str, int), "a text"), "duplicate_of": ((str, int), "an id")}
+"""What the columns of `wantrain.data.manifest` hold; any other is a measurement. (Its module would be imported by every
+worker process, and takes seconds.)"""
+
+MEDIA = ("video", "control", "mask")
+
+OF_SPLIT = re.compile(r"(?P<shot>(?P<film>.+)@\d+\.\d{3})#\d+")
+"""An id that `data_tools.split` gave; its `shot_of` is the group of this name."""
+
+TOUCHING_S = 1e-6
+"""Spans nearer than this touch. Those of neighbouring shots are `split.GUARD_S` apart, which is more."""
+
+LENGTHS_S = (0, 1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 60, math.inf)
+NUMS_FRAMES, FPS = (17, 33, 49, 81), (16, 24)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Row:
+    """One row of a manifest: `values` as they are written, `place` for messages, `folder` that its paths begin at."""
+
+    folder: Path
+    place: str
+    values: dict[str, Any]
+
+    @property
+    def line(self) -> str:
+        """The place without its file."""
+        return " ".join(self.place.split(" ")[-2:])
+
+    @property
+    def id(self) -> str:
+        return str(self.values.get("id") or self.values["video"])
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """Seconds of the source; infinite for 'to its end'."""
+        end_s = self.values.get("end_s")
+        return float(self.values.get("start_s") or 0), math.inf if end_s is None else float(end_s)
+
+    @property
+    def clip(self) -> tuple[str, float, float]:
+        """What makes it the same clip in another manifest: the file, its links followed, and the span."""
+        return _real(self.where("video")), *self.span
+
+    @property
+    def captions(self) -> list[str]:
+        """Every caption that says something, on one line each."""
+        texts = [self.values.get("caption") or "", *(self.values.get("captions") or [])]
+        return list(dict.fromkeys(line for text in texts if (line := " ".join(text.split()))))
+
+    def where(self, column: str) -> str:
+        """The path from the root, or the URL, of a video, control or mask; '' where there is none."""
+        name = self.values.get(column) or ""
+        return _located(self.folder, name) if name and not is_url(name) else name
+
+
+@functools.cache  # a film has many rows, and finding the way is slow
+def _located(folder: Path, name: str) -> str:
+    return str(absolute(folder / name))
+
+
+@functools.cache
+def _real(where: str) -> str:
+    return where if is_url(where) else os.path.realpath(where)
+
+
+def is_url(name: str) -> bool:
+    """Whether it names what is on another machine, which is not looked into here."""
+    return "://" in name
+
+
+def read_rows(path: Path) -> tuple[list[Row], list[str]]:
+    """(rows, faults with their lines) of a .jsonl, .csv or .parquet. UserError where the file itself cannot be read."""
+    rows, faults = [], []
+    try:
+        for place, values in _lines(path):
+            fault = values if isinstance(values, str) else _fault(values)
+            if fault or isinstance(values, str):
+                faults.append(f"{shown(path)} {place}: {fault}")
+            else:
+                rows.append(Row(path.absolute().parent, f"{shown(path)} {place}", values))
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{shown(path)} cannot be read: {error}", "give a .jsonl, .csv or .parquet") from error
+    return rows, faults
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """(place, the row or what is wrong with the line)."""
+    if path.suffix == ".parquet":
+        from pyarrow import parquet
+
+        yield from ((f"row {number}", row) for number, row in enumerate(parquet.read_table(path).to_pylist()))
+        return
+    if path.suffix not in (".jsonl", ".csv"):
+        raise UserError(f"{shown(path)} is no manifest: .jsonl, .csv and .parquet are read",
+                        "make one of a folder: python -m data_tools.manifest build FOLDER --out manifest.jsonl")
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        if path.suffix == ".csv":
+            reader = csv.DictReader(file)
+            yield from ((f"line {reader.line_num}", _of_cells(row)) for row in reader)
+            return
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"line {number}", _parsed(line)
+
+
+def _parsed(line: str) -> dict[str, Any] | str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        return f"not JSON: {error}"
+    return row if isinstance(row, dict) else "not an object with video and caption"
+
+
+def _of_cells(row: Mapping[str | None, Any]) -> dict[str, Any] | str:
+    if None in row:
+        return "more cells than columns"
+    return {str(column): _cell(str(column), text) for column, text in row.items() if text or column == "caption"}
+
+
+def _cell(column: str, text: str | None) -> Any:
+    kind = KINDS.get(column, (float, ""))[0]
+    if kind is str or kind == (str, int):
+        return text or ""
+    for parse in (int, float, json.loads):
+        with contextlib.suppress(ValueError):
+            return parse(text or "")
+    return text
+
+
+def _fault(values: Mapping[str, Any]) -> str:
+    """Why nothing can be done with a row, '' if something can."""
+    if not values.get("video"):
+        return "no video"
+    for column, (kind, wanted) in KINDS.items():
+        value = values.get(column)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+            return f"{column} is {wanted}, not {str(value)[:40]!r}"
+    if not all(isinstance(text, str) for text in values.get("captions") or []):
+        return "captions is a list of texts"
+    start_s, end_s = Row(Path(), "", dict(values)).span
+    return "" if 0 <= start_s < end_s else f"span {start_s:g}..{end_s:g} s is empty"
+
+
+def sound_rows(paths: Iterable[Path]) -> list[list[Row]]:
+    """The rows of each manifest. The faults of all of them are one UserError."""
+    found = [read_rows(path) for path in paths]
+    _refuse([fault for _, faults in found for fault in faults], "mend these lines")
+    return [rows for rows, _ in found]
+
+
+def _refuse(faults: Sequence[str], next_step: str) -> None:
+    if faults:
+        raise UserError(f"{len(faults)} fault(s), nothing was written:\n  " + "\n  ".join(faults),
+                        f"{next_step}, then run the same command again")
+
+
+def _write(out: Path, rows: Iterable[dict[str, Any]]) -> None:
+    if out.suffix != ".jsonl":
+        raise UserError(f"{shown(out)}: manifests are written as .jsonl", f"{out.with_suffix('.jsonl')}")
+    write_text(out, "".join(map(json_line, rows)))
+
+
+def _new_ids(rows: Iterable[Row], folder: Path, prefix: str = "") -> dict[str, str]:
+    """The ids of a manifest's rows once they stand in `folder`; a row without an id goes by its path from there."""
+    return {row.id: f"{prefix}{row.id}" if row.values.get("id") else _named(row, "video", folder) for row in rows}
+
+
+def _named(row: Row, column: str, folder: Path) -> str:
+    where = row.where(column)
+    return where if is_url(where) else relative(Path(where), folder)
+
+
+def moved(row: Row, folder: Path, ids: Mapping[str, str]) -> dict[str, Any]:
+    """The row's values for a manifest in `folder`, with the ids that `ids` gives."""
+    values = row.values | {column: _named(row, column, folder) for column in MEDIA if row.where(column)}
+    if values.get("id"):
+        values["id"] = ids[row.id]
+    if values.get("duplicate_of"):
+        values["duplicate_of"] = ids.get(str(values["duplicate_of"]), values["duplicate_of"])
+    return values
+
+
+def look(path: str) -> tuple[Found, float]:
+    """(what the file holds, its mean fps; 0 for one frame) by demuxing it. A bad file is told by `fault`."""
+    try:
+        check_openable(Path(path))
+        seen = media.probe(Path(path))
+    except UserError as error:
+        return Found(fault=error.message.partition(" cannot be decoded: ")[2] or error.message), 0.0
+    except FileNotFoundError:
+        return Found(fault="missing file"), 0.0
+    except (OSError, ValueError) as error:
+        return Found(fault=str(error)), 0.0
+    fps = (len(seen.times_s) - 1) / float(seen.times_s[-1] or math.inf)
+    return Found("", round(seen.duration_s, 6), seen.width, seen.height), round(fps, 2)
+
+
+def look_at(rows: Iterable[Row], memory: Path, jobs: int, timeout_s: float) -> dict[str, tuple[Found, float]]:
+    """What the files of the rows hold, by path, URLs left out. Remembered in `memory` as long as they do not change."""
+    files = sorted({where for row in rows for column in MEDIA if (where := row.where(column)) and not is_url(where)})
+    memory = memory if os.access(memory.parent, os.W_OK) else Path(os.devnull)
+    known = dict(remembered(memory, lambda row: (row["key"], (Found(**row["found"]), row["fps"]))))
+    keys = {file: digest_text(file, *stamp(Path(file))) for file in files}
+    found = {file: known[key] for file, key in keys.items() if key in known}
+    if len(found) == len(files):
+        return found
+    with memory.open("a", encoding="utf-8") as journal, progress(len(files), len(found), "file", "look") as bar:
+        journal.write("\n")
+        for file, seen, why in in_workers(look, [f for f in files if f not in found], jobs, timeout_s):
+            found[file] = seen or (Found(fault=why), 0.0)
+            if not found[file][0].fault:  # a fault may be mended without a trace, or be the time limit's
+                journal.write(json_line({"key": keys[file], "found": dataclasses.asdict(found[file][0]),
+                                         "fps": found[file][1]}))
+                journal.flush()
+            bar.update()
+    return found
+
+
+def build(paths: Sequence[Path], out: Path, probed: Path | None, partners: Mapping[str, Sequence[Path]]) -> str:
+    """Write a row into `out` for every video and image below `paths` that has none; what it did.
+
+    Rows that are there stay as they are, and get only what they lack: a caption, a control, a mask (`partners` gives
+    the folders of these). A faulty file is named and gets no row, or loses it, unless a caption would be lost with it.
+    """
+    files, others = find_files(paths)
+    folders = [absolute(folder) for some in partners.values() for folder in some]
+    clips = [file for file in files if not any(file.is_relative_to(folder) for folder in folders)]
+    texts, strays = _sidecars(clips, others)
+    faults, notes = _faulty(clips, probed)
+    captions = {clip: _texts(clip, texts.get(clip, []), faults) for clip in clips}
+    before = {row: Path(row.where("video")) for row in (sound_rows([out])[0] if out.exists() else [])}
+    _refuse([f"{row.place}: its file is faulty, and its caption is in no sidecar: {faults[clip]}"
+             for row, clip in before.items() if clip in faults and not set(row.captions) <= set(captions[clip])],
+            "mend these files, or take their rows out yourself")
+    kept = [row for row, clip in before.items() if clip not in faults]
+    folder = out.absolute().parent
+    new = [Row(folder, "", {"video": relative(clip, folder), "caption": ""})
+           for clip in clips if clip not in faults and clip not in before.values()]
+    for row in kept + new:
+        notes += _fill(row, captions.get(Path(row.where("video")), []))
+    roots = [absolute(path if path.is_dir() else path.parent) for path in paths]
+    for column, some in partners.items():
+        notes += _pair(column, some, kept + new, roots) if some else []
+    _write(out, (row.values for row in kept + new))
+    sidecars = {text for found in texts.values() for text in found}
+    endings = collections.Counter(file.suffix.lower() or "no ending" for file in {*others} - sidecars - {*strays})
+    return "\n".join([
+        f"found {len(files) + len(others)} = {len(clips) - len(faults)} clips + {len(faults)} faulty + "
+        f"{len(files) - len(clips)} controls and masks + {len(sidecars)} captions + {len(strays)} captions of no clip "
+        f"+ {endings.total()} others" + (f" ({_counted(endings)})" if endings else ""),
+        f"{shown(out)}: {len(kept + new)} rows = {len(new)} new + {len(kept)} of {len(before)} there before; "
+        f"{sum(bool(row.captions) for row in kept + new)} captioned",
+        *(f"  fault: {faults[clip]}" for clip in sorted(faults)),
+        *(f"  caption of no clip: {shown(text)}" for text in strays), *(f"  note: {note}" for note in notes)])
+
+
+def _sidecars(clips: Iterable[Path], others: Iterable[Path]) -> tuple[dict[Path, list[Path]], list[Path]]:
+    """(the texts of each clip, NAME.txt before NAME.*.txt; texts of no clip). The longest NAME has it."""
+    named: dict[Path, list[Path]] = collections.defaultdict(list)
+    for clip in clips:
+        named[clip.with_suffix("")].append(clip)
+    texts, strays = collections.defaultdict(list), []
+    for text in sorted((file for file in others if file.suffix.lower() == ".txt"), key=lambda t: t.with_suffix("")):
+        name = text.with_suffix("")
+        while name not in named and name.suffix:
+            name = name.with_suffix("")
+        for clip in named.get(name, []):
+            texts[clip].append(text)
+        strays += [] if name in named else [text]
+    return texts, strays
+
+
+def _texts(clip: Path, sidecars: Sequence[Path], faults: dict[Path, str]) -> list[str]:
+    """The captions of a clip; one that cannot be read is the clip's fault."""
+    found = []
+    for text in sidecars:
+        try:
+            found.append(" ".join(text.read_text(encoding="utf-8-sig").split()))
+        except (OSError, ValueError) as error:
+            faults.setdefault(clip, f"{shown(clip)}: its caption {text.name} cannot be read: {error}")
+    return list(dict.fromkeys(filter(None, found)))
+
+
+def _faulty(clips: Iterable[Path], probed: Path | None) -> tuple[dict[Path, str], list[str]]:
+    """(what is wrong with files, notes): by `probed`, the output of data_tools.probe, and by what needs no decoder."""
+    from data_tools import probe
+
+    if probed and not probed.exists():
+        raise UserError(f"--probe {shown(probed)} does not exist", f"python -m data_tools.probe PATH --out {probed}")
+    known = {Path(p.path): p for p in probe.read(probed)} if probed else {}
+    faults, unknown = {}, []
+    for clip in clips:
+        found = known.get(clip)
+        if found and (found.size_bytes, found.mtime_ns) == stamp(clip):
+            if found.fault:
+                faults[clip] = found.fault
+            continue
+        unknown.append(clip)
+        try:
+            check_openable(clip)
+        except (OSError, ValueError) as error:
+            faults[clip] = f"{shown(clip)}: {error}"
+    return faults, [f"{len(unknown)} files are not in {shown(probed)} or changed since, among them {shown(unknown[0])}"
+                    ] if probed and unknown else []
+
+
+def _fill(row: Row, texts: Sequence[str]) -> list[str]:
+    """Caption a row of a whole file that has none; a note where it has others than its sidecars."""
+    if row.span != (0, math.inf) or set(texts) <= set(row.captions):
+        return []
+    if row.captions:
+        return [f"{row.place}: its caption stays, its sidecars say otherwise: {texts[0]!r}"]
+    row.values["caption"] = texts[0]
+    if texts[1:]:
+        row.values["captions"] = list(texts[1:])
+    return []
+
+
+def _pair(column: str, folders: Iterable[Path], rows: Sequence[Row], roots: Iterable[Path]) -> list[str]:
+    """Give the rows the files of their relative names in the folders: of the same ending, or else the only one."""
+    there: dict[Path, list[Path]] = collections.defaultdict(list)
+    for folder in folders:
+        for file in find_files([folder])[0]:
+            there[file.relative_to(absolute(folder)).with_suffix("")].append(file)
+    notes = []
+    for row in rows:
+        video = Path(row.where("video"))
+        root = next((root for root in roots if video.is_relative_to(root)), None)
+        if row.values.get(column) or not root:
+            continue
+        files = there.get(video.relative_to(root).with_suffix(""), [])
+        files = [file for file in files if file.suffix == video.suffix] or files
+        if len(files) == 1:
+            row.values[column] = relative(files[0], row.folder)
+        else:
+            notes.append(f"{row.values['video']} has {'several' if files else 'no'} {column}")
+    used = {row.where(column) for row in rows}
+    return notes + [f"{shown(file)} is the {column} of no clip" for files in there.values() for file in files
+                    if str(file) not in used]
+
+
+def check(files: Sequence[Path], trigger: str, jobs: int, timeout_s: float) -> str:
+    """What is worth a look in manifests that can be trained on. UserError with everything that is in the way."""
+    faults, notes, num_rows = [], [], 0
+    for file in files:
+        rows, own = read_rows(file)
+        found = look_at(rows, file.with_name(file.name + ".looked"), jobs, timeout_s)
+        own += [f"{row.place}: {fault}" for row in rows for fault in (
+            *_caption_faults(row, trigger), *_column_faults(row, file.suffix), *_media_faults(row, found))]
+        first = {row.id: row.line for row in reversed(rows)}
+        own += [f"{row.place}: duplicate id {row.id!r} (also {first[row.id]})" for row in rows
+                if first[row.id] != row.line]
+        faults += own or _refused_by_training(file)
+        notes += _notes(rows)
+        num_rows += len(rows)
+    text = "\n".join([f"{num_rows} rows, {len(faults)} faults", *(f"  fault: {fault}" for fault in faults),
+                      *(f"  note: {note}" for note in notes)])
+    if faults:
+        raise UserError(text, "mend these lines, then check again (nothing was changed)")
+    return text
+
+
+def _refused_by_training(file: Path) -> list[str]:
+    """The last word is that of the reader that training uses."""
+    from wantrain.data import manifest
+
+    try:
+        manifest.read(manifest.Source("check", str(file)))
+    except UserError as error:
+        return [error.message]
+    return []
+
+
+def _caption_faults(row: Row, trigger: str) -> list[str]:
+    if not row.captions:
+        return ["no caption yet"]
+    faults = [f"the caption lacks {trigger!r}: {text[:60]!r}" for text in row.captions if not has(trigger, text)]
+    return faults + (["one of its captions is empty"] if not all(
+        text.strip() for text in (*(row.values.get("captions") or []), row.values.get("caption") or "x")) else [])
+
+
+def has(trigger: str, text: str) -> bool:
+    """Whether the trigger stands in the text as a word of its own, in this case."""
+    return not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text, re.ASCII) is not None
+
+
+def _column_faults(row: Row, suffix: str) -> list[str]:
+    """Columns that training refuses; it leaves texts of a .parquet alone, for sets that others made have many."""
+    return [f"unknown column {column!r} with {str(value)[:40]!r}: known are {', '.join(KINDS)}, and numbers"
+            for column, value in row.values.items() if column not in KINDS and suffix != ".parquet"
+            and not (value is None or isinstance(value, int | float))]
+
+
+def _media_faults(row: Row, found: Mapping[str, tuple[Found, float]]) -> list[str]:
+    faults = []
+    start_s, end_s = row.span
+    for column in MEDIA:
+        where = row.where(column)
+        if where not in found:
+            continue
+        seen, fps = found[where]
+        if seen.fault:
+            faults.append(f"{column} {shown(Path(where))}: {seen.fault}")
+        elif seen.duration_s and start_s >= seen.duration_s:
+            faults.append(f"begins at {start_s:g} s, but the {column} ends at {seen.duration_s:g} s")
+        elif seen.duration_s and math.isfinite(end_s) and end_s > seen.duration_s + 1 / max(fps, 1):
+            faults.append(f"ends at {end_s:g} s, but the {column} at {seen.duration_s:g} s")
+        if column == "video":
+            end_s = min(end_s, seen.duration_s)
+    return faults
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    notes = [f"{row.place}: {'the same span as' if row.span == other.span else 'overlaps'} {other.line}"
+             for other, row in _touching(rows) if row.span[0] + TOUCHING_S < other.span[1]]
+    alike: dict[str, Row] = {}
+    for row in rows:
+        other = alike.setdefault("".join(unicodedata.normalize("NFKC", row.id).casefold().split()), row)
+        if other.id != row.id:
+            notes.append(f"{row.place}: id {row.id!r} is nearly {other.id!r} ({other.line})")
+    for column in ("control", "mask"):
+        lacking = [row.line for row in rows if not row.values.get(column)]
+        if 0 < len(lacking) < len(rows):
+            notes.append(f"{len(lacking)} of {len(rows)} rows have no {column}: {', '.join(lacking[:9])}"
+                         + (" ..." if len(lacking) > 9 else ""))
+    texts = [(len(text.split()), row.place) for row in rows for text in row.captions]
+    if texts:
+        number, place = max(texts, key=lambda t: t[0])
+        notes.append(f"the longest caption has {number} words ({place}); the model reads 512 tokens")
+    return notes
+
+
+def _touching(rows: Iterable[Row]) -> Iterator[tuple[Row, Row]]:
+    """(earlier row, row) of one file whose spans touch or overlap: for each row the one before that ends last."""
+    longest: dict[str, Row] = {}
+    for row in sorted(rows, key=lambda r: r.clip):
+        last = longest.setdefault(row.clip[0], row)
+        if last is not row and row.span[0] <= last.span[1] + TOUCHING_S:
+            yield last, row
+        longest[row.clip[0]] = max(last, row, key=lambda r: r.span[1])
+
+
+def merge(files: Sequence[Path], out: Path, prefix: bool) -> str:
+    """Write the rows of all manifests into one; a clip that several have becomes one row with all their captions.
+
+    UserError where ids clash (with `prefix` each is preceded by its manifest's name), or where two manifests measured
+    a clip differently.
+    """
+    if out.exists() and absolute(out) not in map(absolute, files):
+        raise UserError(f"--out {shown(out)} is there, and is not among the manifests: its rows would be lost",
+                        "name it among them, or give another --out")
+    folder, merged, faults = out.absolute().parent, list[Row](), list[str]()
+    first: dict[tuple[str, float, float], Row] = {}
+    inputs = sound_rows(files)
+    for file, rows in zip(files, inputs, strict=True):
+        stem = relative(file.absolute().with_suffix(""), folder) + "/" if prefix else ""
+        earlier = dict(first)  # a clip that stands twice in one manifest stays so
+        ids = _new_ids(rows, folder, stem) | {row.id: earlier[row.clip].id for row in rows if row.clip in earlier}
+        for row in rows:
+            now = Row(folder, row.place, moved(row, folder, ids))
+            if row.clip in earlier:
+                faults += _join(earlier[row.clip], now)
+            else:
+                merged.append(first.setdefault(row.clip, now) if row.clip not in first else now)
+    places = collections.defaultdict(list)
+    for row in merged:
+        places[row.id].append(row.place)
+    faults += [f"id {name!r} stands for several clips: {', '.join(there)}"
+               for name, there in places.items() if len(there) > 1]
+    _refuse(faults, "give the clips other ids (--prefix does so), and take out the measurements that are wrong")
+    measures = dict.fromkeys(column for row in merged for column in row.values if column not in KINDS)
+    _write(out, (row.values | {column: row.values.get(column) for column in measures} for row in merged))
+    num_rows = sum(map(len, inputs))
+    return f"{num_rows} rows of {len(files)} manifests = {len(merged)} rows of {shown(out)} + " \
+           f"{num_rows - len(merged)} of clips that an earlier one had (all captions are kept)"
+
+
+def _join(first: Row, other: Row) -> list[str]:
+    """Give the first row what the other says of the same clip; where they contradict each other."""
+    faults, texts = [], list(dict.fromkeys(first.captions + other.captions))
+    for column, value in other.values.items():
+        if column in ("video", "id", "caption", "captions") or value is None:
+            continue
+        if first.values.get(column) is None:
+            first.values[column] = value
+        elif first.values[column] != value:
+            faults.append(f"{other.place}: {column} {value!r}, but {first.values[column]!r} in {first.place}")
+    if texts != first.captions:
+        first.values.update({"caption": texts[0]} | ({"captions": texts[1:]} if texts[1:] else {}))
+    return faults
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How clips are held out: about `share` of them, or `num`; all of one shot, or of one film, go together."""
+
+    share: float | None
+    num: int | None
+    seed: int
+    by_file: bool
+
+
+def divide(rows: Sequence[Row], rule: Rule, before: Mapping[tuple[str, float, float], bool]) -> list[bool]:
+    """For each row whether it is held out. `before` says so for clips that were divided earlier, and is kept to.
+
+    With a share, a group's side hangs on its name and the seed alone, not on what other clips there are. UserError
+    where clips that were divided earlier now belong together.
+    """
+    held, faults, num_held = [False] * len(rows), [], 0
+    free: list[tuple[float, list[int]]] = []
+    for group in groups(rows, rule.by_file):
+        sides = {before[rows[i].clip]: rows[i] for i in group if rows[i].clip in before}
+        if len(sides) > 1:
+            faults.append(f"{sides[False].place} is in --train and {sides[True].place} in --heldout, but they share a "
+                          f"shot or are joined by another row of {len(group)}")
+        elif sides:
+            num_held += len(group) if True in sides else 0
+            for i in group:
+                held[i] = True in sides
+        else:
+            name = min(_home(rows[i], rule.by_file) for i in group)
+            free.append((int(digest_text(rule.seed, name), 16) / 2**128, group))
+    _refuse(faults, "take one of them out, or divide anew: remove both --train and --heldout")
+    for chance, group in sorted(free):
+        if chance < rule.share if rule.share is not None else num_held + len(group) <= (rule.num or 0):
+            num_held += len(group)
+            for i in group:
+                held[i] = True
+    return held
+
+
+def groups(rows: Sequence[Row], by_file: bool) -> list[list[int]]:
+    """Positions of rows that must not be parted: of one shot (or film), touching spans, a clip and its duplicates."""
+    leader: dict[object, object] = {}
+
+    def lead(one: object) -> object:
+        while leader.setdefault(one, one) != one:
+            leader[one] = leader[leader[one]]
+            one = leader[one]
+        return one
+
+    pairs: list[tuple[object, object]] = [(id(a), id(b)) for a, b in _touching(rows)]
+    for row in rows:
+        bonds = [("id", row.id), ("id", str(row.values.get("duplicate_of") or row.id))]
+        if made := OF_SPLIT.fullmatch(row.id):
+            bonds.append(("film", made["film"]) if by_file else ("shot", made["shot"]))
+        bonds += [("file", row.clip[0])] if by_file else []
+        pairs += [(id(row), bond) for bond in bonds]
+    for one, other in pairs:
+        leader[lead(one)] = lead(other)
+    found: dict[object, list[int]] = collections.defaultdict(list)
+    for i, row in enumerate(rows):
+        found[lead(id(row))].append(i)
+    return list(found.values())
+
+
+def _home(row: Row, by_file: bool) -> str:
+    """The name that a clip's side hangs on; it does not change when rows come and go."""
+    if made := OF_SPLIT.fullmatch(row.id):
+        return made["film" if by_file else "shot"]
+    return str(row.values["video"]) if by_file else row.id
+
+
+def split(file: Path, train: Path, heldout: Path, rule: Rule, *, jobs: int, timeout_s: float) -> str:
+    """Write the rows of a manifest into two, of which the second is never trained on; both sides in numbers."""
+    if len({absolute(path) for path in (file, train, heldout)}) < 3:
+        raise UserError(f"FILE, --train and --heldout are not three files: {file}, {train}, {heldout}",
+                        "give --train and --heldout names of their own")
+    rows, = sound_rows([file])
+    before = _divided(rows, train, heldout)
+    held = divide(rows, rule, before)
+    if len(set(held)) < 2:
+        raise UserError(f"{'all' if any(held) else 'none'} of the {len(rows)} clips would be held out",
+                        "give --num N, or a --share that so few clips can meet")
+    found = look_at([row for row in rows if math.isinf(row.span[1])], file.with_name(file.name + ".looked"), jobs,
+                    timeout_s)
+    lines = []
+    for out, side in ((train, False), (heldout, True)):
+        ours = [row for row, is_held in zip(rows, held, strict=True) if is_held == side]
+        folder = out.absolute().parent
+        ids = _new_ids(rows, folder)
+        _write(out, (moved(row, folder, ids) for row in ours))
+        lines.append(f"{shown(out)}: {len(ours)} clips ({len(ours) / len(rows):.1%}), "
+                     f"{sum(_seconds(row, found) for row in ours):.1f} s")
+    num_kept = sum(row.clip in before for row in rows)
+    if num_kept:
+        lines.append(f"{num_kept} clips stayed where they were (remove both files to divide anew)")
+    folders = collections.Counter(str(Path(row.values["video"]).parent) for row in rows)
+    shares = {str(Path(row.values["video"]).parent) for row, is_held in zip(rows, held, strict=True) if is_held}
+    lines += [f"  note: nothing is held out of {name} ({number} clips)" for name, number in folders.items()
+              if name not in shares]
+    return "\n".join(lines)
+
+
+def _divided(rows: Iterable[Row], train: Path, heldout: Path) -> dict[tuple[str, float, float], bool]:
+    """The sides of clips that an earlier call divided. UserError where writing anew would lose something."""
+    sides: dict[tuple[str, float, float], bool] = {}
+    captions: dict[tuple[str, float, float], set[str]] = collections.defaultdict(set)
+    for row in rows:
+        captions[row.clip] |= set(row.captions)
+    there = [path for path in (train, heldout) if path.exists()]
+    faults = []
+    for path, divided in zip(there, sound_rows(there), strict=True):
+        for row in divided:
+            if row.clip not in captions:
+                faults.append(f"{row.place}: a clip that the manifest lacks: {row.id}")
+            elif not set(row.captions) <= captions[row.clip]:
+                faults.append(f"{row.place}: a caption that the manifest lacks: {row.captions[0]!r}")
+            elif sides.setdefault(row.clip, path == heldout) != (path == heldout):
+                faults.append(f"{row.place}: also in {shown(train)}")
+    _refuse(faults, "bring them into the manifest (python -m data_tools.manifest merge), or remove both files")
+    return sides
+
+
+def _seconds(row: Row, found: Mapping[str, tuple[Found, float]]) -> float:
+    """How long the clip is; 0 for an image, and for a file that cannot be looked into."""
+    start_s, end_s = row.span
+    known = found.get(row.where("video"), (Found(), 0.0))[0].duration_s
+    return max(0.0, (min(end_s, known) if known or math.isinf(end_s) else end_s) - start_s)
+
+
+def stats(file: Path, trigger: str, jobs: int, timeout_s: float) -> str:
+    """A manifest in numbers: sizes, lengths, captions, measurements, and what is too short for which recipe."""
+    from wantrain.data.decode import count_frames
+
+    rows, = sound_rows([file])
+    found = look_at(rows, file.with_name(file.name + ".looked"), jobs, timeout_s)
+    looked = [(row, *found[where]) for row in rows if (where := row.where("video")) in found
+              and not found[where][0].fault]
+    films = [(row, seen) for row, seen, _ in looked if seen.duration_s]
+    lengths_s = [_seconds(row, found) for row, _ in films]
+    table = {
+        "size": collections.Counter(f"{seen.width}x{seen.height}" for _, seen, _ in looked),
+        "aspect": collections.Counter(f"{seen.width / seen.height:.2f}" for _, seen, _ in looked),
+        "fps": collections.Counter(f"{fps:g}" for _, _, fps in looked if fps),
+    }
+    num_images = sum(Path(row.where("video")).suffix.lower() in IMAGE_SUFFIXES for row in rows)
+    lines = [f"{shown(file)}: {len(rows)} clips of {len({row.clip[0] for row in rows})} files, {num_images} of them "
+             f"images; {sum(lengths_s):.1f} s of video, {len(rows) - len(looked)} not looked into",
+             *(f"  {name:10}{_counted(counts)}" for name, counts in table.items() if counts),
+             *_caption_lines(rows, trigger)]
+    for column in dict.fromkeys(c for row in rows for c in row.values if c not in KINDS):
+        values = [v for row in rows if isinstance(v := row.values.get(column), int | float) and math.isfinite(v)]
+        lines += [f"  {column:10}{_range(values)}, of {len(values)} clips"] if values else []
+    for first_s, stop_s in itertools.pairwise(LENGTHS_S):
+        if number := sum(first_s <= length_s < stop_s for length_s in lengths_s):
+            lines.append(f"  {f'{first_s:g} to {stop_s:g} s':14}{number:6} {'#' * math.ceil(40 * number / len(films))}")
+    if films:
+        lines.append("  too short for" + "".join(f"{number:6} frames" for number in NUMS_FRAMES))
+    for fps in FPS if films else ():
+        numbers = [count_frames(seen, *_bounds(row), fps) for row, seen in films]
+        lines.append(f"    at {fps} fps   " + "".join(
+            f"{sum(number < wanted for number in numbers):6}       " for wanted in NUMS_FRAMES).rstrip())
+    return "\n".join(lines + [f"  fault: {shown(Path(where))}: {seen.fault}" for where, (seen, _) in found.items()
+                              if seen.fault])
+
+
+def _bounds(row: Row) -> tuple[float, float | None]:
+    start_s, end_s = row.span
+    return start_s, end_s if math.isfinite(end_s) else None
+
+
+def _caption_lines(rows: Sequence[Row], trigger: str) -> list[str]:
+    texts = [text for row in rows for text in row.captions]
+    lines = [f"  {'captions':10}{sum(bool(row.captions) for row in rows)} of {len(rows)} clips have one, {len(texts)} "
+             "in all" + (f"; words {_range([len(text.split()) for text in texts])}" if texts else "")]
+    if trigger:
+        lines.append(f"  {'trigger':10}{trigger!r} is in {sum(has(trigger, text) for text in texts)} of {len(texts)}")
+    words = collections.Counter(word for text in texts for word in set(re.findall(r"\w{4,}", text.lower())))
+    lines += [f"  {'words':10}{_counted(words, 15)} (captions with it; of 4 letters and more)"] if words else []
+    again = [(number, text) for text, number in collections.Counter(texts).most_common(5) if number > 1]
+    return lines + [f"  {'repeated':10}{number} times: {text[:80]!r}" for number, text in again]
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{min(values):g} to {max(values):g}, median {statistics.median(values):g}"
+
+
+def _counted(counts: collections.Counter[str], most: int = 12) -> str:
+    return ", ".join(f"{value} {number}" for value, number in counts.most_common(most)) + (
+        f" and {len(counts) - most} more" if len(counts) > most else "")
+
+
+def _share(text: str) -> float:
+    value = positive(float)(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1")
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    top = argparse.ArgumentParser(prog="python -m data_tools.manifest", description="Make, check, merge, divide and "
+                                  "describe manifests. Read are .jsonl, .csv and .parquet; written is .jsonl.",
+                                  epilog="VERB --help tells more. Exit codes: 0; 2 where something is to be mended.")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="build|check|merge|split|stats")
+
+    one = verbs.add_parser("build", help="a manifest of folders of videos and images, with their captions",
+                           description="Captions are NAME.txt beside the clip, and NAME.*.txt for further ones. "
+                           "Called again, it adds what is new: rows that are there keep what they say.")
+    one.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a file, or a folder at any depth")
+    one.add_argument("--out", type=Path, default=Path("manifest.jsonl"), metavar="FILE", help="(default: %(default)s)")
+    one.add_argument("--probe", type=Path, metavar="FILE", help="the output of data_tools.probe: files that it found "
+                     "faulty are left out (without it only what shows without decoding: empty files, texts)")
+    for column in ("control", "mask"):
+        one.add_argument(f"--{column}", type=Path, metavar="FOLDER", help="files of the same relative names there "
+                         f"become the column {column} (default: PATH/{column} where it is there)")
+    one.set_defaults(work=lambda a: build(a.paths, a.out, a.probe, {
+        column: [given] if (given := getattr(a, column)) else [p / column for p in a.paths if (p / column).is_dir()]
+        for column in ("control", "mask")}))
+
+    one = verbs.add_parser("check", help="everything that is wrong, with its line", description="Exit code 2 where "
+                           "training would refuse or misread a row; notes alone (overlaps, ids that are nearly the "
+                           "same) give 0. Files are opened and demuxed; remembered in FILE.looked.")
+    one.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    one.set_defaults(work=lambda a: check(a.files, a.trigger, a.jobs, a.timeout_s))
+    other = verbs.add_parser("stats", help="sizes, lengths, captions and measurements in numbers")
+    other.add_argument("file", type=Path, metavar="FILE")
+    other.set_defaults(work=lambda a: stats(a.file, a.trigger, a.jobs, a.timeout_s))
+    for each in (one, other):
+        each.add_argument("--trigger", default="", metavar="WORDS", help="what every caption must say, in this case")
+        add_job_arguments(each, 120)
+
+    one = verbs.add_parser("merge", help="several manifests as one", description="Paths are rewritten. A clip that "
+                           "several have (same file, same span) becomes one row with the captions of all.")
+    one.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    one.add_argument("--out", type=Path, required=True, metavar="FILE", help="may be one of those merged")
+    one.add_argument("--prefix", action="store_true", help="precede every id by its manifest's path and name")
+    one.set_defaults(work=lambda a: merge(a.files, a.out, a.prefix))
+
+    one = verbs.add_parser("split", help="hold clips out for validation", description="Never are two parts of one "
+                           "shot, touching spans of one file, or a clip and its duplicate on both sides. A clip stays "
+                           "on its side when others are added: it hangs on a hash of its name, and on what --train and "
+                           "--heldout say where they are there.")
+    one.add_argument("file", type=Path, metavar="FILE")
+    one.add_argument("--train", type=Path, required=True, metavar="FILE")
+    one.add_argument("--heldout", type=Path, required=True, metavar="FILE")
+    how = one.add_mutually_exclusive_group()
+    how.add_argument("--share", type=_share, default=0.1, metavar="X",
+                     help="each shot is held out with this chance: few clips may miss it (default: %(default)g)")
+    how.add_argument("--num", type=positive(int), metavar="N", help="hold out N clips, or a few less where a shot "
+                     "would be parted; clips stay on their side only while --train and --heldout are there")
+    one.add_argument("--seed", type=int, default=0, help="another gives another choice (default: %(default)s)")
+    one.add_argument("--by", choices=("shot", "file"), default="shot", help="what is not parted: a shot, or all of a "
+                     "film, which is stricter: nothing held out was ever seen (default: %(default)s)")
+    add_job_arguments(one, 120)
+    one.set_defaults(work=lambda a: split(a.file, a.train, a.heldout, Rule(
+        None if a.num else a.share, a.num, a.seed, a.by == "file"), jobs=a.jobs, timeout_s=a.timeout_s))
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code: 0, 2 (something to mend, also what `check` finds), 130."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    args = parser().parse_args(given)
+    return answer(lambda: str(args.work(args)), ["python", "-m", "data_tools.manifest", *given])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
