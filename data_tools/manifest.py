@@ -14,12 +14,8 @@ from __future__ import annotations
 
 import argparse
 import collections
-import contextlib
-import csv
 import dataclasses
-import functools
 import itertools
-import json
 import math
 import os
 import re
@@ -29,7 +25,6 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from data_tools.command import (
     absolute,
@@ -43,19 +38,23 @@ from data_tools.command import (
     shown,
     stamp,
 )
+from data_tools.rows import (
+    KINDS,
+    MEDIA,
+    Row,
+    has,
+    is_url,
+    moved,
+    new_ids,
+    read_rows,
+    refuse,
+    sound_rows,
+    write_rows,
+)
 from wantrain.data import media
-from wantrain.files import digest_text, remembered, write_text
+from wantrain.files import digest_text, remembered
 from wantrain.jobs import in_workers, progress
 from wantrain.terms import IMAGE_SUFFIXES, Found, UserError
-
-KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
-    "video": (str, "a path"), "control": (str, "a path"), "mask": (str, "a path"), "caption": (str, "a text"),
-    "captions": (list, "a list of texts"), "start_s": ((int, float), "a number of seconds"),
-    "end_s": ((int, float), "a number of seconds"), "id": ((str, int), "a text"), "duplicate_of": ((str, int), "an id")}
-"""What the columns of `wantrain.data.manifest` hold; any other is a measurement. (Its module would be imported by every
-worker process, and takes seconds.)"""
-
-MEDIA = ("video", "control", "mask")
 
 OF_SPLIT = re.compile(r"(?P<shot>(?P<film>.+)@\d+\.\d{3})#\d+")
 """An id that `data_tools.split` gave; its `shot_of` is the group of this name."""
@@ -65,173 +64,6 @@ TOUCHING_S = 1e-6
 
 LENGTHS_S = (0, 1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 60, math.inf)
 NUMS_FRAMES, FPS = (17, 33, 49, 81), (16, 24)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Row:
-    """One row of a manifest: `values` as they are written, `place` for messages, `folder` that its paths begin at."""
-
-    folder: Path
-    place: str
-    values: dict[str, Any]
-
-    @property
-    def line(self) -> str:
-        """The place without its file."""
-        return " ".join(self.place.split(" ")[-2:])
-
-    @property
-    def id(self) -> str:
-        return str(self.values.get("id") or self.values["video"])
-
-    @property
-    def span(self) -> tuple[float, float]:
-        """Seconds of the source; infinite for 'to its end'."""
-        end_s = self.values.get("end_s")
-        return float(self.values.get("start_s") or 0), math.inf if end_s is None else float(end_s)
-
-    @property
-    def clip(self) -> tuple[str, float, float]:
-        """What makes it the same clip in another manifest: the file, its links followed, and the span."""
-        return _real(self.where("video")), *self.span
-
-    @property
-    def captions(self) -> list[str]:
-        """Every caption that says something, on one line each."""
-        texts = [self.values.get("caption") or "", *(self.values.get("captions") or [])]
-        return list(dict.fromkeys(line for text in texts if (line := " ".join(text.split()))))
-
-    def where(self, column: str) -> str:
-        """The path from the root, or the URL, of a video, control or mask; '' where there is none."""
-        name = self.values.get(column) or ""
-        return _located(self.folder, name) if name and not is_url(name) else name
-
-
-@functools.cache  # a film has many rows, and finding the way is slow
-def _located(folder: Path, name: str) -> str:
-    return str(absolute(folder / name))
-
-
-@functools.cache
-def _real(where: str) -> str:
-    return where if is_url(where) else os.path.realpath(where)
-
-
-def is_url(name: str) -> bool:
-    """Whether it names what is on another machine, which is not looked into here."""
-    return "://" in name
-
-
-def read_rows(path: Path) -> tuple[list[Row], list[str]]:
-    """(rows, faults with their lines) of a .jsonl, .csv or .parquet. UserError where the file itself cannot be read."""
-    rows, faults = [], []
-    try:
-        for place, values in _lines(path):
-            fault = values if isinstance(values, str) else _fault(values)
-            if fault or isinstance(values, str):
-                faults.append(f"{shown(path)} {place}: {fault}")
-            else:
-                rows.append(Row(path.absolute().parent, f"{shown(path)} {place}", values))
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{shown(path)} cannot be read: {error}", "give a .jsonl, .csv or .parquet") from error
-    return rows, faults
-
-
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    """(place, the row or what is wrong with the line)."""
-    if path.suffix == ".parquet":
-        from pyarrow import parquet
-
-        yield from ((f"row {number}", row) for number, row in enumerate(parquet.read_table(path).to_pylist()))
-        return
-    if path.suffix not in (".jsonl", ".csv"):
-        raise UserError(f"{shown(path)} is no manifest: .jsonl, .csv and .parquet are read",
-                        "make one of a folder: python -m data_tools.manifest build FOLDER --out manifest.jsonl")
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        if path.suffix == ".csv":
-            reader = csv.DictReader(file)
-            yield from ((f"line {reader.line_num}", _of_cells(row)) for row in reader)
-            return
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"line {number}", _parsed(line)
-
-
-def _parsed(line: str) -> dict[str, Any] | str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        return f"not JSON: {error}"
-    return row if isinstance(row, dict) else "not an object with video and caption"
-
-
-def _of_cells(row: Mapping[str | None, Any]) -> dict[str, Any] | str:
-    if None in row:
-        return "more cells than columns"
-    return {str(column): _cell(str(column), text) for column, text in row.items() if text or column == "caption"}
-
-
-def _cell(column: str, text: str | None) -> Any:
-    kind = KINDS.get(column, (float, ""))[0]
-    if kind is str or kind == (str, int):
-        return text or ""
-    for parse in (int, float, json.loads):
-        with contextlib.suppress(ValueError):
-            return parse(text or "")
-    return text
-
-
-def _fault(values: Mapping[str, Any]) -> str:
-    """Why nothing can be done with a row, '' if something can."""
-    if not values.get("video"):
-        return "no video"
-    for column, (kind, wanted) in KINDS.items():
-        value = values.get(column)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
-            return f"{column} is {wanted}, not {str(value)[:40]!r}"
-    if not all(isinstance(text, str) for text in values.get("captions") or []):
-        return "captions is a list of texts"
-    start_s, end_s = Row(Path(), "", dict(values)).span
-    return "" if 0 <= start_s < end_s else f"span {start_s:g}..{end_s:g} s is empty"
-
-
-def sound_rows(paths: Iterable[Path]) -> list[list[Row]]:
-    """The rows of each manifest. The faults of all of them are one UserError."""
-    found = [read_rows(path) for path in paths]
-    _refuse([fault for _, faults in found for fault in faults], "mend these lines")
-    return [rows for rows, _ in found]
-
-
-def _refuse(faults: Sequence[str], next_step: str) -> None:
-    if faults:
-        raise UserError(f"{len(faults)} fault(s), nothing was written:\n  " + "\n  ".join(faults),
-                        f"{next_step}, then run the same command again")
-
-
-def _write(out: Path, rows: Iterable[dict[str, Any]]) -> None:
-    if out.suffix != ".jsonl":
-        raise UserError(f"{shown(out)}: manifests are written as .jsonl", f"{out.with_suffix('.jsonl')}")
-    write_text(out, "".join(map(json_line, rows)))
-
-
-def _new_ids(rows: Iterable[Row], folder: Path, prefix: str = "") -> dict[str, str]:
-    """The ids of a manifest's rows once they stand in `folder`; a row without an id goes by its path from there."""
-    return {row.id: f"{prefix}{row.id}" if row.values.get("id") else _named(row, "video", folder) for row in rows}
-
-
-def _named(row: Row, column: str, folder: Path) -> str:
-    where = row.where(column)
-    return where if is_url(where) else relative(Path(where), folder)
-
-
-def moved(row: Row, folder: Path, ids: Mapping[str, str]) -> dict[str, Any]:
-    """The row's values for a manifest in `folder`, with the ids that `ids` gives."""
-    values = row.values | {column: _named(row, column, folder) for column in MEDIA if row.where(column)}
-    if values.get("id"):
-        values["id"] = ids[row.id]
-    if values.get("duplicate_of"):
-        values["duplicate_of"] = ids.get(str(values["duplicate_of"]), values["duplicate_of"])
-    return values
 
 
 def look(path: str) -> tuple[Found, float]:
@@ -283,7 +115,7 @@ def build(paths: Sequence[Path], out: Path, probed: Path | None, partners: Mappi
     faults, notes = _faulty(clips, probed)
     captions = {clip: _texts(clip, texts.get(clip, []), faults) for clip in clips}
     before = {row: Path(row.where("video")) for row in (sound_rows([out])[0] if out.exists() else [])}
-    _refuse([f"{row.place}: its file is faulty, and its caption is in no sidecar: {faults[clip]}"
+    refuse([f"{row.place}: its file is faulty, and its caption is in no sidecar: {faults[clip]}"
              for row, clip in before.items() if clip in faults and not set(row.captions) <= set(captions[clip])],
             "mend these files, or take their rows out yourself")
     kept = [row for row, clip in before.items() if clip not in faults]
@@ -295,7 +127,7 @@ def build(paths: Sequence[Path], out: Path, probed: Path | None, partners: Mappi
     roots = [absolute(path if path.is_dir() else path.parent) for path in paths]
     for column, some in partners.items():
         notes += _pair(column, some, kept + new, roots) if some else []
-    _write(out, (row.values for row in kept + new))
+    write_rows(out, (row.values for row in kept + new))
     sidecars = {text for found in texts.values() for text in found}
     endings = collections.Counter(file.suffix.lower() or "no ending" for file in {*others} - sidecars - {*strays})
     return "\n".join([
@@ -433,11 +265,6 @@ def _caption_faults(row: Row, trigger: str) -> list[str]:
         text.strip() for text in (*(row.values.get("captions") or []), row.values.get("caption") or "x")) else [])
 
 
-def has(trigger: str, text: str) -> bool:
-    """Whether the trigger stands in the text as a word of its own, in this case."""
-    return not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text, re.ASCII) is not None
-
-
 def _column_faults(row: Row, suffix: str) -> list[str]:
     """Columns that training refuses; it leaves texts of a .parquet alone, for sets that others made have many."""
     return [f"unknown column {column!r} with {str(value)[:40]!r}: known are {', '.join(KINDS)}, and numbers"
@@ -509,7 +336,7 @@ def merge(files: Sequence[Path], out: Path, prefix: bool) -> str:
     for file, rows in zip(files, inputs, strict=True):
         stem = relative(file.absolute().with_suffix(""), folder) + "/" if prefix else ""
         earlier = dict(first)  # a clip that stands twice in one manifest stays so
-        ids = _new_ids(rows, folder, stem) | {row.id: earlier[row.clip].id for row in rows if row.clip in earlier}
+        ids = new_ids(rows, folder, stem) | {row.id: earlier[row.clip].id for row in rows if row.clip in earlier}
         for row in rows:
             now = Row(folder, row.place, moved(row, folder, ids))
             if row.clip in earlier:
@@ -521,9 +348,9 @@ def merge(files: Sequence[Path], out: Path, prefix: bool) -> str:
         places[row.id].append(row.place)
     faults += [f"id {name!r} stands for several clips: {', '.join(there)}"
                for name, there in places.items() if len(there) > 1]
-    _refuse(faults, "give the clips other ids (--prefix does so), and take out the measurements that are wrong")
+    refuse(faults, "give the clips other ids (--prefix does so), and take out the measurements that are wrong")
     measures = dict.fromkeys(column for row in merged for column in row.values if column not in KINDS)
-    _write(out, (row.values | {column: row.values.get(column) for column in measures} for row in merged))
+    write_rows(out, (row.values | {column: row.values.get(column) for column in measures} for row in merged))
     num_rows = sum(map(len, inputs))
     return f"{num_rows} rows of {len(files)} manifests = {len(merged)} rows of {shown(out)} + " \
            f"{num_rows - len(merged)} of clips that an earlier one had (all captions are kept)"
@@ -574,7 +401,7 @@ def divide(rows: Sequence[Row], rule: Rule, before: Mapping[tuple[str, float, fl
         else:
             name = min(_home(rows[i], rule.by_file) for i in group)
             free.append((int(digest_text(rule.seed, name), 16) / 2**128, group))
-    _refuse(faults, "take one of them out, or divide anew: remove both --train and --heldout")
+    refuse(faults, "take one of them out, or divide anew: remove both --train and --heldout")
     for chance, group in sorted(free):
         if chance < rule.share if rule.share is not None else num_held + len(group) <= (rule.num or 0):
             num_held += len(group)
@@ -632,8 +459,8 @@ def split(file: Path, train: Path, heldout: Path, rule: Rule, *, jobs: int, time
     for out, side in ((train, False), (heldout, True)):
         ours = [row for row, is_held in zip(rows, held, strict=True) if is_held == side]
         folder = out.absolute().parent
-        ids = _new_ids(rows, folder)
-        _write(out, (moved(row, folder, ids) for row in ours))
+        ids = new_ids(rows, folder)
+        write_rows(out, (moved(row, folder, ids) for row in ours))
         lines.append(f"{shown(out)}: {len(ours)} clips ({len(ours) / len(rows):.1%}), "
                      f"{sum(_seconds(row, found) for row in ours):.1f} s")
     num_kept = sum(row.clip in before for row in rows)
@@ -662,7 +489,7 @@ def _divided(rows: Iterable[Row], train: Path, heldout: Path) -> dict[tuple[str,
                 faults.append(f"{row.place}: a caption that the manifest lacks: {row.captions[0]!r}")
             elif sides.setdefault(row.clip, path == heldout) != (path == heldout):
                 faults.append(f"{row.place}: also in {shown(train)}")
-    _refuse(faults, "bring them into the manifest (python -m data_tools.manifest merge), or remove both files")
+    refuse(faults, "bring them into the manifest (python -m data_tools.manifest merge), or remove both files")
     return sides
 
 

@@ -38,9 +38,10 @@ def odd_set(tmp_path_factory):
     ]
     (folder / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return ["recipe=demo_anime", "tracker=none", "~data.sources.regularisation",
-            f"data.sources.style.path={folder / 'm.jsonl'}", f"run.dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}",
-            "data.heldout=null", "validation.every_steps=0", "data.trigger=sqstyle", "data.num_frames=[5]", "data.limits.motion=[0.5,null]",
-            f"data.resolutions=[[{SIZE[0]},{SIZE[1]}]]", "data.batch_size=4", "train.micro_batch_size=4"]
+            f"data.sources.style.path={folder / 'm.jsonl'}", f"run.dir={tmp_path / 'run'}",
+            f"data.cache_dir={tmp_path / 'cache'}", "data.heldout=null", "validation.every_steps=0",
+            "data.trigger=sqstyle", "data.num_frames=[5]", "data.limits.motion=[0.5,null]", "data.batch_size=4",
+            f"data.resolutions=[[{SIZE[0]},{SIZE[1]}]]", "train.micro_batch_size=4"]
 
 
 @pytest.fixture(scope="module")

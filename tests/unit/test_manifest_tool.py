@@ -12,6 +12,7 @@ from pyarrow import Table, parquet
 
 from data_tools import manifest as tool
 from data_tools import probe
+from data_tools.rows import KINDS, Row, read_rows
 from data_tools.split import GUARD_S, shot_of
 from tests import odd_files
 from tests.conftest import write_clips
@@ -167,7 +168,7 @@ def test_three_forms_give_the_same_rows(tmp_path):
                                     'a.mp4,"one, \u2028 two","[""x""]",007,1.5,2.0,0.25,81\nb.mp4,,,b,,,,7\n',
                                     encoding="utf-8")
     parquet.write_table(Table.from_pylist(values), tmp_path / "m.parquet")
-    read = [tool.read_rows(tmp_path / f"m.{kind}") for kind in ("jsonl", "csv", "parquet")]
+    read = [read_rows(tmp_path / f"m.{kind}") for kind in ("jsonl", "csv", "parquet")]
     assert [faults for _, faults in read] == [[], [], []]
     for found, _ in read:
         assert [{k: v for k, v in row.values.items() if v is not None} for row in found] == [
@@ -348,7 +349,7 @@ def test_clashes_and_contradictions_are_told_and_prefixes_help(tmp_path, capsys)
 
 def clip(film, start_s, end_s, **columns):
     values = {"video": f"{film}.mp4", "caption": "", "start_s": start_s, "end_s": end_s} | columns
-    return tool.Row(Path("/nowhere"), f"line {film} {start_s}", values)
+    return Row(Path("/nowhere"), f"line {film} {start_s}", values)
 
 
 @st.composite
@@ -554,5 +555,5 @@ def test_what_a_user_does_wrong(tmp_path, capsys):
 
 
 def test_the_columns_are_those_of_training():
-    assert set(tool.KINDS) == set(manifest.COLUMNS)
+    assert set(KINDS) == set(manifest.COLUMNS)
     assert tool.MEDIA == manifest.MEDIA
