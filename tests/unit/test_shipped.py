@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import arguments_for
+from tests.unit.test_caption import write_model
 from wantrain import cli, config
 from wantrain.data import manifest
 from wantrain.models import base
@@ -87,11 +88,20 @@ def test_the_data_tools_of_the_readme_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my").mkdir()
     (tmp_path / "my" / "films").symlink_to(config.asset("demo/footage/heldout"))
+    write_model(tmp_path / "model")
+    stand_ins = {"wantrain-caption": ["--model", "model", "--dtype", "float32", "--max-tokens", "12", "--frames", "2"]}
+    called = set()
     for line in readme_commands("wantrain-"):
-        name, *own = shlex.split(line)
+        name, *own = shlex.split(line.replace("--share 0.1", "--num 1"))
         module, _, function = scripts[name].partition(":")
-        assert getattr(importlib.import_module(module), function)(own) == 0, line
-        assert Path(own[-1]).read_text().count("\n") >= 4
+        called.add(name)
+        if name == "wantrain-review":  # it serves until it is stopped: tests/browser
+            assert Path(own[-1]).exists()
+            continue
+        assert getattr(importlib.import_module(module), function)([*own, *stand_ins.get(name, [])]) == 0, line
+    assert called == {*scripts} - {"wantrain"}
+    assert all("mystyl style, " in row for row in Path("my_train.jsonl").read_text().splitlines())
+    assert Path("my_train.jsonl").read_text().count("\n") + Path("my_heldout.jsonl").read_text().count("\n") >= 4
 
 
 def test_the_launch_commands_name_files_and_recipes_that_exist():

@@ -1,0 +1,669 @@
+"""Captions for a manifest: from a vision-language model, sidecar files, file names or another column.
+
+    python -m data_tools.caption manifest.jsonl --kind style --trigger wrds --dry-run
+    python -m data_tools.caption manifest.jsonl --kind style --trigger wrds
+    python -m data_tools.caption stills/ --from sidecars --out stills.jsonl
+
+A caption that is there is kept unless told otherwise, rows and columns stay as they are, media are only read, and
+rows = captioned + kept + faulty. The model is any that transformers loads for images and text. It sees frames as
+pictures with their times, not as a video: transformers makes videos only with torchvision, which nothing else here
+needs. Decoding is greedy and batches are made in the manifest's order, so the same call gives the same captions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import itertools
+import json
+import math
+import operator
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+from data_tools.command import (
+    SUFFIXES,
+    absolute,
+    add_job_arguments,
+    answer,
+    check_openable,
+    json_line,
+    positive,
+    relative,
+    shown,
+    stamp,
+)
+from data_tools.rows import Row, has, is_url, moved, sound_rows
+from wantrain.data import decode
+from wantrain.data.media import probe
+from wantrain.files import digest_text, write_text
+from wantrain.jobs import TIME_LIMIT, in_workers, progress
+from wantrain.terms import IMAGE_SUFFIXES, Bucket, UserError
+
+MODEL = "Qwen/Qwen3-VL-8B-Instruct"
+SOURCES = ("model", "sidecars", "names")
+DTYPES = ("bfloat16", "float32", "4bit")
+
+HOW = ("Write the caption of this {medium} for training a video generator: one paragraph of 40 to 80 words in plain "
+       "English, in the present tense, only what can be seen. Begin with the subject itself, not with a phrase like "
+       "'the {medium} shows'. No lists, no guesses, no praise; do not mention frames or times. ")
+KINDS = {
+    "general": "Describe the subjects, what they do and in which order, the place, the light, the framing and movement "
+               "of the camera, and the visual style.",
+    "style": "Describe the subjects, what they do, the place and the framing, as if you saw them in reality. Leave out "
+             "everything about how it is made and looks as a whole: no word on medium, technique, style, artist, era, "
+             "palette, line, texture, grain, lens, grading, lighting or mood.",
+    "character": "The main figure is called {trigger}: name it so, and never otherwise. Describe what {trigger} does, "
+                 "its pose, expression and clothes, the place, other figures, the light and the camera. Leave out what "
+                 "is always the same about {trigger}: face, hair, eyes, skin, build, age, sex, species.",
+    "motion": "Describe the subjects and how they look, the place, the light, the visual style and the framing, as "
+              "they are at the beginning. Leave out the movement: no word on what the subjects or the camera do, on "
+              "speed, on what changes or how it ends.",
+}
+"""What to describe and what not, by kind of set: what is left out goes to the trigger, what is said stays free."""
+
+LONGEST_ASPECT = 100
+ELSEWHERE = "on another machine: fetch it, then caption it here"
+
+OPENING = re.compile(
+    r"(?:(?:sure|certainly|of course)[!,.:]|here(?: i|.)s [^:.]{,60}:|(?:caption|description|answer) ?:"
+    r"|in th(?:is|e) (?:short )?(?:video|clip|image|picture|photo|scene|footage)(?: clip)?(?:,| we (?:can )?see) "
+    r"|th(?:is|e) (?:short )?(?:video|clip|image|picture|photo|footage|caption)(?: clip)? (?:clearly )?"
+    r"(?:shows|depicts|features|captures|presents|displays|portrays|(?:opens|begins|starts) (?:with|on)) )\s*", re.I)
+REFUSAL = re.compile(r"(i(.m| am) (very )?sorry|sorry,|i can(.?t|not)|i(.m| am) (unable|not able)|as an ai)\b", re.I)
+LOOP = re.compile(r"(.{4,200}?)\1{3,}", re.S)
+QUOTES = {'"': '"', "'": "'", "`": "`", "\u201c": "\u201d", "\u2018": "\u2019", "\u00ab": "\u00bb"}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What becomes of a clip. `prompt` holds {medium} and {trigger}, `form` {trigger} and {caption}."""
+
+    source: str
+    model: str
+    dtype: str
+    prompt: str
+    trigger: str
+    form: str
+    num_frames: int
+    max_pixels: int
+    max_tokens: int
+    batch_size: int
+    overwrite: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A span of a file, in seconds, of which at most `num_frames` frames are seen with at most `max_pixels` each.
+
+    Without `is_read` only their times and size are found out.
+    """
+
+    path: Path
+    start_s: float
+    end_s: float
+    num_frames: int
+    max_pixels: int
+    is_read: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Frames of one clip, their times in seconds of the source; or the `fault` that there are none.
+
+    `shape_FHW` is known without reading; `frames_FHWC` uint8 is None then.
+    """
+
+    times_s: tuple[float, ...] = ()
+    shape_FHW: tuple[int, int, int] = (0, 0, 0)
+    frames_FHWC: np.ndarray | None = None
+    fault: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the model said to one clip, and whether it came to an end; or why it was not asked."""
+
+    text: str = ""
+    is_finished: bool = True
+    fault: str = ""
+
+
+def see(job: Job) -> Seen:
+    """The frames of one span. A bad file is told by `fault`, not by an exception."""
+    try:
+        check_openable(job.path)
+        return _see(job)
+    except UserError as error:
+        fault = error.message
+    except av.FFmpegError as error:
+        fault = f"{shown(job.path)} cannot be decoded: {error.strerror}"
+    except OSError as error:
+        fault = f"{shown(job.path)}: {error.strerror or error}"
+    except ValueError as error:
+        fault = f"{shown(job.path)}: {error}"
+    return Seen(fault=fault)
+
+
+def _see(job: Job) -> Seen:
+    """Frames on screen in the middle of equal parts of the span: its first and last, where cuts and fades are, count
+    no more than others. A span of few frames shows each once.
+    """
+    found = probe(job.path)
+    if max(found.aspect, 1 / found.aspect) > LONGEST_ASPECT:
+        raise ValueError(f"a strip of {found.width}x{found.height} px")
+    start_s, fps, number = job.start_s, 1.0, 1
+    if found.duration_s > 0:
+        end_s = min(job.end_s, found.duration_s)
+        if start_s >= end_s:
+            raise ValueError(f"the span begins at {start_s:g} s, the film ends at {found.duration_s:g} s")
+        later = (found.times_s > start_s + 1e-3) & (found.times_s < end_s - 1e-3)
+        number = min(job.num_frames, 1 + int(later.sum()))
+        fps = number / (end_s - start_s)
+        start_s += 0.5 / fps
+    scale = min(1.0, math.sqrt(job.max_pixels / (found.width * found.height)))
+    bucket = Bucket(number, max(1, round(found.height * scale)), max(1, round(found.width * scale)))
+    times_s = found.times_s[decode.choose_frames(found.times_s, start_s, fps, number)]
+    seen = Seen(tuple(map(float, times_s)), (number, bucket.height, bucket.width))
+    if not job.is_read:
+        return seen
+    frames_FCHW = decode.read_clip(job.path, start_s, job.end_s, fps, bucket)
+    return dataclasses.replace(seen, frames_FHWC=frames_FCHW.movedim(1, -1).numpy())
+
+
+class Captioner:
+    """A vision-language model from a folder or hub id. Raises UserError where it cannot be loaded.
+
+    Without weights it tells what it would be asked.
+    """
+
+    def __init__(self, where: str, settings: Settings, with_weights: bool = True) -> None:
+        import torch
+        from safetensors import SafetensorError
+
+        self.settings = settings
+        try:
+            self.processor = _load_processor(where)
+            if with_weights:
+                self.model = _load_model(where, settings.dtype).eval()
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+            step = ("take a smaller model or --dtype 4bit" if isinstance(error, torch.OutOfMemoryError) else
+                    f"give the folder or id of a model for images and text, such as {MODEL}")
+            raise UserError(f"--model {settings.model} cannot be loaded: {str(error).strip().partition(chr(10))[0]}",
+                            step) from error
+
+    def prompt(self, job: Job, seen: Seen) -> str:
+        """What the model is asked, in its own form; a mark stands where each frame comes."""
+        content: list[dict[str, str]] = []
+        for time_s in seen.times_s:
+            if not _is_image(job):
+                content.append({"type": "text", "text": f"{max(0.0, time_s - job.start_s):.1f} s:"})
+            content.append({"type": "image"})
+        content.append({"type": "text", "text": worded(self.settings, job)})
+        template = self.processor.chat_template
+        quiet = {"enable_thinking": False} if "enable_thinking" in str(template) else {}
+        text: str = self.processor.apply_chat_template([{"role": "user", "content": content}],
+                                                       add_generation_prompt=True, **quiet)
+        return text
+
+    def tokenized(self, prompts: Sequence[str], pictures: Sequence[np.ndarray]) -> Any:
+        """The model's inputs for prompts and their frames_FHWC, padded on the left so that answers begin together."""
+        from PIL import Image
+
+        images = [[Image.fromarray(frame_HWC) for frame_HWC in frames_FHWC] for frames_FHWC in pictures]
+        return self.processor(text=list(prompts), images=images, padding=True, return_tensors="pt")
+
+    def ask(self, jobs: Sequence[Job], seen: Sequence[Seen]) -> list[Answer]:
+        """One answer a clip, always the most likely words."""
+        import torch
+
+        prompts = [self.prompt(job, s) for job, s in zip(jobs, seen, strict=True)]
+        inputs = self.tokenized(prompts, [s.frames_FHWC for s in seen if s.frames_FHWC is not None])
+        try:
+            with torch.inference_mode():
+                out_BL = self.model.generate(**inputs.to(self.model.device), do_sample=False, num_beams=1,
+                                             max_new_tokens=self.settings.max_tokens)
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"--batch-size {self.settings.batch_size}: {str(error).splitlines()[0]}",
+                            "a smaller --batch-size, --frames or --max-pixels; what was captioned is kept") from error
+        out_BL = out_BL[:, inputs["input_ids"].shape[1]:].cpu()
+        ends = torch.as_tensor(self.model.generation_config.eos_token_id or self.processor.tokenizer.eos_token_id)
+        texts = self.processor.batch_decode(out_BL, skip_special_tokens=True)
+        # A template that opens the thinking itself leaves only its end in the answer.
+        opened = ["<think>" if p.rstrip().endswith("<think>") else "" for p in prompts]
+        return [Answer(start + text, bool(torch.isin(out_L, ends.reshape(-1)).any()))
+                for start, text, out_L in zip(opened, texts, out_BL, strict=True)]
+
+
+def _load_processor(where: str) -> Any:
+    """The model's processor without its part for videos, which transformers refuses to load without torchvision."""
+    from transformers import AutoConfig
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    config = type(AutoConfig.from_pretrained(where, trust_remote_code=False))
+    if config not in PROCESSOR_MAPPING:
+        raise ValueError(f"{config.__name__} is of no model for images and text")
+    whole: Any = PROCESSOR_MAPPING[config]
+    attributes = [name for name in whole.get_attributes() if name != "video_processor"]
+    still: Any = type(whole.__name__, (whole,), {"get_attributes": classmethod(lambda cls: attributes)})
+    processor = still.from_pretrained(where)
+    processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
+    processor.tokenizer.padding_side = "left"
+    return processor
+
+
+def _load_model(where: str, dtype: str) -> Any:
+    import torch
+    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                   bnb_4bit_compute_dtype=torch.bfloat16) if dtype == "4bit" else None
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        where, dtype=torch.float32 if dtype == "float32" else torch.bfloat16, device_map=device,
+        quantization_config=quantized, output_loading_info=True, trust_remote_code=False)
+    if info["missing_keys"]:
+        raise ValueError(f"{len(info['missing_keys'])} weights are missing, such as {min(info['missing_keys'])}")
+    return model
+
+
+def worded(settings: Settings, job: Job) -> str:
+    """The user's or the kind's words for this clip."""
+    medium = "picture" if _is_image(job) else "video"
+    return settings.prompt.replace("{medium}", medium).replace("{trigger}", settings.trigger)
+
+
+def _is_image(job: Job) -> bool:
+    return job.path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def clean(text: str) -> str:
+    """The caption in an answer, on one line: without thoughts, marks of layout, quotes around it and openings that say
+    it is a video.
+    """
+    text = re.sub(r"<think>.*?(</think>|$)|^.*</think>", " ", text, flags=re.S)
+    text = " ".join(re.sub(r"\*\*|^\s*(?:[#>*-]+\s+)", " ", text, flags=re.M).split())
+    before = None
+    while text != before:
+        before = text
+        if len(text) > 1 and QUOTES.get(text[0]) == text[-1] and not {text[0], text[-1]} & {*text[1:-1]}:
+            text = text[1:-1].strip()
+        text = OPENING.sub("", text, count=1) if OPENING.match(text) else text
+    return text[:1].upper() + text[1:]
+
+
+def judge(said: Answer, max_tokens: int) -> tuple[str, str]:
+    """(caption, '') or ('', why the answer is none). One that was cut off ends with its last whole sentence."""
+    text = clean(said.text)
+    if said.fault:
+        return "", said.fault
+    sentences = re.split(r"(?<=[.!?\u3002])\s+", text.lower())
+    if LOOP.search(text) or any(len(sentence) > 8 and sentences.count(sentence) > 2 for sentence in sentences):
+        return "", f"the model repeats itself: ...{text[-60:]!r}"
+    if not said.is_finished:
+        text = text[: max((end.end() for end in re.finditer(r"[.!?\u3002](?=\s|$)", text)), default=0)]
+    if REFUSAL.match(text):
+        return "", f"the model refuses: {text[:80]!r}"
+    if any(c.isalnum() for c in text):
+        return text, ""
+    return "", "the model says nothing" if said.is_finished else (
+        f"the model came to no end of a sentence in {max_tokens} tokens: allow more with --max-tokens")
+
+
+def with_trigger(text: str, trigger: str, form: str) -> str:
+    """The caption in its form; one that has the trigger as a word of its own already stays as it is."""
+    return text if not trigger or has(trigger, text) else form.replace("{trigger}", trigger).replace("{caption}", text)
+
+
+def readable(name: str) -> str:
+    """A file's name as words: numbers, sizes and what `data_tools.split` adds are left out."""
+    stem = Path(re.sub(r"(\.\w+)@\d+\.\d{3}\.\w+$", r"\1", name)).stem
+    words = re.sub(r"[\W_]+", " ", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", stem)).split()
+    kept = [re.sub(r"(?<=[^\W\d]{2})\d+$", "", word) for word in words
+            if not re.fullmatch(r"\d+([px]\d*|fps|k|s)?|v\d+", word, re.I)]
+    return " ".join(kept)
+
+
+def sidecars(folder: Path) -> dict[str, list[Path]]:
+    """The texts beside every video and image of a folder, by its stem: NAME.txt, then NAME.*.txt."""
+    stems = {file.stem for file in folder.iterdir() if file.suffix.lower() in SUFFIXES}
+    found: dict[str, list[Path]] = {}
+    for file in sorted(folder.glob("*.txt"), key=lambda f: (f.stem not in stems, f.name)):
+        owners = [stem for stem in stems if file.name.startswith(f"{stem}.")]
+        if owners:
+            found.setdefault(max(owners, key=len), []).append(file)
+    return found
+
+
+def _folder_rows(folder: Path, out: Path) -> list[Row]:
+    """A row for every video and image in the folder, with its captions, and its partners in control/ and mask/."""
+    rows = []
+    texts = sidecars(folder)
+    partners = {(kind, file.stem): file for kind in ("control", "mask") for file in sorted((folder / kind).glob("*"))
+                if file.suffix.lower() in SUFFIXES}
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() not in SUFFIXES:
+            continue
+        captions = [_read(path) for path in texts.get(file.stem, [])] or [""]
+        values: dict[str, Any] = {"video": relative(absolute(file), out.parent), "caption": captions[0]}
+        values |= {"captions": captions[1:]} if captions[1:] else {}
+        values |= {kind: relative(absolute(path), out.parent) for kind in ("control", "mask")
+                   if (path := partners.get((kind, file.stem)))}
+        rows.append(Row(out.parent, shown(file), values))
+    return rows
+
+
+def _read(path: Path) -> str:
+    return " ".join(path.read_text(encoding="utf-8-sig", errors="replace").split())
+
+
+def gather(source: Path, out: Path) -> list[Row]:
+    """The rows of a manifest or folder as they stand in `out`; those that are in `out` already stay as they are there.
+
+    UserError where there are none or lines are faulty: all are named.
+    """
+    if out.suffix != ".jsonl":
+        raise UserError(f"{shown(out)}: a manifest with captions is written as .jsonl, and {shown(source)} is none",
+                        "give --out FILE.jsonl")
+    if source.is_dir():
+        rows = _folder_rows(source, out)
+    else:
+        rows = sound_rows([source])[0]
+        if absolute(source).parent != out.parent:
+            ids = {row.id: row.id for row in rows}
+            rows = [Row(out.parent, row.place, moved(row, out.parent, ids)) for row in rows]
+    if out.exists() and not (source.exists() and out.samefile(source)):
+        there = {(row.clip, row.values.get("id")): row for row in sound_rows([out])[0]}
+        rows = [there.pop((row.clip, row.values.get("id")), row) for row in rows] + [*there.values()]
+    if not rows:
+        raise UserError(f"no clips in {shown(source)}", "give a manifest, or a folder of videos and images")
+    return rows
+
+
+def from_texts(rows: Sequence[Row], source: str) -> tuple[list[list[str]], list[str]]:
+    """(captions, fault) of every row, from its sidecar files, its name or a column."""
+    files = [Path(row.where("video")) for row in rows]
+    folders = {file.parent for file in files if source == "sidecars" and file.parent.is_dir()}
+    beside = {folder / stem: paths for folder in folders for stem, paths in sidecars(folder).items()}
+    found, faults = [], []
+    for row, file in zip(rows, files, strict=True):
+        texts: Sequence[Any]
+        if source == "sidecars":
+            texts, fault = [_read(path) for path in beside.get(file.with_suffix(""), [])], f"no {file.stem}.txt with it"
+        elif source == "names":
+            texts, fault = [readable(file.name)], f"the name {file.name} has no words"
+        else:
+            value = row.captions if source == "caption" else row.values.get(source)
+            texts, fault = value if isinstance(value, list) else [value], f"its column {source} has no text"
+        found.append([" ".join(str(text).split()) for text in texts if text is not None and str(text).strip()])
+        faults.append("" if found[-1] else fault)
+    return found, faults
+
+
+def job_of(row: Row, settings: Settings, is_read: bool = True) -> Job:
+    """The span that a row is about."""
+    return Job(Path(row.where("video")), *row.span, settings.num_frames, settings.max_pixels, is_read)
+
+
+def _key(row: Row, settings: Settings) -> str:
+    """What an answer hangs on."""
+    job = job_of(row, settings)
+    return digest_text(*dataclasses.astuple(job), *stamp(job.path), settings.model, settings.dtype,
+                       worded(settings, job), settings.max_tokens)
+
+
+def from_model(rows: Sequence[Row], out: Path, settings: Settings, jobs: int, timeout_s: float
+               ) -> tuple[list[list[str]], list[str]]:
+    """(captions, fault) of every row, from a model. Answers go to a journal beside `out`, batch by batch."""
+    journal = _journal(out)
+    known = _remembered(journal)
+    clips = [job_of(row, settings) for row in rows]
+    keys = [_key(row, settings) for row in rows]
+    todo = {key: job for key, job, row in zip(keys, clips, rows, strict=True) if key not in known
+            and not is_url(row.where("video"))}
+    captioner = Captioner(_fetched(settings), settings) if todo else None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with journal.open("a", encoding="utf-8") as file, progress(len(rows), len(rows) - len(todo), "clip", "caption"
+                                                               ) as bar:
+        file.write("\n")  # ends a line that a kill cut off
+        for batch, seen in _seen_ahead(list(todo.items()), settings.batch_size, jobs, timeout_s):
+            fine = [(key, job) for key, job in batch if not seen[job].fault]
+            said = {key: Answer(fault=seen[job].fault) for key, job in batch if seen[job].fault}
+            if captioner and fine:
+                answers = captioner.ask([job for _, job in fine], [seen[job] for _, job in fine])
+                said |= {key: told for (key, _), told in zip(fine, answers, strict=True)}
+            known |= said
+            file.write("".join(json_line({"key": key, **dataclasses.asdict(said[key])}) for key, _ in batch))
+            file.flush()
+            bar.update(len(batch))
+    told = [judge(known.get(key, Answer(fault=ELSEWHERE)), settings.max_tokens) for key in keys]
+    return [[caption] for caption, _ in told], [fault for _, fault in told]
+
+
+def _fetched(settings: Settings) -> str:
+    if settings.dtype == "4bit" and not importlib.util.find_spec("bitsandbytes"):
+        raise UserError("--dtype 4bit needs the package bitsandbytes, which is not installed",
+                        "pip install bitsandbytes, or --dtype bfloat16")
+    from wantrain.models import hub
+
+    return str(hub.local(settings.model))
+
+
+Batch = list[tuple[str, Job]]
+
+
+def _seen_ahead(todo: Batch, size: int, jobs: int, timeout_s: float) -> Iterator[tuple[Batch, dict[Job, Seen]]]:
+    """Batches with what is seen of them; while one is captioned, the next is decoded."""
+
+    def look(batch: Batch) -> dict[Job, Seen]:
+        return _see_all([job for _, job in batch], jobs, timeout_s)
+
+    batches = [todo[i : i + size] for i in range(0, len(todo), size)]
+    with ThreadPoolExecutor(1) as ahead:
+        coming = [ahead.submit(look, batch) for batch in batches[:1]]
+        for number, batch in enumerate(batches, 1):
+            seen = coming.pop().result()
+            coming += [ahead.submit(look, after) for after in batches[number : number + 1]]
+            yield batch, seen
+
+
+def _see_all(clips: Sequence[Job], jobs: int, timeout_s: float, has_bar: bool = False) -> dict[Job, Seen]:
+    found = {}
+    with progress(len({*clips}), 0, "clip", "look", has_bar) as bar:
+        for job, seen, why in in_workers(see, list(dict.fromkeys(clips)), jobs, timeout_s):
+            found[job] = seen or Seen(fault=f"{shown(job.path)}: {why}")
+            bar.update()
+    return found
+
+
+def _journal(out: Path) -> Path:
+    return out.with_name(out.name + ".journal")
+
+
+def _remembered(journal: Path) -> dict[str, Answer]:
+    """Answers by key; a line cut off by a crash is left out, and what ran into the time limit is tried again."""
+    known = {}
+    for line in journal.read_text(encoding="utf-8").splitlines() if journal.exists() else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            row = json.loads(line)
+            key, told = row.pop("key"), Answer(**row)
+            if f": {TIME_LIMIT}" not in told.fault:
+                known[key] = told
+    return known
+
+
+def _has_caption(row: Row) -> bool:
+    """Whether training would find one: an empty `caption` hides further ones from it."""
+    first = row.values.get("caption")
+    return bool(row.captions if first is None else first.strip())
+
+
+def _wanted(source: Path, out: Path, settings: Settings) -> tuple[list[Row], list[Row], list[Row]]:
+    """(all rows, those to caption, those kept). UserError where the column that captions come from is not there."""
+    rows = gather(source, out)
+    columns = sorted({column for row in rows for column in row.values})
+    if settings.source not in (*SOURCES, *columns):
+        raise UserError(f"--from {settings.source}: there is no such column", "--from one of: "
+                        + ", ".join((*SOURCES, *columns)))
+    is_wanted = [settings.overwrite or not _has_caption(row) for row in rows]
+    return rows, [*itertools.compress(rows, is_wanted)], [*itertools.compress(rows, map(operator.not_, is_wanted))]
+
+
+def run(source: Path, out: Path, settings: Settings, jobs: int, timeout_s: float) -> str:
+    """Write captions into `out`, which may be `source` itself; returns the counts, which add up, and every fault.
+
+    Raises UserError, also where somebody else has changed `out` in the meantime: nothing is lost then.
+    """
+    before = stamp(out)
+    rows, wanted, kept = _wanted(source, out, settings)
+    captions, faults = (from_model(wanted, out, settings, jobs, timeout_s) if settings.source == "model"
+                        else from_texts(wanted, settings.source))
+    if stamp(out) != before:
+        raise UserError(f"{shown(out)} was changed while captions were made; it was left as it is",
+                        "the same command again puts them in, and makes none anew")
+    for row, texts, fault in zip(wanted, captions, faults, strict=True):
+        if not fault:
+            first, *further = [with_trigger(text, settings.trigger, settings.form) for text in texts]
+            row.values.update({"caption": first} | ({"captions": further} if further else {}))
+    write_text(out, "".join(json_line(row.values) for row in rows))
+    if settings.source == "model":
+        _journal(out).unlink()
+    bare = [row.id for row in kept if not all(has(settings.trigger, text) for text in row.captions)]
+    lines = [_counted(rows, kept, faults) + f", in {shown(out)}"]
+    lines += [f"  {len(bare)} of those kept are without the trigger, such as {bare[0]}; --from caption --overwrite "
+              "puts it into every caption"] if bare else []
+    return "\n".join(lines + _told(wanted, faults))
+
+
+def preview(source: Path, out: Path, settings: Settings, jobs: int, timeout_s: float) -> str:
+    """What `run` would do, clip by clip. Writes nothing and loads no weights; raises UserError as `run` does."""
+    rows, wanted, kept = _wanted(source, out, settings)
+    if settings.source == "model":
+        lines, faults = _previewed(wanted, settings, jobs, timeout_s)
+    else:
+        captions, faults = from_texts(wanted, settings.source)
+        lines = [f"{row.id}: " + " | ".join(with_trigger(text, settings.trigger, settings.form) for text in texts)
+                 for row, texts in zip(wanted, captions, strict=True) if texts]
+    return "\n".join([*lines, _counted(rows, kept, faults) + "; a dry run: nothing was written",
+                      *_told(wanted, faults)])
+
+
+def _previewed(rows: Sequence[Row], settings: Settings, jobs: int, timeout_s: float) -> tuple[list[str], list[str]]:
+    """(the prompts and a line for every clip, its fault)."""
+    captioner = Captioner(settings.model, settings, with_weights=False)
+    clips = [job_of(row, settings, is_read=False) for row in rows]
+    seen = _see_all([job for job, row in zip(clips, rows, strict=True) if not is_url(row.where("video"))], jobs,
+                    timeout_s, has_bar=True)
+    prompts: dict[bool, str] = {}
+    num_tokens: dict[tuple[int, ...], int] = {}
+    lines, faults = [], []
+    for row, job in zip(rows, clips, strict=True):
+        look = seen.get(job, Seen(fault=ELSEWHERE))
+        faults.append(look.fault)
+        if look.fault:
+            continue
+        kind = (_is_image(job), *look.shape_FHW)
+        if kind not in num_tokens:
+            prompt = captioner.prompt(job, look)
+            prompts.setdefault(_is_image(job), prompt)
+            blank_FHWC = np.zeros((*look.shape_FHW, 3), np.uint8)
+            num_tokens[kind] = captioner.tokenized([prompt], [blank_FHWC])["input_ids"].numel()
+        _, height, width = look.shape_FHW
+        lines.append(f"{row.id}: frames at {' '.join(f'{t:.2f}' for t in look.times_s)} s, {width}x{height} px, about "
+                     f"{num_tokens[kind]} tokens + {settings.max_tokens} at most to answer")
+    shown_prompts = [f"the prompt for {'pictures' if is_image else 'videos (times are those of the first)'}:\n{text}"
+                     for is_image, text in prompts.items()]
+    return shown_prompts + lines, faults
+
+
+def _counted(rows: Sequence[Row], kept: Sequence[Row], faults: Sequence[str]) -> str:
+    num_faulty = sum(map(bool, faults))
+    return f"{len(rows)} rows = {len(faults) - num_faulty} captioned + {len(kept)} kept + {num_faulty} faulty"
+
+
+def _told(rows: Sequence[Row], faults: Sequence[str]) -> list[str]:
+    return [f"  fault: {row.id}: {fault}" for row, fault in zip(rows, faults, strict=True) if fault]
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    prompt = args.prompt or HOW + KINDS[args.kind]
+    if args.source == "model" and "{trigger}" in prompt and not args.trigger:
+        raise UserError("the prompt" + ("" if args.prompt else f" of --kind {args.kind}") + " names the {trigger}, and "
+                        "there is no --trigger", "--trigger WORD: a rare one that the base does not know")
+    if "{caption}" not in args.form:
+        raise UserError(f"--form {args.form!r} has no {{caption}} in it", "such as --form '{trigger}, {caption}'")
+    return Settings(args.source, args.model, args.dtype, prompt, args.trigger, args.form, args.frames, args.max_pixels,
+                    args.max_tokens, args.batch_size, args.overwrite)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code: 0 (also where clips are faulty: they are named), 2, 130."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    args = _parser().parse_args(given)
+
+    def work() -> str:
+        out = absolute(args.out or args.manifest)
+        todo = preview if args.dry_run else run
+        # as many processes as make one batch ready at once, while the one before it is captioned
+        return todo(args.manifest, out, _settings(args), max(args.jobs, args.batch_size), args.timeout_s)
+
+    return answer(work, ["python", "-m", "data_tools.caption", *given])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.caption", description="Write captions into a manifest. Those that are there are "
+        "kept, media are only read.",
+        epilog="The same command again goes on where it was stopped: answers are remembered in FILE.journal until the "
+        "manifest is written. A trigger is put into a caption once, however often the command runs.")
+    parser.add_argument("manifest", type=Path, metavar="MANIFEST",
+                        help=".jsonl; or .csv, .parquet or a folder of videos and images with sidecars, with --out")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the .jsonl to write (default: MANIFEST itself); what "
+                        "is captioned there already stays")
+    parser.add_argument("--from", dest="source", default="model", metavar="SOURCE",
+                        help="model; sidecars (NAME.txt, and NAME.*.txt as further captions); names (the file's, made "
+                        "readable); or a column of the manifest (default: %(default)s)")
+    parser.add_argument("--kind", choices=KINDS, default="general",
+                        help="what the set is to teach, which is what captions must not say, so that it goes to the "
+                        "trigger: the look (style), what is constant in a figure (character), the movement (motion), "
+                        "or nothing in particular (default: %(default)s)")
+    parser.add_argument("--prompt", metavar="TEXT", help="your own words to the model in place of those of --kind; "
+                        "{medium} is 'video' or 'picture', {trigger} the trigger")
+    parser.add_argument("--trigger", default="", metavar="WORD", help="put into every caption that has it not")
+    parser.add_argument("--form", default="{trigger}, {caption}", metavar="TEXT",
+                        help="how it is put in (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="make captions anew where there are some")
+    parser.add_argument("--dry-run", action="store_true", help="show the clips, the exact prompt, the times of the "
+                        "frames and the tokens; load no weights, write nothing")
+    model = parser.add_argument_group("the model")
+    model.add_argument("--model", default=MODEL, metavar="PATH|ID",
+                       help="a model for images and text, its folder or hub id (default: %(default)s)")
+    model.add_argument("--dtype", choices=DTYPES, default="bfloat16",
+                       help="4bit needs bitsandbytes and takes less memory (default: %(default)s)")
+    model.add_argument("--frames", type=positive(int), default=8, metavar="N",
+                       help="frames seen of a clip, from the middles of equal parts of its span (default: %(default)s: "
+                       "one each 0.6 s of 81 frames at 16 fps)")
+    model.add_argument("--max-pixels", type=positive(int), default=512 * 512, metavar="N",
+                       help="a larger frame is made smaller (default: %(default)s, 512x512: 256 tokens of Qwen3-VL; "
+                       "eight frames are about 2000)")
+    model.add_argument("--max-tokens", type=positive(int), default=250, metavar="N",
+                       help="longest answer (default: %(default)s: twice what is asked for, and well below the 512 "
+                       "that Wan reads)")
+    model.add_argument("--batch-size", type=positive(int), default=4, metavar="N",
+                       help="clips at the same time; a kill loses one batch at most (default: %(default)s)")
+    add_job_arguments(parser, 120)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

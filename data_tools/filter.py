@@ -1,0 +1,574 @@
+"""Measure every clip of a manifest, so that a recipe can leave out the blurred, the still, the doubled and the marked.
+
+    python -m data_tools.filter manifest.jsonl --out measured.jsonl
+
+Each measurement is a numeric column. Limits live in the recipe (`data.limits.motion=[0.002,null]`); this tool only
+suggests some and tells what they would drop. A clip is judged by NUM_PAIRS pairs of frames spread over its span, in
+grey, brought to a short side of LOOK_PX, so that size and frame rate of the source hardly count. The numbers behind
+the suggestions, and what each measurement is blind to, stand with the functions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import io
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+from av.video.reformatter import VideoReformatter
+from PIL import Image
+
+from data_tools.command import absolute, add_job_arguments, answer, json_line, relative, shown, stamp
+from wantrain.data import media
+from wantrain.files import digest_text, write_text
+from wantrain.jobs import in_workers, progress
+from wantrain.terms import UserError
+
+VERSION = 1
+"""Raise this when a measurement changes: what is remembered of another version is measured again."""
+
+NUM_PAIRS, GAP_S = 8, 0.125
+"""Frames are looked at in pairs, this far apart: three frames at 24 fps, so that drawings held for three still move."""
+
+LOOK_PX, FLOW_PX = 480, 128
+"""Short side of the pictures that are measured (about that of training), and of those that the flow is found in."""
+
+LONGEST = 4
+"""The long side is at most this many short sides of LOOK_PX, whatever the file says."""
+
+HASH_PX, HASH_BITS = 16, 256
+NEAR_BITS = 28
+"""Clips nearer than this are told to be duplicates: see `hash_pictures`."""
+
+FARNEBACK = (0.5, 4, 15, 3, 5, 1.1, 0)
+"""OpenCV's pyr_scale, levels, winsize, iterations, poly_n, poly_sigma (1.1 is its advice for poly_n 5) and flags."""
+
+SUGGESTED: dict[str, tuple[float | None, float | None]] = {
+    "sharpness": (0.35, None), "motion": (0.002, None), "duplicate": (NEAR_BITS, None), "letterbox": (None, 0.01),
+    "text": (None, 0.005), "luma": (0.06, 0.94), "black": (None, 0.8), "white": (None, 0.4)}
+"""Every column with the limits that calibration suggests: [lowest, highest] that is kept."""
+
+BAR_LEVEL, BLACK_LEVEL = 10, 24
+"""Grey values of 255: what lies nearer to a bar's colour is of it, and how bright a black bar may be."""
+
+BAR_JUMP, BAR_CONTENT = 0.35, 0.15
+"""Shares of a line that is not of the bar's colour: the jump at the bar's border, and most in the bar (subtitles)."""
+
+STROKE_PX, TEXT_CONTRAST, TEXT_LEVEL, LETTERS = 15, 80, 190, 5
+"""Text: strokes are thinner than this, brighter than what is around by this, at least so bright (grey values of 255;
+dark text the other way round), and a line has as many letters."""
+
+NUM_EXTREMES, NUM_SHOWN = 3, 20
+MEDIA = ("video", "control", "mask")
+
+Row = dict[str, Any]
+Box = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One span of a file; `key` is what its measurements hang on."""
+
+    path: Path
+    start_s: float
+    end_s: float | None
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one clip is like, or the fault why that cannot be said. `hashes` are NUM_PAIRS numbers of HASH_BITS bits.
+
+    `sharpness`, `motion`, `letterbox` and `text` are those of the functions below. `luma` is the mean grey value (0
+    black, 1 white), `black` and `white` the shares of the picture that are as good as black (up to 16 of 255) and
+    white (from 250): detail that no training brings back. Bars count for none of these three.
+    """
+
+    sharpness: float = 0.0
+    motion: float = 0.0
+    letterbox: float = 0.0
+    text: float = 0.0
+    luma: float = 0.0
+    black: float = 0.0
+    white: float = 0.0
+    hashes: tuple[int, ...] = ()
+    fault: str = ""
+
+
+def measure(job: Job) -> Measured:
+    """Measure one span in this process. A file that cannot be read is told by `fault`, not by an exception."""
+    cv2.setNumThreads(1)  # the workers are as many as the cores
+    try:
+        return measure_pairs(*read_pairs(job.path, job.start_s, job.end_s))
+    except UserError as error:
+        return Measured(fault=error.message)
+    except av.FFmpegError as error:
+        return Measured(fault=f"{shown(job.path)} cannot be decoded: {error.strerror}")
+    except (OSError, ValueError) as error:
+        return Measured(fault=f"{shown(job.path)}: {error}")
+
+
+def measure_pairs(pairs_P2HW: np.ndarray, gaps_s: np.ndarray) -> Measured:
+    """All measurements of grey pictures (uint8), the two of a pair `gaps_s` apart (0: one and the same)."""
+    top, bottom, left, right = find_bars(pairs_P2HW.reshape(-1, *pairs_P2HW.shape[2:]))
+    texts_PHW = np.stack([find_text(pair[0], pair[1]) for pair in pairs_P2HW])
+    rows, columns = slice(top + 2, bottom - 2), slice(left + 2, right - 2)  # a bar's border is blurred, and an edge
+    inner_P2HW, inner_texts_PHW = pairs_P2HW[:, :, rows, columns], texts_PHW[:, rows, columns]
+    first_PHW = inner_P2HW[:, 0]
+    values = {
+        "sharpness": np.median([sharpness(*both) for both in zip(first_PHW, inner_texts_PHW, strict=True)]),
+        "motion": np.mean([motion(pair[0], pair[1], gap_s) for pair, gap_s in zip(inner_P2HW, gaps_s, strict=True)]),
+        "letterbox": 1 - (bottom - top) * (right - left) / texts_PHW[0].size,
+        "text": texts_PHW.mean(), "luma": first_PHW.mean() / 255,
+        "black": (first_PHW <= 16).mean(), "white": (first_PHW >= 250).mean()}
+    rounded: dict[str, Any] = {name: round(float(value), 5) for name, value in values.items()}
+    return Measured(**rounded, hashes=hash_pictures(first_PHW))
+
+
+def read_pairs(path: Path, start_s: float, end_s: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """(pairs_P2HW uint8, seconds between the two of each): NUM_PAIRS pairs spread evenly over the span.
+
+    Raises UserError, av.FFmpegError or ValueError where the span does not decode.
+    """
+    found = media.probe(path)
+    if found.why_not_decord == "image":
+        image = media.read_image(path).convert("L")
+        picture = np.asarray(image.resize(_look_size(*image.size), Image.Resampling.BOX))
+        return np.broadcast_to(picture, (1, 2, *picture.shape)), np.zeros(1)
+    times_s = found.times_s
+    stop = int(np.searchsorted(times_s, math.inf if end_s is None else end_s - 1e-6))
+    first = max(0, int(np.searchsorted(times_s, start_s + 1e-4, side="right")) - 1)
+    if start_s >= found.duration_s or stop <= first:
+        raise ValueError(f"no frame from {start_s:g} s to {'its end' if end_s is None else f'{end_s:g} s'}; the film "
+                         f"lasts {found.duration_s:g} s")
+    length_s = times_s[stop - 1] - times_s[first]
+    gap_s = min(GAP_S, length_s)
+    begin_P = times_s[first] + (np.arange(NUM_PAIRS) + 0.5) / NUM_PAIRS * (length_s - gap_s)
+    index_P2 = np.searchsorted(times_s, np.stack([begin_P, begin_P + gap_s], 1) + 1e-4, side="right") - 1
+    pictures = _decode(path, found, np.unique(index_P2))
+    if len({picture.shape for picture in pictures.values()}) > 1:
+        raise ValueError("its frames change their size: cut it there")
+    return np.stack([np.stack([pictures[int(i)] for i in pair]) for pair in index_P2]), np.diff(times_s[index_P2])[:, 0]
+
+
+def _decode(path: Path, found: media.Probe, index: np.ndarray) -> dict[int, np.ndarray]:
+    """The grey pictures of these frames: from the keyframe before the first or, where a seek goes too far, from the
+    file's beginning.
+    """
+    wanted = {round(float(found.times_s[i]), 4): int(i) for i in index}
+    kept = _decode_from(path, found, wanted, min(wanted))
+    if len(kept) < len(wanted):
+        kept = _decode_from(path, found, wanted, None)
+    if len(kept) < len(wanted):
+        raise ValueError(f"{len(kept)} of {len(wanted)} frames decode")
+    return kept
+
+
+def _decode_from(path: Path, found: media.Probe, wanted: Mapping[float, int], seek_s: float | None
+                 ) -> dict[int, np.ndarray]:
+    kept: dict[int, np.ndarray] = {}
+    scaler = VideoReformatter()  # kept, for a frame's own is set up anew each time
+    with media.open_video(path) as container:
+        stream = container.streams.video[0]
+        assert stream.time_base is not None
+        stream.thread_type = "NONE"
+        if seek_s is not None:
+            container.seek(int((float(found.start_s) + seek_s) / stream.time_base), stream=stream)
+        for frame in container.decode(stream):
+            time_s = round(float((frame.pts or 0) * stream.time_base - found.start_s), 4)
+            if time_s in wanted:
+                width, height = _look_size(frame.width, frame.height)
+                how = "AREA" if width < frame.width else "BILINEAR"
+                rgb = scaler.reformat(frame, width, height, "rgb24", interpolation=how).to_ndarray()
+                kept[wanted[time_s]] = np.rot90(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY), frame.rotation // 90 % 4)
+            if len(kept) == len(wanted) or time_s > max(wanted):
+                break
+    return kept
+
+
+def _look_size(width: int, height: int) -> tuple[int, int]:
+    scale = min(LOOK_PX / min(width, height), LONGEST * LOOK_PX / max(width, height))
+    return max(FLOW_PX, round(width * scale)), max(FLOW_PX, round(height * scale))
+
+
+def find_bars(pictures_FHW: np.ndarray) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) of the picture between its bars; the whole where there are none.
+
+    A bar reaches from an edge to a straight border, where the share of pixels that ever differ from the bar's colour
+    jumps: a night sky ends in a skyline, which does not jump. Black bars may be on one side only and hold subtitles;
+    bars of another colour are believed in opposite pairs. Bars under 1 % of the side are not seen, nor are blurred
+    copies of the picture beside an upright film, nor black bars where all that touches them is black as well.
+    """
+    top, left = 0, 0
+    bottom, right = pictures_FHW.shape[1:]
+    for _ in range(2):  # with bars on four sides the wider ones hide the others
+        inner = pictures_FHW[:, top:bottom, left:right]
+        above, below = _opposite_bars(inner)
+        before, after = _opposite_bars(inner[:, above : inner.shape[1] - below].swapaxes(1, 2))
+        top, bottom, left, right = top + above, bottom - below, left + before, right - after
+    return top, bottom, left, right
+
+
+def _opposite_bars(pictures_FHW: np.ndarray) -> tuple[int, int]:
+    """Thickness in pixels of the bars above and below."""
+    (above, colour), (below, other) = _bar(pictures_FHW), _bar(pictures_FHW[:, ::-1])
+    if above and below and abs(colour - other) <= BAR_LEVEL:
+        return above, below
+    return (above if colour <= BLACK_LEVEL else 0), (below if other <= BLACK_LEVEL else 0)
+
+
+def _bar(pictures_FHW: np.ndarray) -> tuple[int, float]:
+    """(thickness in pixels, colour) of a bar at the top, 0 where there is none."""
+    colour = float(np.median(pictures_FHW[:, :2]))
+    low, high = pictures_FHW.min(0).astype(np.int16), pictures_FHW.max(0).astype(np.int16)
+    differing_H = ((high > colour + BAR_LEVEL) | (low < colour - BAR_LEVEL)).mean(1)
+    steps = differing_H[3:] - differing_H[:-3]  # over three rows, as scaling blurs the border
+    if not (steps >= BAR_JUMP).any():
+        return 0, colour
+    row = int(np.argmax(steps >= BAR_JUMP))
+    edge = row + 1 + int(np.argmax(np.diff(differing_H[row : row + 4])))
+    is_bar = edge >= len(differing_H) / 100 and differing_H[:edge].mean() <= BAR_CONTENT
+    return edge if is_bar else 0, colour
+
+
+def sharpness(picture_HW: np.ndarray, text_HW: np.ndarray) -> float:
+    """How steep the strong edges are, as a share of a perfect edge (1); text is left out, being sharp in any film.
+
+    An edge blurred by a Gaussian of s pixels keeps 1 / sqrt(1 + s^2) of its steepness, seen through one of 1 pixel; s
+    is told by how much more of it is lost through one of 2 pixels (Zhuo & Sim 2011, "Defocus map estimation from a
+    single image"). The median of the steepest 1 % of the pixels: depth of field leaves it high, and neither contrast
+    nor grain move it much, while the variance of the Laplacian (Pech-Pacheco et al. 2000) takes grain for detail and
+    a clear sky for blur. 1 is what LOOK_PX can show, films of 180 lines have about 0.45, no edge at all is 0.
+    """
+    fine, coarse = (_steepness(cv2.GaussianBlur(picture_HW.astype(np.float32), (0, 0), s)) for s in (1, 2))
+    fine = np.where(cv2.dilate(text_HW.astype(np.uint8), np.ones((9, 9), np.uint8)) > 0, 0, fine)
+    most, nearly_all = np.percentile(fine, (99, 99.9))
+    strong = fine >= max(most, 0.7 * nearly_all, 0.5)  # the flanks of few edges are no edges
+    if not strong.any():
+        return 0.0
+    ratio = np.median(fine[strong] / np.maximum(coarse[strong], 1e-3))
+    return math.sqrt(min(1.0, max(0.0, (float(ratio) ** 2 - 1) / 3)))
+
+
+def _steepness(picture_HW: np.ndarray) -> np.ndarray:
+    return cv2.magnitude(*(cv2.Sobel(picture_HW, cv2.CV_32F, dx, 1 - dx, scale=1 / 8) for dx in (1, 0)))
+
+
+def motion(first_HW: np.ndarray, second_HW: np.ndarray, gap_s: float) -> float:
+    """Speed of the fastest twentieth of the picture, in its diagonals a second: a small subject before a still
+    background counts like a slow pan. 0 for an image.
+
+    Optical flow of Farneback (2003), after the second picture is brought to the brightness and contrast of the first.
+    It counts where it explains at least half of a visible difference: so noise, fades, flashes and dissolves are not
+    motion. Speeds above about 0.6 are told too low.
+    """
+    if not gap_s:
+        return 0.0
+    scale = FLOW_PX / min(first_HW.shape)
+    first, second = (cv2.GaussianBlur(cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+                                      .astype(np.float32), (0, 0), 1) for picture in (first_HW, second_HW))
+    contrast = first.std() / second.std() if min(first.std(), second.std()) > 2 else 1.0
+    second = ((second - second.mean()) * contrast + first.mean()).clip(0, 255)
+    height, width = first.shape
+    flow_HW2 = cv2.calcOpticalFlowFarneback(first.astype(np.uint8), second.astype(np.uint8),
+                                            np.zeros((height, width, 2), np.float32), *FARNEBACK)
+    x, y = (grid + flow_HW2[..., i] for i, grid in enumerate(np.meshgrid(*map(np.arange, (width, height)))))
+    warped = cv2.remap(second, x.astype(np.float32), y.astype(np.float32), cv2.INTER_LINEAR,
+                       borderMode=cv2.BORDER_REPLICATE)
+    before, after = (cv2.blur(np.abs(first - other), (9, 9)) for other in (second, warped))
+    lengths = np.where((before > 1) & (after < before / 2), np.hypot(*flow_HW2.transpose(2, 0, 1)), 0).ravel()
+    fastest = np.partition(lengths, -(lengths.size // 20))[-(lengths.size // 20):]
+    return float(fastest.mean()) / math.hypot(height, width) / gap_s
+
+
+def find_text(first_HW: np.ndarray, second_HW: np.ndarray) -> np.ndarray:
+    """Where both pictures show the same lines of text: 1 inside their boxes, 0 elsewhere.
+
+    Strokes are what the top-hat keeps: thin, near white beside something darker, or near black the other way round.
+    Connected strokes are taken for letters by their shape, and for a line where LETTERS or more of like height stand
+    side by side on one base. No model and no language in it. On shared/footage it marks nothing where nothing is
+    written, and finds Latin subtitles that are outlined or boxed in every clip, bare white ones in most. Short
+    watermarks, faint or transparent ones, letters higher than a thirtieth of the picture (titles), joined scripts
+    and handwriting it mostly misses; signs in a still picture it does not tell from what was burnt in.
+    """
+    square = np.ones((STROKE_PX, STROKE_PX), np.uint8)
+    text_HW = np.zeros_like(first_HW)
+    for pictures in ((first_HW, second_HW), (255 - first_HW, 255 - second_HW)):
+        stroke_HW = np.minimum(*(cv2.morphologyEx(picture, cv2.MORPH_TOPHAT, square) for picture in pictures))
+        for left, top, right, bottom in _lines((stroke_HW >= TEXT_CONTRAST) & (np.minimum(*pictures) >= TEXT_LEVEL)):
+            text_HW[top:bottom, left:right] = 1
+    return text_HW
+
+
+def _lines(strokes_HW: np.ndarray) -> list[Box]:
+    """(left, top, right, bottom) of every line of text among the strokes."""
+    short = min(strokes_HW.shape)
+    _, _, boxes, _ = cv2.connectedComponentsWithStats(strokes_HW.astype(np.uint8), connectivity=8)
+    x, y, w, h, area = boxes[1:].T
+    is_letter = ((h >= 0.015 * short) & (h <= 0.15 * short) & (w <= 2.5 * h) & (w >= 0.08 * h) & (area >= 0.2 * w * h))
+    x, y, w, h = (side[is_letter] for side in (x, y, w, h))
+    joined_HW = np.zeros(strokes_HW.shape, np.uint8)  # every letter's middle, so wide that neighbours touch
+    for left, top, width, height in zip(x, y, w, h, strict=True):
+        reach = int(0.45 * height) + 1
+        joined_HW[top + height // 4 : top + height - height // 4 + 1, max(0, left - reach) : left + width + reach] = 1
+    count, labels_HW = cv2.connectedComponents(joined_HW, connectivity=4)
+    line_of = labels_HW[y + h // 2, x + w // 2]
+    found = []
+    for line in np.flatnonzero(np.bincount(line_of, minlength=count) >= LETTERS):
+        mine = line_of == line
+        tops, bottoms, heights = y[mine], (y + h)[mine], h[mine]
+        left, right = int(x[mine].min()), int((x + w)[mine].max())
+        slack = 0.15 * np.median(heights) + 1
+        aligned = (np.abs(tops - np.median(tops)) <= slack) | (np.abs(bottoms - np.median(bottoms)) <= slack)
+        if (aligned.mean() >= 0.7 and right - left >= 3 * np.median(heights) and heights.std() <= 0.4 * heights.mean()):
+            found.append((left, int(tops.min()), right, int(bottoms.max())))
+    return found
+
+
+def hash_pictures(pictures_FHW: np.ndarray) -> tuple[int, ...]:
+    """A perceptual hash of HASH_BITS bits a picture: which of its low frequencies lie above their median.
+
+    The DCT hash of Zauner (2010, "Implementation and benchmarking of perceptual image hash functions") with 16 x 16
+    frequencies: blind to size, bars, brightness and coding. Of 33 shots of shared/footage the two most alike (the same
+    three animals, the same camera) are 35 bits apart; copies re-encoded, smaller, letterboxed, brighter or subtitled
+    19 at most. Mirrored copies are not found, nor those cropped by 6 %, nor all that begin elsewhere in a shot.
+    """
+    hashes = []
+    for picture in pictures_FHW:
+        small = cv2.resize(picture, (4 * HASH_PX, 4 * HASH_PX), interpolation=cv2.INTER_AREA).astype(np.float32)
+        waves = cv2.dct(small)[1 : HASH_PX + 1, 1 : HASH_PX + 1]
+        hashes.append(int.from_bytes(np.packbits(waves > np.median(waves)).tobytes(), "big"))
+    return tuple(hashes)
+
+
+def nearest_earlier(hashes: Sequence[tuple[int, ...]]) -> list[tuple[float, int]]:
+    """For each clip (distance in bits to the nearest clip before it, that one's position); (HASH_BITS, -1) for none.
+
+    Two clips are as far apart as the pictures of the one are, in the mean, from their nearest in the other; of both
+    ways the nearer, so that a copy of a part is found. The work is n^2 / 2 in numpy, a loop of n in Python.
+    """
+    nearest = [(float(HASH_BITS), -1)] * min(1, len(hashes))
+    repeated = [(clip * NUM_PAIRS)[:NUM_PAIRS] for clip in hashes]  # an image has one
+    words_WKN = np.ascontiguousarray(np.array([
+        [np.frombuffer(bits.to_bytes(HASH_BITS // 8, "big"), np.uint64) for bits in clip] for clip in repeated]).T)
+    for n in range(1, len(hashes)):
+        bits_KKn = np.zeros((NUM_PAIRS, NUM_PAIRS, n), np.uint16)
+        for words_KN in words_WKN:
+            bits_KKn += np.bitwise_count(words_KN[:, None, :n] ^ words_KN[None, :, n, None])
+        sums_n = np.minimum(bits_KKn.min(0).sum(0, np.uint16), bits_KKn.min(1).sum(0, np.uint16))
+        i = int(sums_n.argmin())
+        nearest.append((float(sums_n[i]) / NUM_PAIRS, i))
+    return nearest
+
+
+def read_rows(manifest: Path) -> list[Row]:
+    """The rows of a .jsonl or .csv as they are. All faults at once, with their lines, in one UserError."""
+    if not manifest.is_file() or manifest.suffix not in (".jsonl", ".csv"):
+        raise UserError(f"{shown(manifest)} is no manifest: a file .jsonl or .csv is wanted",
+                        "make one: python -m data_tools.split --help")
+    rows: list[Row] = []
+    faults: list[str] = []
+    lines: dict[str, int] = {}
+    for line, given in _lines_of(manifest):
+        try:
+            row = json.loads(given) if isinstance(given, str) else given
+            if not isinstance(row, dict) or not isinstance(row.get("video"), str) or not row["video"] or None in row:
+                raise ValueError("no row of a manifest with a video")
+            _span(row)
+            if (earlier := lines.setdefault(identity(row), line)) != line:
+                raise ValueError(f"the id {identity(row)!r} is also that of line {earlier}")
+            rows.append(row)
+        except ValueError as error:
+            faults.append(f"line {line}: {error}")
+    if faults:
+        raise UserError(f"{shown(manifest)} has {len(faults)} fault(s):\n  " + "\n  ".join(faults),
+                        "mend these lines (nothing was changed), then run the same command again")
+    return rows
+
+
+def _lines_of(manifest: Path) -> Iterator[tuple[int, Any]]:
+    with manifest.open(encoding="utf-8-sig", newline="") as file:
+        if manifest.suffix == ".csv":
+            reader = csv.DictReader(file, restval="")
+            yield from ((reader.line_num, row) for row in reader)
+        else:
+            yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+
+
+def identity(row: Row) -> str:
+    """What a row is called."""
+    return str(row.get("id") or row["video"])
+
+
+def _span(row: Row) -> tuple[float, float | None]:
+    """(start_s, end_s); ValueError where they are no span."""
+    try:
+        start_s, end_s = (None if row.get(key) in (None, "") else float(row[key]) for key in ("start_s", "end_s"))
+    except TypeError as error:
+        raise ValueError(f"start_s and end_s are seconds: {error}") from error
+    if not 0 <= (start_s or 0.0) < (math.inf if end_s is None else end_s):
+        raise ValueError(f"the span {start_s} to {end_s} s is empty")
+    return start_s or 0.0, end_s
+
+
+def _text(rows: Sequence[Row], out: Path) -> str:
+    if out.suffix != ".csv":
+        return "".join(map(json_line, rows))
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def run(manifest: Path, out: Path, jobs: int, timeout_s: float) -> tuple[list[Row], list[Measured], int]:
+    """Write the manifest with its measurements to `out`: (rows, what was found for each, how many were remembered).
+
+    What is measured is remembered in a file beside `out`, so that a killed call goes on, and other calls measure only
+    what is new or changed. Measurements of faulty clips are null; the next call tries them again.
+    """
+    if out.suffix not in (".jsonl", manifest.suffix):
+        raise UserError(f"--out {shown(out)}: neither .jsonl nor, as the manifest is, {manifest.suffix}",
+                        f"--out {shown(out.with_suffix('.jsonl'))}")
+    memory = out.with_name(out.name + ".measured")
+    done = _remembered(memory)
+    old = frozenset(done)
+    while True:
+        before, rows = stamp(manifest), read_rows(manifest)
+        todo = [_job(row, manifest) for row in rows]
+        _measure_all(todo, done, memory, jobs, timeout_s)
+        if stamp(manifest) == before:  # else somebody wrote captions meanwhile, which must not be lost
+            break
+    found = [done[job.key] for job in todo]
+    rows = _measured_rows(rows, found, manifest, out)
+    write_text(out, _text(rows, out))
+    return rows, found, sum(job.key in old for job in todo)
+
+
+def _job(row: Row, manifest: Path) -> Job:
+    path, span = absolute(manifest.parent / row["video"]), _span(row)
+    return Job(path, *span, digest_text(VERSION, path, *stamp(path), *span))
+
+
+def _measure_all(todo: Sequence[Job], done: dict[str, Measured], memory: Path, jobs: int, timeout_s: float) -> None:
+    """Measure into `done` what is not in it; what has no fault goes to the memory at once."""
+    missing = list({job.key: job for job in todo if job.key not in done}.values())
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    with (memory.open("a", encoding="utf-8") as file,
+          progress(len(todo), len(todo) - len(missing), "clip", "filter") as bar):
+        file.write("\n")  # ends a line that a kill cut off
+        for job, found, why in in_workers(measure, missing, jobs, timeout_s):
+            done[job.key] = found or Measured(fault=f"{shown(job.path)}: {why}")
+            if not done[job.key].fault:
+                file.write(json_line({"key": job.key} | dataclasses.asdict(done[job.key])))
+                file.flush()
+            bar.update()
+
+
+def _remembered(memory: Path) -> dict[str, Measured]:
+    """Measurements by key; a last line cut off by a crash is left out."""
+    known = {}
+    for line in memory.read_text(encoding="utf-8").splitlines() if memory.exists() else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # a cut line, or fields of another version
+            row = json.loads(line)
+            key = row.pop("key")
+            known[key] = Measured(**row | {"hashes": tuple(row["hashes"])})
+    return known
+
+
+def _measured_rows(rows: Sequence[Row], found: Sequence[Measured], manifest: Path, out: Path) -> list[Row]:
+    """The rows with their measurements, their paths as the folder of `out` names them."""
+    fine = [i for i, measured in enumerate(found) if not measured.fault]
+    nearest = dict(zip(fine, nearest_earlier([found[i].hashes for i in fine]), strict=True))
+    written = []
+    for i, (row, measured) in enumerate(zip(rows, found, strict=True)):
+        bits, earlier = nearest.get(i, (None, -1))
+        values = {name: None if measured.fault else bits if name == "duplicate" else getattr(measured, name)
+                  for name in SUGGESTED}
+        paths = {name: _moved(row[name], manifest.parent, out.parent) for name in MEDIA if row.get(name)}
+        original = {"duplicate_of": identity(rows[fine[earlier]])} if bits is not None and bits < NEAR_BITS else {}
+        written.append({k: v for k, v in row.items() if k != "duplicate_of"} | paths | values | original)
+    return written
+
+
+def _moved(path: str, old: Path, new: Path) -> str:
+    """A path relative to `old` as one relative to `new`; absolute ones and addresses stay."""
+    if "://" in path or Path(path).is_absolute() or absolute(old) == absolute(new):
+        return path
+    return relative(absolute(old / path), absolute(new))
+
+
+def summary(rows: Sequence[Row], found: Sequence[Measured], num_remembered: int) -> str:
+    """Counts that add up, a table of every column, the suggested limits with what they drop, and every fault."""
+    faults = [measured.fault for measured in found if measured.fault]
+    fine = [row for row, measured in zip(rows, found, strict=True) if not measured.fault]
+    lines = [f"rows {len(rows)} = {len(rows) - num_remembered - len(faults)} measured + {num_remembered} remembered "
+             f"+ {len(faults)} faulty"]
+    if fine:
+        dropped = {column: [row for row in fine if not _keeps(limits, row[column])]
+                   for column, limits in SUGGESTED.items()}
+        lines += [f"  {'column':10}{'min':>9}{'5 %':>9}{'median':>9}{'95 %':>9}{'max':>9}  suggested      drops"]
+        lines += [_table_line(column, [row[column] for row in fine], len(dropped[column])) for column in SUGGESTED]
+        together = {identity(row) for some in dropped.values() for row in some}
+        lines += [f"  all together drop {len(together)} of {len(fine)}:",
+                  "  " + " ".join(f"data.limits.{column}={_limits(column)}" for column in SUGGESTED),
+                  "  look at these before you set a limit:", *(_extremes(column, fine) for column in SUGGESTED)]
+    doubles = [f"  duplicate: {identity(row)} of {row['duplicate_of']} ({row['duplicate']:g} bits)"
+               for row in fine if "duplicate_of" in row]
+    return "\n".join([*lines, *doubles[:NUM_SHOWN], *([f"  and {len(doubles) - NUM_SHOWN} more: duplicate_of"]
+                      if len(doubles) > NUM_SHOWN else []), *(f"  fault: {fault}" for fault in faults)])
+
+
+def _keeps(limits: tuple[float | None, float | None], value: float) -> bool:
+    low, high = limits
+    return (low is None or value >= low) and (high is None or value <= high)
+
+
+def _limits(column: str) -> str:
+    return "[" + ",".join("null" if limit is None else f"{limit:g}" for limit in SUGGESTED[column]) + "]"
+
+
+def _table_line(column: str, values: Sequence[float], num_dropped: int) -> str:
+    quantiles = "".join(f"{value:9.4g}" for value in np.percentile(values, (0, 5, 50, 95, 100)))
+    return f"  {column:10}{quantiles}  {_limits(column):14}{num_dropped:6}"
+
+
+def _extremes(column: str, rows: Sequence[Row]) -> str:
+    """The clips at the ends of a column that its limits are about."""
+    ordered = sorted(rows, key=lambda row: row[column])
+    ends = zip(("lowest", "highest"), SUGGESTED[column], (ordered, ordered[::-1]), strict=True)
+    return "\n".join(f"    {column}, {end}: " + ", ".join(f"{row[column]:.4g} {identity(row)}"
+                     for row in some[:NUM_EXTREMES]) for end, limit, some in ends if limit is not None)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code: 0 (also where clips are faulty: they are named), 2, 130."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.filter", description="Measure every clip of a manifest and write the measurements "
+        f"as columns: {', '.join(SUGGESTED)}. Nothing is dropped: the recipe's data.limits do that, and this tool ends "
+        "with limits to paste there. Media are only read.",
+        epilog="The same command again goes on where it was stopped, and measures only what is new or changed (kept in "
+        "FILE.measured).")
+    parser.add_argument("manifest", type=Path, metavar="MANIFEST", help="a .jsonl or .csv; columns it has are kept")
+    parser.add_argument("--out", type=Path, metavar="FILE",
+                        help="where the rows go with their measurements (default: into MANIFEST itself)")
+    add_job_arguments(parser, 300)
+    args = parser.parse_args(given)
+    return answer(lambda: summary(*run(args.manifest, args.out or args.manifest, args.jobs, args.timeout_s)),
+                  ["python", "-m", "data_tools.filter", *given])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,532 @@
+"""Read captions beside the playing clips, and edit them: a page on this machine only.
+
+    python -m data_tools.review manifest.jsonl --trigger "mystyl style"
+
+What is shown is what training sees: the span and nothing else, resampled to --fps by `wantrain.data.decode`, as a small
+H.264 file made when the clip comes into sight (browsers play few of the codecs that sources have). An edit goes into
+the manifest at once and atomically: one line changes, the others stay as they are bit by bit. Whoever else changes the
+manifest meanwhile is never overwritten: an edit says what it found, and is refused where that is no longer there.
+
+The mark is the column `keep`: 1 looked at and good, 0 out, absent not looked at. The recipe's data.limits.keep=[1,null]
+trains on the first kind.
+
+Only who knows the printed address, which holds a secret, can read or write anything, and only from this machine. No
+path is ever taken from a request: clips go by a digest of their row, previews by one of their source and span.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import hmac
+import io
+import json
+import math
+import os
+import secrets
+import select
+import socket
+import sys
+import threading
+import webbrowser
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import av
+
+from data_tools.command import (
+    absolute,
+    add_job_arguments,
+    answer,
+    check_openable,
+    json_line,
+    positive,
+    shown,
+    stamp,
+)
+from wantrain.data import decode, media
+from wantrain.files import atomic_path, digest_text
+from wantrain.jobs import in_workers
+from wantrain.pictures import write_mp4
+from wantrain.terms import IMAGE_SUFFIXES, Bucket, UserError
+
+EDITED = ("caption", "captions", "keep")
+"""The columns that the page may change."""
+
+LEADS = (*EDITED, "video", "id", "start_s", "end_s")
+
+PREVIEW_PX = 512
+"""Longest side of a preview."""
+
+PREVIEW_S = 20.0
+"""Of a longer span this much is shown: 320 frames of 512x288 are 140 MB while they are made."""
+
+PREVIEW_VERSION = 1
+"""Raise this when previews come out otherwise."""
+
+LARGEST_BODY = 1 << 26
+
+PAGE = Path(__file__).with_name("review.html")
+
+
+class Conflict(Exception):
+    """Something else writes the manifest at this moment."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The text of one row as it stands in the manifest, with its end of line; `values` None where there is no row in it
+    (an empty line, the header of a .csv, or a fault).
+    """
+
+    text: str
+    values: dict[str, Any] | None = None
+    fault: str = ""
+
+    def value(self, column: str) -> Any:
+        """What an edited column says; a caption or captions that are not there are empty."""
+        values = self.values or {}
+        default = {"caption": "", "captions": []}.get(column)
+        return values[column] if values.get(column) is not None else default
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """Columns of the row `key`: what they said when the person began, and what they shall say."""
+
+    key: str
+    was: Mapping[str, Any]
+    now: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """A manifest as it was when the file had this `stamp`.
+
+    `places` says where in `pieces` each row is, by a key that no edit here changes; equal rows have keys of their own.
+    """
+
+    stamp: tuple[int, int]
+    pieces: list[Piece]
+    places: dict[str, int]
+
+    @property
+    def faults(self) -> list[str]:
+        return [piece.fault for piece in self.pieces if piece.fault]
+
+
+class Manifest:
+    """A .jsonl or .csv that other programs may change at any time."""
+
+    def __init__(self, path: Path) -> None:
+        if path.suffix not in (".jsonl", ".csv"):
+            raise UserError(f"{shown(path)} is no manifest that can be edited: .jsonl and .csv can",
+                            f"python -m data_tools.manifest build {shown(path)} --out manifest.jsonl")
+        self.path = path.resolve()
+        self.is_csv = path.suffix == ".csv"
+        self._lock = threading.Lock()
+        self._content = self.read()
+
+    def read(self) -> Content:
+        """The file as it is now. UserError where it cannot be read."""
+        seen, places = stamp(self.path), dict[str, int]()
+        try:
+            text = self.path.read_bytes().decode("utf-8")
+            pieces = list(_records(text) if self.is_csv else _lines(text))
+        except (OSError, ValueError, csv.Error) as error:
+            raise UserError(f"{shown(self.path)} cannot be read: {error}", "mend it, then try again") from error
+        for place, piece in enumerate(pieces):
+            if piece.values is not None:
+                key = digest_text(*(piece.values.get(column) for column in ("video", "id", "start_s", "end_s")))
+                while key in places:
+                    key = digest_text(key)
+                places[key] = place
+        return Content(seen, pieces, places)
+
+    def content(self) -> Content:
+        """The same, but what was read before where the file has not changed."""
+        if self._content.stamp != stamp(self.path):
+            self._content = self.read()
+        return self._content
+
+    def save(self, edits: Sequence[Edit]) -> tuple[dict[str, Piece | None], list[str]]:
+        """(rows of these edits as they are in the file now, None where gone; keys of the edits that were refused).
+
+        An edit is refused whole where a column neither says what it `was` nor what it shall be `now`. Raises Conflict,
+        and UserError where the file cannot be read or written; then nothing was saved.
+        """
+        with self._lock:
+            found, refused = self.read(), []
+            pieces = list(found.pieces)
+            for edit in edits:
+                place = found.places.get(edit.key)
+                if place is None or any(pieces[place].value(column) not in (edit.was[column], now)
+                                        for column, now in edit.now.items()):
+                    refused.append(edit.key)
+                elif any(pieces[place].value(column) != now for column, now in edit.now.items()):
+                    (_apply_csv if self.is_csv else _apply_json)(pieces, place, edit.now)
+            written = found.stamp
+            if pieces != found.pieces:
+                written = self._write("".join(piece.text for piece in pieces), found.stamp)
+            self._content = Content(written, pieces, found.places)
+            return {e.key: pieces[found.places[e.key]] if e.key in found.places else None for e in edits}, refused
+
+    def _write(self, text: str, seen: tuple[int, int]) -> tuple[int, int]:
+        """Returns the stamp of what was written."""
+        with atomic_path(self.path) as temporary:
+            temporary.write_bytes(text.encode("utf-8"))
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())  # here, for it takes long: after the look only the renaming is left
+            written = stamp(temporary)
+            if stamp(self.path) != seen:
+                raise Conflict
+        return written
+
+
+def _apply_json(pieces: list[Piece], place: int, now: Mapping[str, Any]) -> None:
+    old = pieces[place]
+    values = {column: value for column, value in {**(old.values or {}), **now}.items()
+              if column not in now or column == "caption" or value not in (None, [])}
+    indent, bare = old.text[:old.text.index("{")], old.text.rstrip("\r\n")
+    pieces[place] = Piece(indent + json_line(values).rstrip("\n") + old.text[len(bare):], values)
+
+
+def _apply_csv(pieces: list[Piece], place: int, now: Mapping[str, Any]) -> None:
+    head, old = pieces[0].text, pieces[place]
+    columns = next(csv.reader([head.lstrip("\ufeff")]))
+    cells = next(csv.reader(io.StringIO(old.text, newline="")))
+    if new := [column for column, value in now.items() if column not in columns and value is not None]:
+        bare = head.rstrip("\r\n")  # rows without the new cells stay as they are: absent means empty
+        pieces[0] = Piece(",".join([bare, *new]) + head[len(bare):])
+    row = {**dict(zip(columns, cells, strict=False)), **now}
+    file = io.StringIO(newline="")
+    csv.writer(file, lineterminator=old.text[len(old.text.rstrip("\r\n")):]).writerow(
+        [row.get(column) for column in columns + new])
+    pieces[place] = Piece(file.getvalue(), {**(old.values or {}), **now})
+
+
+def _lines(text: str) -> Iterator[Piece]:
+    """The pieces of JSON lines."""
+    for number, line in enumerate(io.StringIO(text, newline="\n"), 1):
+        row = line.strip().lstrip("\ufeff")
+        try:
+            values = json.loads(row) if row else None
+        except ValueError as error:
+            yield Piece(line, None, f"line {number}: not JSON: {error}")
+            continue
+        fault = _fault(values) if row else ""
+        yield Piece(line, None if fault else values, fault and f"line {number}: {fault}")
+
+
+def _records(text: str) -> Iterator[Piece]:
+    """The pieces of a .csv: its header, then a record each, which may have several lines."""
+    lines = list(io.StringIO(text, newline=""))
+    reader = csv.reader(lines)
+    columns, begin = [c.lstrip("\ufeff") for c in next(reader, [])], reader.line_num
+    yield Piece("".join(lines[:begin]), None, "" if "video" in columns else "line 1: no column video")
+    for cells in reader:
+        row, begin = "".join(lines[begin:reader.line_num]), reader.line_num
+        values = {column: _number(cell) if column in ("start_s", "end_s", "keep") else cell
+                  for column, cell in zip(columns, cells, strict=False)}
+        fault = "more cells than columns" if len(cells) > len(columns) else _fault(values) if cells else ""
+        yield Piece(row, values if cells and not fault else None, fault and f"line {begin}: {fault}")
+
+
+def _number(cell: str) -> Any:
+    """The number in a cell as JSON has it, else the text (which is a fault)."""
+    for parse in (int, float):
+        with contextlib.suppress(ValueError):
+            return parse(cell)
+    return cell or None
+
+
+def _fault(values: Any) -> str:
+    """Why a row cannot be shown and edited, '' if it can."""
+    if not isinstance(values, dict) or not isinstance(values.get("video"), str) or not values["video"]:
+        return "no object with a video"
+    captions, numbers = values.get("captions") or [], [values.get(name) for name in ("start_s", "end_s", "keep")]
+    if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
+        return "captions is a list of texts"
+    if not isinstance(values.get("caption") or "", str):
+        return "caption is a text"
+    if not all(n is None or (isinstance(n, int | float) and math.isfinite(n)) for n in numbers):
+        return "start_s, end_s and keep are numbers"
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What is to be shown of a source, and the file that shows it (its ending included)."""
+
+    source: Path
+    start_s: float
+    end_s: float | None
+    fps: float
+    target: Path
+
+
+def preview_of(values: Mapping[str, Any], folder: Path, fps: float, previews: Path) -> Preview:
+    """The preview of a manifest's row; it has another name when the source, the span or `fps` change."""
+    if "://" in values["video"]:
+        raise UserError(f"{values['video']} is not on this machine", "make it local to look at it")
+    source = absolute(folder / values["video"])
+    start_s, end_s = float(values.get("start_s") or 0), values.get("end_s")
+    name = digest_text(PREVIEW_VERSION, source, *stamp(source), start_s, end_s, fps)
+    suffix = ".jpg" if source.suffix.lower() in IMAGE_SUFFIXES else ".mp4"
+    return Preview(source, start_s, end_s, fps, previews / (name + suffix))
+
+
+def write_preview(preview: Preview) -> str:
+    """Write its file, and say what is wrong with the source ('' if nothing)."""
+    try:
+        check_openable(preview.source)
+        if preview.target.suffix == ".jpg":
+            image = media.read_image(preview.source).convert("RGB")
+            image.thumbnail((PREVIEW_PX, PREVIEW_PX))
+            with atomic_path(preview.target) as temporary:
+                image.save(temporary, "JPEG", quality=92)
+        else:
+            _write_film(preview)
+    except UserError as error:
+        return error.message
+    except (OSError, ValueError, av.FFmpegError) as error:
+        return f"{shown(preview.source)}: {getattr(error, 'strerror', None) or error}"
+    return ""
+
+
+def _write_film(preview: Preview) -> None:
+    found = media.probe(preview.source)
+    available = decode.count_frames(found, preview.start_s, preview.end_s, preview.fps)
+    if available < 1:
+        raise ValueError(f"the span from {preview.start_s:g} s on is empty: it is {found.duration_s:.2f} s long")
+    scale = min(1.0, PREVIEW_PX / max(found.width, found.height)) / 2
+    height, width = (2 * max(1, round(side * scale)) for side in (found.height, found.width))
+    bucket = Bucket(min(available, math.ceil(PREVIEW_S * preview.fps)), height, width)
+    frames_FCHW = decode.read_clip(preview.source, preview.start_s, preview.end_s, preview.fps, bucket)
+    write_mp4(preview.target, frames_FCHW, preview.fps)
+
+
+class Review(ThreadingHTTPServer):
+    """The server of one manifest at http://127.0.0.1:PORT/SECRET/; `port` 0 takes a free one. OSError where taken."""
+
+    daemon_threads = True
+
+    def __init__(self, manifest: Manifest, previews: Path, fps: float, trigger: str, port: int, *, jobs: int,
+                 timeout_s: float) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.manifest, self.previews, self.fps, self.trigger = manifest, previews, fps, trigger
+        self.jobs, self.timeout_s = threading.Semaphore(jobs), timeout_s
+        self.secret, self.num_saved = secrets.token_urlsafe(24), 0
+        self.hosts = {f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost")}
+        self.address = f"http://127.0.0.1:{self.server_port}/{self.secret}/"
+        self._makers: dict[Path, threading.Lock] = {}
+
+    def rows(self) -> dict[str, Any]:
+        """All that the page shows but the previews."""
+        found = self.manifest.content()
+        return {"manifest": shown(self.manifest.path), "trigger": self.trigger, "fps": self.fps,
+                "preview_s": PREVIEW_S, "faults": found.faults, "further": not self.manifest.is_csv,
+                "rows": [_row(key, found.pieces[place]) for key, place in found.places.items()]}
+
+    def save(self, body: bytes) -> tuple[HTTPStatus, dict[str, Any]]:
+        """Edits of the page into the manifest. ValueError for what the page does not send."""
+        edits = _edits(body, self.manifest.is_csv)
+        try:
+            pieces, refused = self.manifest.save(edits)
+        except Conflict:
+            return HTTPStatus.CONFLICT, {"error": "another program writes the manifest at this moment: save again"}
+        self.num_saved += len(edits) - len(refused)
+        rows = [_row(key, piece) if piece else {"key": key, "gone": True} for key, piece in pieces.items()]
+        return HTTPStatus.CONFLICT if refused else HTTPStatus.OK, {"rows": rows, "refused": refused}
+
+    def preview(self, key: str, is_gone: Callable[[], bool]) -> Path | None:
+        """The file that shows a row, made where it is missing; None where nobody waits for it any more.
+
+        UserError for a source that cannot be shown, and for a row that is not there.
+        """
+        found = self.manifest.content()
+        if key not in found.places:
+            raise UserError("this clip is no longer in the manifest", "load the page again")
+        values = found.pieces[found.places[key]].values or {}
+        preview = preview_of(values, self.manifest.path.parent, self.fps, self.previews)
+        with self._makers.setdefault(preview.target, threading.Lock()):
+            if preview.target.exists():
+                return preview.target
+            with self.jobs:
+                if is_gone():
+                    return None
+                try:
+                    [(_, fault, why)] = in_workers(write_preview, [preview], 1, self.timeout_s)
+                except EOFError:  # as at the end of the server
+                    fault, why = None, "its reader did not start"
+                if fault or why:
+                    raise UserError(fault or f"{shown(preview.source)}: {why}", "mend the file or drop the clip")
+        return preview.target
+
+
+def _row(key: str, piece: Piece) -> dict[str, Any]:
+    values = piece.values or {}
+    others = [f"{column} {value if isinstance(value, str) else json.dumps(value)}"
+              for column, value in values.items() if column not in LEADS and value not in (None, "")]
+    return {"key": key, "name": str(values.get("id") or values.get("video")), "others": ", ".join(others),
+            "start_s": values.get("start_s") or 0, "end_s": values.get("end_s"),
+            **{column: piece.value(column) for column in EDITED}}
+
+
+def _edits(body: bytes, is_csv: bool) -> list[Edit]:
+    """The edits that a page sends; ValueError unless they change only what it may change, to what may stand there."""
+    try:
+        edits = [Edit(str(e["key"]), dict(e["was"]), dict(e["now"])) for e in json.loads(body)]
+    except (KeyError, TypeError) as error:
+        raise ValueError("no list of edits") from error
+    for edit in edits:
+        captions = edit.now.get("captions", [])
+        sound = {set(edit.now) == set(edit.was), set(edit.now) <= set(EDITED), edit.now.get("keep") in (None, 0, 1),
+                 isinstance(edit.now.get("caption", ""), str), isinstance(captions, list) and not (is_csv and captions),
+                 all(isinstance(text, str) for text in captions)}
+        if sound != {True}:
+            raise ValueError(f"an edit of {sorted(edit.now)} to what may not stand there")
+    return edits
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Review
+
+    timeout = 60
+
+    def do_GET(self) -> None:
+        self._reply(self._get)
+
+    def do_POST(self) -> None:
+        self._reply(self._post)
+
+    def log_message(self, *_: object) -> None:
+        """The terminal keeps the address in sight."""
+
+    def _reply(self, work: Callable[[str], None]) -> None:
+        """A request of anything but the page itself is refused before it is looked at."""
+        _, _, rest = self.path.partition("/")
+        secret, _, name = rest.partition("/")
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            if self.headers["Host"] not in self.server.hosts or not hmac.compare_digest(
+                    secret.encode(), self.server.secret.encode()):
+                return self._fail(HTTPStatus.FORBIDDEN, "open the address that wantrain-review printed")
+            try:
+                work(name)
+            except UserError as error:
+                self._fail(HTTPStatus.UNPROCESSABLE_ENTITY, error.message)
+            except ValueError:
+                self._fail(HTTPStatus.BAD_REQUEST, "not what the page sends")
+
+    def _get(self, name: str) -> None:
+        if name == "":
+            nonce = secrets.token_urlsafe(16)
+            self._send(HTTPStatus.OK, PAGE.read_text("utf-8").replace("NONCE", nonce).encode(), "text/html", nonce)
+        elif name == "rows":
+            self._send_json(HTTPStatus.OK, self.server.rows())
+        elif name.startswith("preview/"):
+            file = self.server.preview(name.removeprefix("preview/"), self._is_gone)
+            if file:
+                self._send(HTTPStatus.OK, file.read_bytes(), "image/jpeg" if file.suffix == ".jpg" else "video/mp4")
+        else:
+            self._fail(HTTPStatus.NOT_FOUND, "there is nothing here")
+
+    def _post(self, name: str) -> None:
+        size = int(self.headers["Content-Length"] or -1)
+        if self.headers["Origin"] != f"http://{self.headers['Host']}":
+            self._fail(HTTPStatus.FORBIDDEN, "only the page itself may write")
+        elif name != "rows" or not 0 <= size <= LARGEST_BODY:
+            self._fail(HTTPStatus.BAD_REQUEST, "not what the page sends")
+        else:
+            self._send_json(*self.server.save(self.rfile.read(size)))
+
+    def _is_gone(self) -> bool:
+        """Whether the browser has closed its end, as it does when a clip leaves the screen."""
+        return bool(select.select([self.connection], [], [], 0)[0]) and not self.connection.recv(1, socket.MSG_PEEK)
+
+    def _fail(self, status: HTTPStatus, why: str) -> None:
+        self._send_json(status, {"error": why})
+
+    def _send_json(self, status: HTTPStatus, value: Any) -> None:
+        self._send(status, json.dumps(value).encode(), "application/json")
+
+    def _send(self, status: HTTPStatus, body: bytes, kind: str, nonce: str = "") -> None:
+        allowed = (f"script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src blob: data:; media-src blob:; "
+                   "connect-src 'self'; ") if nonce else ""
+        self.send_response(status)
+        for header, value in {
+            "Content-Type": f"{kind}; charset=utf-8", "Content-Length": str(len(body)), "Cache-Control": "no-store",
+            "Content-Security-Policy": f"default-src 'none'; {allowed}base-uri 'none'; form-action 'none'; "
+                                       "frame-ancestors 'none'",
+            "X-Content-Type-Options": "nosniff", "Referrer-Policy": "same-origin",
+            "Cross-Origin-Resource-Policy": "same-origin", "Cross-Origin-Opener-Policy": "same-origin",
+        }.items():
+            self.send_header(header, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def summary(pieces: Collection[Piece], num_saved: int) -> str:
+    """Counts that add up."""
+    rows = [piece for piece in pieces if piece.values is not None]
+    keeps = [piece.value("keep") for piece in rows]
+    empty = sum(not piece.value("caption").strip() for piece in rows)
+    good, out = (sum(k is not None and (k >= 1) == is_good for k in keeps) for is_good in (True, False))
+    return (f"{num_saved} edit(s) saved\n{len(rows)} clips = {len(rows) - empty} captioned + {empty} empty\n"
+            f"{len(rows)} clips = {good} kept + {out} dropped + {len(rows) - good - out} not marked; "
+            "data.limits.keep=[1,null] trains on the kept")
+
+
+def serve(args: argparse.Namespace) -> str:
+    """Show the page until Ctrl-C; what came of it."""
+    manifest = Manifest(args.manifest)
+    if faults := manifest.content().faults:
+        raise UserError(f"{shown(manifest.path)} has {len(faults)} fault(s):\n  " + "\n  ".join(faults),
+                        "mend these lines (nothing was changed), then run the same command again")
+    previews = args.previews or manifest.path.with_name(f".{manifest.path.name}.previews")
+    try:
+        server = Review(manifest, previews.absolute(), args.fps, args.trigger, args.port or 0, jobs=args.jobs,
+                        timeout_s=args.timeout_s)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--port {args.port} cannot be used: {error}",
+                        "leave --port out: a free one is found") from error
+    print(f"{server.address}\nopen it in a browser on this machine; Ctrl-C ends", flush=True)
+    if args.open:
+        webbrowser.open(server.address)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()
+    server.server_close()
+    return summary(manifest.content().pieces, server.num_saved)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code: 0 (after Ctrl-C, which is how it ends) or 2."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.review", description="Read captions beside the playing clips in a browser on this "
+        "machine, edit them, mark clips as kept or dropped. Sources are only read, and nothing is sent elsewhere.",
+        epilog="Every edit is saved at once. On another machine, forward the port (ssh -L 8000:127.0.0.1:8000 ...) and "
+        "give --port 8000 here.")
+    parser.add_argument("manifest", type=Path, metavar="MANIFEST", help="a .jsonl or .csv; its captions are edited")
+    parser.add_argument("--trigger", default="", metavar="WORDS",
+                        help="trigger words, so that captions without them are found (default: none)")
+    parser.add_argument("--fps", type=positive(float), default=16.0, metavar="X",
+                        help="clips are resampled to this, as training will (default: %(default)g, Wan's; 24 for "
+                        "Wan2.2 5B)")
+    parser.add_argument("--port", type=positive(int), metavar="N", help="default: a free one")
+    parser.add_argument("--open", action="store_true", help="open the page in the browser")
+    parser.add_argument("--previews", type=Path, metavar="FOLDER",
+                        help="where previews are kept; may be deleted at any time (default: .MANIFEST.previews beside "
+                        "the manifest)")
+    add_job_arguments(parser, 60)
+    args = parser.parse_args(given)
+    return answer(lambda: serve(args), ["python", "-m", "data_tools.review", *given])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
