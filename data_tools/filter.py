@@ -270,7 +270,7 @@ def motion(first_HW: np.ndarray, second_HW: np.ndarray, gap_s: float) -> float:
     background counts like a slow pan. 0 for an image.
 
     Optical flow of Farneback (2003), after the second picture is brought to the brightness and contrast of the first.
-    It counts where it explains at least half of a visible difference: so noise, fades, flashes and dissolves are not
+    It counts where it explains more than half of their difference: so noise, fades, flashes and dissolves are not
     motion. Speeds above about 0.6 are told too low.
     """
     if not gap_s:
@@ -287,7 +287,7 @@ def motion(first_HW: np.ndarray, second_HW: np.ndarray, gap_s: float) -> float:
     warped = cv2.remap(second, x.astype(np.float32), y.astype(np.float32), cv2.INTER_LINEAR,
                        borderMode=cv2.BORDER_REPLICATE)
     before, after = (cv2.blur(np.abs(first - other), (9, 9)) for other in (second, warped))
-    lengths = np.where((before > 1) & (after < before / 2), np.hypot(*flow_HW2.transpose(2, 0, 1)), 0).ravel()
+    lengths = np.where(after < before / 2, np.hypot(*flow_HW2.transpose(2, 0, 1)), 0).ravel()
     fastest = np.partition(lengths, -(lengths.size // 20))[-(lengths.size // 20):]
     return float(fastest.mean()) / math.hypot(height, width) / gap_s
 
@@ -299,8 +299,8 @@ def find_text(first_HW: np.ndarray, second_HW: np.ndarray) -> np.ndarray:
     Connected strokes are taken for letters by their shape, and for a line where LETTERS or more of like height stand
     side by side on one base. No model and no language in it. On shared/footage it marks nothing where nothing is
     written, and finds Latin subtitles that are outlined or boxed in every clip, bare white ones in most. Short
-    watermarks, faint or transparent ones, letters higher than a thirtieth of the picture (titles), joined scripts
-    and handwriting it mostly misses; signs in a still picture it does not tell from what was burnt in.
+    watermarks, faint or transparent ones, strokes wider than a thirtieth of the picture (titles), joined scripts and
+    handwriting it mostly misses; signs in a still picture it does not tell from what was burnt in.
     """
     square = np.ones((STROKE_PX, STROKE_PX), np.uint8)
     text_HW = np.zeros_like(first_HW)
