@@ -78,4 +78,4 @@ def loss_per_sample(predicted_BCTHW: torch.Tensor, target_BCTHW: torch.Tensor, w
     if weight_B1THW is None:
         return errors_BCTHW.flatten(1).mean(1)
     weight_BCTHW = weight_B1THW.expand_as(errors_BCTHW)
-    return (errors_BCTHW * weight_BCTHW).flatten(1).sum(1) / weight_BCTHW.flatten(1).sum(1)
+    return (errors_BCTHW * weight_BCTHW).flatten(1).sum(1) / weight_BCTHW.flatten(1).sum(1).clamp(min=1e-6)

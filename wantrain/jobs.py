@@ -52,8 +52,14 @@ class _Worker:
         """Send item[1] to the process; item[0] is its number."""
         if self.is_fresh:
             self.pipe.recv()  # its imports do not count against its first file
+        try:
+            self.pipe.send(item[1])
+        except OSError:  # it died while it had nothing to do
+            self.end()
+            self.start()
+            self.pipe.recv()
+            self.pipe.send(item[1])
         self.item, self.until, self.is_fresh = item, time.monotonic() + timeout_s, False
-        self.pipe.send(item[1])
 
     def take(self, too_long: str) -> tuple[Any, str]:
         """(its result, '') or (None, why there is none)."""
@@ -61,7 +67,7 @@ class _Worker:
         if self.pipe.poll():
             try:
                 return self.pipe.recv(), ""
-            except EOFError:
+            except (EOFError, OSError):
                 self.process.join()
                 why = f"its reader crashed (exit code {self.process.exitcode})"
         self.end()

@@ -13,7 +13,7 @@ DOORS = {
     "hydra": {"config"}, "omegaconf": {"config"}, "diffusers": {"models"}, "transformers": {"models"},
     "decord": {"data.decode"}, "datasets": {"data.manifest"}, "peft": {"lora"}, "accelerate": {"engine"},
     "deepspeed": {"engine"}, "wandb": {"metrics"}, "tensorboard": {"metrics"}, "jinja2": {"report"},
-    "huggingface_hub": {"models.hub"}, "httpx2": {"models.hub"},
+    "huggingface_hub": {"models.hub"}, "httpx2": {"models.hub", "data.manifest", "data.media"},
     "modelscope": {"models.hub"},
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -163,7 +164,7 @@ def captions_of(clip: Clip, tag_orders: int) -> list[str]:
     """
     found: dict[str, None] = {}
     for caption in (clip.caption, *clip.more_captions):
-        first, *tags = caption.split(", ")
+        first, *tags = re.split(r"\s*,\s*", caption)
         found[caption] = None
         for number in range(tag_orders if len(tags) > 1 else 0):
             order = torch.randperm(len(tags), generator=generator_for("tags", caption, number)).tolist()
@@ -234,7 +235,7 @@ def _stacked(masks: Sequence[torch.Tensor | None], latents_BCTHW: torch.Tensor) 
     if all(mask is None for mask in masks):
         return None
     everywhere = torch.ones(1, *latents_BCTHW.shape[2:])
-    return torch.stack([everywhere if mask is None else mask for mask in masks])
+    return torch.stack([everywhere if mask is None else mask.expand_as(everywhere) for mask in masks])
 
 
 def pinned(batch: Batch) -> Batch:

@@ -126,8 +126,12 @@ def claims(folder: Path) -> dict[str, tuple[Path, list[str]]]:
     """run -> (its note, the entries that it needs, relative to the cache's folder)."""
     found = {}
     for note in sorted(claims_folder(folder).glob("*.json")):
-        content = json.loads(note.read_text(encoding="utf-8"))
-        found[str(content["run"])] = (note, list(content["entries"]))
+        try:
+            content = json.loads(note.read_text(encoding="utf-8"))
+            found[str(content["run"])] = (note, list(content["entries"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{note}, which says what a run needs, is damaged: {error}", f"rm {note}, and run "
+                            "`wantrain cache` of that recipe again") from error
     return found
 
 
@@ -140,9 +144,8 @@ def entry_files(folder: Path) -> Iterator[Path]:
 def leftovers(folder: Path, before_s: float) -> Sequence[Path]:
     """Temporary files of processes that were killed: those not touched since `before_s` (seconds of the epoch)."""
     found = []
-    for kind in (LATENTS, MASK, TEXT):
-        for path in (folder / kind).glob("*/.*.tmp"):
-            with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_mtime < before_s:
-                    found.append(path)
+    for path in folder.rglob(".*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime < before_s:
+                found.append(path)
     return found

@@ -72,7 +72,7 @@ def _read_decord(path: Path, index_F: np.ndarray, fitted: Fit) -> dict[int, torc
     wanted = set(map(int, index_F))
     kept = {}
     try:
-        reader = decord.VideoReader(str(path), num_threads=1)
+        reader = decord.VideoReader(str(path.absolute()), num_threads=1)  # a name may look like an address
         for i in range(int(max(index_F)) + 1):
             frame = reader.next()
             if i in wanted:

@@ -17,6 +17,8 @@ from typing import Any
 
 import datasets
 import fsspec
+import httpx2
+from pyarrow import parquet
 
 from wantrain.data.shards import read_shards
 from wantrain.files import atomic_path
@@ -67,7 +69,7 @@ def read(source: Source) -> list[Clip]:
                 faults.append(f"{place}: {fault}")
             else:
                 clips.append(clip)
-    except (OSError, ImportError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ImportError, ValueError, csv.Error, httpx2.HTTPError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"source {source.name!r}: {source.path} cannot be read: {error}",
                         f"check data.sources.{source.name}.path and your credentials") from error
     if faults:
@@ -83,7 +85,7 @@ def _rows(source: Source) -> Iterator[tuple[str, Row]]:
     """(place for error messages, row) of any kind of source."""
     path, suffix = source.path, PurePosixPath(source.path).suffix
     if path.startswith("hf://datasets/") and path.count("/") == 4:
-        yield from _table(datasets.load_dataset(path.removeprefix("hf://datasets/"), split="train"))
+        yield from _table(datasets.load_dataset(path.removeprefix("hf://datasets/"), split="train"), source)
     elif suffix == ".tar":
         yield from read_shards(path)
     elif not source.is_remote and not Path(path).expanduser().exists():
@@ -92,7 +94,11 @@ def _rows(source: Source) -> Iterator[tuple[str, Row]]:
     elif suffix in (".jsonl", ".csv"):
         yield from _lines(path)
     elif suffix == ".parquet":
-        yield from _table(datasets.Dataset.from_parquet(path))
+        if source.is_remote:  # datasets keeps what it fetched, also where it has changed
+            with fsspec.open(path, "rb") as file:
+                yield from _table(datasets.Dataset(parquet.read_table(file)), source)
+        else:
+            yield from _table(datasets.Dataset.from_parquet(path), source)
     elif source.is_remote or Path(path).expanduser().is_dir():
         yield from _folder(path)
     else:
@@ -100,15 +106,16 @@ def _rows(source: Source) -> Iterator[tuple[str, Row]]:
                         "give a folder with sidecar .txt captions or convert the manifest")
 
 
-def _table(table: datasets.Dataset) -> Iterator[tuple[str, Row]]:
+def _table(table: datasets.Dataset, source: Source) -> Iterator[tuple[str, Row]]:
     """Rows of a table whose videos and images stay encoded. Text columns that we do not know are left out: sets that
     others made have many.
     """
     for name, feature in table.features.items():
         if isinstance(feature, datasets.Video | datasets.Image):
             table = table.cast_column(name, type(feature)(decode=False))
+    known = {*COLUMNS, *source.columns.values()}
     for number, row in enumerate(table):
-        yield f"row {number}", {k: v for k, v in row.items() if k in COLUMNS or isinstance(v, int | float | dict)}
+        yield f"row {number}", {k: v for k, v in row.items() if k in known or isinstance(v, int | float)}
 
 
 def _lines(path: str) -> Iterator[tuple[str, Row]]:
@@ -142,7 +149,7 @@ def _folder(path: str) -> Iterator[tuple[str, Row]]:
     media = {name: PurePosixPath(name).stem for name in here if PurePosixPath(name).suffix.lower() in SUFFIXES}
     texts: dict[str, list[str]] = {}
     for name in here:
-        if name.endswith(".txt"):
+        if name.endswith(".txt") and filesystem.isfile(f"{root}/{name}"):
             stem = name.removesuffix(".txt")
             owner = stem if stem in media.values() else next(
                 (s for s in sorted(media.values(), key=len, reverse=True) if stem.startswith(f"{s}.")), "")
@@ -150,10 +157,12 @@ def _folder(path: str) -> Iterator[tuple[str, Row]]:
     partners = {kind: {PurePosixPath(n).stem: f"{kind}/{n}" for n in names(f"{root}/{kind}")
                        if PurePosixPath(n).suffix.lower() in SUFFIXES} for kind in ("control", "mask")}
     for name, stem in media.items():
-        captions = [filesystem.cat_file(f"{root}/{text}").decode("utf-8-sig", "replace")
-                    for text in texts.get(stem, [])]
-        yield name, {"video": name, "captions": captions,
-                     **{kind: by_stem[stem] for kind, by_stem in partners.items() if stem in by_stem}}
+        row = {"video": name, **{kind: by_stem[stem] for kind, by_stem in partners.items() if stem in by_stem}}
+        try:
+            yield name, row | {"captions": [filesystem.cat_file(f"{root}/{text}").decode("utf-8-sig")
+                                            for text in texts.get(stem, [])]}
+        except UnicodeDecodeError as error:
+            yield name, {"fault": f"a caption of it is not UTF-8: {error}"}
 
 
 def _clip(given: Row, source: Source) -> tuple[Clip | None, str]:
@@ -165,6 +174,7 @@ def _clip(given: Row, source: Source) -> tuple[Clip | None, str]:
         return None, str(row.get("fault") or "no video")
     name = _name(video)
     try:
+        name.encode()  # UnicodeEncodeError is a ValueError
         measures = {str(c): _number(str(c), v) for c, v in row.items() if c not in COLUMNS and c not in theirs}
         start_s, end_s = _number("start_s", row.get("start_s")) or 0.0, _number("end_s", row.get("end_s"))
         captions, where = _captions(row), {kind: _media(row.get(kind), source) for kind in MEDIA}
@@ -186,7 +196,7 @@ def _clip(given: Row, source: Source) -> tuple[Clip | None, str]:
 def _name(media: Any) -> str:
     """How a row's medium is called."""
     if isinstance(media, Mapping):
-        return str(media.get("path") or hashlib.blake2b(media.get("bytes") or b"", digest_size=8).hexdigest())
+        return str(media.get("path") or _name(media.get("bytes")))
     if isinstance(media, bytes):
         return hashlib.blake2b(media, digest_size=8).hexdigest()
     return media.name if isinstance(media, Remote) else str(media)
@@ -201,6 +211,8 @@ def _number(column: str, value: Any) -> float | None:
     except (TypeError, ValueError):
         raise ValueError(f"{column} is a number, not {value!r}" if column in COLUMNS else f"unknown column {column!r} "
                          f"with {value!r}; known: {', '.join(COLUMNS)}; any other holds numbers") from None
+    if math.isinf(number):
+        raise ValueError(f"{column} is a number, not {value!r}")
     return None if math.isnan(number) else number
 
 
@@ -209,9 +221,11 @@ def _captions(row: Row) -> list[str]:
     further = row.get("captions") or []
     if isinstance(further, str) and further.startswith("["):  # a cell of a .csv
         further = json.loads(further)
-    if isinstance(further, str) or not all(isinstance(text, str) for text in further):
+    if not isinstance(further, list) or not all(isinstance(text, str) for text in further):
         raise ValueError("captions is a list of texts")
-    first = [] if row.get("caption") is None else [str(row["caption"])]
+    if not isinstance(row.get("caption"), str | None):
+        raise ValueError(f"caption is a text, not {row['caption']!r}")
+    first = [] if row.get("caption") is None else [row["caption"]]
     return list(dict.fromkeys(" ".join(text.split()) for text in [*first, *further]))
 
 
@@ -220,11 +234,15 @@ def _media(value: Any, source: Source) -> Media | None:
     if isinstance(value, Mapping | bytes):
         data = value if isinstance(value, bytes) else value.get("bytes")
         name = "" if isinstance(value, bytes) else str(value.get("path") or "")
+        if not isinstance(data, bytes | None):
+            raise ValueError(f"bytes are no bytes: {data!r}")
         return _kept(data, PurePosixPath(name).suffix, source.fetched) if data else _media(name, source)
     if not value or isinstance(value, Remote):
         return value or None
     name = str(value)
     remote = name if "://" in name else None
+    if source.path.startswith("hf://datasets/") and Path(name).is_file():
+        return Path(name)  # datasets has downloaded it
     if source.is_remote and not remote:
         filesystem, root = fsspec.core.url_to_fs(source.path)
         folder = root if filesystem.isdir(root) else str(PurePosixPath(root).parent)

@@ -23,8 +23,14 @@ from wantrain.terms import IMAGE_SUFFIXES, Found, Media, Remote, UserError
 LOOK_VERSION = 1
 """Raise this when `Found` or what fills it changes."""
 
+POINTERS = (b"ffconcat", b"#EXTM3U", b"<?xml", b"<MPD")
+"""How playlists begin: what they name would be opened before their format is known."""
+
 PLAYLISTS = frozenset({"hls", "dash", "concat", "imf"})
 """Formats that only point to other files or addresses: never followed."""
+
+LONGEST_FRAME_S = 60
+"""A film whose frames last longer than this on average has no times to go by."""
 
 NARROW_PX = 64
 """decord 0.6 takes the padding of a row for more colour channels below this width (seen: 48 px gave 4 channels)."""
@@ -77,7 +83,10 @@ def _probe_file(path: Path, size: int, mtime_ns: int) -> Probe:
 
 
 def open_video(path: Path) -> av.container.InputContainer:
-    """The container, forbidden to reach beyond this machine's files."""
+    """The container, forbidden to reach beyond this machine's files. ValueError for a list that points to others."""
+    with path.open("rb") as file:
+        if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(POINTERS):
+            raise ValueError("a playlist, not a film")
     return av.open(str(path.absolute()), options={"protocol_whitelist": "file"}, metadata_errors="replace")
 
 
@@ -112,6 +121,8 @@ def _probe(container: av.container.InputContainer) -> Probe:
     step = Fraction(1) / (stream.average_rate or 25)
     duration = max(*ends, max(times) + (step if max(ends) == max(times) else 0)) - start
     why = ", ".join(reason for reason, found in unsafe.items() if found)
+    if duration > LONGEST_FRAME_S * len(times):
+        raise ValueError(f"{len(times)} frames in {float(duration):.0f} s: its times are broken")
     return Probe(np.array(sorted(float(t - start) for t in times)), float(duration), width, height, why, start)
 
 
@@ -154,10 +165,12 @@ def fetch(media: Remote) -> bytes:
     import fsspec  # only where something is not a plain local file
 
     end = media.offset + media.size if media.size >= 0 else None
+    import httpx2
+
     try:
         filesystem, path = fsspec.core.url_to_fs(media.url)
         data: bytes = filesystem.cat_file(path, media.offset, end)
-    except (OSError, ImportError, ValueError) as error:
+    except (OSError, ImportError, ValueError, httpx2.HTTPError) as error:
         raise UserError(f"{media} cannot be read: {error}", "check the address and your credentials") from error
     if 0 <= media.size != len(data):
         raise UserError(f"{media} is cut off: {len(data)} of {media.size} bytes", "replace the shard")

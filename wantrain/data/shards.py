@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -19,8 +19,11 @@ from wantrain.terms import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Remote, UserError
 
 Row = dict[str, Any]
 
-END_MARK = bytes(1024)
-"""A tar ends with two empty blocks; one that does not was cut off."""
+SMALLEST_END, LARGEST_END = 2 * tarfile.BLOCKSIZE, 1 << 20
+"""A tar ends with two empty blocks, which may be filled up with more; one that does not was cut off."""
+
+TEXTS = ("caption", "captions", "id", "start_s", "end_s", "duplicate_of")
+"""What a sample's json may say besides numbers."""
 
 LONGEST_TEXT_BYTES = 1 << 20
 
@@ -47,42 +50,66 @@ def read_shards(pattern: str) -> Iterator[tuple[str, Row]]:
 
 def _samples(file: Any, url: str, version: str) -> dict[str, Row]:
     """The rows of one shard by key."""
-    rows: dict[str, Row] = {}
+    members: dict[str, list[tuple[str, Any]]] = {}
+    end = 0
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
-            if not member.isfile():
-                continue
+            end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
             path = PurePosixPath(member.name)
-            key, _, kind = path.name.partition(".")
-            row = rows.setdefault(str(path.with_name(key)), {"id": f"{PurePosixPath(url).name}/{path.with_name(key)}"})
-            suffix = PurePosixPath(path.name).suffix.lower()
-            if suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
-                _add(row, kind.rpartition(".")[0] or "video",
-                     Remote(url, path.name, version, member.offset_data, member.size))
-            elif suffix in (".txt", ".json"):
+            key, _, kind = path.name.lower().partition(".")
+            if not member.isfile() or not key:
+                continue
+            value: Any = None
+            if path.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
+                kind = kind.rpartition(".")[0] or "video"
+                value = Remote(url, path.name, version, member.offset_data, member.size)
+            elif path.suffix.lower() in (".txt", ".json"):
                 opened = tar.extractfile(member)
                 assert opened is not None
-                _add_text(row, kind, opened.read(LONGEST_TEXT_BYTES))
-    file.seek(-len(END_MARK), 2)
-    if file.read() != END_MARK:
-        raise tarfile.ReadError("it has no end: it was cut off")
-    return rows
+                value = opened.read(LONGEST_TEXT_BYTES + 1)
+            if value is not None:
+                members.setdefault(str(path.with_name(path.name.partition(".")[0])), []).append((kind, value))
+    file.seek(end)
+    rest = file.read(LARGEST_END + 1)
+    if len(rest) < SMALLEST_END or len(rest) > LARGEST_END or any(rest):
+        raise tarfile.ReadError(f"its end is not at byte {end}, where its members end: it was cut off or damaged")
+    return {key: {"id": f"{PurePosixPath(url).name}/{key}"} | _row(found) for key, found in members.items()}
 
 
-def _add(row: Row, column: str, value: Any) -> None:
-    if column in row:
-        row["fault"] = f"it has more than one {column}"
-    row[column] = value
+def _row(members: Sequence[tuple[str, Any]]) -> Row:
+    """The columns of a sample; those of its json give way to its members."""
+    row: Row = {}
+    columns: Row = {}
+    for kind, value in members:
+        try:
+            if isinstance(value, Remote):
+                if kind in row:
+                    raise ValueError(f"there is more than one {kind}")
+                row[kind] = value
+            elif kind == "json":
+                columns = _columns(value)
+            else:
+                texts = row.setdefault("captions", [])
+                texts.insert(0 if kind == "txt" else len(texts), _text(value))
+        except ValueError as error:
+            return {"fault": f"its {kind}: {error}"}
+    further = [*row.get("captions", []), *columns.pop("captions", [])]
+    return columns | row | ({"captions": further} if further else {})
 
 
-def _add_text(row: Row, kind: str, data: bytes) -> None:
-    try:
-        text = data.decode("utf-8-sig")
-        if kind == "txt":
-            _add(row, "caption", text)
-        elif kind.endswith("txt"):
-            row.setdefault("captions", []).append(text)
-        else:
-            row.update(json.loads(text))
-    except ValueError as error:
-        row["fault"] = f"its {kind} cannot be read: {error}"
+def _text(data: bytes) -> str:
+    if len(data) > LONGEST_TEXT_BYTES:
+        raise ValueError(f"longer than {LONGEST_TEXT_BYTES} bytes")
+    return data.decode("utf-8-sig")
+
+
+def _columns(data: bytes) -> Row:
+    """What the json says that we know, and its numbers: sets that others made have many other texts."""
+    given = json.loads(_text(data))
+    if not isinstance(given, dict):
+        raise ValueError("no object with columns")
+    if not isinstance(given.get("captions", []), list):
+        raise ValueError("captions is a list of texts")
+    if media := sorted({"video", "control", "mask"} & given.keys()):
+        raise ValueError(f"it names a {media[0]}, which is a member of the shard itself")
+    return {k: v for k, v in given.items() if k in TEXTS or isinstance(v, int | float)}
