@@ -43,10 +43,10 @@ from data_tools.command import (
     shown,
     stamp,
 )
-from data_tools.rows import Row, has, is_url, moved, sound_rows
+from data_tools.rows import Row, has, is_url, moved, sound_rows, write_rows
 from wantrain.data import decode
 from wantrain.data.media import probe
-from wantrain.files import digest_text, write_text
+from wantrain.files import digest_text
 from wantrain.jobs import TIME_LIMIT, in_workers, progress
 from wantrain.terms import IMAGE_SUFFIXES, Bucket, UserError
 
@@ -479,8 +479,8 @@ def _seen_ahead(todo: Batch, size: int, jobs: int, timeout_s: float) -> Iterator
 
 def _see_all(clips: Sequence[Job], jobs: int, timeout_s: float, has_bar: bool = False) -> dict[Job, Seen]:
     found = {}
-    with progress(len({*clips}), 0, "clip", "look", has_bar) as bar:
-        for job, seen, why in in_workers(see, list(dict.fromkeys(clips)), jobs, timeout_s):
+    with progress(len(clips), 0, "clip", "look", has_bar) as bar:
+        for job, seen, why in in_workers(see, clips, jobs, timeout_s):
             found[job] = seen or Seen(fault=f"{shown(job.path)}: {why}")
             bar.update()
     return found
@@ -535,7 +535,7 @@ def run(source: Path, out: Path, settings: Settings, jobs: int, timeout_s: float
         if not fault:
             first, *further = [with_trigger(text, settings.trigger, settings.form) for text in texts]
             row.values.update({"caption": first} | ({"captions": further} if further else {}))
-    write_text(out, "".join(json_line(row.values) for row in rows))
+    write_rows(out, [row.values for row in rows])
     if settings.source == "model":
         _journal(out).unlink()
     bare = [row.id for row in kept if not all(has(settings.trigger, text) for text in row.captions)]

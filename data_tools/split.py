@@ -41,12 +41,13 @@ from data_tools.command import (
     stamp,
 )
 from wantrain.data import decode
+from wantrain.data.media import COARSE_GRACE_S
 from wantrain.files import atomic_path, digest_text, remembered, write_text
 from wantrain.jobs import in_workers, progress
 from wantrain.terms import IMAGE_SUFFIXES, UserError
 
-GUARD_S = 1e-4
-"""A span ends this much before the next shot begins: as far as `decode.choose_frames` looks ahead of a time."""
+GUARD_S = COARSE_GRACE_S + 1e-5
+"""A span ends this much before the next shot begins: further than `decode.choose_frames` looks ahead of a time."""
 
 LOOK_PX, TINY_PX = 160, 40
 """Longest side of the pictures that cuts and motion are judged by."""

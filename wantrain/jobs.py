@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import multiprocessing
 import signal
@@ -16,6 +17,9 @@ from tqdm import tqdm
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+PR_SET_PDEATHSIG = 1
+"""prctl(2): the signal that this process gets when its parent dies."""
 
 TIME_LIMIT = "not finished after"
 """Begins the reason of an item that ran into the time limit."""
@@ -127,6 +131,8 @@ def in_workers(
 def _serve(function: Callable[[Item], Result], pipe: Connection) -> None:
     """A worker's life: results for items until the pipe closes. The parent alone answers to Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":  # die with the server of forks, and so with the job, also inside an item that hangs
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     with contextlib.suppress(EOFError, BrokenPipeError):
         pipe.send("ready")
         while True:

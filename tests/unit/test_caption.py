@@ -12,6 +12,7 @@ from PIL import Image
 from data_tools import caption
 from tests import odd_files
 from wantrain.data import manifest
+from wantrain.jobs import TIME_LIMIT
 
 SHOTS = (24, 24, 24)
 SPECIAL = ("<|im_end|>", "<|endoftext|>", "<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
@@ -141,7 +142,7 @@ def asked(monkeypatch):
     generate = transformers.GenerationMixin.generate
 
     def spy(self, **inputs):
-        calls.append(inputs)
+        calls.append(inputs | {"dtype": self.dtype})
         return generate(self, **inputs)
 
     monkeypatch.setattr(transformers.GenerationMixin, "generate", spy)
@@ -166,7 +167,7 @@ def test_rows_without_a_caption_get_one_and_the_rest_stays(set_, model, asked, c
     out = capsys.readouterr().out
     assert "4 rows = 3 captioned + 1 kept + 0 faulty" in out
     assert "1 of those kept are without the trigger, such as film.mp4@1.000#1" in out
-    assert [len(inputs["input_ids"]) for inputs in asked] == [2, 1]
+    assert [(len(inputs["input_ids"]), inputs["dtype"]) for inputs in asked] == [(n, torch.bfloat16) for n in (2, 1)]
     first = set_.read_bytes()
     assert call(set_, "--model", model, "--trigger", "wrds") == 0
     assert (set_.read_bytes(), len(asked)) == (first, 2)
@@ -198,7 +199,7 @@ def test_the_model_is_given_the_pictures_of_each_span(set_, film_FHWC, here, ask
     call(set_, "--model", folder, "--overwrite", "--batch-size", "4", "--dtype", "float32", "--prompt", "say {medium}")
     settings = caption.Settings("model", "", "", "", "", "", 3, 1 << 20, 1, 1, False)
     processor = caption.Captioner(str(folder), settings, with_weights=False).processor
-    assert len(asked) == 1
+    assert [inputs["dtype"] for inputs in asked] == [torch.float32]
     told, pixels = processor.batch_decode(asked[0]["input_ids"]), asked[0]["pixel_values"]
     wanted = [film_FHWC[24 * shot + frame] for shot in range(3) for frame in (4, 12, 20)] + [film_FHWC[0]]
     expected = processor.image_processor([Image.fromarray(f) for f in wanted], return_tensors="pt")["pixel_values"]
@@ -264,6 +265,7 @@ def test_a_dry_run_shows_everything_and_leaves_no_trace(set_, model, asked, monk
     before = files_of(set_.parent)
     with monkeypatch.context() as without_weights:
         without_weights.setattr(caption, "_load_model", None)
+        without_weights.setattr(caption.decode, "read_clip", None)
         assert call(set_, "--model", model, "--kind", "style", "--dry-run") == 0
     assert files_of(set_.parent) == before
     out = capsys.readouterr().out
@@ -280,24 +282,21 @@ def test_a_dry_run_shows_everything_and_leaves_no_trace(set_, model, asked, monk
         assert f"about {inputs['input_ids'].numel()} tokens + 12" in line
 
 
-class Killed(BaseException):
-    pass
-
-
 def test_a_killed_call_goes_on_with_the_batch_that_it_lost(set_, model, monkeypatch, capsys):
     rows = [row | {"caption": ""} for row in read_rows(set_)]
     write_rows(set_, rows)
     ask, asked = caption.Captioner.ask, []
 
-    def killed_at_the_second(self, jobs, seen):
-        if asked and stops:
-            raise stops.pop()
+    def killed(self, jobs, seen):
+        if stops and stops[0] == len(asked):
+            stops.pop(0)
+            raise KeyboardInterrupt
         asked.extend(jobs)
         return ask(self, jobs, seen)
 
-    monkeypatch.setattr(caption.Captioner, "ask", killed_at_the_second)
-    stops = [KeyboardInterrupt()]
-    assert call(set_, "--model", model) == 130
+    monkeypatch.setattr(caption.Captioner, "ask", killed)
+    stops = [1, 2]
+    assert call(set_, "--model", model, "--batch-size", "1") == 130
     assert "what was finished is kept" in capsys.readouterr().err
     assert read_rows(set_) == rows
     journal = set_.with_name("m.jsonl.journal")
@@ -305,10 +304,27 @@ def test_a_killed_call_goes_on_with_the_batch_that_it_lost(set_, model, monkeypa
         file.write('{"key": "cut o')
     assert call(set_, "--from", "names", "--out", set_) == 0  # no business of the model's
     write_rows(set_, rows)
+    assert call(set_, "--model", model, "--batch-size", "1") == 130
     assert call(set_, "--model", model, "--trigger", "new") == 0  # what is done to answers is no setting of theirs
     assert [job.start_s for job in asked] == [0.0, 1.0, 2.0, 0.0]
     assert captions(set_) == [f"new, {SAID}"] * 4
     assert not journal.exists()
+
+
+def test_what_ran_into_the_time_limit_is_tried_again(set_, model, monkeypatch):
+    def in_workers(function, jobs, number, timeout_s):
+        yield from ((job, None, f"{TIME_LIMIT} 1 s") if job.path.suffix == ".mp4" else (job, function(job), "")
+                    for job in jobs)
+
+    def killed(self, jobs, seen):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as slow:
+        slow.setattr(caption, "in_workers", in_workers)
+        slow.setattr(caption.Captioner, "ask", killed)
+        assert call(set_, "--model", model) == 130
+    assert call(set_, "--model", model) == 0
+    assert captions(set_) == [SAID, "by hand", SAID, SAID]
 
 
 @pytest.mark.parametrize("other", [["--frames", "2"], ["--max-pixels", "999"], ["--prompt", "what?"],
@@ -379,10 +395,11 @@ def test_an_answer_that_is_no_caption_is_a_fault(said, is_finished, text, fault)
 def test_a_model_that_says_no_caption_is_a_fault_of_the_clip(set_, here, capsys, sentence, fault):
     before = captions(set_)
     limit = "3" if sentence[-1] == " away" else "12"
-    assert call(set_, "--model", write_model(set_.parent / "odd", sentence), "--max-tokens", limit) == 0
+    assert call(set_, "--model", write_model(set_.parent / "odd", sentence), "--max-tokens", limit, "--overwrite",
+                "--trigger", "wrds") == 0
     out = capsys.readouterr().out
-    assert "4 rows = 0 captioned + 1 kept + 3 faulty" in out
-    assert out.count("fault: ") == 3
+    assert "4 rows = 0 captioned + 0 kept + 4 faulty" in out
+    assert out.count("fault: ") == 4
     assert "fault: still.png: the model " in out
     assert fault in out
     assert captions(set_) == before

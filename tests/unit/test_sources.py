@@ -229,8 +229,6 @@ def test_a_data_set_of_the_hub_whose_media_datasets_has_downloaded(folder, tmp_p
     assert (clip.caption, content(clip.path)) == ("red square", (folder / "a.mp4").read_bytes())
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="any path that exists from here is taken for one that "
-                   "datasets has downloaded")
 def test_a_relative_path_on_the_hub_is_the_hubs_file_though_one_of_that_name_is_here(folder, monkeypatch):
     """A manifest on the hub, whose file system is here the one in memory."""
     monkeypatch.chdir(folder)

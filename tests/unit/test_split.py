@@ -75,7 +75,7 @@ def test_no_frame_of_the_next_shot_is_ever_read(tmp_path, film, fps, times_ms):
 
 
 def test_the_guard_holds_where_a_wanted_time_falls_just_before_the_cut():
-    """choose_frames looks 1e-4 s ahead, count_frames gives a frame up to 1e-3 frames late."""
+    """choose_frames looks up to 5.1e-4 s ahead, count_frames gives a frame up to 1e-3 frames late."""
     times_s = np.arange(100) / 24
     found = decode.Probe(times_s, 100 / 24, 96, 64, "")
     span = next(split.judge(found, [0, 48], np.zeros(100), RULES))

@@ -17,7 +17,7 @@ import decord
 import numpy as np
 import torch
 
-from wantrain.data.media import Probe, broken, local, open_video, probe, read_image
+from wantrain.data.media import FINE_GRACE_S, Probe, broken, local, open_video, probe, read_image
 from wantrain.terms import Bucket, Found, PlannedClip, UserError
 
 FAR_S = 10.0
@@ -30,13 +30,14 @@ def count_frames(found: Probe | Found, start_s: float, end_s: float | None, fps:
     return max(math.ceil((end - start_s) * fps - 1e-3), 1 if found.duration_s == 0 else 0)
 
 
-def choose_frames(times_s: np.ndarray, start_s: float, fps: float, num_frames: int) -> np.ndarray:
+def choose_frames(times_s: np.ndarray, start_s: float, fps: float, num_frames: int, grace_s: float = FINE_GRACE_S
+                  ) -> np.ndarray:
     """Indices of the frames on screen at start_s + k / fps: true resampling by timestamps, for any frame rate.
 
-    Speed is never changed: a 60 fps source loses frames, a 12 fps source repeats some.
+    A frame counts `grace_s` before its time, which may be rounded (`Probe.grace_s`). Speed is never changed: a 60 fps source loses frames, a 12 fps source repeats some.
     """
     wanted = start_s + np.arange(num_frames) / fps
-    return np.clip(np.searchsorted(times_s, wanted + 1e-4, side="right") - 1, 0, len(times_s) - 1)
+    return np.clip(np.searchsorted(times_s, wanted + grace_s, side="right") - 1, 0, len(times_s) - 1)
 
 
 def read_clip(path: Path, start_s: float, end_s: float | None, fps: float, bucket: Bucket) -> torch.Tensor:
@@ -49,7 +50,7 @@ def read_clip(path: Path, start_s: float, end_s: float | None, fps: float, bucke
     if available < bucket.num_frames:
         raise UserError(f"{path}: {available} frames at {fps:g} fps from {start_s:g} s, but {bucket.num_frames} are "
                         "needed", "lengthen the span, or add a smaller length to data.num_frames")
-    index_F = choose_frames(found.times_s, start_s, fps, bucket.num_frames)
+    index_F = choose_frames(found.times_s, start_s, fps, bucket.num_frames, found.grace_s)
 
     def fitted(frame_HWC: np.ndarray) -> torch.Tensor:  # at once: 81 frames of 4K would be 2 GB
         frame_1CHW = torch.from_numpy(np.ascontiguousarray(frame_HWC)).movedim(-1, 0)[None]

@@ -241,7 +241,7 @@ def _media(value: Any, source: Source) -> Media | None:
         return value or None
     name = str(value)
     remote = name if "://" in name else None
-    if source.path.startswith("hf://datasets/") and Path(name).is_file():
+    if source.path.startswith("hf://datasets/") and Path(name).is_absolute() and Path(name).is_file():
         return Path(name)  # datasets has downloaded it
     if source.is_remote and not remote:
         filesystem, root = fsspec.core.url_to_fs(source.path)

@@ -32,6 +32,8 @@ PLAYLISTS = frozenset({"hls", "dash", "concat", "imf"})
 LONGEST_FRAME_S = 60
 """A film whose frames last longer than this on average has no times to go by."""
 
+FINE_GRACE_S, COARSE_GRACE_S = 1e-4, 5.1e-4
+
 NARROW_PX = 64
 """decord 0.6 takes the padding of a row for more colour channels below this width (seen: 48 px gave 4 channels)."""
 
@@ -40,7 +42,7 @@ NARROW_PX = 64
 class Probe:
     """What demuxing tells: shown frames' times (seconds, sorted), duration in seconds, size in pixels, who reads.
 
-    Times count from the first frame that has one, which is `start_s` on the file's own clock.
+    Times count from the first frame that has one, which is `start_s` on the file's own clock, of ticks of `tick_s`.
     """
 
     times_s: np.ndarray
@@ -49,6 +51,14 @@ class Probe:
     height: int
     why_not_decord: str
     start_s: Fraction = Fraction(0)
+    tick_s: Fraction = Fraction(0)
+
+    @property
+    def grace_s(self) -> float:
+        """How much later than its frame was on screen a time may be: clocks of a millisecond (Matroska, FLV, ASF) are
+        too coarse for most rates, finer ones are not, and those of a frame a tick are exact.
+        """
+        return COARSE_GRACE_S if 2 * FINE_GRACE_S < self.tick_s < 4 * COARSE_GRACE_S else FINE_GRACE_S
 
     @property
     def aspect(self) -> float:
@@ -109,12 +119,15 @@ def _probe(container: av.container.InputContainer) -> Probe:
         raise ValueError("no video frames")
     start = min(times)
     width, height = stream.codec_context.width, stream.codec_context.height
+    pixels = str(stream.codec_context.pix_fmt or "")
     unsafe = {
         "edit list": num_discarded > 0,
         container.format.name: container.format.name in ("mpegts", "gif"),
         "av1": stream.codec_context.name in ("av1", "libdav1d", "libaom-av1"),
         "truncated": len(times) + num_discarded < stream.frames,
         f"narrower than {NARROW_PX} px": min(width, height) < NARROW_PX,
+        # it takes these, too, for more colour channels than there are (seen: cinepak's rgb24)
+        f"pixels {pixels}": pixels.startswith(("rgb", "bgr", "gbr")) and container.format.name != "gif",
     }
     if _quarter_turns(container, stream) % 2:
         width, height = height, width
@@ -123,7 +136,8 @@ def _probe(container: av.container.InputContainer) -> Probe:
     why = ", ".join(reason for reason, found in unsafe.items() if found)
     if duration > LONGEST_FRAME_S * len(times):
         raise ValueError(f"{len(times)} frames in {float(duration):.0f} s: its times are broken")
-    return Probe(np.array(sorted(float(t - start) for t in times)), float(duration), width, height, why, start)
+    return Probe(np.array(sorted(float(t - start) for t in times)), float(duration), width, height, why, start,
+                 stream.time_base)
 
 
 def _quarter_turns(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> int:
