@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import multiprocessing
+import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
@@ -17,9 +18,6 @@ from tqdm import tqdm
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-PR_SET_PDEATHSIG = 1
-"""prctl(2): the signal that this process gets when its parent dies."""
 
 TIME_LIMIT = "not finished after"
 """Begins the reason of an item that ran into the time limit."""
@@ -131,9 +129,16 @@ def in_workers(
 def _serve(function: Callable[[Item], Result], pipe: Connection) -> None:
     """A worker's life: results for items until the pipe closes. The parent alone answers to Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":  # die with the server of forks, and so with the job, also inside an item that hangs
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError, BrokenPipeError):
         pipe.send("ready")
         while True:
             pipe.send(function(pipe.recv()))
+
+
+def _die_with_parent() -> None:
+    """A worker inside an item that hangs would outlive a job that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -591,8 +591,16 @@ def test_shards_that_others_made_may_hold_texts_that_nobody_knows(tmp_path):
 
 
 def test_the_endings_of_a_samples_members_may_be_capitals(tmp_path):
-    clip, = read(write_tar(tmp_path / "x.tar", [("K.MP4", b"v"), ("K.TXT", b"x")]))
-    assert clip.caption == "x"
+    clip, = read(write_tar(tmp_path / "x.tar", [("K.MP4", b"v"), ("K.JSON", b'{"motion": 1}'), ("K.TXT", b"x"),
+                                                ("K.Mask.PNG", b"m")]))
+    assert (clip.caption, clip.more_captions, clip.measures) == ("x", (), {"motion": 1.0})
+    assert content(clip.mask) == b"m"
+
+
+def test_captions_of_a_shard_in_files_and_in_the_json_are_all_of_them(tmp_path):
+    clip, = read(write_tar(tmp_path / "x.tar", [("k.1.txt", b"second"), ("k.json", b'{"captions": ["third", "first"]}'),
+                                                ("k.mp4", b"v"), ("k.txt", b"first")]))
+    assert (clip.caption, clip.more_captions) == ("first", ("second", "third"))
 
 
 def test_a_text_as_long_as_allowed_is_read_whole(tmp_path):

@@ -144,7 +144,7 @@ def entry_files(folder: Path) -> Iterator[Path]:
 def leftovers(folder: Path, before_s: float) -> Sequence[Path]:
     """Temporary files of processes that were killed: those not touched since `before_s` (seconds of the epoch)."""
     found = []
-    for path in folder.rglob(".*.tmp"):
+    for path in (*folder.rglob(".*.tmp"), *folder.rglob(".tmp*")):  # ours, and those of safetensors
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_mtime < before_s:
                 found.append(path)

@@ -34,7 +34,8 @@ def choose_frames(times_s: np.ndarray, start_s: float, fps: float, num_frames: i
                   ) -> np.ndarray:
     """Indices of the frames on screen at start_s + k / fps: true resampling by timestamps, for any frame rate.
 
-    A frame counts `grace_s` before its time, which may be rounded (`Probe.grace_s`). Speed is never changed: a 60 fps source loses frames, a 12 fps source repeats some.
+    A frame counts `grace_s` before its time, which may be rounded (`Probe.grace_s`). Speed is never changed: a 60 fps
+    source loses frames, a 12 fps source repeats some.
     """
     wanted = start_s + np.arange(num_frames) / fps
     return np.clip(np.searchsorted(times_s, wanted + grace_s, side="right") - 1, 0, len(times_s) - 1)

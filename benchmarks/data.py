@@ -1,0 +1,136 @@
+"""What the way of the data costs beyond the model: ratios in one run, on the embedded base.
+
+    python -m benchmarks.data [--rounds 5] [--clips 24]
+
+Encoding (reference 1.00): the VAE alone over the frames of all windows at hand. Against it: `wantrain cache`'s loop
+over the same windows, decoded by 1 and by 2 worker processes meanwhile, from the moment when the first clip comes
+back, so that what the workers import is not counted. Reading (reference 1.00): a training step of the embedded base. Against it:
+its batch from the cache. Then, in milliseconds, an entry as large as a real one (81 frames of 480p) from the warm
+cache, with its checksum, and the frames of such a clip through a worker's pipe. Medians of interleaved rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.step import timed
+from tests import odd_files
+from wantrain import cli
+from wantrain.config import load
+from wantrain.data import decode
+from wantrain.data.cache import LATENTS
+from wantrain.jobs import in_workers
+from wantrain.stages import Cached, Encoder, Opened, opened, train
+from wantrain.tensors import digest_tensors
+
+REAL_LATENTS_CTHW = (16, 21, 60, 104)
+REAL_FRAMES_FCHW = (81, 3, 480, 832)
+
+
+def real_frames(number: int) -> np.ndarray:
+    """What a worker sends for a clip of 480p."""
+    return np.full(REAL_FRAMES_FCHW, number % 256, np.uint8)
+
+
+def encode_loop(recipe: Opened, encoder: Encoder, jobs: int) -> float:
+    """Seconds in which `wantrain cache` decodes, encodes and writes every window but the first."""
+    began = 0.0
+    for planned, result, why in in_workers(decode.frames_in_worker, recipe.planned, jobs, 300):
+        began = began or time.perf_counter()
+        if result is None or result[0] is None:
+            raise SystemExit(why or "a clip does not decode")
+        recipe.cache.write((LATENTS, planned), encoder.encode(torch.from_numpy(result[0])))
+    return time.perf_counter() - began
+
+
+def vae_alone(encoder: Encoder, frames: Sequence[torch.Tensor]) -> float:
+    return timed(lambda: [encoder.encode(frames_FCHW) for frames_FCHW in frames])
+
+
+def pipe_s(number: int) -> float:
+    """Seconds a clip for frames of 480p to come from one worker, which only fills them."""
+    results = in_workers(real_frames, range(number + 2), 1, 300)
+    next(results)  # imports
+    began = time.perf_counter()
+    for _ in range(number):
+        next(results)
+    return (time.perf_counter() - began) / number
+
+
+def write_recipe(folder: Path, num_clips: int) -> list[str]:
+    """Overrides of a recipe over films of 17 frames of 128x192 px."""
+    (folder / "clips").mkdir(parents=True)
+    for i in range(num_clips):
+        odd_files.write_film(folder / "clips" / f"{i}.mp4", odd_files.frames(i, 17, 256, 384), 16, crf="20")
+        (folder / "clips" / f"{i}.txt").write_text(f"square {i % 4}")
+    return ["recipe=demo_anime", "tracker=none", f"run.dir={folder / 'run'}", f"data.cache_dir={folder / 'cache'}",
+            f"data.sources.style.path={folder / 'clips'}", "~data.sources.regularisation", "data.heldout=null",
+            "validation.every_steps=0", "data.num_frames=[17]", "data.resolutions=[[128,192]]"]
+
+
+def medians(work: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """Median seconds of each, all of them in turn; the first round is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for number in range(rounds + 1):
+        for name, call in work.items():
+            seconds = call()
+            if number:
+                times[name].append(seconds)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def print_ratios(found: dict[str, float], reference: str) -> None:
+    for name, seconds in found.items():
+        print(f"{seconds / found[reference]:7.3f}  {seconds * 1e3:9.2f} ms  {name}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--clips", type=int, default=24)
+    given = parser.parse_args()
+    folder = Path(tempfile.mkdtemp())
+    arguments = write_recipe(folder, given.clips)
+    if cli.main(["cache", *arguments]) != 0:
+        raise SystemExit(1)
+    recipe = opened(load(arguments), arguments)
+    encoder = Encoder(recipe, torch.device("cpu"))
+    frames = [decode.read_window(planned) for planned in recipe.planned]
+    print_ratios(medians({
+        "the VAE on frames at hand (reference)": lambda: vae_alone(encoder, frames[1:]),
+        "the cache's loop, 1 worker": lambda: encode_loop(recipe, encoder, 1),
+        "the cache's loop, 2 workers": lambda: encode_loop(recipe, encoder, 2),
+        "decoding alone, in this process": lambda: timed(lambda: [decode.read_window(p) for p in recipe.planned[1:]]),
+    }, given.rounds), "the VAE on frames at hand (reference)")
+
+    training = train.prepare(recipe)
+    make = train.batch_maker(training, Cached(recipe), 0)
+    batch, = make(0)
+    real = torch.randn(REAL_LATENTS_CTHW)
+    large = dataclasses.replace(recipe.planned[0], start_s=99.0)
+    recipe.cache.write((LATENTS, large), real)
+    found = medians({
+        "a training step (reference)": lambda: timed(lambda: train.train_step(training, 0, [batch])),
+        "its batch from the cache": lambda: timed(lambda: make(0)),
+        f"an entry of {real.nbytes / 2**20:.1f} MiB": lambda: timed(lambda: recipe.cache.read((LATENTS, large))),
+        "its checksum": lambda: timed(lambda: digest_tensors({"x": real})),
+        "81x3x480x832 frames from a worker": lambda: pipe_s(5),
+    }, given.rounds)
+    print_ratios(found, "a training step (reference)")
+    entry_s = next(seconds for name, seconds in found.items() if name.startswith("an entry"))
+    print(f"an entry reads at {real.nbytes / entry_s / 1e9:.2f} GB/s")
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
