@@ -4,9 +4,10 @@
 
 Encoding (reference 1.00): the VAE alone over the frames of all windows at hand. Against it: `wantrain cache`'s loop
 over the same windows, decoded by 1 and by 2 worker processes meanwhile, from the moment when the first clip comes
-back, so that what the workers import is not counted. Reading (reference 1.00): a training step of the embedded base. Against it:
-its batch from the cache. Then, in milliseconds, an entry as large as a real one (81 frames of 480p) from the warm
-cache, with its checksum, and the frames of such a clip through a worker's pipe. Medians of interleaved rounds.
+back, so that what the workers import is not counted. Reading (reference 1.00): a training step of the embedded base.
+Against it: its batch from the cache. Then, in milliseconds, an entry as large as a real one (81 frames of 480p) from
+the warm cache, with its checksum, and the frames of such a clip through a worker's pipe. Medians of interleaved
+rounds.
 """
 
 from __future__ import annotations
