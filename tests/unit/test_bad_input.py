@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,6 +65,14 @@ def test_a_truncated_mp4(wantrain, capsys, tmp_path):
     path = write_clips(tmp_path / "set", 2, "x") / "clip_1.mp4"
     path.write_bytes(path.read_bytes()[:700])
     assert "clip_1.mp4" in failing(wantrain, capsys, "cache", f"data.sources.style.path={tmp_path / 'set'}")
+
+
+def test_control_videos_for_a_model_that_takes_none_are_refused_not_ignored(wantrain, capsys, tmp_path):
+    folder = write_clips(tmp_path / "set", 2, "x")
+    (folder / "control").mkdir()
+    shutil.copy(folder / "clip_1.mp4", folder / "control")
+    assert "1 windows have a control video, such as style/clip_1.mp4" in failing(
+        wantrain, capsys, "train", f"data.sources.style.path={folder}")
 
 
 def test_a_target_that_matches_nothing(wantrain, capsys):

@@ -86,6 +86,10 @@ class Training:
 def run(config: Config, arguments: Sequence[str]) -> None:
     """Train the recipe's adapter, or those of both experts, going on from the newest checkpoints of the run folder."""
     recipe = opened(config, arguments)
+    if controlled := [p.clip.id for p in recipe.planned if "control" in p.partners]:
+        raise UserError(f"{len(controlled)} windows have a control video, such as {controlled[0]}, and "
+                        f"{recipe.variant.name} ({recipe.variant.task}) takes none: it would be ignored",
+                        "take the column or the folder `control` out of the source")
     cached = Cached(recipe) if config.data.mode is DataMode.cache else None  # says at once if entries are missing
     trainings = recipe.trainings()
     for number, own in enumerate(trainings):
