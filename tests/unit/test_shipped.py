@@ -83,6 +83,7 @@ def test_every_wantrain_command_of_the_readme_runs_on_the_tiny_base(clips, cache
         assert cli.main([verb, *recipe, *small]) == 0, line
 
 
+@pytest.mark.slow
 def test_the_data_tools_of_the_readme_run(tmp_path, monkeypatch):
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     monkeypatch.chdir(tmp_path)
