@@ -11,7 +11,7 @@ import inspect
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,26 @@ class Experts(Enum):
     both = "both"
     high = "high"
     low = "low"
+
+
+class Distribution(Enum):
+    uniform = "uniform"
+    logit_normal = "logit_normal"
+    mode = "mode"
+    beta = "beta"
+
+
+class LossKind(Enum):
+    mse = "mse"
+    huber = "huber"
+    pseudo_huber = "pseudo_huber"
+
+
+class Weighting(Enum):
+    none = "none"
+    sigma_sqrt = "sigma_sqrt"
+    cosmap = "cosmap"
+    min_snr = "min_snr"
 
 
 class LoraKind(Enum):
@@ -105,6 +125,18 @@ class Model:
 
 
 @dataclass(slots=True)
+class ExpertOwn:
+    rank: int | None = None
+    """This expert's lora.rank, where it differs."""
+    alpha: float | None = None
+    """This expert's lora.alpha, where it differs."""
+    lr: float | None = None
+    """This expert's optim.lr, where it differs."""
+    num_steps: int | None = None
+    """This expert's train.num_steps, where it differs."""
+
+
+@dataclass(slots=True)
 class Lora:
     targets: list[str] = field(default_factory=lambda: ["attn_ffn"])
     """Presets (attn, attn_ffn, all_linear) or regular expressions over diffusers module names."""
@@ -132,6 +164,8 @@ class Source:
     """Share of the samples relative to the weights of other sources, whatever their sizes; in place of repeats."""
     speed: float = 1.0
     """2 shows two seconds of the source in one; 1 leaves motion as it was."""
+    preserve: bool = False
+    """Learn what the frozen base predicts of these clips and not their pixels: prior preservation by a plain set."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our column names to the source's own where they differ, e.g. {video: mp4, caption: text}."""
 
@@ -172,6 +206,8 @@ class Data:
     """Samples in an optimizer step over all processes; accumulation follows from train.micro_batch_size."""
     caption_dropout: float = 0.0
     """Share of samples trained with the empty caption; above 0 the style also enters what guidance moves away from."""
+    first_frame_share: float = 0.5
+    """Share of samples given their first frame where the model works with and without (TI2V-5B, Fun-Control)."""
 
 
 @dataclass(slots=True)
@@ -200,8 +236,6 @@ class Train:
     """Samples that one process computes at once."""
     seed: int = 0
     """Seed of the adapter's start, the order of clips, sigma, noise and caption dropout."""
-    shift: float | None = None
-    """Timestep shift of the sigma draw; null takes the variant's inference shift."""
     save_every: int = 500
     """Steps between checkpoints; one is always written at the end."""
     keep_checkpoints: int = 2
@@ -210,10 +244,40 @@ class Train:
     """Steps between metrics lines."""
     resume: Resume = Resume.auto
     """auto: go on from the newest checkpoint of the run folder; never: refuse a folder that has one."""
-    mask_background: float = 0.0
-    """Weight of the loss outside a clip's mask, 1 inside; clips without a mask count everywhere."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time, same numbers."""
+
+
+@dataclass(slots=True)
+class Sigma:
+    distribution: Distribution = Distribution.uniform
+    """How sigma is drawn before the shift: uniform, logit_normal, mode or beta; docs/losses.md says when which."""
+    shape: list[float] = field(default_factory=list)
+    """logit_normal: [mean, std]; mode: [scale]; beta: [alpha, beta]; empty takes [0, 1], [1.29], [2, 2]."""
+    shift: float | None = None
+    """Timestep shift of the draw; null takes the variant's inference shift."""
+    by_resolution: bool = False
+    """Multiply the shift by sqrt(tokens of the bucket / tokens of the model's native size)."""
+    range: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    """[low, high) of the sigmas that are drawn; an expert's own range narrows it."""
+
+
+@dataclass(slots=True)
+class Loss:
+    kind: LossKind = LossKind.mse
+    """mse, huber or pseudo_huber; the last two count far outliers less."""
+    delta: float = 0.1
+    """Error from which huber and pseudo_huber grow linearly."""
+    weighting: Weighting = Weighting.none
+    """Weight by sigma: none, sigma_sqrt, cosmap or min_snr."""
+    min_snr_gamma: float = 5.0
+    """Where min_snr cuts the signal-to-noise ratio."""
+    mask_background: float = 0.0
+    """Weight of the loss outside a clip's mask, 1 inside; clips without a mask count everywhere."""
+    class_words: str | None = None
+    """What the trigger is an instance of (`cartoon`): captions with them instead of it must give what the base gives."""
+    class_weight: float = 1.0
+    """Weight of that loss (differential output preservation) beside the clip's own."""
 
 
 @dataclass(slots=True)
@@ -244,6 +308,10 @@ class Sampler:
     """Frames of a sample; null takes the largest of data.num_frames."""
     resolution: list[int] | None = None
     """[height, width] in pixels; null takes the first of data.resolutions."""
+    inputs: list[dict[str, str]] = field(default_factory=list)
+    """Files each prompt works from: first, last, control, control_mask, reference, video; one entry serves all prompts."""
+    strength: float = 0.7
+    """Share of the schedule that a `video` of sampler.inputs goes through; 1 keeps nothing of it."""
     lora: str | None = None
     """LoRA file or model id to sample with ({expert}: high or low); null takes the run's own export."""
 
@@ -282,10 +350,14 @@ class Tracker:
 class Config:
     run: Run = field(default_factory=Run)
     model: Model = field(default_factory=Model)
+    high: ExpertOwn = field(default_factory=ExpertOwn)
+    low: ExpertOwn = field(default_factory=ExpertOwn)
     lora: Lora = field(default_factory=Lora)
     data: Data = field(default_factory=Data)
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
+    sigma: Sigma = field(default_factory=Sigma)
+    loss: Loss = field(default_factory=Loss)
     validation: Validation = field(default_factory=Validation)
     sampler: Sampler = field(default_factory=Sampler)
     evaluate: Evaluate = field(default_factory=Evaluate)
@@ -321,7 +393,7 @@ class Config:
             "only with data.mode=stream; uniform or sliding give more than the head from a cache"
         yield data.tag_orders >= 0, "data.tag_orders", data.tag_orders, "0 or more"
         yield data.timeout_s > 0, "data.timeout_s", data.timeout_s, "above 0"
-        yield 0 <= train.mask_background <= 1, "train.mask_background", train.mask_background, "a weight in [0, 1]"
+        yield from self._rules_of_loss()
         for key, most in {"data.max_tokens_per_clip": data.max_tokens_per_clip, "data.num_workers": data.num_workers,
                           "data.max_tokens_per_batch": data.max_tokens_per_batch}.items():
             yield most is None or most >= 1, key, most, "1 or more, or null"
@@ -346,6 +418,36 @@ class Config:
         for name in self.tracker.names:
             yield name in ("tensorboard", "wandb"), "tracker.names", name, "tensorboard, wandb"
 
+    def _rules_of_loss(self) -> Iterator[tuple[bool, str, object, str]]:
+        sigma, loss, sampler = self.sigma, self.loss, self.sampler
+        lengths = {Distribution.uniform: (0,), Distribution.logit_normal: (0, 2), Distribution.mode: (0, 1),
+                   Distribution.beta: (0, 2)}
+        yield len(sigma.shape) in lengths[sigma.distribution], "sigma.shape", sigma.shape, \
+            f"for {sigma.distribution.name}: {lengths[sigma.distribution][-1]} numbers, or none"
+        yield sigma.shift is None or sigma.shift > 0, "sigma.shift", sigma.shift, "above 0"
+        yield len(sigma.range) == 2 and 0 <= sigma.range[0] < sigma.range[-1] <= 1, "sigma.range", sigma.range, \
+            "[low, high] with 0 <= low < high <= 1"
+        yield loss.delta > 0, "loss.delta", loss.delta, "above 0"
+        yield loss.min_snr_gamma > 0, "loss.min_snr_gamma", loss.min_snr_gamma, "above 0"
+        yield 0 <= loss.mask_background <= 1, "loss.mask_background", loss.mask_background, "a weight in [0, 1]"
+        yield loss.class_weight > 0, "loss.class_weight", loss.class_weight, "above 0"
+        yield not loss.class_words or bool(self.data.trigger), "loss.class_words", loss.class_words, \
+            "only with data.trigger, in whose place they stand"
+        yield 0 <= self.data.first_frame_share <= 1, "data.first_frame_share", self.data.first_frame_share, \
+            "a share in [0, 1]"
+        for given in sampler.inputs:
+            yield set(given) <= set(SAMPLER_INPUTS), "sampler.inputs", given, ", ".join(SAMPLER_INPUTS)
+        yield len(sampler.inputs) in (0, 1, len(sampler.prompts)), "sampler.inputs", len(sampler.inputs), \
+            "one for all prompts, or one for each"
+        yield 0 < sampler.strength <= 1, "sampler.strength", sampler.strength, "in (0, 1]"
+        for name, own in {"high": self.high, "low": self.low}.items():
+            for key in ("rank", "alpha", "lr", "num_steps"):
+                value = getattr(own, key)
+                yield value is None or value > 0, f"{name}.{key}", value, "above 0, or null"
+
+
+SAMPLER_INPUTS = ("first", "last", "control", "control_mask", "reference", "video")
+
 
 def _is_range(limit: object) -> bool:
     """Whether this is [low, high] of numbers or null, and not both null."""
@@ -360,7 +462,7 @@ HARMLESS_TO_RESUME = ("run.", "sampler.", "evaluate.", "report.", "export.", "tr
                       "data.cache_dir", "data.heldout", "data.num_workers", "data.timeout_s",
                       "data.allow_drops", "train.num_steps", "train.micro_batch_size",
                       "train.save_every", "train.keep_checkpoints", "train.log_every", "train.resume",
-                      "train.activation_checkpointing", "model.path", "model.parts", "model.experts", "data.trigger")
+                      "train.activation_checkpointing", "model.path", "model.parts", "model.experts", "high.", "low.", "data.trigger")
 """Keys (prefixes) that may differ between a checkpoint and the config that goes on from it."""
 
 
@@ -495,7 +597,19 @@ def fingerprint(config: Config) -> dict[str, Any]:
     keys = {k: v for k, v in flat(config).items() if not k.startswith(HARMLESS_TO_RESUME)}
     if config.optim.schedule is not Schedule.constant:
         keys["train.num_steps"] = config.train.num_steps
+    if config.loss.class_words:
+        keys["data.trigger"] = config.data.trigger
     return keys
+
+
+def for_expert(config: Config, expert: str | None) -> Config:
+    """The config with what `high` or `low` says of this expert in its places; another rank alone keeps alpha / rank."""
+    own = {"high": config.high, "low": config.low}.get(expert or "", ExpertOwn())
+    lora, optim, train = config.lora, config.optim, config.train
+    rank = own.rank or lora.rank
+    return replace(config, lora=replace(lora, rank=rank, alpha=own.alpha or lora.alpha * rank / lora.rank),
+                   optim=replace(optim, lr=own.lr or optim.lr),
+                   train=replace(train, num_steps=own.num_steps or train.num_steps))
 
 
 def digest(config: Config) -> str:

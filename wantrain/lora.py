@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -230,3 +231,19 @@ def set_strength(transformer: torch.nn.Module, strength: float) -> None:
         if isinstance(layer, BaseTunerLayer):
             layer.enable_adapters(strength != 0)
             layer.set_scale(ADAPTER, strength)
+
+
+@contextlib.contextmanager
+def switched_off(transformer: torch.nn.Module) -> Iterator[None]:
+    """Within the block the transformer computes as the frozen base.
+
+    PEFT's `enable_adapters` would also take requires_grad from the parameters, on which DDP and ZeRO have hooks.
+    """
+    layers = [layer for layer in transformer.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False

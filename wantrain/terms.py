@@ -83,14 +83,19 @@ class Remote:
 Media = Path | Remote
 """Where the bytes of a video or image are."""
 
+PARTNERS = ("control", "control_mask", "reference", "mask")
+"""What may go with a clip: a control video, the mask of what VACE is to make of it (white), a reference image, and the
+mask of where the loss looks (white)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Clip:
     """One entry of the manifest: a span of a source video (or an image, a 1-frame clip) with its caption.
 
     `start_s` and `end_s` bound the span in seconds of the source; `end_s` None means to its end. `repeats` is how
-    often an epoch shows it. `speed` 2 shows two seconds of the source in one. `control` and `mask` are videos of the
-    same span, `measures` the numeric columns of the manifest, `more_captions` others that fit the clip as well.
+    often an epoch shows it. `speed` 2 shows two seconds of the source in one. `partners` are media of the same span by
+    name (PARTNERS), `measures` the numeric columns of the manifest, `more_captions` others that fit the clip as well.
+    With `preserve` the adapter learns what the frozen base predicts of it.
     """
 
     id: str
@@ -101,10 +106,10 @@ class Clip:
     start_s: float = 0.0
     end_s: float | None = None
     more_captions: tuple[str, ...] = ()
-    control: Media | None = None
-    mask: Media | None = None
+    partners: Mapping[str, Media] = field(default_factory=dict)
     speed: float = 1.0
     measures: Mapping[str, float | None] = field(default_factory=dict)
+    preserve: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +133,8 @@ class PlannedClip:
     """A window of a clip with the bucket it goes to: bucket.num_frames frames from `start_s` on, `fps` a second.
 
     `start_s` and 1 / `fps` are seconds of the source. With `latest_s`, each sample begins at a moment of its own
-    from `start_s` to there. `partners` are the same windows of its control video and mask, by name.
+    from `start_s` to there. `partners` are the same windows of its control video, masks and reference, by name. With
+    `contain` the picture is shown whole, on white, instead of cropped.
     """
 
     clip: Clip
@@ -138,6 +144,12 @@ class PlannedClip:
     start_s: float = 0.0
     latest_s: float | None = None
     partners: Mapping[str, PlannedClip] = field(default_factory=dict)
+    contain: bool = False
+
+    @property
+    def kind(self) -> str:
+        """Windows of one kind can be batched: the same bucket, and with a reference or without."""
+        return f"{self.bucket} with a reference" if "reference" in self.partners else str(self.bucket)
 
     @property
     def name(self) -> str:
@@ -154,19 +166,59 @@ class Dropped:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A window as its cache entries hold it: latents_CTHW float32, mask_1THW or None, and what its task encodes."""
+
+    latents_CTHW: torch.Tensor
+    mask_1THW: torch.Tensor | None = None
+    condition: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sample without its noise.
+
+    `condition` holds what the transformer takes beside noisy latents and text (wantrain.models.conditioning).
+    `known_T` is 1 for latent frames that are given clean. `class_text_LD` is the caption with the class words in place
+    of the trigger, where that is trained as well.
+    """
+
+    latents_CTHW: torch.Tensor
+    text_LD: torch.Tensor
+    mask_1THW: torch.Tensor | None = None
+    condition: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    known_T: torch.Tensor | None = None
+    class_text_LD: torch.Tensor | None = None
+
+
 @dataclass(slots=True)
 class Batch:
     """What one micro-step trains on.
 
     `latents_BCTHW` float32, normalised VAE output; `text_BLD` zero-padded to TEXT_LEN; `mask_B1THW` float32 in [0, 1],
-    where the loss looks (None: everywhere); `noise_BCTHW` and `sigma_B` float32; `index_B` the samples' positions in
-    the global batch, `ids` the windows they came from.
+    where the loss looks (None: everywhere); `condition` by name, stacked; `known_BT` 1 for latent frames that are given
+    clean (None: none is); `class_text_BLD` zeros where a sample has none (None: no sample is trained so);
+    `noise_BCTHW` and `sigma_B` float32; `index_B` the samples' places in the global batch, `planned_B` their windows.
     """
 
     latents_BCTHW: torch.Tensor
     text_BLD: torch.Tensor
     mask_B1THW: torch.Tensor | None
+    condition: dict[str, torch.Tensor]
+    known_BT: torch.Tensor | None
+    class_text_BLD: torch.Tensor | None
     noise_BCTHW: torch.Tensor
     sigma_B: torch.Tensor
     index_B: list[int]
-    ids: list[str]
+    planned_B: list[PlannedClip]
+
+    @property
+    def ids(self) -> list[str]:
+        """The windows' names."""
+        return [p.name for p in self.planned_B]
+
+    @property
+    def sigma(self) -> torch.Tensor:
+        """sigma_B, or sigma_BT where latent frames are given clean: those have 0."""
+        return self.sigma_B if self.known_BT is None else self.sigma_B[:, None] * (1 - self.known_BT)

@@ -11,26 +11,31 @@ import torch
 
 from wantrain import flow
 from wantrain.models.encode import predict_velocity
+from wantrain.terms import Sample
 
 SEED = "validation"
 
 
 @torch.no_grad()
-def losses(transformer: torch.nn.Module, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], sigmas: Sequence[float],
-           device: torch.device) -> torch.Tensor:
-    """Loss of every clip at every sigma, float32 [clips, sigmas].
+def losses(transformer: torch.nn.Module, samples: Sequence[Sample], sigmas: Sequence[float], device: torch.device
+           ) -> torch.Tensor:
+    """Loss of every held-out sample at every sigma, float32 [samples, sigmas].
 
-    `pairs` holds (latents_CTHW, text_LD padded) of each clip. Noise depends on (clip's place, sigma) only;
-    precision is the caller's (its autocast).
+    Latent frames that are given clean do not count. Noise depends on (the sample's place, sigma) only; precision is the
+    caller's (its autocast).
     """
-    sigma_B = torch.tensor(sigmas)
     rows = []
-    for place, (latents_CTHW, text_LD) in enumerate(pairs):
-        noise = torch.stack([torch.randn(latents_CTHW.shape, generator=flow.generator_for(SEED, place, str(sigma)))
-                             for sigma in sigmas])
-        latents = latents_CTHW.expand_as(noise)
-        noisy = flow.mix(latents, noise, sigma_B).to(device)
-        predicted = predict_velocity(transformer, noisy, sigma_B.to(device),
-                                     text_LD.to(device).expand(len(sigmas), -1, -1))
-        rows.append(flow.loss_per_sample(predicted.cpu(), flow.velocity(latents, noise)))
+    for place, sample in enumerate(samples):
+        noise = torch.stack([torch.randn(sample.latents_CTHW.shape,
+                                         generator=flow.generator_for(SEED, place, str(sigma))) for sigma in sigmas])
+        latents = sample.latents_CTHW.expand_as(noise)
+        sigma, unknown = torch.tensor(sigmas), None
+        if sample.known_T is not None:
+            sigma = sigma[:, None] * (1 - sample.known_T)
+            unknown = (1 - sample.known_T).view(1, 1, -1, 1, 1).expand(len(sigmas), 1, *latents.shape[2:])
+        text, *condition = (t.to(device).expand(len(sigmas), *t.shape)
+                            for t in (sample.text_LD, *sample.condition.values()))
+        predicted = predict_velocity(transformer, flow.mix(latents, noise, sigma).to(device), sigma.to(device), text,
+                                     dict(zip(sample.condition, condition, strict=True)))
+        rows.append(flow.loss_per_sample(predicted.cpu(), flow.velocity(latents, noise), unknown))
     return torch.stack(rows)

@@ -162,7 +162,7 @@ def masked_set(tmp_path_factory):
 
 @pytest.mark.slow
 def test_streamed_losses_are_those_from_the_cache_with_masks_captions_and_tags(masked_set, tmp_path):
-    own = ["data.tag_orders=2", "data.caption_dropout=0.2", "train.mask_background=0.1", "train.num_steps=6",
+    own = ["data.tag_orders=2", "data.caption_dropout=0.2", "loss.mask_background=0.1", "train.num_steps=6",
            "train.micro_batch_size=2"]
     plain = arguments(masked_set, tmp_path, tmp_path / "cached") + own
     assert cli.main(["cache", *plain]) == 0
@@ -172,6 +172,6 @@ def test_streamed_losses_are_those_from_the_cache_with_masks_captions_and_tags(m
     losses = [numbers(tmp_path / run, "loss") for run in ("cached", "streamed")]
     assert len(losses[0]) == 6
     assert torch.equal(*losses)
-    unmasked = arguments(masked_set, tmp_path, tmp_path / "unmasked") + own + ["train.mask_background=1"]
+    unmasked = arguments(masked_set, tmp_path, tmp_path / "unmasked") + own + ["loss.mask_background=1"]
     assert cli.main(["train", *unmasked]) == 0
     assert not torch.equal(numbers(tmp_path / "unmasked", "loss"), losses[0])

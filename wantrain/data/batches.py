@@ -12,18 +12,18 @@ from fractions import Fraction
 import torch
 
 from wantrain.data.plan import num_tokens
-from wantrain.flow import draw_noise, draw_sigma, generator_for
-from wantrain.terms import Batch, Bucket, Clip, PlannedClip, UserError
+from wantrain.flow import Density, draw_noise, draw_sigma, generator_for
+from wantrain.terms import Batch, Bucket, Clip, PlannedClip, Sample, UserError
 
-Fetch = Callable[[PlannedClip, str], tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
-"""(window, caption) -> (latents_CTHW, text_LD padded, mask_1THW): from the cache, or from the file when streaming."""
+Fetch = Callable[[PlannedClip, str, bool], Sample]
+"""(window, caption, whether its first frame is given, where that is open) -> sample: from the cache or from the file."""
 
 
 @dataclass(slots=True)
 class Order:
     """Which windows make the global batch of each step.
 
-    Each bucket is an endless row of shuffled epochs, so no clip is dropped or doubled to fill a batch; steps are
+    Each bucket (PlannedClip.kind) is an endless row of shuffled epochs, so no clip is dropped or doubled to fill a batch; steps are
     dealt to buckets in proportion to what they need, the one furthest behind first. A batch has `global_batch_size`
     samples, times the bucket's factor in `factors`. An epoch shows a clip `repeats` times; of a clip with 0.5, every
     second epoch. A pure function of (seed, step).
@@ -39,7 +39,7 @@ class Order:
     def __post_init__(self) -> None:
         rows: dict[str, list[int]] = {}
         for i, p in enumerate(self.planned):
-            rows.setdefault(str(p.bucket), []).append(i)
+            rows.setdefault(p.kind, []).append(i)
         self._rows = [
             _Row(number, members, [Fraction(self.planned[i].clip.repeats).limit_denominator(1000) for i in members],
                  self.global_batch_size * self.factors.get(self.planned[members[0]].bucket, 1), self.seed)
@@ -147,14 +147,14 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """What is drawn anew for each sample: `dropout` share of empty captions, `tag_orders` other orders of tags, and
-    sigma by `shift` within [low, high).
+    """What is drawn anew for each sample: sigma by the density of the bucket, `dropout` share of empty captions,
+    `tag_orders` other orders of tags, and a share `first_frame` of samples that are given theirs.
     """
 
-    shift: float
-    within: tuple[float, float] = (0.0, 1.0)
+    density: Callable[[Bucket], Density]
     dropout: float = 0.0
     tag_orders: int = 0
+    first_frame: float = 0.0
 
 
 def captions_of(clip: Clip, tag_orders: int) -> list[str]:
@@ -181,6 +181,11 @@ def caption_for(planned: PlannedClip, seed: int, step: int, index: int, draws: D
     return choices[int(torch.randint(len(choices), (), generator=generator))]
 
 
+def is_given_first_frame(seed: int, step: int, index: int, share: float) -> bool:
+    """Whether this sample is of the share that is given its first frame."""
+    return bool(torch.rand((), generator=generator_for(seed, step, "first frame", index)) < share)
+
+
 def window_for(planned: PlannedClip, seed: int, step: int, index: int) -> PlannedClip:
     """The window at a moment of its own where the plan leaves that open."""
     if planned.latest_s is None:
@@ -204,13 +209,10 @@ def mine(order: Order, split: Split, step: int) -> list[list[tuple[int, PlannedC
 
 
 def coming(order: Order, split: Split, steps: Iterable[int]) -> Iterator[PlannedClip]:
-    """Every window that `micro_batches` will fetch in these steps, in its order, each followed by its mask's."""
+    """Every window that `micro_batches` will fetch in these steps, in its order."""
     for step in steps:
         for picked in mine(order, split, step):
-            for _, planned in picked:
-                yield planned
-                if mask := planned.partners.get("mask"):
-                    yield mask
+            yield from (planned for _, planned in picked)
 
 
 def micro_batches(order: Order, split: Split, step: int, draws: Draws, fetch: Fetch) -> list[Batch]:
@@ -219,31 +221,39 @@ def micro_batches(order: Order, split: Split, step: int, draws: Draws, fetch: Fe
     made = []
     for picked in mine(order, split, step):
         index_B = [i for i, _ in picked]
-        latents, texts, masks = zip(*(fetch(p, caption_for(p, order.seed, step, i, draws)) for i, p in picked),
-                                    strict=True)
-        latents_BCTHW = torch.stack(latents)
+        samples = [fetch(p, caption_for(p, order.seed, step, i, draws),
+                         is_given_first_frame(order.seed, step, i, draws.first_frame)) for i, p in picked]
+        latents_BCTHW = torch.stack([sample.latents_CTHW for sample in samples])
+        text_BLD = torch.stack([sample.text_LD for sample in samples])
+        everywhere = torch.ones(1, *latents_BCTHW.shape[2:])
         made.append(Batch(
-            latents_BCTHW, torch.stack(texts), _stacked(masks, latents_BCTHW),
+            latents_BCTHW, text_BLD, stacked([s.mask_1THW for s in samples], everywhere),
+            {name: torch.stack([s.condition[name] for s in samples]) for name in samples[0].condition},
+            stacked([s.known_T for s in samples], torch.zeros(latents_BCTHW.shape[2])),
+            stacked([s.class_text_LD for s in samples], torch.zeros_like(text_BLD[0])),
             draw_noise(order.seed, step, index_B, latents_BCTHW.shape[1:]),
-            draw_sigma(order.seed, step, index_B, num_samples, draws.shift, within=draws.within),
-            index_B, [p.name for _, p in picked]))
+            draw_sigma(order.seed, step, index_B, num_samples, draws.density(picked[0][1].bucket)),
+            index_B, [p for _, p in picked]))
     return made
 
 
-def _stacked(masks: Sequence[torch.Tensor | None], latents_BCTHW: torch.Tensor) -> torch.Tensor | None:
-    """mask_B1THW, ones where a sample has none; None where no sample has one."""
-    if all(mask is None for mask in masks):
+def stacked(tensors: Sequence[torch.Tensor | None], absent: torch.Tensor) -> torch.Tensor | None:
+    """The samples' tensors, `absent` where one has none; None where none has one."""
+    if all(tensor is None for tensor in tensors):
         return None
-    everywhere = torch.ones(1, *latents_BCTHW.shape[2:])
-    return torch.stack([everywhere if mask is None else mask.expand_as(everywhere) for mask in masks])
+    return torch.stack([absent if tensor is None else tensor.expand_as(absent) for tensor in tensors])
 
 
 def pinned(batch: Batch) -> Batch:
     """The batch in page-locked memory, which goes to a GPU while that computes."""
-    mask = batch.mask_B1THW
+    def own(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return tensor.pin_memory() if tensor is not None else None
+
     return replace(batch, latents_BCTHW=batch.latents_BCTHW.pin_memory(), text_BLD=batch.text_BLD.pin_memory(),
                    noise_BCTHW=batch.noise_BCTHW.pin_memory(), sigma_B=batch.sigma_B.pin_memory(),
-                   mask_B1THW=mask.pin_memory() if mask is not None else None)
+                   mask_B1THW=own(batch.mask_B1THW), known_BT=own(batch.known_BT),
+                   class_text_BLD=own(batch.class_text_BLD),
+                   condition={name: tensor.pin_memory() for name, tensor in batch.condition.items()})
 
 
 def ahead(steps: range, make: Callable[[int], list[Batch]]) -> Iterator[list[Batch]]:

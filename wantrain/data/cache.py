@@ -1,4 +1,5 @@
-"""The content-addressed cache: a safetensors file for each window's latents, each mask and each caption's features.
+"""The content-addressed cache: a safetensors file for each window's latents, its mask, what its task encodes, and each
+caption's features.
 
 An entry's name is a digest of all that its content depends on, so nothing stale can be read and nothing right is
 rebuilt. Entries are written to a temporary name and renamed; their tensors' digest stands in the header. One file an
@@ -10,11 +11,12 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from wantrain.data.decode import CLIP
 from wantrain.files import digest_text, remembered, write_json
 from wantrain.tensors import digest_tensors, read_tensors, write_tensors
 from wantrain.terms import PlannedClip, UserError
@@ -22,26 +24,45 @@ from wantrain.terms import PlannedClip, UserError
 RECIPE_VERSION = 2
 """Raise this when decoding, resizing, encoding or the layout of an entry changes."""
 
-LATENTS, MASK, TEXT = "latents", "mask", "text"
+LATENTS, MASK, CONDITION, TEXT = "latents", "mask", "condition", "text"
 
 Entry = tuple[str, PlannedClip | str]
-"""(LATENTS or MASK, the window) or (TEXT, the caption)."""
+"""(LATENTS, MASK or CONDITION, the window) or (TEXT, the caption)."""
+
+Tensors = Mapping[str, torch.Tensor]
 
 
 def describe(entry: Entry) -> str:
     """The entry as messages name it."""
     kind, what = entry
-    return f"caption {what!r}" if isinstance(what, str) else f"{'clip' if kind == LATENTS else kind} {what.name}"
+    if isinstance(what, str):
+        return f"caption {what!r}"
+    return f"{kind} of clip {what.name}" if kind != LATENTS else f"clip {what.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """What a task encodes of a window beside its latents: `digest` of the task and its encoders, `media` the names (the
+    window's own is CLIP) of what it is made of, where a window has them. None for text-to-video.
+    """
+
+    digest: str = ""
+    media: tuple[str, ...] = ()
+
+    def media_of(self, planned: PlannedClip) -> tuple[str, ...]:
+        """Those of `media` that the window has."""
+        return tuple(name for name in self.media if name == CLIP or name in planned.partners)
 
 
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """Paths, reads and writes of one cache folder for one VAE and one text encoder."""
+    """Paths, reads and writes of one cache folder for one VAE, one text encoder and one task."""
 
     folder: Path
     vae_digest: str
     text_digest: str
     build_command: str
+    conditioning: Conditioning = field(default_factory=Conditioning)
 
     @property
     def memo(self) -> Path:
@@ -53,31 +74,41 @@ class Cache:
         kind, what = entry
         if isinstance(what, str):
             key = digest_text(kind, RECIPE_VERSION, what, self.text_digest)
+        elif kind == CONDITION:
+            media = {name: what if name == CLIP else what.partners[name] for name in self.conditioning.media_of(what)}
+            key = digest_text(kind, RECIPE_VERSION, self.conditioning.digest, self.vae_digest, what.bucket,
+                              *(text for name, one in media.items() for text in (name, *_content(one))))
         else:
-            when = (what.start_s, what.fps) if what.found.duration_s else ()
-            key = digest_text(kind, RECIPE_VERSION, what.found.digest, *when, what.bucket, self.vae_digest)
+            what = what.partners["mask"] if kind == MASK else what
+            key = digest_text(kind, RECIPE_VERSION, *_content(what), self.vae_digest)
         return self.folder / kind / key[:2] / f"{key}.safetensors"
 
     def entries(self, planned: Iterable[PlannedClip], captions: Iterable[str]) -> dict[Path, Entry]:
-        """Everything that these windows, their partners and these captions need, each once."""
+        """Everything that these windows and these captions need, each once."""
         wanted: list[Entry] = [(TEXT, caption) for caption in dict.fromkeys(captions)]
-        for one in planned:
-            wanted.append((LATENTS, one))
-            wanted += [(MASK if name == "mask" else LATENTS, partner) for name, partner in one.partners.items()]
+        wanted += [(kind, one) for one in planned for kind in self.kinds_of(one)]
         return {self.path_of(entry): entry for entry in wanted}
 
     def missing(self, planned: Iterable[PlannedClip], captions: Iterable[str]) -> dict[Path, Entry]:
         """Those of `entries` that are not there yet."""
         return {path: entry for path, entry in self.entries(planned, captions).items() if not path.exists()}
 
-    def write(self, entry: Entry, tensor: torch.Tensor) -> None:
+    def kinds_of(self, planned: PlannedClip) -> list[str]:
+        """The kinds of entries that a window has."""
+        return [LATENTS, *[MASK] * ("mask" in planned.partners), *[CONDITION] * bool(self.conditioning.media_of(planned))]
+
+    def media_of(self, kind: str, planned: PlannedClip) -> tuple[str, ...]:
+        """What has to be decoded for an entry."""
+        return self.conditioning.media_of(planned) if kind == CONDITION else ("mask",) if kind == MASK else (CLIP,)
+
+    def write(self, entry: Entry, tensors: Tensors) -> None:
         """Write one entry. Non-finite values are refused: they would poison the training they are read into."""
-        if not tensor.isfinite().all():
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise UserError(f"encoding {describe(entry)} gave non-finite values", "check the file and the base's "
                             "weights; a VAE or text encoder in the wrong dtype does this")
-        write_tensors(self.path_of(entry), {"x": tensor}, {"digest": digest_tensors({"x": tensor})})
+        write_tensors(self.path_of(entry), tensors, {"digest": digest_tensors(tensors)})
 
-    def read(self, entry: Entry) -> torch.Tensor:
+    def read(self, entry: Entry) -> dict[str, torch.Tensor]:
         """Read one entry; a missing or altered one is a UserError that names the command that makes it."""
         path = self.path_of(entry)
         if not path.exists():
@@ -109,12 +140,18 @@ class Cache:
         write_json(claims_folder(self.folder) / f"{digest_text(name)}.json", {"run": name, "entries": names})
 
 
-def read_entry(path: Path) -> torch.Tensor:
-    """The tensor of one entry. UserError where the file is damaged."""
+def _content(planned: PlannedClip) -> tuple[object, ...]:
+    """What a window's frames depend on."""
+    when = (planned.start_s, planned.fps) if planned.found.duration_s else ()
+    return planned.found.digest, *when, planned.bucket
+
+
+def read_entry(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one entry; one that is alone is called `x`. UserError where the file is damaged."""
     tensors, metadata = read_tensors(path)
-    if set(tensors) != {"x"} or metadata != {"digest": digest_tensors(tensors)}:
+    if metadata != {"digest": digest_tensors(tensors)}:
         raise UserError(f"{path} is damaged: its checksum differs", f"rm {path}, then run `wantrain cache` again")
-    return tensors["x"]
+    return tensors
 
 
 def claims_folder(folder: Path) -> Path:
@@ -137,7 +174,7 @@ def claims(folder: Path) -> dict[str, tuple[Path, list[str]]]:
 
 def entry_files(folder: Path) -> Iterator[Path]:
     """Every entry in a cache's folder."""
-    for kind in (LATENTS, MASK, TEXT):
+    for kind in (LATENTS, MASK, CONDITION, TEXT):
         yield from sorted((folder / kind).glob("*/*.safetensors"))
 
 

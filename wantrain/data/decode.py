@@ -41,8 +41,10 @@ def choose_frames(times_s: np.ndarray, start_s: float, fps: float, num_frames: i
     return np.clip(np.searchsorted(times_s, wanted + grace_s, side="right") - 1, 0, len(times_s) - 1)
 
 
-def read_clip(path: Path, start_s: float, end_s: float | None, fps: float, bucket: Bucket) -> torch.Tensor:
-    """The first bucket.num_frames frames of the span at `fps`, covering the bucket and cropped to its centre.
+def read_clip(path: Path, start_s: float, end_s: float | None, fps: float, bucket: Bucket, contain: bool = False
+              ) -> torch.Tensor:
+    """The first bucket.num_frames frames of the span at `fps`, covering the bucket and cropped to its centre, or with
+    `contain` whole on white.
 
     frames_FCHW uint8. Raises UserError when the span holds fewer frames than promised or does not decode.
     """
@@ -55,7 +57,7 @@ def read_clip(path: Path, start_s: float, end_s: float | None, fps: float, bucke
 
     def fitted(frame_HWC: np.ndarray) -> torch.Tensor:  # at once: 81 frames of 4K would be 2 GB
         frame_1CHW = torch.from_numpy(np.ascontiguousarray(frame_HWC)).movedim(-1, 0)[None]
-        return fit(frame_1CHW, bucket.height, bucket.width)
+        return (fit_whole if contain else fit)(frame_1CHW, bucket.height, bucket.width)
 
     if found.why_not_decord == "image":
         return fitted(np.array(read_image(path).convert("RGB")))
@@ -130,21 +132,32 @@ def read_window(planned: PlannedClip) -> torch.Tensor:
     clip = planned.clip
     with local(clip.path) as path:
         try:
-            return read_clip(path, planned.start_s, clip.end_s, planned.fps, planned.bucket)
+            return read_clip(path, planned.start_s, clip.end_s, planned.fps, planned.bucket, planned.contain)
         except UserError as error:
             raise UserError(f"clip {clip.id}: " + error.message.replace(str(path), str(clip.path)), error.next_step
                             ) from error
 
 
-def frames_in_worker(planned: PlannedClip) -> tuple[np.ndarray | None, str]:
-    """(the window's frames_FCHW, '') or (None, why not), in a worker process: as an array, for a tensor would go
-    through shared memory, of which containers have little.
+CLIP = "clip"
+"""The name of the window itself among its partners."""
+
+Wanted = tuple[PlannedClip, tuple[str, ...]]
+"""A window, and which of itself and its partners are to be decoded."""
+
+
+def frames_in_worker(wanted: Wanted) -> tuple[dict[str, np.ndarray], str, str]:
+    """(frames_FCHW by name, '', '') or ({}, the name of the one that does not decode, why not), in a worker process: as
+    arrays, for a tensor would go through shared memory, of which containers have little.
     """
     torch.set_num_threads(1)
-    try:
-        return read_window(planned).numpy(), ""
-    except UserError as error:
-        return None, error.message
+    planned, names = wanted
+    frames = {}
+    for name in names:
+        try:
+            frames[name] = read_window(planned if name == CLIP else planned.partners[name]).numpy()
+        except UserError as error:
+            return {}, name, error.message if name == CLIP else f"{name} of {error.message}"
+    return frames, "", ""
 
 
 def fit(frames_FCHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -157,3 +170,17 @@ def fit(frames_FCHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
         frames_FCHW = resized.round().clamp(0, 255).to(torch.uint8)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     return frames_FCHW[:, :, top : top + height, left : left + width].contiguous()
+
+
+def fit_whole(frames_FCHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Resize (antialiased bicubic, aspect kept) until the whole picture fits, centred on white; uint8 to uint8.
+
+    How the official VACE shows a reference image.
+    """
+    _, _, h, w = frames_FCHW.shape
+    scale = min(height / h, width / w)
+    size = (min(height, max(1, round(h * scale))), min(width, max(1, round(w * scale))))
+    canvas = frames_FCHW.new_full((*frames_FCHW.shape[:2], height, width), 255)
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    canvas[:, :, top : top + size[0], left : left + size[1]] = fit(frames_FCHW, *size)
+    return canvas

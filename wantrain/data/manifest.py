@@ -22,9 +22,9 @@ from pyarrow import parquet
 
 from wantrain.data.shards import read_shards
 from wantrain.files import atomic_path
-from wantrain.terms import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Clip, Media, Remote, UserError
+from wantrain.terms import IMAGE_SUFFIXES, PARTNERS, VIDEO_SUFFIXES, Clip, Media, Remote, UserError
 
-MEDIA = ("video", "control", "mask")
+MEDIA = ("video", *PARTNERS)
 COLUMNS = (*MEDIA, "caption", "captions", "id", "start_s", "end_s", "duplicate_of")
 """What a row may say; every other column is a measurement, and a number."""
 
@@ -47,6 +47,7 @@ class Source:
     path: str
     repeats: float = 1.0
     speed: float = 1.0
+    preserve: bool = False
     columns: Mapping[str, str] = field(default_factory=dict)
     fetched: Path = Path("cache/fetched")
 
@@ -138,7 +139,7 @@ def _parsed(line: str) -> Row:
 
 
 def _folder(path: str) -> Iterator[tuple[str, Row]]:
-    """Media with their sidecars NAME.txt and NAME.*.txt (further captions), and partners in control/ and mask/."""
+    """Media with their sidecars NAME.txt and NAME.*.txt (further captions), and partners in control/, mask/, ..."""
     filesystem, root = fsspec.core.url_to_fs(path)
 
     def names(folder: str) -> list[str]:
@@ -155,7 +156,7 @@ def _folder(path: str) -> Iterator[tuple[str, Row]]:
                 (s for s in sorted(media.values(), key=len, reverse=True) if stem.startswith(f"{s}.")), "")
             texts.setdefault(owner, []).insert(0 if owner == stem else len(texts.get(owner, [])), name)
     partners = {kind: {PurePosixPath(n).stem: f"{kind}/{n}" for n in names(f"{root}/{kind}")
-                       if PurePosixPath(n).suffix.lower() in SUFFIXES} for kind in ("control", "mask")}
+                       if PurePosixPath(n).suffix.lower() in SUFFIXES} for kind in PARTNERS}
     for name, stem in media.items():
         row = {"video": name, **{kind: by_stem[stem] for kind, by_stem in partners.items() if stem in by_stem}}
         try:
@@ -181,8 +182,9 @@ def _clip(given: Row, source: Source) -> tuple[Clip | None, str]:
     except ValueError as error:
         return None, str(error)
     clip = Clip(f"{source.name}/{row.get('id') or name}", where["video"] or Path(), captions[0] if captions else "",
-                source.name, source.repeats, start_s, end_s, tuple(captions[1:]), where["control"], where["mask"],
-                source.speed, measures)
+                source.name, source.repeats, start_s, end_s, tuple(captions[1:]),
+                {kind: m for kind in PARTNERS if (m := where[kind]) is not None}, source.speed, measures,
+                source.preserve)
     if not captions:
         return clip, f"no caption for {name} (a sidecar {PurePosixPath(name).with_suffix('.txt').name} or a caption " \
                      "column)"

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from wantrain.data.decode import count_frames
-from wantrain.terms import Bucket, Clip, Dropped, Found, Media, PlannedClip, UserError
+from wantrain.terms import PARTNERS, Bucket, Clip, Dropped, Found, Media, PlannedClip, UserError
 
 EXTRACTIONS = ("head", "middle", "uniform", "sliding", "random")
 KINDS_OF_DROPS = ("unreadable", "outside limits", "not measured", "too short", "shape", "partner")
@@ -100,8 +100,8 @@ def windows(available: int, num_frames: int, extract: str) -> list[int]:
 
 def media_of(clips: Sequence[Clip]) -> list[Media]:
     """Every file that the clips are made of, each once, those of one film together."""
-    return list(dict.fromkeys(m for m in itertools.chain(
-        (c.path for c in clips), (c.control for c in clips), (c.mask for c in clips)) if m is not None))
+    partners = (c.partners[name] for name in PARTNERS for c in clips if name in c.partners)
+    return list(dict.fromkeys(itertools.chain((c.path for c in clips), partners)))
 
 
 def place(clips: Sequence[Clip], found: Mapping[Media, Found], rules: Rules) -> Plan:
@@ -150,25 +150,26 @@ def _place(clip: Clip, found: Mapping[Media, Found], rules: Rules) -> list[Plann
 
 
 def _with_partners(planned: list[PlannedClip], found: Mapping[Media, Found]) -> list[PlannedClip] | Dropped:
-    """The windows with those of their control video and mask; a partner that is too short drops the clip."""
+    """The windows with those of their partners; one that is too short, or a reference that moves, drops the clip."""
     clip = planned[0].clip
-    media = {kind: m for kind, m in (("control", clip.control), ("mask", clip.mask)) if m is not None}
-    for kind, medium in media.items():
+    for kind, medium in clip.partners.items():
         seen = found[medium]
         needed = max(p.latest_s or p.start_s for p in planned)
         if seen.fault:
             return Dropped(clip, "partner", f"its {kind} {medium}: {seen.fault}")
-        if not seen.duration_s and kind == "mask":
+        if kind == "reference" and seen.duration_s:
+            return Dropped(clip, "partner", f"its reference {medium} is a video of {seen.duration_s:g} s, not an image")
+        if not seen.duration_s and kind != "control":
             continue  # an image stands for a mask that does not move
         if count_frames(seen, needed, clip.end_s, planned[0].fps) < planned[0].bucket.num_frames:
             return Dropped(clip, "partner", f"its {kind} {medium} ends before it, after {seen.duration_s:g} s")
 
-    def partner(p: PlannedClip, medium: Media) -> PlannedClip:
+    def partner(p: PlannedClip, kind: str, medium: Media) -> PlannedClip:
         seen = found[medium]
         bucket = p.bucket if seen.duration_s else replace(p.bucket, num_frames=1)
-        return replace(p, clip=replace(clip, path=medium), bucket=bucket, found=seen)
+        return replace(p, clip=replace(clip, path=medium), bucket=bucket, found=seen, contain=kind == "reference")
 
-    return [replace(p, partners={kind: partner(p, medium) for kind, medium in media.items()}) for p in planned]
+    return [replace(p, partners={kind: partner(p, kind, m) for kind, m in clip.partners.items()}) for p in planned]
 
 
 def cropped(bucket: Bucket, found: Found) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 
 import fsspec
 
-from wantrain.terms import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Remote, UserError
+from wantrain.terms import IMAGE_SUFFIXES, PARTNERS, VIDEO_SUFFIXES, Remote, UserError
 
 Row = dict[str, Any]
 
@@ -31,8 +31,8 @@ LONGEST_TEXT_BYTES = 1 << 20
 def read_shards(pattern: str) -> Iterator[tuple[str, Row]]:
     """(place, row) of every sample of the shards that a path or URL names; it may hold wildcards.
 
-    KEY.txt and KEY.*.txt are captions, KEY.json holds columns, KEY.control.mp4 and KEY.mask.mp4 are partners, and
-    members of other kinds are left alone.
+    KEY.txt and KEY.*.txt are captions, KEY.json holds columns, KEY.control.mp4, KEY.mask.mp4 and their like are
+    partners, and members of other kinds are left alone.
     """
     filesystem, _, paths = fsspec.core.get_fs_token_paths(pattern)
     shards = [path for path in sorted(paths) if filesystem.isfile(path)]
@@ -110,6 +110,6 @@ def _columns(data: bytes) -> Row:
         raise ValueError("no object with columns")
     if not isinstance(given.get("captions", []), list):
         raise ValueError("captions is a list of texts")
-    if media := sorted({"video", "control", "mask"} & given.keys()):
+    if media := sorted({"video", *PARTNERS} & given.keys()):
         raise ValueError(f"it names a {media[0]}, which is a member of the shard itself")
     return {k: v for k, v in given.items() if k in TEXTS or isinstance(v, int | float)}

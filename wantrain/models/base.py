@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+    WanVACETransformer3DModel,
+)
 from diffusers.utils import logging as diffusers_logging
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
 from transformers.utils import logging as transformers_logging
@@ -33,7 +39,6 @@ from wantrain.terms import TEXT_LEN, UserError
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny_wan"
 SHARED_PARTS = ("vae", "text_encoder", "tokenizer")
-OPTIONAL_PARTS = ("image_encoder",)
 
 UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
@@ -76,10 +81,15 @@ class Base:
         own = WanTransformer3DModel.load_config(path) if (path / "config.json").is_file() else {}
         return own if is_diffusers_config(own) else diffusers_config(self.variant)
 
+    @property
+    def _transformer_class(self) -> Any:
+        return {c.__name__: c for c in (WanTransformer3DModel, WanVACETransformer3DModel)}[
+            self.variant.transformer_class]
+
     def meta_transformer(self) -> WanTransformer3DModel:
         """The transformer's architecture on the meta device, without reading weights."""
         with torch.device("meta"):
-            return WanTransformer3DModel.from_config(self._transformer_config())
+            return self._transformer_class.from_config(self._transformer_config())
 
     def detected(self) -> str:
         """What the transformer's tensors say it is; raises UserError when that is not `variant`."""
@@ -99,10 +109,10 @@ class Base:
         container = open_container(self.parts["transformer"])
         self._detected(container)
         with empty_weights():
-            module = WanTransformer3DModel.from_config(self._transformer_config())
+            module = self._transformer_class.from_config(self._transformer_config())
         load_into(module, container, names.transformer_rename(container.names()), dtype=dtype, device=device,
-                  keep_float32=WanTransformer3DModel._keep_in_fp32_modules, edit=self._merging(container))
-        if device.type == "cpu":
+                  keep_float32=self._transformer_class._keep_in_fp32_modules, edit=self._merging(container))
+        if device.type == "cpu" and not self.variant.architecture.image_dim:
             shorten_text(module)
         return module.requires_grad_(False).eval().to(device)
 
@@ -158,7 +168,8 @@ class Base:
 
 def required_parts(variant: Variant) -> tuple[str, ...]:
     """What a whole checkpoint must hold."""
-    return (*(variant.experts or ("transformer",)), *SHARED_PARTS)
+    image_encoder = ("image_encoder",) if variant.architecture.image_dim else ()
+    return (*(variant.experts or ("transformer",)), *SHARED_PARTS, *image_encoder)
 
 
 def for_expert(name: str, expert: Expert | None) -> str:
@@ -174,9 +185,8 @@ def find(variant: Variant, path: str | None, parts: Mapping[str, str], merge: Se
     stands for high or low.
     """
     required = required_parts(variant)
-    if unknown := sorted(set(parts) - {*required, *OPTIONAL_PARTS}):
-        raise UserError(f"model.parts.{unknown[0]} is not allowed: {', '.join((*required, *OPTIONAL_PARTS))}",
-                        "rename the key")
+    if unknown := sorted(set(parts) - set(required)):
+        raise UserError(f"model.parts.{unknown[0]} is not allowed: {', '.join(required)}", "rename the key")
     found: dict[str, Path] = {}
     if path:
         wanted = set(required) - set(parts)
@@ -192,7 +202,7 @@ def find(variant: Variant, path: str | None, parts: Mapping[str, str], merge: Se
             raise UserError(f"model.path = {path} holds no {part}, and model.parts.{part} is not set",
                             f"set model.parts.{part}={like}, or model.path to a whole checkpoint, e.g. "
                             "Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
-    return Base(variant, {part: found[part] for part in (*required, *OPTIONAL_PARTS) if part in found},
+    return Base(variant, {part: found[part] for part in required},
                 {expert: [lora_argument(for_expert(argument, expert)) for argument in merge]
                  for expert in variant.experts or (None,)})
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from transformers import PreTrainedTokenizerBase
 
@@ -19,11 +21,13 @@ def _mean_std(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.Tensor, 
 
 @torch.no_grad()
 def encode_frames(vae: AutoencoderKLWan, frames_FCHW: torch.Tensor) -> torch.Tensor:
-    """uint8 pixels of one clip -> latents_CTHW float32: (mode of the posterior - mean) / std.
+    """Pixels of one clip, uint8 or float32 in [-1, 1] -> latents_CTHW float32: (mode of the posterior - mean) / std.
 
     One clip at a time, so that a clip's latents do not depend on what else is encoded.
     """
-    pixels_BCFHW = frames_FCHW.to(vae.device).movedim(0, 1).unsqueeze(0).float() / 127.5 - 1
+    pixels_BCFHW = frames_FCHW.to(vae.device).movedim(0, 1).unsqueeze(0).float()
+    if not frames_FCHW.is_floating_point():
+        pixels_BCFHW = pixels_BCFHW / 127.5 - 1
     latents_BCTHW = vae.encode(pixels_BCFHW).latent_dist.mode()
     mean, std = _mean_std(vae, latents_BCTHW)
     return ((latents_BCTHW - mean) / std)[0].float().cpu()
@@ -66,10 +70,22 @@ def count_tokens(tokenizer: PreTrainedTokenizerBase, caption: str) -> int:
     return len(tokenizer(prompt_clean(caption)).input_ids)
 
 
-def predict_velocity(
-    transformer: WanTransformer3DModel, noisy_BCTHW: torch.Tensor, sigma_B: torch.Tensor, text_BLD: torch.Tensor
-) -> torch.Tensor:
-    """The transformer's velocity_BCTHW. The timestep, 1000 * sigma in float32, is formed here and nowhere else."""
-    return transformer(
-        hidden_states=noisy_BCTHW, timestep=timestep(sigma_B), encoder_hidden_states=text_BLD, return_dict=False
-    )[0]
+def predict_velocity(transformer: torch.nn.Module, noisy_BCTHW: torch.Tensor, sigma: torch.Tensor,
+                     text_BLD: torch.Tensor, condition: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+    """The transformer's velocity_BCTHW. The timestep, 1000 * sigma in float32, is formed here and nowhere else.
+
+    `sigma` is sigma_B, or sigma_BT where latent frames differ: every token is then told its own timestep. `condition`
+    is that of wantrain.models.conditioning, stacked.
+    """
+    given = dict(condition or {})
+    more = {}
+    if (channels := given.get("channels")) is not None:
+        noisy_BCTHW = torch.cat([noisy_BCTHW, channels.to(noisy_BCTHW.dtype)], dim=1)
+    if (image_BNLD := given.get("image")) is not None:
+        more["encoder_hidden_states_image"] = image_BNLD.to(text_BLD.dtype).flatten(0, 1)  # diffusers' way with two
+    if (vace := given.get("vace")) is not None:
+        more["control_hidden_states"] = vace.to(noisy_BCTHW.dtype)
+    if sigma.ndim == 2:
+        sigma = sigma.repeat_interleave(noisy_BCTHW.shape[3] * noisy_BCTHW.shape[4] // 4, dim=1)
+    return transformer(hidden_states=noisy_BCTHW, timestep=timestep(sigma), encoder_hidden_states=text_BLD,
+                       return_dict=False, **more)[0]

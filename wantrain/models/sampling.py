@@ -1,26 +1,34 @@
-"""Sampling through the diffusers pipeline, with a LoRA file of any format in its transformer."""
+"""Sampling: one loop for every task, with a LoRA file of any format in its transformers.
+
+The scheduler, VAE and encoders are those of diffusers and transformers. The loop is ours because what a task gives the
+transformer must be what training gave it (wantrain.models.conditioning), and because Fun-Control has no pipeline;
+tests/parity/test_tasks.py holds it against diffusers' pipeline of every task that has one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import UniPCMultistepScheduler, WanPipeline
 
-from wantrain import lora
+from wantrain import flow, lora
+from wantrain.models import conditioning
+from wantrain.models.conditioning import Encoders, Frames
+from wantrain.models.encode import decode_latents, encode_frames, encode_text, pad_text, predict_velocity
 from wantrain.models.lora_updates import read_adapter
-from wantrain.terms import TEXT_LEN, Bucket
-
-__all__ = ["Settings", "WanPipeline", "build", "load_lora", "sample", "set_strength", "transformers_of"]
+from wantrain.models.variants import Variant
+from wantrain.terms import NUM_TIMESTEPS, Bucket
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """How to denoise: steps, classifier-free guidance scale, timestep shift, size, negative prompt.
 
-    `guidance` is (low noise, high noise); where there is one transformer the first counts.
+    `guidance` is (low noise, high noise); where there is one transformer the first counts. `strength` is how much of
+    the schedule a video that is given to start from goes through (Meng et al. 2022, SDEdit).
     """
 
     num_steps: int
@@ -28,24 +36,42 @@ class Settings:
     shift: float
     bucket: Bucket
     negative_prompt: str
+    strength: float = 1.0
 
 
-def build(transformers: Sequence[WanTransformer3DModel], vae: AutoencoderKLWan, text: WanPipeline,
-          scheduler: UniPCMultistepScheduler, boundary: float | None = None) -> WanPipeline:
-    """A full pipeline over parts that are already loaded: one transformer, or (high, low) and their boundary sigma."""
-    second = transformers[1] if len(transformers) > 1 else None
-    pipeline = WanPipeline(tokenizer=text.tokenizer, text_encoder=text.text_encoder, transformer=transformers[0],
-                           transformer_2=second, boundary_ratio=boundary, vae=vae, scheduler=scheduler)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """Loaded parts: one transformer, or (high, low) noise; tokenizer and text encoder; VAE and CLIP tower.
+
+    `dtype` is what the transformers are stored in and are given.
+    """
+
+    variant: Variant
+    transformers: Sequence[torch.nn.Module]
+    text: WanPipeline
+    encoders: Encoders
+    scheduler: UniPCMultistepScheduler
+    dtype: torch.dtype
+
+    def at(self, timestep: float) -> tuple[torch.nn.Module, bool]:
+        """(the transformer that works at this timestep, whether it is the low noise one or the only one)."""
+        boundary = self.variant.boundary
+        if boundary is None or timestep >= boundary * NUM_TIMESTEPS:
+            return self.transformers[0], boundary is None
+        return self.transformers[1], True
 
 
-def transformers_of(pipeline: WanPipeline) -> list[WanTransformer3DModel]:
-    """The one transformer, or the high and the low noise expert."""
-    return [t for t in (pipeline.transformer, pipeline.transformer_2) if t is not None]
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a sample is made from besides its prompt, as pixels of the sample's size: `frames` by the names of
+    wantrain.models.conditioning, `video` frames_FCHW to start from.
+    """
+
+    frames: Frames = field(default_factory=dict)
+    video: torch.Tensor | None = None
 
 
-def load_lora(transformer: WanTransformer3DModel, path: Path) -> None:
+def load_lora(transformer: torch.nn.Module, path: Path) -> None:
     """Put a LoRA file of any format into a transformer, as an adapter that `set_strength` scales.
 
     Raises UserError for a file that is damaged, of another variant, or more than an adapter.
@@ -53,21 +79,74 @@ def load_lora(transformer: WanTransformer3DModel, path: Path) -> None:
     lora.attach(transformer, read_adapter(path, transformer))
 
 
-def set_strength(pipeline: WanPipeline, strength: float) -> None:
+def set_strength(sampler: Sampler, strength: float) -> None:
     """Scale the loaded LoRAs; 0 computes as the base."""
-    for transformer in transformers_of(pipeline):
+    for transformer in sampler.transformers:
         lora.set_strength(transformer, strength)
 
 
 @torch.no_grad()
-def sample(pipeline: WanPipeline, prompt: str, seed: int, settings: Settings) -> torch.Tensor:
+def sample(sampler: Sampler, prompt: str, seed: int, settings: Settings, inputs: Inputs | None = None) -> torch.Tensor:
     """One video, frames_FCHW uint8. The same seed starts from the same noise on every device."""
-    has_two = pipeline.transformer_2 is not None
-    low, high = settings.guidance if has_two else (settings.guidance[0],) * 2
-    video_BFHWC = pipeline(
-        prompt=prompt, negative_prompt=settings.negative_prompt, height=settings.bucket.height,
-        width=settings.bucket.width, num_frames=settings.bucket.num_frames, num_inference_steps=settings.num_steps,
-        guidance_scale=high, guidance_scale_2=low if has_two else None, generator=torch.Generator().manual_seed(seed),
-        max_sequence_length=TEXT_LEN, output_type="np",
-    ).frames
-    return (torch.from_numpy(video_BFHWC[0]).movedim(-1, 1).clamp(0, 1) * 255).round().to(torch.uint8)
+    inputs = inputs or Inputs()
+    device = next(sampler.transformers[0].parameters()).device
+    bucket, variant = settings.bucket, sampler.variant
+    shape = (variant.architecture.out_channels, 1 + (bucket.num_frames - 1) // 4,
+             bucket.height // (variant.multiple_px // 2), bucket.width // (variant.multiple_px // 2))
+    clean = torch.zeros(shape) if inputs.video is None else encode_frames(sampler.encoders.vae, inputs.video)
+    first = inputs.frames.get("first")
+    if first is not None:
+        clean[:, :1] = encode_frames(sampler.encoders.vae, first)
+    encoded = conditioning.encode(variant, sampler.encoders, inputs.frames, bucket)
+    condition, clean, known_T = conditioning.arrange(variant, encoded, clean, first is not None)
+    noise = torch.randn(1, *clean.shape, generator=torch.Generator().manual_seed(seed))
+    latents = denoise(sampler, settings, noise.to(device), clean.to(device)[None],
+                      known_T.to(device)[None] if known_T is not None else None,
+                      {name: tensor.to(device)[None] for name, tensor in condition.items()},
+                      [pad_text(encode_text(sampler.text, text)).to(device, sampler.dtype)[None]
+                       for text in (prompt, settings.negative_prompt)], inputs.video is not None)
+    num_before = clean.shape[1] - shape[1]
+    return decode_latents(sampler.encoders.vae, latents[0, :, num_before:])
+
+
+def denoise(sampler: Sampler, settings: Settings, noise_BCTHW: torch.Tensor, clean_BCTHW: torch.Tensor,
+            known_BT: torch.Tensor | None, condition: Mapping[str, torch.Tensor], texts_BLD: Sequence[torch.Tensor],
+            from_video: bool) -> torch.Tensor:
+    """Latents from noise by UniPC; from `clean_BCTHW` at the settings' strength with `from_video`.
+
+    `texts_BLD` are prompt and negative prompt. Known latent frames stay those of `clean_BCTHW`.
+    """
+    scheduler = sampler.scheduler
+    scheduler.set_timesteps(settings.num_steps, device=noise_BCTHW.device)
+    skipped = settings.num_steps - min(int(settings.num_steps * settings.strength), settings.num_steps)
+    skipped = skipped if from_video else 0
+    scheduler.set_begin_index(skipped)
+    latents = noise_BCTHW
+    if from_video:
+        latents = flow.mix(clean_BCTHW, noise_BCTHW, scheduler.sigmas[skipped].to(noise_BCTHW.device).expand(1))
+    for timestep in scheduler.timesteps[skipped:]:
+        sigma = (timestep.float() / NUM_TIMESTEPS).expand(len(latents))
+        if known_BT is not None:
+            latents = keep(latents, clean_BCTHW, known_BT)
+            sigma = sigma[:, None] * (1 - known_BT)
+        transformer, is_low = sampler.at(float(timestep))
+        velocity = guided(transformer, latents.to(sampler.dtype), sigma, texts_BLD, condition,
+                          settings.guidance[0 if is_low else 1])
+        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+    return latents if known_BT is None else keep(latents, clean_BCTHW, known_BT)
+
+
+def keep(latents_BCTHW: torch.Tensor, clean_BCTHW: torch.Tensor, known_BT: torch.Tensor) -> torch.Tensor:
+    """The latents with their known frames clean."""
+    return torch.where(known_BT[:, None, :, None, None] > 0, clean_BCTHW, latents_BCTHW)
+
+
+def guided(transformer: torch.nn.Module, latents: torch.Tensor, sigma: torch.Tensor, texts_BLD: Sequence[torch.Tensor],
+           condition: Mapping[str, torch.Tensor], guidance: float) -> torch.Tensor:
+    """Velocity by classifier-free guidance (Ho & Salimans 2021); at 1 or below the prompt alone."""
+    prompt_BLD, negative_BLD = texts_BLD
+    with_prompt = predict_velocity(transformer, latents, sigma, prompt_BLD, condition)
+    if guidance <= 1:
+        return with_prompt
+    without = predict_velocity(transformer, latents, sigma, negative_BLD, condition)
+    return without + guidance * (with_prompt - without)

@@ -25,6 +25,7 @@ HEAD_DIM = 128
 PATCH = (1, 2, 2)
 CLIP_DIM = 1280
 FLF_TOKENS = 514
+NATIVE_PX: dict[VaeVersion, tuple[int, int]] = {"2.1": (480, 832), "2.2": (704, 1280)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,12 @@ class Variant:
     multiple_px: int = 16
 
     @property
+    def native_tokens(self) -> int:
+        """Transformer tokens of a clip of the native length and size (480 x 832 px; 704 x 1280 for TI2V-5B)."""
+        height, width = NATIVE_PX[self.vae]
+        return (1 + (self.num_frames - 1) // 4) * (height // self.multiple_px) * (width // self.multiple_px)
+
+    @property
     def experts(self) -> tuple[Expert, ...]:
         """Names of the transformers where there are two, else empty."""
         return ("high", "low") if self.boundary is not None else ()
@@ -96,7 +103,8 @@ _14B = Architecture(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824, in_cha
 _5B = Architecture(dim=3072, num_heads=24, num_layers=30, ffn_dim=14336, in_channels=48, out_channels=48)
 _TINY = Architecture(dim=192, num_heads=6, num_layers=6, ffn_dim=768, in_channels=16, out_channels=16, text_dim=128,
                      freq_dim=64)
-_TINY_A14B = replace(_TINY, dim=96, num_heads=3, num_layers=2, ffn_dim=192)
+_TINIER = replace(_TINY, dim=96, num_heads=3, num_layers=2, ffn_dim=192)
+_TINIER_CLIP = replace(_TINIER, image_dim=32)
 _1B3_CLIP = replace(_1B3, image_dim=CLIP_DIM)
 _14B_CLIP = replace(_14B, image_dim=CLIP_DIM)
 _14B_I2V = replace(_14B_CLIP, in_channels=36)
@@ -134,8 +142,24 @@ VARIANTS: dict[str, Variant] = {variant.name: variant for variant in (
     Variant("wan22_ti2v_5b", "ti2v", _5B, 825, 4_999_787_712, 5.0, 50, fps=24, num_frames=121, vae="2.2",
             multiple_px=32),
     Variant("tiny_wan", "t2v", _TINY, None, None, 3.0, 50, num_frames=9),
-    Variant("tiny_wan_a14b", "t2v", _TINY_A14B, None, None, 12.0, 40, (3.0, 4.0), 0.875, num_frames=9),  # for tests
+    # For the tests of every task; their weights are random.
+    Variant("tiny_wan_a14b", "t2v", _TINIER, None, None, 12.0, 40, (3.0, 4.0), 0.875, num_frames=9),
+    Variant("tiny_wan_i2v", "i2v", replace(_TINIER_CLIP, in_channels=36), None, None, 3.0, 40, num_frames=9),
+    Variant("tiny_wan_i2v_a14b", "i2v", replace(_TINIER, in_channels=36), None, None, 5.0, 40, (3.5, 3.5), 0.9,
+            num_frames=9),
+    Variant("tiny_wan_flf2v", "flf2v", replace(_TINIER_CLIP, in_channels=36, image_tokens=10), None, None, 16.0, 50,
+            num_frames=9),
+    Variant("tiny_wan_ti2v", "ti2v", replace(_TINIER, in_channels=48, out_channels=48), None, None, 5.0, 50, fps=24,
+            num_frames=9, vae="2.2", multiple_px=32),
+    Variant("tiny_wan_vace", "vace", replace(_TINIER, vace_layers=(0, 1)), None, None, 16.0, 50, num_frames=9),
+    Variant("tiny_wan_control", "control", replace(_TINIER_CLIP, in_channels=48), None, None, 3.0, 50, _FUN,
+            num_frames=9),
 )}
+
+
+def trainable(variant: Variant) -> bool:
+    """Whether diffusers has a class with all its tensors (facts/wan-formats.md 1.2)."""
+    return not (variant.architecture.ref_conv or variant.architecture.control_adapter)
 
 
 def diffusers_config(variant: Variant) -> dict[str, Any]:

@@ -12,18 +12,19 @@ from typing import Protocol
 
 import torch
 
-from wantrain.config import Config, Dtype, Experts, LoraFormat
+from wantrain import flow
+from wantrain.config import Config, Dtype, ExpertOwn, Experts, LoraFormat
+from wantrain.config import for_expert as for_expert_config
 from wantrain.data import batches, decode, manifest, media, plan
-from wantrain.data.cache import LATENTS, MASK, TEXT, Cache, Entry, describe
-from wantrain.data.plan import Plan
+from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Cache, Conditioning, Entry, describe
+from wantrain.data.plan import Plan, num_tokens
 from wantrain.files import digest_text
 from wantrain.jobs import in_workers
 from wantrain.lora import Spec
-from wantrain.models import encode, hub, sampling
+from wantrain.models import conditioning, encode, hub, sampling
 from wantrain.models.base import Base, find, for_expert
-from wantrain.models.sampling import WanPipeline
-from wantrain.models.variants import VARIANTS, Expert, Variant
-from wantrain.terms import Bucket, Clip, Dropped, PlannedClip, UserError
+from wantrain.models.variants import VARIANTS, Expert, Variant, trainable
+from wantrain.terms import Bucket, Clip, Dropped, Encoded, PlannedClip, Sample, UserError
 
 TORCH_DTYPE = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
 
@@ -55,8 +56,14 @@ class Opened:
     @property
     def captions(self) -> list[str]:
         """Every text that training may draw, the empty one first."""
-        return ["", *(text for p in self.planned + self.heldout
-                      for text in batches.captions_of(p.clip, self.config.data.tag_orders))]
+        texts = ["", *(text for p in self.planned + self.heldout
+                       for text in batches.captions_of(p.clip, self.config.data.tag_orders))]
+        return [*texts, *(words for text in dict.fromkeys(texts) if (words := self.class_caption(text)) is not None)]
+
+    def class_caption(self, caption: str) -> str | None:
+        """The caption with the class words in place of the trigger, where training preserves those."""
+        words, trigger = self.config.loss.class_words, self.config.data.trigger
+        return caption.replace(trigger, words) if words and trigger in caption else None
 
     @property
     def variant(self) -> Variant:
@@ -65,7 +72,8 @@ class Opened:
     def trainings(self) -> list[Opened]:
         """This recipe, or one for each expert that is asked for: two trainings over one cache, high noise first."""
         asked = self.config.model.experts.name
-        return [replace(self, base=base) for base in self.base.each() if asked in ("both", base.expert)]
+        return [replace(self, base=base, config=for_expert_config(self.config, base.expert))
+                for base in self.base.each() if asked in ("both", base.expert)]
 
     @property
     def run_dir(self) -> Path:
@@ -86,8 +94,28 @@ class Opened:
 
     @property
     def sigmas(self) -> tuple[float, float]:
-        """[low, high) of the sigmas to train at."""
-        return self.variant.sigmas_of(self.base.expert)
+        """[low, high) of the sigmas to train at: the expert's, as far as sigma.range allows."""
+        low, high = self.variant.sigmas_of(self.base.expert)
+        asked = self.config.sigma.range
+        narrowed = (max(low, asked[0]), min(high, asked[1]))
+        if not narrowed[0] < narrowed[1]:
+            raise UserError(f"sigma.range = {asked} leaves nothing of [{low:g}, {high:g}), where the "
+                            f"{self.base.expert} noise expert works", "widen sigma.range, or train the other expert "
+                            "alone: model.experts=high or low")
+        return narrowed
+
+    @property
+    def preserves(self) -> bool:
+        """Whether some targets are what the frozen base predicts."""
+        return bool(self.config.loss.class_words) or any(s.preserve for s in self.config.data.sources.values())
+
+    def density(self, bucket: Bucket) -> flow.Density:
+        """How sigma is drawn for a bucket."""
+        own, variant = self.config.sigma, self.variant
+        shift = variant.shift if own.shift is None else own.shift
+        if own.by_resolution:
+            shift = flow.shift_for(shift, num_tokens(bucket, variant.multiple_px), variant.native_tokens)
+        return flow.Density(own.distribution.name, tuple(own.shape), shift, self.sigmas)
 
 
 def spec_of(config: Config) -> Spec:
@@ -97,15 +125,18 @@ def spec_of(config: Config) -> Spec:
 
 
 def variant_of(config: Config) -> Variant:
-    """The config's row of the variants table; only plain text-to-video trains today."""
-    trainable = [v.name for v in VARIANTS.values() if v.task == "t2v"]
-    if config.model.variant not in trainable:
-        raise UserError(f"model.variant = {config.model.variant!r} is not allowed: {', '.join(trainable)}",
+    """The config's row of the variants table, of those that train."""
+    allowed = [v.name for v in VARIANTS.values() if trainable(v)]
+    if config.model.variant not in allowed:
+        raise UserError(f"model.variant = {config.model.variant!r} is not allowed: {', '.join(allowed)}",
                         "choose one of these, e.g. model=tiny_wan")
     variant = VARIANTS[config.model.variant]
     if config.model.experts is not Experts.both and not variant.experts:
         raise UserError(f"model.experts = {config.model.experts.name}, but {variant.name} has one transformer",
                         "take model.experts out")
+    for name, own in (("high", config.high), ("low", config.low)):
+        if own != ExpertOwn() and not variant.experts:
+            raise UserError(f"{name}.* is set, but {variant.name} has one transformer", f"take {name}.* out")
     return variant
 
 
@@ -113,7 +144,7 @@ def clips_of(config: Config) -> tuple[list[Clip], list[Clip]]:
     """Training and held-out clips of the manifests."""
     fetched = Path(config.data.cache_dir) / "fetched"
     training = [clip for name, source in config.data.sources.items() for clip in manifest.read(manifest.Source(
-        name, source.path, source.repeats, source.speed, source.columns, fetched))]
+        name, source.path, source.repeats, source.speed, source.preserve, source.columns, fetched))]
     if not config.data.heldout:
         return training, []
     return training, manifest.read(manifest.Source("heldout", config.data.heldout, fetched=fetched))
@@ -130,8 +161,9 @@ def opened(config: Config, recipe_arguments: Sequence[str], refuse: bool = True)
     memo = cache_dir / "digests"
     text_parts = [base.digest(part, memo) for part in ("text_encoder", "tokenizer")]
     cache = Cache(cache_dir, base.digest("vae", memo), " ".join([*text_parts, config.model.dtype.name]),
-                  shlex.join(["wantrain", "cache", *recipe_arguments]))
+                  shlex.join(["wantrain", "cache", *recipe_arguments]), conditioning_of(base, memo))
     training, heldout = clips_of(config)
+    refuse_partners(variant, [*training, *heldout])
     found = media.look_all(plan.media_of(training + heldout), cache_dir, num_workers(config), data.timeout_s)
     rules = plan.Rules(plan.buckets(data.num_frames, data.resolutions, variant.multiple_px, data.max_tokens_per_clip),
                        variant.fps, data.extract.name, data.limits)
@@ -145,6 +177,30 @@ def opened(config: Config, recipe_arguments: Sequence[str], refuse: bool = True)
                   cache)
 
 
+def conditioning_of(base: Base, memo: Path) -> Conditioning:
+    """What the cache keeps of a window for the variant's task."""
+    media = conditioning.media(base.variant.task)
+    if not media:
+        return Conditioning()
+    image = base.digest("image_encoder", memo) if base.variant.architecture.image_dim else ""
+    return Conditioning(digest_text(base.variant.task, image), media)
+
+
+def refuse_partners(variant: Variant, clips: Sequence[Clip]) -> None:
+    """Say which clips lack what the task needs, or have what it would ignore."""
+    required, further = conditioning.needed(variant.task)
+    needs = required or further[::2]  # VACE: a control video or a reference
+    if lacking := [c.id for c in clips if needs and not set(needs) & c.partners.keys()]:
+        raise UserError(f"{len(lacking)} clips have no {' or '.join(needs)}, such as {lacking[0]}, and "
+                        f"{variant.name} ({variant.task}) works from it", f"add a column, or a folder, {needs[0]} to the "
+                        "source: docs/tasks.md")
+    for kind in ("control", "control_mask", "reference"):
+        if kind not in (*required, *further) and (owners := [c.id for c in clips if kind in c.partners]):
+            raise UserError(f"{len(owners)} clips have a {kind}, such as {owners[0]}, and {variant.name} "
+                            f"({variant.task}) takes none: it would be ignored",
+                            f"take the column or the folder `{kind}` out of the source")
+
+
 def num_workers(config: Config) -> int:
     """Processes that look into files and decode: this process's share of the cores unless told."""
     shares = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -154,8 +210,8 @@ def num_workers(config: Config) -> int:
 def _without_faults(placed: Plan, cache: Cache) -> Plan:
     """The plan without the windows that an earlier run could not decode."""
     faults = cache.faults()
-    bad = {p.clip.id: Dropped(p.clip, "unreadable", faults[path.name])
-           for p in placed.used for path in cache.entries([p], []) if path.name in faults}
+    bad = {} if not faults else {p.clip.id: Dropped(p.clip, "unreadable", faults[path.name])
+                                 for p in placed.used for path in cache.entries([p], []) if path.name in faults}
     return Plan([p for p in placed.used if p.clip.id not in bad], [*placed.dropped, *bad.values()])
 
 
@@ -195,7 +251,7 @@ def sampler_settings(recipe: Opened) -> sampling.Settings:
         num_steps=own.num_steps or variant.num_steps,
         guidance=variant.guidance if own.guidance is None else (own.guidance, own.guidance),
         shift=variant.shift if own.shift is None else own.shift,
-        bucket=bucket, negative_prompt=own.negative_prompt,
+        bucket=bucket, negative_prompt=own.negative_prompt, strength=own.strength,
     )
 
 
@@ -203,16 +259,63 @@ Loras = Mapping[Expert | None, Path]
 """The LoRA file of each adapted transformer: by expert, or of the one under None."""
 
 
-def pipeline_of(recipe: Opened, loras: Loras) -> WanPipeline:
-    """The base's diffusers pipeline on the best device, with LoRA files of any format in its transformers, or none."""
+def sampler_of(recipe: Opened, loras: Loras) -> sampling.Sampler:
+    """The base loaded on the best device, with LoRA files of any format in its transformers, or none."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     transformers = []
     for base in recipe.base.each():
         transformers.append(base.transformer(recipe.dtype, device))
         if base.expert in loras:
             sampling.load_lora(transformers[-1], loras[base.expert])
-    return sampling.build(transformers, recipe.base.vae(device), recipe.base.text(recipe.dtype, device),
-                          recipe.base.scheduler(sampler_settings(recipe).shift), recipe.variant.boundary)
+    return sampling.Sampler(recipe.variant, transformers, recipe.base.text(recipe.dtype, device),
+                            encoders_of(recipe, device), recipe.base.scheduler(sampler_settings(recipe).shift),
+                            recipe.dtype)
+
+
+def encoders_of(recipe: Opened, device: torch.device) -> conditioning.Encoders:
+    """The VAE, and the CLIP tower where the variant has one."""
+    image = recipe.base.image_encoder(torch.float32, device) if recipe.variant.architecture.image_dim else None
+    return conditioning.Encoders(recipe.base.vae(device), image)
+
+
+def inputs_of(recipe: Opened, num_prompts: int) -> list[sampling.Inputs]:
+    """What each prompt is sampled from besides its text: the files of sampler.inputs, as the sample's size shows them;
+    where the task needs inputs and none are named, those of the held-out clips in turn.
+    """
+    own, bucket = recipe.config.sampler.inputs, sampler_settings(recipe).bucket
+    if own:
+        found = [read_inputs(recipe, given, bucket) for given in own]
+        return found * num_prompts if len(found) == 1 else found
+    if not recipe.cache.conditioning.media:
+        return [sampling.Inputs()] * num_prompts
+    fitting = [p for p in recipe.heldout if p.bucket == bucket]
+    if not fitting:
+        raise UserError(f"{recipe.variant.name} ({recipe.variant.task}) samples from inputs, and neither sampler.inputs "
+                        f"nor data.heldout has any of {bucket}", "sampler.inputs='[{" + {"i2v": "first: IMAGE", "flf2v":
+                        "first: IMAGE, last: IMAGE"}.get(recipe.variant.task, "control: VIDEO") + "}]'")
+    windows = [fitting[i % len(fitting)] for i in range(num_prompts)]
+    names = [recipe.cache.conditioning.media_of(p) for p in windows]
+    return [sampling.Inputs(conditioning.of_window(
+        {name: decode.read_window(p if name == decode.CLIP else p.partners[name]) for name in own}, bucket))
+        for p, own in zip(windows, names, strict=True)]
+
+
+def read_inputs(recipe: Opened, given: Mapping[str, str], bucket: Bucket) -> sampling.Inputs:
+    """The frames of one entry of sampler.inputs: images for first, last and reference, videos or images for masks."""
+    allowed = {"i2v": {"first"}, "flf2v": {"first", "last"}, "ti2v": {"first"}, "control": {"control", "first"},
+               "vace": {"control", "control_mask", "reference"}}.get(recipe.variant.task, set()) | {"video"}
+    if unknown := sorted(set(given) - allowed):
+        raise UserError(f"sampler.inputs: {recipe.variant.name} ({recipe.variant.task}) takes no {unknown[0]}, but "
+                        f"{', '.join(sorted(allowed))}", "rename or remove it")
+    frames = {}
+    for name, where in given.items():
+        path = Path(where)
+        if not path.is_file():
+            raise UserError(f"sampler.inputs: {name} = {where} does not exist", "give the path of an image or video")
+        is_still = name in ("first", "last", "reference") or media.look(path).duration_s == 0
+        own = replace(bucket, num_frames=1) if is_still else bucket
+        frames[name] = decode.read_clip(path, 0.0, None, recipe.variant.fps, own, contain=name == "reference")
+    return sampling.Inputs({name: f for name, f in frames.items() if name != "video"}, frames.get("video"))
 
 
 def lora_files(recipe: Opened, arguments: Sequence[str]) -> Loras:
@@ -227,71 +330,80 @@ def lora_files(recipe: Opened, arguments: Sequence[str]) -> Loras:
 
 
 class Encode(Protocol):
-    """What `cache` and streaming share: a clip or a caption to its tensors."""
+    """What cache and streaming share: a window or a caption to its tensors."""
 
-    def latents(self, planned: PlannedClip) -> torch.Tensor: ...
-    def mask(self, planned: PlannedClip) -> torch.Tensor: ...
+    def window(self, planned: PlannedClip) -> Encoded: ...
     def text(self, caption: str) -> torch.Tensor: ...
 
 
 class Encoder:
-    """Decode and encode on the spot with the base's VAE and text encoder, on `device`."""
+    """Decode and encode on the spot with the base's VAE and encoders, on `device`."""
 
     def __init__(self, recipe: Opened, device: torch.device) -> None:
-        self._vae = recipe.base.vae(device)
+        self._variant, self._cache = recipe.variant, recipe.cache
+        self._encoders = encoders_of(recipe, device)
         self._text = recipe.base.text(recipe.dtype, device)
-        self._latent_px = recipe.variant.multiple_px // 2
 
-    def encode(self, frames_FCHW: torch.Tensor) -> torch.Tensor:
-        """latents_CTHW float32 on the CPU."""
-        return encode.encode_frames(self._vae, frames_FCHW)
+    def encode(self, kind: str, planned: PlannedClip, frames: conditioning.Frames) -> dict[str, torch.Tensor]:
+        """The tensors of one cache entry, float32 on the CPU, from the frames that it is made of."""
+        if kind == LATENTS:
+            return {"x": encode.encode_frames(self._encoders.vae, frames[decode.CLIP])}
+        if kind == MASK:
+            bucket = planned.partners["mask"].bucket
+            return {"x": encode.pool_mask(frames["mask"], bucket, self._variant.multiple_px // 2)}
+        own = {name: frames[name] for name in self._cache.media_of(kind, planned)}
+        return conditioning.encode(self._variant, self._encoders, conditioning.of_window(own, planned.bucket),
+                                   planned.bucket)
 
-    def pool(self, frames_FCHW: torch.Tensor, planned: PlannedClip) -> torch.Tensor:
-        """mask_1THW of a mask's frames."""
-        return encode.pool_mask(frames_FCHW, planned.bucket, self._latent_px)
+    def whole(self, planned: PlannedClip, frames: conditioning.Frames) -> Encoded:
+        """Every entry of a window."""
+        return encoded({kind: self.encode(kind, planned, frames) for kind in self._cache.kinds_of(planned)})
 
-    def latents(self, planned: PlannedClip) -> torch.Tensor:
-        """latents_CTHW float32 on the CPU, decoded in this process."""
-        return self.encode(decode.read_window(planned))
-
-    def mask(self, planned: PlannedClip) -> torch.Tensor:
-        """mask_1THW float32 on the CPU, decoded in this process."""
-        return self.pool(decode.read_window(planned), planned)
+    def window(self, planned: PlannedClip) -> Encoded:
+        """A window, decoded in this process."""
+        names = media_of(self._cache, planned, self._cache.kinds_of(planned))
+        return self.whole(planned, {name: decode.read_window(
+            planned if name == decode.CLIP else planned.partners[name]) for name in names})
 
     def text(self, caption: str) -> torch.Tensor:
         """text_LD of the caption's true length, on the CPU."""
         return encode.encode_text(self._text, caption)
 
 
+def media_of(cache: Cache, planned: PlannedClip, kinds: Iterable[str]) -> tuple[str, ...]:
+    """Everything that must be decoded for entries of these kinds, each once."""
+    return tuple(dict.fromkeys(name for kind in kinds for name in cache.media_of(kind, planned)))
+
+
+def encoded(entries: Mapping[str, Mapping[str, torch.Tensor]]) -> Encoded:
+    """A window from its cache entries by kind."""
+    return Encoded(entries[LATENTS]["x"], entries[MASK]["x"] if MASK in entries else None, entries.get(CONDITION, {}))
+
+
 class Streamed:
     """What training asks for, decoded ahead of it in worker processes and encoded here.
 
-    `coming` are the windows in the order in which they will be asked for, each followed by its mask's.
+    `coming` are the windows in the order in which they will be asked for.
     """
 
-    def __init__(self, encoder: Encoder, coming: Iterable[PlannedClip], jobs: int, timeout_s: float) -> None:
+    def __init__(self, recipe: Opened, encoder: Encoder, coming: Iterable[PlannedClip], jobs: int) -> None:
         self._encoder = encoder
-        self._decoded = in_workers(decode.frames_in_worker, coming, jobs, timeout_s, "data.timeout_s", ordered=True)
+        wanted = ((p, media_of(recipe.cache, p, recipe.cache.kinds_of(p))) for p in coming)
+        self._decoded = in_workers(decode.frames_in_worker, wanted, jobs, recipe.config.data.timeout_s,
+                                   "data.timeout_s", ordered=True)
 
-    def latents(self, planned: PlannedClip) -> torch.Tensor:
-        """latents_CTHW float32 on the CPU."""
-        return self._encoder.encode(self._next(planned))
-
-    def mask(self, planned: PlannedClip) -> torch.Tensor:
-        """mask_1THW float32 on the CPU."""
-        return self._encoder.pool(self._next(planned), planned)
+    def window(self, planned: PlannedClip) -> Encoded:
+        """The next window, which must be this one."""
+        (given, _), result, why = next(self._decoded)
+        assert given == planned, f"{given.name} was decoded where {planned.name} is asked for"
+        frames, _, fault = result or ({}, "", f"clip {planned.clip.id}: {why}")
+        if not frames:
+            raise UserError(fault, "replace the file or take it out of the manifest; the last checkpoint is untouched")
+        return self._encoder.whole(planned, {name: torch.from_numpy(array) for name, array in frames.items()})
 
     def text(self, caption: str) -> torch.Tensor:
         """text_LD of the caption's true length, on the CPU."""
         return self._encoder.text(caption)
-
-    def _next(self, planned: PlannedClip) -> torch.Tensor:
-        given, result, why = next(self._decoded)
-        assert given == planned, f"{given.name} was decoded where {planned.name} is asked for"
-        frames_FCHW, fault = result or (None, f"clip {planned.clip.id}: {why}")
-        if frames_FCHW is None:
-            raise UserError(fault, "replace the file or take it out of the manifest; the last checkpoint is untouched")
-        return torch.from_numpy(frames_FCHW)
 
 
 class Cached:
@@ -303,28 +415,37 @@ class Cached:
             raise UserError(f"the cache lacks {counted(missing)} for this base and these settings; the first is "
                             f"{describe(next(iter(missing.values())))}", self._cache.build_command)
 
-    def latents(self, planned: PlannedClip) -> torch.Tensor:
-        """latents_CTHW float32 on the CPU."""
-        return self._cache.read((LATENTS, planned))
-
-    def mask(self, planned: PlannedClip) -> torch.Tensor:
-        """mask_1THW float32 on the CPU."""
-        return self._cache.read((MASK, planned))
+    def window(self, planned: PlannedClip) -> Encoded:
+        """A window's entries."""
+        return encoded({kind: self._cache.read((kind, planned)) for kind in self._cache.kinds_of(planned)})
 
     def text(self, caption: str) -> torch.Tensor:
         """text_LD of the caption's true length, on the CPU."""
-        return self._cache.read((TEXT, caption))
+        return self._cache.read((TEXT, caption))["x"]
 
 
 def counted(entries: Mapping[Path, Entry]) -> str:
     """`3 clips, 0 masks and 2 captions`."""
     kinds = Counter(kind for kind, _ in entries.values())
-    masks = f", {kinds[MASK]} masks" if kinds[MASK] else ""
-    return f"{kinds[LATENTS]} clips{masks} and {kinds[TEXT]} captions"
+    more = "".join(f", {kinds[kind]} {kind}s" for kind in (MASK, CONDITION) if kinds[kind])
+    return f"{kinds[LATENTS]} clips{more} and {kinds[TEXT]} captions"
 
 
-def tensors_of(source: Encode, planned: PlannedClip, caption: str
-               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(latents_CTHW, text_LD padded to TEXT_LEN, mask_1THW or None)."""
-    mask = planned.partners.get("mask")
-    return source.latents(planned), encode.pad_text(source.text(caption)), source.mask(mask) if mask else None
+def sample_of(recipe: Opened, source: Encode, planned: PlannedClip, caption: str, first: bool) -> Sample:
+    """One training or held-out sample; `first`: whether it is given its first frame, where the task leaves that open."""
+    found = source.window(planned)
+    condition, latents_CTHW, known_T = conditioning.arrange(recipe.variant, dict(found.condition), found.latents_CTHW,
+                                                            first)
+    mask = found.mask_1THW
+    if mask is not None and (before := latents_CTHW.shape[1] - found.latents_CTHW.shape[1]):
+        whole = mask.expand(1, *found.latents_CTHW.shape[1:])
+        mask = torch.cat([torch.ones_like(whole[:, :before]), whole], dim=1)
+    words = recipe.class_caption(caption)
+    return Sample(latents_CTHW, encode.pad_text(source.text(caption)), mask, condition, known_T,
+                  None if words is None else encode.pad_text(source.text(words)))
+
+
+def heldout_samples(recipe: Opened, source: Encode) -> list[Sample]:
+    """The held-out clips, given their first frame where some of the training samples are."""
+    first = recipe.config.data.first_frame_share > 0
+    return [replace(sample_of(recipe, source, p, p.clip.caption, first), class_text_LD=None) for p in recipe.heldout]

@@ -11,9 +11,9 @@ import torch
 from wantrain import engine
 from wantrain.config import Config
 from wantrain.data import decode
-from wantrain.data.cache import LATENTS, MASK, TEXT, Entry, describe, leftovers
-from wantrain.jobs import TIME_LIMIT, in_workers, progress
-from wantrain.stages import Encoder, Opened, counted, num_workers, opened
+from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Entry, leftovers
+from wantrain.jobs import in_workers, progress
+from wantrain.stages import Encoder, Opened, counted, media_of, num_workers, opened
 from wantrain.terms import PlannedClip, UserError
 
 
@@ -51,31 +51,34 @@ def encode_texts(recipe: Opened, encoder: Encoder, entries: Mapping[Path, Entry]
     texts = [entry for entry in entries.values() if entry[0] == TEXT]
     with progress(len(texts), 0, "caption", "captions", is_main) as bar:
         for entry in texts:
-            recipe.cache.write(entry, encoder.text(str(entry[1])))
+            recipe.cache.write(entry, {"x": encoder.text(str(entry[1]))})
             bar.update()
 
 
 def encode_windows(recipe: Opened, encoder: Encoder, entries: Mapping[Path, Entry], is_main: bool) -> list[str]:
-    """Write the latents and masks among `entries`, decoded by worker processes while this one encodes.
+    """Write what is asked of windows among `entries`, decoded by worker processes while this one encodes.
 
     Returns what could not be decoded; that is remembered, but for what only took too long.
     """
-    data, faults = recipe.config.data, []
-    num_windows = sum(kind != TEXT for kind, _ in entries.values())
-    with progress(num_windows, 0, "clip", "clips", is_main) as bar:
-        for kind in (LATENTS, MASK):
-            windows = [what for own, what in entries.values() if own == kind and isinstance(what, PlannedClip)]
-            for planned, result, why in in_workers(decode.frames_in_worker, windows, num_workers(recipe.config),
-                                                   data.timeout_s, "data.timeout_s"):
-                entry = (kind, planned)
-                frames, fault = result or (None, f"{describe(entry)}: {why}")
-                if frames is not None:
-                    frames_FCHW = torch.from_numpy(frames)
-                    tensor = encoder.encode(frames_FCHW) if kind == LATENTS else encoder.pool(frames_FCHW, planned)
-                    recipe.cache.write(entry, tensor)
-                else:
-                    faults.append(fault)
-                    if TIME_LIMIT not in fault:
-                        recipe.cache.remember_fault(entry, fault)
-                bar.update()
+    cache, data, faults = recipe.cache, recipe.config.data, []
+    kinds: dict[int, list[str]] = {}
+    windows = {}
+    for kind, what in entries.values():
+        if isinstance(what, PlannedClip):
+            windows[id(what)] = what
+            kinds.setdefault(id(what), []).append(kind)
+    wanted = [(planned, media_of(cache, planned, kinds[key])) for key, planned in windows.items()]
+    with progress(len(wanted), 0, "clip", "clips", is_main) as bar:
+        for (planned, _), result, why in in_workers(decode.frames_in_worker, wanted, num_workers(recipe.config),
+                                                    data.timeout_s, "data.timeout_s"):
+            arrays, name, fault = result or ({}, "", f"clip {planned.name}: {why}")
+            frames = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            for kind in kinds[id(planned)] if frames else ():
+                cache.write((kind, planned), encoder.encode(kind, planned, frames))
+            if fault:
+                faults.append(fault)
+            if name:
+                kind = {decode.CLIP: LATENTS, "mask": MASK}.get(name, CONDITION)
+                cache.remember_fault((kind, planned), fault)
+            bar.update()
     return faults

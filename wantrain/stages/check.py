@@ -17,14 +17,9 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     """Print clips, buckets, tokens, steps, trainable parameters and files."""
     recipe = opened(config, arguments)
     trainings = recipe.trainings()
-    transformer = trainings[0].base.meta_transformer()
-    total = sum(p.numel() for p in transformer.parameters())
-    modules = lora.inject(transformer, config.lora.targets, spec_of(config), config.train.seed)
-    adapted = sum(p.numel() for p in lora.trainable(transformer).values())
+    total = sum(p.numel() for p in trainings[0].base.meta_transformer().parameters())
     everything = recipe.planned + recipe.heldout
     missing = recipe.cache.missing(everything, recipe.captions)
-    samples = float(sum(p.clip.repeats for p in recipe.planned))
-    seen = config.train.num_steps * config.data.batch_size
     print(f"run          {config.run.name} in {recipe.run_dir}")
     print(f"base         {config.model.variant}, {total:,} parameters, {recipe.dtype}")
     for part, path in recipe.base.parts.items():
@@ -33,23 +28,35 @@ def run(config: Config, arguments: Sequence[str]) -> None:
         print(f"  detected   {own.base.detected()}")
         for path, strength in own.base.merged:
             print(f"  merged     {path} at strength {strength:g}")
-    print(f"adapter      {config.lora.kind.name}, rank {config.lora.rank}, alpha {config.lora.alpha:g} on "
-          f"{len(modules)} modules: {adapted:,} trainable parameters")
     print_data(recipe)
-    print(f"steps        {config.train.num_steps} of {config.data.batch_size} samples = {seen / samples:.1f} epochs "
-          f"of {samples:g} samples")
-    shift = config.train.shift or recipe.variant.shift
     for own in trainings:
-        low, high = own.sigmas
-        share = flow.unshift_sigma(high, shift) - flow.unshift_sigma(low, shift)
-        print(f"sigma        {f'{own.base.expert} noise expert: ' if own.base.expert else ''}uniform, shift {shift:g}, "
-              f"in [{low:g}, {high:g}]: {share:.1%} of the schedule; timestep = 1000 * sigma")
+        print_training(own)
     print(f"cache        {recipe.cache.folder}: {counted(missing)} still to encode")
     for own in trainings:
         print(f"checkpoints  every {config.train.save_every} steps in {own.run_dir / 'checkpoints'}")
         print(f"export       {own.export_path}")
     print(f"trackers     {', '.join(['jsonl', *config.tracker.names])} (wandb {schema.wandb_mode()})")
     print(f"next: wantrain {'cache' if missing else 'train'} {' '.join(arguments)}")
+
+
+def print_training(recipe: Opened) -> None:
+    """The adapter, steps and sigmas of one training."""
+    config, expert = recipe.config, f"{recipe.base.expert} noise expert: " if recipe.base.expert else ""
+    transformer = recipe.base.meta_transformer()
+    modules = lora.inject(transformer, config.lora.targets, spec_of(config), config.train.seed)
+    adapted = sum(p.numel() for p in lora.trainable(transformer).values())
+    print(f"adapter      {expert}{config.lora.kind.name}, rank {config.lora.rank}, alpha {config.lora.alpha:g} on "
+          f"{len(modules)} modules: {adapted:,} trainable parameters")
+    samples = float(sum(p.clip.repeats for p in recipe.planned))
+    seen = config.train.num_steps * config.data.batch_size
+    print(f"steps        {expert}{config.train.num_steps} of {config.data.batch_size} samples = {seen / samples:.1f} "
+          f"epochs of {samples:g} samples, learning rate {config.optim.lr:g}")
+    for density in dict.fromkeys(recipe.density(p.bucket) for p in recipe.planned):
+        low, high = density.within
+        inference = recipe.variant.shift
+        share = flow.unshift_sigma(high, inference) - flow.unshift_sigma(low, inference)
+        print(f"sigma        {expert}{density.name}, shift {density.shift:g}, in [{low:g}, {high:g}]: {share:.1%} of "
+              "the schedule; timestep = 1000 * sigma")
 
 
 def print_data(recipe: Opened) -> None:

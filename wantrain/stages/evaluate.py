@@ -17,8 +17,17 @@ from wantrain.files import write_json, write_text
 from wantrain.jobs import progress
 from wantrain.models import sampling
 from wantrain.models.lora_formats import read_lora
-from wantrain.stages import Cached, Opened, lora_files, opened, pipeline_of, sampler_settings, tensors_of
-from wantrain.terms import PlannedClip, UserError
+from wantrain.stages import (
+    Cached,
+    Opened,
+    heldout_samples,
+    inputs_of,
+    lora_files,
+    opened,
+    sampler_of,
+    sampler_settings,
+)
+from wantrain.terms import NUM_TIMESTEPS, PlannedClip, UserError
 
 CONDITIONS = ("base", "lora_with_trigger", "lora_without_trigger")
 
@@ -40,13 +49,13 @@ def run(config: Config, arguments: Sequence[str]) -> None:
         raise UserError("evaluate needs evaluate.prompts, data.trigger and data.heldout",
                         "set them in the recipe; demo_anime shows how")
     loras = lora_files(recipe, arguments)
-    pipeline = pipeline_of(recipe, loras)
+    sampler = sampler_of(recipe, loras)
     trainings = {one.base.expert or "": one.run_dir for one in recipe.trainings()}
-    trios = sample_trios(recipe, pipeline)
+    trios = sample_trios(recipe, sampler)
     distances = style_distances(recipe, trios)
     numbers = {
         "style_distance": distances,
-        "validation_loss": validation_losses(recipe, pipeline),
+        "validation_loss": validation_losses(recipe, sampler),
         "settings": schema.flat(config),
         "run": {expert: json.loads((run_dir / "run.json").read_text()) for expert, run_dir in trainings.items()
                 if (run_dir / "run.json").exists()},
@@ -66,18 +75,20 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     print(f"style distance: {shown}\nreport: {folder / 'report.html'} and {recipe.run_dir / 'report.json'}")
 
 
-def sample_trios(recipe: Opened, pipeline: sampling.WanPipeline) -> list[Trio]:
-    """Every evaluation prompt and seed in the three conditions, from the same noise."""
+def sample_trios(recipe: Opened, sampler: sampling.Sampler) -> list[Trio]:
+    """Every evaluation prompt and seed in the three conditions, from the same noise and the same inputs."""
     config, settings = recipe.config, sampler_settings(recipe)
-    jobs = [(prompt, seed) for prompt in config.evaluate.prompts for seed in config.evaluate.seeds]
+    inputs = inputs_of(recipe, len(config.evaluate.prompts))
+    jobs = [(prompt, seed, given) for prompt, given in zip(config.evaluate.prompts, inputs, strict=True)
+            for seed in config.evaluate.seeds]
     trios = []
     with progress(len(jobs) * len(CONDITIONS), 0, "video", "samples") as bar:
-        for number, (prompt, seed) in enumerate(jobs):
+        for number, (prompt, seed, given) in enumerate(jobs):
             trio = Trio(prompt, seed, {}, {})
             for condition in CONDITIONS:
-                sampling.set_strength(pipeline, 0.0 if condition == "base" else 1.0)
+                sampling.set_strength(sampler, 0.0 if condition == "base" else 1.0)
                 text = f"{config.data.trigger}, {prompt}" if condition == "lora_with_trigger" else prompt
-                trio.videos[condition] = sampling.sample(pipeline, text, seed, settings)
+                trio.videos[condition] = sampling.sample(sampler, text, seed, settings, given)
                 trio.files[condition] = recipe.run_dir / "report" / f"{number:03d}_{condition}.mp4"
                 pictures.write_mp4(trio.files[condition], trio.videos[condition], recipe.variant.fps)
                 bar.update()
@@ -112,18 +123,16 @@ def _frames(recipe: Opened, planned: Sequence[PlannedClip]) -> list[torch.Tensor
     return [decode.read_window(p) for p in planned]
 
 
-def validation_losses(recipe: Opened, pipeline: sampling.WanPipeline) -> dict[str, object]:
+def validation_losses(recipe: Opened, sampler: sampling.Sampler) -> dict[str, object]:
     """Held-out loss of the base and of the LoRA, mean and at each sigma."""
     sigmas = recipe.config.validation.sigmas
-    source = Cached(recipe)
-    pairs = [tensors_of(source, p, p.clip.caption)[:2] for p in recipe.heldout]
-    device = pipeline.transformer.device
-    transformers, boundary = sampling.transformers_of(pipeline), recipe.variant.boundary or 0.0
+    samples = heldout_samples(recipe, Cached(recipe))
+    device = next(sampler.transformers[0].parameters()).device
     found: dict[str, object] = {"sigmas": sigmas}
     for name, strength in (("base", 0.0), ("lora", 1.0)):
-        sampling.set_strength(pipeline, strength)
+        sampling.set_strength(sampler, strength)
         with engine.autocast(device, recipe.dtype):
-            losses = torch.cat([validation.losses(transformers[sigma < boundary], pairs, [sigma], device)
+            losses = torch.cat([validation.losses(sampler.at(NUM_TIMESTEPS * sigma)[0], samples, [sigma], device)
                                 for sigma in sigmas], dim=1)
         found[name] = float(losses.mean())
         found[f"{name}_by_sigma"] = losses.mean(0).tolist()

@@ -57,7 +57,7 @@ def metadata(recipe: Opened, step: int) -> dict[str, str]:
         "expert": recipe.base.expert or "", "sigmas": " ".join(f"{sigma:g}" for sigma in recipe.sigmas),
     }
     finished = datetime.now(UTC)
-    shift = recipe.variant.shift if config.train.shift is None else config.train.shift
+    shift = recipe.variant.shift if config.sigma.shift is None else config.sigma.shift
     return {
         "software": f"wantrain {__version__}", "ss_output_name": config.run.name, "ss_base_model_version": "wan",
         "ss_network_module": f"wantrain.lora ({config.lora.kind.name})", "ss_network_dim": str(config.lora.rank),

@@ -165,11 +165,12 @@ def span_of(planned: PlannedClip) -> str:
 def cards(recipe: Opened, shown: Sequence[PlannedClip], count: Callable[[str], int]) -> Iterable[Mapping[str, Any]]:
     """What the page shows of a window: the clip as the model sees it, where it is from, its captions."""
     data = recipe.config.data
-    decoded = in_workers(decode.frames_in_worker, shown, num_workers(recipe.config), data.timeout_s, "data.timeout_s",
-                         ordered=True)
+    decoded = in_workers(decode.frames_in_worker, ((p, (decode.CLIP,)) for p in shown), num_workers(recipe.config),
+                         data.timeout_s, "data.timeout_s", ordered=True)
     with progress(len(shown), 0, "clip", "report", delay_s=2) as bar:
-        for planned, result, why in decoded:
-            frames, fault = result or (None, why)
+        for (planned, _), result, why in decoded:
+            found, _, fault = result or ({}, "", why)
+            frames = found.get(decode.CLIP)
             texts = batches.captions_of(planned.clip, 0)
             to_s = planned.start_s + planned.bucket.num_frames / planned.fps
             yield {

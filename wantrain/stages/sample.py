@@ -9,7 +9,7 @@ from wantrain.config import Config
 from wantrain.files import write_json
 from wantrain.jobs import progress
 from wantrain.models import sampling
-from wantrain.stages import Loras, Opened, lora_files, opened, pipeline_of, sampler_settings
+from wantrain.stages import Loras, Opened, inputs_of, lora_files, opened, sampler_of, sampler_settings
 from wantrain.terms import UserError
 
 
@@ -19,25 +19,27 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     if not config.sampler.prompts:
         raise UserError("sampler.prompts is empty", "sampler.prompts='[a red house, a blue boat]'")
     loras = lora_files(recipe, arguments) if any(config.sampler.strengths) else {}
-    pipeline = pipeline_of(recipe, loras)
+    inputs = inputs_of(recipe, len(config.sampler.prompts))
+    sampler = sampler_of(recipe, loras)
     settings = sampler_settings(recipe)
     folder = recipe.run_dir / "samples"
-    jobs = [(prompt, seed) for prompt in config.sampler.prompts for seed in config.sampler.seeds]
+    jobs = [(prompt, seed, given) for prompt, given in zip(config.sampler.prompts, inputs, strict=True)
+            for seed in config.sampler.seeds]
     rows = []
     with progress(len(jobs) * len(config.sampler.strengths), 0, "video", "samples") as bar:
-        for number, (prompt, seed) in enumerate(jobs):
+        for number, (prompt, seed, given) in enumerate(jobs):
             row = []
             for strength in config.sampler.strengths:
                 if loras:
-                    sampling.set_strength(pipeline, strength)
-                frames_FCHW = sampling.sample(pipeline, prompt, seed, settings)
+                    sampling.set_strength(sampler, strength)
+                frames_FCHW = sampling.sample(sampler, prompt, seed, settings, given)
                 pictures.write_mp4(folder / f"{number:03d}_strength_{strength:g}.mp4", frames_FCHW, recipe.variant.fps)
                 row.append(frames_FCHW[len(frames_FCHW) // 2])
                 bar.update()
             rows.append(row)
     columns = [f"strength {s:g}" if s else "base" for s in config.sampler.strengths]
-    pictures.contact_sheet(folder / "contact_sheet.png", rows, columns, [f"{p} (seed {s})" for p, s in jobs])
-    write_json(folder / "samples.json", _index(recipe, jobs, loras))
+    pictures.contact_sheet(folder / "contact_sheet.png", rows, columns, [f"{p} (seed {s})" for p, s, _ in jobs])
+    write_json(folder / "samples.json", _index(recipe, [job[:2] for job in jobs], loras))
     print(f"{len(jobs) * len(columns)} videos and contact_sheet.png in {folder}")
 
 

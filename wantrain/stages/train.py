@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from types import FrameType
 from typing import Any
@@ -33,13 +34,14 @@ from wantrain.stages import (
     Encoder,
     Opened,
     Streamed,
+    heldout_samples,
     manifest_digest,
     num_workers,
     opened,
+    sample_of,
     spec_of,
-    tensors_of,
 )
-from wantrain.terms import Batch, Interrupted, UserError
+from wantrain.terms import Batch, Interrupted, Sample, UserError
 
 
 @dataclass(slots=True)
@@ -86,18 +88,15 @@ class Training:
 def run(config: Config, arguments: Sequence[str]) -> None:
     """Train the recipe's adapter, or those of both experts, going on from the newest checkpoints of the run folder."""
     recipe = opened(config, arguments)
-    if controlled := [p.clip.id for p in recipe.planned if "control" in p.partners]:
-        raise UserError(f"{len(controlled)} windows have a control video, such as {controlled[0]}, and "
-                        f"{recipe.variant.name} ({recipe.variant.task}) takes none: it would be ignored",
-                        "take the column or the folder `control` out of the source")
     cached = Cached(recipe) if config.data.mode is DataMode.cache else None  # says at once if entries are missing
     trainings = recipe.trainings()
     for number, own in enumerate(trainings):
         another_follows = number + 1 < len(trainings)
         is_main = train_one(own, cached, another_follows)
         if is_main and not another_follows:
-            print(f"trained {config.train.num_steps} steps{' of each expert' if len(trainings) > 1 else ''}; next: "
-                  f"{shlex.join(['wantrain', 'export', *arguments])}")
+            done = " and ".join(f"{one.config.train.num_steps}{f' ({one.base.expert})' * bool(one.base.expert)}"
+                                for one in trainings)
+            print(f"trained {done} steps; next: {shlex.join(['wantrain', 'export', *arguments])}")
 
 
 def train_one(recipe: Opened, cached: Cached | None, another_follows: bool) -> bool:
@@ -138,7 +137,7 @@ def train(training: Training, source: Encode, step: int, stopper: Stopper) -> in
     config, recipe, accelerator = training.config, training.recipe, training.accelerator
     heldout = []
     if config.validation.every_steps:
-        heldout = [tensors_of(source, p, p.clip.caption)[:2] for p in recipe.heldout]
+        heldout = heldout_samples(recipe, source)
     last, stop = config.train.num_steps, False
     ahead = batches.ahead(range(step, last), batch_maker(training, source, step))
     with metrics.Metrics(recipe.run_dir / "metrics.jsonl", accelerator.log, step, last,
@@ -169,15 +168,14 @@ def batch_maker(training: Training, source: Encode, start: int) -> Callable[[int
     config, recipe, accelerator = training.config, training.recipe, training.accelerator
     split = Split(config.data.batch_size, config.train.micro_batch_size, accelerator.num_processes,
                   accelerator.process_index)
-    shift = recipe.variant.shift if config.train.shift is None else config.train.shift
-    draws = Draws(shift, recipe.sigmas, config.data.caption_dropout, config.data.tag_orders)
+    draws = Draws(recipe.density, config.data.caption_dropout, config.data.tag_orders, config.data.first_frame_share)
     order = order_of(recipe)
     if isinstance(source, Encoder):
         coming = batches.coming(order_of(recipe), split, range(start, config.train.num_steps))
-        source = Streamed(source, coming, num_workers(config), config.data.timeout_s)
+        source = Streamed(recipe, source, coming, num_workers(config))
 
     def make(step: int) -> list[Batch]:
-        made = batches.micro_batches(order, split, step, draws, lambda p, caption: tensors_of(source, p, caption))
+        made = batches.micro_batches(order, split, step, draws, partial(sample_of, recipe, source))
         return [batches.pinned(batch) for batch in made] if training.device.type == "cuda" else made
 
     return make
@@ -208,19 +206,85 @@ def train_step(training: Training, step: int, micro_batches: Sequence[Batch]) ->
     return {"loss": float(engine.gather(accelerator, torch.cat(losses)).mean()), "grad_norm": grad_norm, "lr": lr}
 
 
+@dataclass(slots=True)
+class Asked:
+    """What the transformer is asked for, and what it should answer: rows of the batch, on the device.
+
+    Where `from_base_N` is true, what the frozen base answers takes the place of `target`.
+    """
+
+    noisy: torch.Tensor
+    sigma: torch.Tensor
+    text: torch.Tensor
+    condition: dict[str, torch.Tensor]
+    target: torch.Tensor
+    from_base_N: torch.Tensor
+
+    def rows(self, index_N: torch.Tensor) -> Asked:
+        """Only these rows, in this order."""
+        return Asked(self.noisy[index_N], self.sigma[index_N], self.text[index_N],
+                     {name: tensor[index_N] for name, tensor in self.condition.items()}, self.target[index_N],
+                     self.from_base_N[index_N])
+
+
+def asked_of(training: Training, batch: Batch) -> Asked:
+    """One row a sample, and after them one with the class words in place of the trigger, where those are trained."""
+    device, dtype = training.device, training.recipe.dtype
+    latents, noise, sigma, text = (t.to(device, non_blocking=True) for t in (
+        batch.latents_BCTHW, batch.noise_BCTHW, batch.sigma, batch.text_BLD))
+    rows = Asked(flow.mix(latents, noise, sigma).to(dtype), sigma, text.to(dtype),
+                 {name: t.to(device, non_blocking=True) for name, t in batch.condition.items()},
+                 flow.velocity(latents, noise), torch.tensor([p.clip.preserve for p in batch.planned_B], device=device))
+    if batch.class_text_BLD is not None:
+        rows = rows.rows(torch.arange(2 * len(latents), device=device) % len(latents))
+        rows.text[len(latents):] = batch.class_text_BLD.to(device, dtype)
+        rows.from_base_N[len(latents):] = True
+    return rows
+
+
+def answer_of_base(training: Training, asked: Asked) -> None:
+    """Put the frozen base's answers in place of those targets that are to be its own.
+
+    One forward in every process, whatever the rows: under ZeRO-3 all must call it.
+    """
+    places_N = asked.from_base_N.nonzero()[:, 0]
+    some = places_N if len(places_N) else torch.zeros(1, dtype=torch.long, device=training.device)
+    model = training.accelerator.unwrap_model(training.model)
+    part = asked.rows(some)
+    with torch.no_grad(), lora.switched_off(model), engine.autocast(training.device, training.recipe.dtype):
+        answer = predict_velocity(model, part.noisy, part.sigma, part.text, part.condition)
+    asked.target[places_N] = answer[: len(places_N)].float()
+
+
 def batch_loss(training: Training, batch: Batch) -> torch.Tensor:
-    """loss_B of one micro-batch: mix, predict, compare."""
-    dtype, device = training.recipe.dtype, training.device
-    latents, noise, sigma_B, text = (t.to(device, non_blocking=True) for t in (
-        batch.latents_BCTHW, batch.noise_BCTHW, batch.sigma_B, batch.text_BLD))
-    noisy = flow.mix(latents, noise, sigma_B)
-    with engine.autocast(device, dtype):
-        predicted = predict_velocity(training.model, noisy.to(dtype), sigma_B, text.to(dtype))
+    """loss_B of one micro-batch: mix, predict, compare, weigh."""
+    own, recipe = training.config.loss, training.recipe
+    asked = asked_of(training, batch)
+    if recipe.preserves:
+        answer_of_base(training, asked)
+    with engine.autocast(training.device, recipe.dtype):
+        predicted = predict_velocity(training.model, asked.noisy, asked.sigma, asked.text, asked.condition)
+    num_samples = len(batch.planned_B)
+    weight = place_weight(batch, own.mask_background)
+    if weight is not None:
+        weight = weight.to(training.device).repeat(len(predicted) // num_samples, 1, 1, 1, 1)
+    loss_N = flow.loss_per_sample(predicted, asked.target, weight, own.kind.name, own.delta)
+    loss_B = loss_N[:num_samples]
+    if batch.class_text_BLD is not None:
+        has_words_B = batch.class_text_BLD.ne(0).any(-1).any(-1).to(training.device)
+        loss_B = loss_B + own.class_weight * has_words_B * loss_N[num_samples:]
+    return loss_B * flow.weight_of_sigma(batch.sigma_B, own.weighting.name, own.min_snr_gamma).to(training.device)
+
+
+def place_weight(batch: Batch, background: float) -> torch.Tensor | None:
+    """Where the loss looks, [B, 1, T, H, W]: inside masks, and not at latent frames that were given clean."""
     weight = None
     if batch.mask_B1THW is not None:
-        background = training.config.train.mask_background
-        weight = background + (1 - background) * batch.mask_B1THW.to(device)
-    return flow.loss_per_sample(predicted, flow.velocity(latents, noise), weight)
+        weight = background + (1 - background) * batch.mask_B1THW
+    if batch.known_BT is None:
+        return weight
+    unknown = (1 - batch.known_BT).view(len(batch.known_BT), 1, -1, 1, 1)
+    return unknown.expand(-1, 1, -1, *batch.latents_BCTHW.shape[3:]) if weight is None else weight * unknown
 
 
 def refuse_non_finite(training: Training, step: int, what: str, values: torch.Tensor, batch: Batch) -> None:
@@ -230,7 +294,7 @@ def refuse_non_finite(training: Training, step: int, what: str, values: torch.Te
                         "the last checkpoint is untouched; lower optim.lr, or look at these clips")
 
 
-def validate(training: Training, heldout: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
+def validate(training: Training, heldout: Sequence[Sample]) -> float:
     """Mean held-out loss at those of the config's sigmas at which this transformer works."""
     low, high = training.recipe.sigmas
     sigmas = [sigma for sigma in training.config.validation.sigmas if low <= sigma < high or sigma == high == 1]

@@ -1,0 +1,89 @@
+"""A whole tiny checkpoint with random weights for every task, and clips with what the task works from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+from tests import tiny_models as tiny
+from tests.conftest import SIZE, moving_square, write_clips
+from wantrain import pictures
+from wantrain.models.base import EMBEDDED
+from wantrain.models.variants import VARIANTS, diffusers_config
+
+CLASSES = {c.__name__: c for c in (tiny.WanTransformer3DModel, tiny.WanVACETransformer3DModel)}
+CLIP = {**tiny.CLIP, "hidden_size": 32, "image_size": 8, "patch_size": 4}
+"""Five tokens a picture, as wide as the tiny variants' image_dim."""
+
+TASKS = ("tiny_wan", "tiny_wan_a14b", "tiny_wan_i2v", "tiny_wan_i2v_a14b", "tiny_wan_flf2v", "tiny_wan_ti2v",
+         "tiny_wan_vace", "tiny_wan_control")
+PIPELINES = {"t2v": "WanPipeline", "i2v": "WanImageToVideoPipeline", "flf2v": "WanImageToVideoPipeline",
+             "ti2v": "WanImageToVideoPipeline", "vace": "WanVACEPipeline"}
+"""diffusers' pipeline of each task; Fun-Control has none."""
+
+
+def random(module: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Weights of a size at which every input is heard in the output."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        scale = 1.5 / parameter[0].numel() ** 0.5 if parameter.ndim > 1 else 0.1
+        parameter.data = torch.randn(parameter.shape, generator=generator) * scale
+        if parameter.ndim == 1 and name.endswith("weight"):
+            parameter.data += 1  # norms
+    return module.eval()
+
+
+def write_checkpoint(folder: Path, name: str) -> Path:
+    """The variant `name` of the table in the diffusers layout: random transformers, VAE 2.2 and CLIP tower where it has
+    them, and the embedded base's other parts.
+    """
+    variant = VARIANTS[name]
+    own = CLASSES[variant.transformer_class]
+    parts = ["transformer", "transformer_2"][: len(variant.experts) or 1]
+    for seed, part in enumerate(parts):
+        random(own(**diffusers_config(variant)), seed).save_pretrained(folder / part)
+    kept = ["text_encoder", "tokenizer", "scheduler"]
+    if variant.vae == "2.2":
+        random(AutoencoderKLWan(**tiny.VAES["2.2"]), 5).save_pretrained(folder / "vae")
+    else:
+        kept.append("vae")
+    for part in kept:
+        (folder / part).symlink_to(EMBEDDED / part)
+    index = json.loads((EMBEDDED / "model_index.json").read_text())
+    index |= dict.fromkeys(parts, ["diffusers", variant.transformer_class])
+    index |= {"_class_name": PIPELINES.get(variant.task, "WanPipeline"), "boundary_ratio": variant.boundary,
+              "expand_timesteps": variant.task == "ti2v"}
+    if variant.architecture.image_dim:
+        random(CLIPVisionModel(CLIPVisionConfig(**CLIP)), 7).save_pretrained(folder / "image_encoder")
+        CLIPImageProcessor(crop_size=8, size=8).save_pretrained(folder / "image_processor")
+        index |= {"image_encoder": ["transformers", "CLIPVisionModel"],
+                  "image_processor": ["transformers", "CLIPImageProcessor"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def write_partners(folder: Path, task: str, number: int, height: int = 2 * SIZE[0], width: int = 2 * SIZE[1]) -> None:
+    """For `clip_0` to `clip_N`: a control video, for VACE also a mask for every clip and a reference for every second.
+    """
+    for i in range(number if task in ("control", "vace") else 0):
+        pictures.write_mp4(folder / "control" / f"clip_{i}.mp4", moving_square(200 + i, 9, height, width), 16)
+        if task == "vace":
+            mask = torch.zeros(9, 3, height, width, dtype=torch.uint8)
+            mask[:, :, : height // 2, i : i + width // 2] = 255
+            pictures.write_mp4(folder / "control_mask" / f"clip_{i}.mp4", mask, 16)
+        if task == "vace" and i % 2:
+            pictures.write_png(folder / "reference" / f"clip_{i}.png", moving_square(300 + i, 1, 40, 60)[0])
+
+
+def write_set(folder: Path, name: str) -> Path:
+    """style/ (4 clips and their partners, and one picture), plain/ (2) and heldout/ (2)."""
+    task = VARIANTS[name].task
+    for part, number, caption, seed in (("style", 4, "sqstyle, square number {}", 0), ("plain", 2, "square {}", 50),
+                                        ("heldout", 2, "sqstyle, unseen square {}", 100)):
+        write_clips(folder / part, number, caption, seed)
+        write_partners(folder / part, task, number)
+    return folder

@@ -1,0 +1,179 @@
+"""What each task gives the transformer besides noisy latents and text: one function a task.
+
+The cache, streaming and the sampler all call `encode` for what the VAE and the CLIP tower make of frames, and `arrange`
+for how the transformer takes it, so that training and sampling cannot differ.
+
+Sources: the official generate scripts of Wan2.1 (i2v, flf2v, vace) and Wan2.2 (ti2v), VideoX-Fun's control pipeline;
+facts/wan-formats.md 1.4 and 1.7. Parity with diffusers' pipelines: tests/parity/test_tasks.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKLWan
+from transformers import CLIPVisionModel
+
+from wantrain.models.encode import encode_frames
+from wantrain.models.variants import Task, Variant
+from wantrain.terms import Bucket
+
+Frames = Mapping[str, torch.Tensor]
+"""frames_FCHW uint8 by name: first and last (one frame each), control, control_mask, reference."""
+
+Condition = dict[str, torch.Tensor]
+"""Of one sample: `channels` [C, T, H, W] behind the noisy latents, `image` [images, tokens, D] of CLIP, `vace`
+[96, T, H, W]."""
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+WHITE = 255
+
+
+@dataclass(frozen=True, slots=True)
+class Encoders:
+    """What turns frames into conditions. `image` is None where the variant has no CLIP tokens."""
+
+    vae: AutoencoderKLWan
+    image: CLIPVisionModel | None
+
+    @torch.no_grad()
+    def image_tokens(self, frames_FCHW: torch.Tensor | None, num_images: int) -> Condition:
+        """{`image`: the last but one hidden states of each frame}, zeros where none is given; {} without a tower.
+
+        The whole frame is squashed to the tower's square (bicubic, not antialiased), as the official code does;
+        diffusers' processor would cut its sides off.
+        """
+        if self.image is None:
+            return {}
+        own = self.image.config
+        if frames_FCHW is None:
+            num_tokens = 1 + (own.image_size // own.patch_size) ** 2
+            return {"image": torch.zeros(num_images, num_tokens, own.hidden_size)}
+        pixels = frames_FCHW.to(self.image.device).float() / WHITE
+        pixels = torch.nn.functional.interpolate(pixels, (own.image_size,) * 2, mode="bicubic", align_corners=False)
+        mean, std = (torch.tensor(values, device=pixels.device).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+        hidden = self.image(((pixels - mean) / std).to(self.image.dtype), output_hidden_states=True).hidden_states[-2]
+        return {"image": hidden.float().cpu()}
+
+
+def needed(task: Task) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(partners of a clip that a task cannot do without, those that it may have besides); VACE needs one of two."""
+    return {"control": (("control",), ()), "vace": ((), ("control", "control_mask", "reference"))}.get(task, ((), ()))
+
+
+def media(task: Task) -> tuple[str, ...]:
+    """What a condition that is to be encoded is made of: `clip` stands for the window's own frames."""
+    return {"i2v": ("clip",), "flf2v": ("clip",), "control": ("clip", "control"),
+            "vace": ("control", "control_mask", "reference")}.get(task, ())
+
+
+def of_window(frames: Frames, bucket: Bucket) -> Frames:
+    """A window's frames under the names that `encode` knows. A single frame is not given: it would be the answer."""
+    own = frames.get("clip")
+    rest = {name: value for name, value in frames.items() if name != "clip"}
+    if own is None or bucket.num_frames == 1:
+        return rest
+    return {**rest, "first": own[:1], "last": own[-1:]}
+
+
+def encode(variant: Variant, encoders: Encoders, frames: Frames, bucket: Bucket) -> Condition:
+    """What the task's function makes of the frames, for the cache; every tensor float32 on the CPU."""
+    return ENCODE[variant.task](encoders, frames, bucket) if variant.task in ENCODE else {}
+
+
+def encode_i2v(encoders: Encoders, frames: Frames, bucket: Bucket) -> Condition:
+    """Given first frame (image-to-video), or none: `channels` [4 + C, T, H, W] are mask and VAE latents of the frame
+    followed by grey; `image` its CLIP tokens.
+    """
+    return _given_frames(encoders, {0: frames.get("first")}, bucket) | encoders.image_tokens(frames.get("first"), 1)
+
+
+def encode_flf2v(encoders: Encoders, frames: Frames, bucket: Bucket) -> Condition:
+    """Given first and last frame: as image-to-video, with the tokens of both."""
+    first, last = frames.get("first"), frames.get("last")
+    both = torch.cat([first, last]) if first is not None and last is not None else None
+    return _given_frames(encoders, {0: first, bucket.num_frames - 1: last}, bucket) | encoders.image_tokens(both, 2)
+
+
+def _given_frames(encoders: Encoders, given: Mapping[int, torch.Tensor | None], bucket: Bucket) -> Condition:
+    """Frames at their places, grey (0 in [-1, 1]) elsewhere, through the VAE as one video; before them their mask."""
+    pixels_FCHW = torch.zeros(bucket.num_frames, 3, bucket.height, bucket.width)
+    mask_F = torch.zeros(bucket.num_frames)
+    for place, frame in given.items():
+        if frame is not None:
+            pixels_FCHW[place], mask_F[place] = frame[0].float() / 127.5 - 1, 1
+    latents_CTHW = encode_frames(encoders.vae, pixels_FCHW)
+    return {"channels": torch.cat([fold_mask(mask_F, latents_CTHW.shape[1:]), latents_CTHW])}
+
+
+def fold_mask(mask_F: torch.Tensor, shape_THW: Sequence[int]) -> torch.Tensor:
+    """The frames' mask as [4, T, H, W]: each latent frame has the values of its four, the first frame counts four times.
+    """
+    mask_4T = torch.cat([mask_F[:1].expand(4), mask_F[1:]]).view(-1, 4).T
+    return mask_4T[:, :, None, None].expand(4, *shape_THW).contiguous()
+
+
+def encode_control(encoders: Encoders, frames: Frames, bucket: Bucket) -> Condition:
+    """Fun-Control: `control` latents, and the CLIP tokens of the first frame, which `arrange` may take back."""
+    control = encode_frames(encoders.vae, frames["control"])
+    return {"control": control} | encoders.image_tokens(frames.get("first"), 1)
+
+
+def encode_vace(encoders: Encoders, frames: Frames, bucket: Bucket) -> Condition:
+    """VACE: `vace` [96, T, H, W] is what to keep of the control video and what to make anew (VAE of each), and the mask
+    folded 8 x 8; a `reference` [C, 1, H, W] stands before them, and before the latents.
+
+    Without a control video all is made anew from grey; without a mask all of the control video is only a guide.
+    """
+    size = (bucket.num_frames, 1, bucket.height, bucket.width)
+    control, mask = frames.get("control"), frames.get("control_mask")
+    pixels_FCHW = torch.zeros(size).expand(-1, 3, -1, -1) if control is None else control.float() / 127.5 - 1
+    mask_F1HW = torch.ones(size) if mask is None else (mask.float().mean(1, keepdim=True) / WHITE).expand(size)
+    new_F1HW = (mask_F1HW > 0.5).float()
+    latents_CTHW = torch.cat([encode_frames(encoders.vae, pixels_FCHW * part) for part in (1 - new_F1HW, new_F1HW)])
+    folded_CTHW = fold_pixels(mask_F1HW[:, 0], latents_CTHW.shape[1:])
+    if "reference" not in frames:
+        return {"vace": torch.cat([latents_CTHW, folded_CTHW])}
+    reference_C1HW = encode_frames(encoders.vae, frames["reference"])
+    before_C1HW = torch.cat([reference_C1HW, torch.zeros_like(reference_C1HW), torch.zeros_like(folded_CTHW[:, :1])])
+    return {"vace": torch.cat([before_C1HW, torch.cat([latents_CTHW, folded_CTHW])], dim=1),
+            "reference": reference_C1HW}
+
+
+def fold_pixels(mask_FHW: torch.Tensor, shape_THW: Sequence[int]) -> torch.Tensor:
+    """A mask in pixels as [64, T, H, W]: the 8 x 8 pixels of each latent are channels, of the nearest frame each."""
+    num_latent_frames, h, w = shape_THW
+    folded = mask_FHW.view(len(mask_FHW), h, 8, w, 8).permute(2, 4, 0, 1, 3).flatten(0, 1)
+    return torch.nn.functional.interpolate(folded[None], (num_latent_frames, h, w), mode="nearest-exact")[0]
+
+
+ENCODE: dict[Task, Callable[[Encoders, Frames, Bucket], Condition]] = {
+    "i2v": encode_i2v, "flf2v": encode_flf2v, "control": encode_control, "vace": encode_vace}
+"""t2v and ti2v encode nothing more: ti2v's first latent frame is the clip's own."""
+
+
+def arrange(variant: Variant, encoded: Condition, latents_CTHW: torch.Tensor, first: bool
+            ) -> tuple[Condition, torch.Tensor, torch.Tensor | None]:
+    """(condition for the transformer, latents_CTHW, known_T) of a sample.
+
+    `first`: whether the first latent frame of `latents_CTHW` is given, where the task leaves that open (ti2v, control).
+    A VACE reference goes before the latents; known_T is 1 for latent frames that are given clean.
+    """
+    first = first and latents_CTHW.shape[1] > 1
+    if variant.task == "ti2v":
+        known_T = torch.zeros(latents_CTHW.shape[1])
+        known_T[0] = 1
+        return {}, latents_CTHW, known_T if first else None
+    if variant.task == "control":
+        start = torch.zeros_like(encoded["control"])
+        if first:
+            start[:, :1] = latents_CTHW[:, :1]
+        image = {"image": encoded["image"] * first} if "image" in encoded else {}
+        return {"channels": torch.cat([encoded["control"], start])} | image, latents_CTHW, None
+    condition = {name: tensor for name, tensor in encoded.items() if name != "reference"}
+    if "reference" in encoded:
+        latents_CTHW = torch.cat([encoded["reference"], latents_CTHW], dim=1)
+    return condition, latents_CTHW, None
