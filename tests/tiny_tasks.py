@@ -47,8 +47,8 @@ def write_checkpoint(folder: Path, name: str) -> Path:
     for seed, part in enumerate(parts):
         random(own(**diffusers_config(variant)), seed).save_pretrained(folder / part)
     kept = ["text_encoder", "tokenizer", "scheduler"]
-    if variant.vae == "2.2":
-        random(AutoencoderKLWan(**tiny.VAES["2.2"]), 5).save_pretrained(folder / "vae")
+    if variant.vae == "2.2" or variant.task == "vace":  # of the embedded VAE diffusers' VACE gets the stride wrong
+        random(AutoencoderKLWan(**tiny.VAES[variant.vae]), 5).save_pretrained(folder / "vae")
     else:
         kept.append("vae")
     for part in kept:
@@ -56,7 +56,7 @@ def write_checkpoint(folder: Path, name: str) -> Path:
     index = json.loads((EMBEDDED / "model_index.json").read_text())
     index |= dict.fromkeys(parts, ["diffusers", variant.transformer_class])
     index |= {"_class_name": PIPELINES.get(variant.task, "WanPipeline"), "boundary_ratio": variant.boundary,
-              "expand_timesteps": variant.task == "ti2v"}
+              **({"expand_timesteps": True} if variant.task == "ti2v" else {})}
     if variant.architecture.image_dim:
         random(CLIPVisionModel(CLIPVisionConfig(**CLIP)), 7).save_pretrained(folder / "image_encoder")
         CLIPImageProcessor(crop_size=8, size=8).save_pretrained(folder / "image_processor")

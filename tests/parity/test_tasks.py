@@ -127,9 +127,9 @@ def test_diffusers_loads_the_export_and_samples_what_we_sample(twins, tmp_path, 
     ours, theirs = sampler_and_pipeline(twin, exports)
     height, width = size_of(name)
     own, given = inputs_of(twin.variant.task, height, width)
-    if "image" in given and theirs.image_encoder is not None:  # its processor crops: give it ours (tested apart)
+    if "image" in given and twin.variant.architecture.image_dim:  # its processor crops: give it ours (tested apart)
         frames = torch.cat([own[k] for k in ("first", "last") if k in own])
-        given["image_embeds"] = ours.encoders.image_tokens(frames, len(frames))["image"]
+        theirs.encode_image = lambda images, device: ours.encoders.image_tokens(frames, len(frames))["image"]
     settings = sampling.Settings(4, (3.0, 5.0), twin.variant.shift, Bucket(NUM_FRAMES, height, width), "")
     video = sampling.sample(ours, "a square", 1, settings, sampling.Inputs(own))
     guidance = {"guidance_scale": 5.0, "guidance_scale_2": 3.0} if twin.variant.experts else {"guidance_scale": 3.0}
