@@ -275,7 +275,7 @@ class Loss:
     mask_background: float = 0.0
     """Weight of the loss outside a clip's mask, 1 inside; clips without a mask count everywhere."""
     class_words: str | None = None
-    """What the trigger is an instance of (`cartoon`): captions with them instead of it must give what the base gives."""
+    """What the trigger is one of (`cartoon`): captions with these instead of it must give what the base gives."""
     class_weight: float = 1.0
     """Weight of that loss (differential output preservation) beside the clip's own."""
 
@@ -309,7 +309,7 @@ class Sampler:
     resolution: list[int] | None = None
     """[height, width] in pixels; null takes the first of data.resolutions."""
     inputs: list[dict[str, str]] = field(default_factory=list)
-    """Files each prompt works from: first, last, control, control_mask, reference, video; one entry serves all prompts."""
+    """Files each prompt works from: first, last, control, control_mask, reference, video; one entry serves all."""
     strength: float = 0.7
     """Share of the schedule that a `video` of sampler.inputs goes through; 1 keeps nothing of it."""
     lora: str | None = None
@@ -462,7 +462,8 @@ HARMLESS_TO_RESUME = ("run.", "sampler.", "evaluate.", "report.", "export.", "tr
                       "data.cache_dir", "data.heldout", "data.num_workers", "data.timeout_s",
                       "data.allow_drops", "train.num_steps", "train.micro_batch_size",
                       "train.save_every", "train.keep_checkpoints", "train.log_every", "train.resume",
-                      "train.activation_checkpointing", "model.path", "model.parts", "model.experts", "high.", "low.", "data.trigger")
+                      "train.activation_checkpointing", "model.path", "model.parts", "model.experts", "high.", "low.",
+                      "data.trigger")
 """Keys (prefixes) that may differ between a checkpoint and the config that goes on from it."""
 
 

@@ -16,7 +16,7 @@ from wantrain.flow import Density, draw_noise, draw_sigma, generator_for
 from wantrain.terms import Batch, Bucket, Clip, PlannedClip, Sample, UserError
 
 Fetch = Callable[[PlannedClip, str, bool], Sample]
-"""(window, caption, whether its first frame is given, where that is open) -> sample: from the cache or from the file."""
+"""(window, caption, whether its first frame is given, where that is open) -> sample, from the cache or the file."""
 
 
 @dataclass(slots=True)
