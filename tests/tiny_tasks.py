@@ -56,7 +56,7 @@ def write_checkpoint(folder: Path, name: str) -> Path:
     for part in kept:
         (folder / part).symlink_to(EMBEDDED / part)
     index = json.loads((EMBEDDED / "model_index.json").read_text())
-    index |= dict.fromkeys(parts, ["diffusers", variant.transformer_class])
+    index |= {part: ["diffusers", variant.transformer_class] for part in parts}
     index |= {"_class_name": PIPELINES.get(variant.task, "WanPipeline"), "boundary_ratio": variant.boundary,
               **({"expand_timesteps": True} if variant.task == "ti2v" else {})}
     if variant.architecture.image_dim:

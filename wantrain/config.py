@@ -24,6 +24,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wantrain.files import digest_text
+from wantrain.flow import Density
 from wantrain.terms import UserError
 
 
@@ -420,13 +421,12 @@ class Config:
 
     def _rules_of_loss(self) -> Iterator[tuple[bool, str, object, str]]:
         sigma, loss, sampler = self.sigma, self.loss, self.sampler
-        lengths = {Distribution.uniform: (0,), Distribution.logit_normal: (0, 2), Distribution.mode: (0, 1),
-                   Distribution.beta: (0, 2)}
-        yield len(sigma.shape) in lengths[sigma.distribution], "sigma.shape", sigma.shape, \
-            f"for {sigma.distribution.name}: {lengths[sigma.distribution][-1]} numbers, or none"
-        yield sigma.shift is None or sigma.shift > 0, "sigma.shift", sigma.shift, "above 0"
-        yield len(sigma.range) == 2 and 0 <= sigma.range[0] < sigma.range[-1] <= 1, "sigma.range", sigma.range, \
-            "[low, high] with 0 <= low < high <= 1"
+        yield len(sigma.range) == 2, "sigma.range", sigma.range, "[low, high] in [0, 1]"
+        try:
+            Density(sigma.distribution.name, tuple(sigma.shape), 1.0 if sigma.shift is None else sigma.shift,
+                    (sigma.range[0], sigma.range[1]))
+        except ValueError as error:
+            yield False, "sigma", {"shape": sigma.shape, "shift": sigma.shift, "range": sigma.range}, str(error)
         yield loss.delta > 0, "loss.delta", loss.delta, "above 0"
         yield loss.min_snr_gamma > 0, "loss.min_snr_gamma", loss.min_snr_gamma, "above 0"
         yield 0 <= loss.mask_background <= 1, "loss.mask_background", loss.mask_background, "a weight in [0, 1]"

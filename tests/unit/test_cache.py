@@ -101,14 +101,15 @@ def test_what_a_task_encodes_depends_on_the_task_its_encoder_the_vae_and_every_m
     def moved(**settings):
         return dataclasses.replace(planned, **settings)
 
+    elsewhere, less = Conditioning("other", ("clip", "control")), Conditioning("control clip", ("control",))
     changed = [
         task.path_of((CONDITION, moved(found=Found("other", 3.0)))),
         task.path_of((CONDITION, moved(partners=planned.partners | {"control": partner("other")}))),
         task.path_of((CONDITION, moved(partners=planned.partners | {"control": partner("c", start_s=1.0)}))),
         task.path_of((CONDITION, moved(bucket=Bucket(9, 32, 48)))),
         dataclasses.replace(task, vae_digest="other").path_of((CONDITION, planned)),
-        dataclasses.replace(task, conditioning=Conditioning("other", ("clip", "control"))).path_of((CONDITION, planned)),
-        dataclasses.replace(task, conditioning=Conditioning("control clip", ("control",))).path_of((CONDITION, planned)),
+        dataclasses.replace(task, conditioning=elsewhere).path_of((CONDITION, planned)),
+        dataclasses.replace(task, conditioning=less).path_of((CONDITION, planned)),
     ]
     assert len({entry, *changed}) == len(changed) + 1
     assert task.path_of((CONDITION, moved(partners=planned.partners | {"mask": partner("other")}))) == entry

@@ -287,8 +287,9 @@ def masked(*shapes_THW):
     clips = planned(len(shapes_THW))
     masks = {p.clip.id: shape and torch.full((1, *shape), 0.5) for p, shape in zip(clips, shapes_THW, strict=True)}
     size = len(clips)
-    batch, = batches.micro_batches(Order(clips, size, seed=0), Split(size, size, 1, 0), 0, Draws(unshifted), lambda p, *_: (
-        Sample(torch.zeros(2, 3, 2, 2), torch.zeros(1, 1), masks[p.clip.id])))
+    batch, = batches.micro_batches(
+        Order(clips, size, seed=0), Split(size, size, 1, 0), 0, Draws(unshifted),
+        lambda p, *_: Sample(torch.zeros(2, 3, 2, 2), torch.zeros(1, 1), masks[p.clip.id]))
     return dict(zip(batch.ids, batch.mask_B1THW, strict=True)) if batch.mask_B1THW is not None else None
 
 

@@ -115,7 +115,10 @@ class Opened:
         shift = variant.shift if own.shift is None else own.shift
         if own.by_resolution:
             shift = flow.shift_for(shift, num_tokens(bucket, variant.multiple_px), variant.native_tokens)
-        return flow.Density(own.distribution.name, tuple(own.shape), shift, self.sigmas)
+        try:
+            return flow.Density(own.distribution.name, tuple(own.shape), shift, self.sigmas)
+        except ValueError as error:
+            raise UserError(f"sigma: {error}", "widen sigma.range, or choose another sigma.distribution") from error
 
 
 def spec_of(config: Config) -> Spec:
