@@ -91,10 +91,13 @@ def write_partners(folder: Path, task: str, number: int, height: int = 2 * SIZE[
 
 
 def write_set(folder: Path, name: str) -> Path:
-    """style/ (4 clips and their partners, and one picture), plain/ (2) and heldout/ (2)."""
+    """style/ (4 clips and one picture), plain/ (2) and heldout/ (2), each with what its task works from."""
     task = VARIANTS[name].task
     for part, number, caption, seed in (("style", 4, "sqstyle, square number {}", 0), ("plain", 2, "square {}", 50),
                                         ("heldout", 2, "sqstyle, unseen square {}", 100)):
         write_clips(folder / part, number, caption, seed)
         write_partners(folder / part, task, number)
+    for kind in ("", *(["control"] if task in ("control", "vace") else [])):
+        pictures.write_png(folder / "style" / kind / "picture.png", moving_square(400, 1, 2 * SIZE[0], 2 * SIZE[1])[0])
+    (folder / "style" / "picture.txt").write_text("sqstyle, a picture of a square")
     return folder
