@@ -88,9 +88,17 @@ class Opened:
     @property
     def export_path(self) -> Path:
         """Where `export` writes and where `sample` and `evaluate` look first; a PEFT adapter is a folder."""
+        return self._export_path("")
+
+    @property
+    def ema_export_path(self) -> Path:
+        """Where `export` writes the adapter's average."""
+        return self._export_path("_ema")
+
+    def _export_path(self, what: str) -> Path:
         noise = f"_{self.base.expert}_noise" if self.base.expert else ""
         suffix = "_peft" if self.config.export.format is LoraFormat.peft else ".safetensors"
-        return Path(self.config.run.dir) / "export" / f"{self.config.run.name}{noise}{suffix}"
+        return Path(self.config.run.dir) / "export" / f"{self.config.run.name}{what}{noise}{suffix}"
 
     @property
     def sigmas(self) -> tuple[float, float]:
