@@ -325,7 +325,7 @@ class Sampler:
     resolution: list[int] | None = None
     """[height, width] in pixels; null takes the first of data.resolutions."""
     inputs: list[dict[str, str]] = field(default_factory=list)
-    """Files each prompt works from: first, last, control, control_mask, reference, video; one entry serves all."""
+    """Files each prompt works from: first, last, control, control_mask, reference, face, video; one serves all."""
     strength: float = 0.7
     """Share of the schedule that a `video` of sampler.inputs goes through; 1 keeps nothing of it."""
     lora: str | None = None
@@ -459,7 +459,7 @@ class Config:
                 yield value is None or value > 0, f"{name}.{key}", value, "above 0, or null"
 
 
-SAMPLER_INPUTS = ("first", "last", "control", "control_mask", "reference", "video")
+SAMPLER_INPUTS = ("first", "last", "control", "control_mask", "reference", "face", "video")
 
 
 def _optim_rules(optim: Optim, kind: LoraKind) -> Iterator[tuple[bool, str, object, str]]:

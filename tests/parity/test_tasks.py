@@ -1,11 +1,13 @@
 """Every task on its tiny twin: cached, trained, exported, sampled; and against diffusers' pipeline of the task.
 
-Regenerate the golden numbers after a change that is meant to change them: `python -m tests.parity.test_tasks`.
+Regenerate the golden numbers after a change that is meant to change them:
+`python -m tests.parity.test_tasks [NAME ...]`.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +130,11 @@ def inputs_of(task: str, height: int, width: int):
         reference = moving_square(4, 1, height, width)  # of the sample's size: how it is resized is tested apart
         return ({"control": film, "control_mask": mask, "reference": reference},
                 {"video": pil(film), "mask": pil(mask), "reference_images": pil(reference)})
+    if task == "animate":
+        face = moving_square(5, NUM_FRAMES, 16, 16)
+        return ({"control": film, "face": face, "reference": film[:1]},
+                {"image": pil(film[:1])[0], "pose_video": pil(film), "face_video": pil(face),
+                 "segment_frame_length": NUM_FRAMES, "prev_segment_conditioning_frames": 1})
     return {}, {}
 
 
@@ -146,13 +153,14 @@ def test_twenty_steps_are_as_they_were_and_diffusers_samples_the_export_as_we_do
     height, width = size_of(name)
     own, given = inputs_of(twin.variant.task, height, width)
     if "image" in given and twin.variant.architecture.image_dim:  # its processor crops: give it ours (tested apart)
-        frames = torch.cat([own[k] for k in ("first", "last") if k in own])
+        frames = torch.cat([own[k] for k in ("first", "last", "reference") if k in own])
         theirs.encode_image = lambda images, device: ours.encoders.image_tokens(frames, len(frames))["image"]
     settings = sampling.Settings(4, (3.0, 5.0), twin.variant.shift, Bucket(NUM_FRAMES, height, width), "")
     video = sampling.sample(ours, "a square", 1, settings, sampling.Inputs(own))
     guidance = {"guidance_scale": 5.0, "guidance_scale_2": 3.0} if twin.variant.experts else {"guidance_scale": 3.0}
-    want = theirs(prompt="a square", negative_prompt="", height=height, width=width, num_frames=NUM_FRAMES,
-                  num_inference_steps=4, generator=torch.Generator().manual_seed(1), max_sequence_length=512,
+    length = {} if "segment_frame_length" in given else {"num_frames": NUM_FRAMES}
+    want = theirs(prompt="a square", negative_prompt="", height=height, width=width, num_inference_steps=4, **length,
+                  generator=torch.Generator().manual_seed(1), max_sequence_length=512,
                   output_type="np", **guidance, **given).frames[0]
     difference = abs(video.movedim(1, -1).numpy() / 255 - want)
     assert difference.mean() < 0.003, "rounding to bytes costs up to 0.002"
@@ -210,8 +218,8 @@ def test_samples_and_reports_take_their_inputs_from_held_out_clips_or_from_files
 
 
 if __name__ == "__main__":
-    found = {}
-    for task in TASKS:
+    found = json.loads(GOLDEN.read_text())
+    for task in sys.argv[1:] or TASKS:
         with tempfile.TemporaryDirectory() as folder:
             one = write_twin(Path(folder), task)
             one.run("train", Path(folder) / "golden", "train.num_steps=20")
