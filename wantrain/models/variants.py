@@ -231,7 +231,7 @@ def is_diffusers_config(config: Mapping[str, Any]) -> bool:
     return "attention_head_dim" in config
 
 
-ANIMATE = "Wan2.2-Animate"
+ANIMATE = "Wan2.2-Animate (under official names)"
 
 # Tensors that only a family we do not support has, in ComfyUI's order of detection (facts/wan-formats.md 1.6).
 _UNSUPPORTED: dict[str, str] = {
