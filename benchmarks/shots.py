@@ -80,8 +80,8 @@ def main() -> None:
     cuts, _ = split.find_shots(film, decode.probe(film).times_s, rules)
     edges = [0, *(start for _, start in cuts), len(frames_FHWC)]
     shots = [frames_FHWC[first:stop][:LONGEST] for first, stop in itertools.pairwise(edges) if stop - first >= 40]
-    work = {"the film": (frames_FHWC, cuts), **{f"dissolves of {n} frames": dissolved(shots, n) for n in (6, 12, 24, 40)},
-            "fades through black, 24 frames": faded(shots, 24)}
+    work = {"the film": (frames_FHWC, cuts), "fades through black, 24 frames": faded(shots, 24),
+            **{f"dissolves of {length} frames": dissolved(shots, length) for length in (6, 12, 24, 40)}}
     for what, (frames, spans) in work.items():
         for name, threshold in (("adaptive", 3.0), ("transnetv2", 0.5), ("transnetv2", 0.35)):
             began = time.perf_counter()
