@@ -46,7 +46,7 @@ from data_tools.command import (
 from data_tools.rows import Row, has, is_url, moved, sound_rows, write_rows
 from wantrain.data import decode
 from wantrain.data.media import probe
-from wantrain.files import digest_text
+from wantrain.files import digest_text, owner
 from wantrain.jobs import TIME_LIMIT, in_workers, progress
 from wantrain.terms import IMAGE_SUFFIXES, Bucket, UserError
 
@@ -339,9 +339,8 @@ def sidecars(folder: Path) -> dict[str, list[Path]]:
     stems = {file.stem for file in folder.iterdir() if file.suffix.lower() in SUFFIXES}
     found: dict[str, list[Path]] = {}
     for file in sorted(folder.glob("*.txt"), key=lambda f: (f.stem not in stems, f.name)):
-        owners = [stem for stem in stems if file.name.startswith(f"{stem}.")]
-        if owners:
-            found.setdefault(max(owners, key=len), []).append(file)
+        if stem := owner(file.name, stems):
+            found.setdefault(stem, []).append(file)
     return found
 
 

@@ -119,9 +119,9 @@ def build(paths: Sequence[Path], out: Path, probed: Path | None, partners: Mappi
              for row, clip in before.items() if clip in faults and not set(row.captions) <= set(captions[clip])],
             "mend these files, or take their rows out yourself")
     kept = [row for row, clip in before.items() if clip not in faults]
-    folder = out.absolute().parent
+    folder, there = out.absolute().parent, {*before.values()}
     new = [Row(folder, "", {"video": relative(clip, folder), "caption": ""})
-           for clip in clips if clip not in faults and clip not in before.values()]
+           for clip in clips if clip not in faults and clip not in there]
     for row in kept + new:
         notes += _fill(row, captions.get(Path(row.where("video")), []))
     roots = [absolute(path if path.is_dir() else path.parent) for path in paths]
