@@ -35,6 +35,10 @@ def run(config: Config, arguments: Sequence[str]) -> None:
             print(f"  merged     {path} at strength {strength:g}")
     print(f"adapter      {config.lora.kind.name}, rank {config.lora.rank}, alpha {config.lora.alpha:g} on "
           f"{len(modules)} modules: {adapted:,} trainable parameters")
+    optim = config.optim
+    rates = sorted({optim.lr * f for f in lora.lr_factors(transformer, optim.lora_plus, optim.lr_factors).values()})
+    print(f"optimizer    {optim.name.name}, learning rate {', '.join(f'{rate:g}' for rate in rates)}"
+          f"{f', average with decay {optim.ema_decay:g}' if optim.ema_decay else ''}")
     print_data(recipe)
     print(f"steps        {config.train.num_steps} of {config.data.batch_size} samples = {seen / samples:.1f} epochs "
           f"of {samples:g} samples")
