@@ -19,6 +19,7 @@ from wantrain.engine.optimizers import OPTIMIZERS, Kind
 from wantrain.models import base
 from wantrain.models.lora_updates import read_adapter
 from wantrain.models.variants import VARIANTS
+from wantrain.stages import Cached, opened, tensors_of, train
 from wantrain.tensors import read_tensors
 from wantrain.terms import UserError
 
@@ -245,10 +246,14 @@ def test_the_average_does_not_feed_back(learner):
                      checkpoint.values(without.train(range(3)).tensors()))
 
 
-def test_train_export_and_sample_with_the_average(wantrain, tmp_path):
+def test_train_export_and_sample_with_the_average(wantrain, tmp_path, capsys):
     """Through the verbs: both files are written and proven, and either can be sampled with."""
     run = tmp_path / "run"
     more = ["optim.lora_plus=4", "optim.lr_factors={attn: 0.5}", "optim.ema_decay=0.99"]
+    assert wantrain("check", "optim.lr_factors={proj_out: 2}") == 2
+    capsys.readouterr()
+    assert wantrain("check", *more) == 0
+    assert "adamw, learning rate 0.001, 0.002, 0.004, 0.008, average with decay 0.99" in capsys.readouterr().out
     assert wantrain("train", *more, "train.num_steps=2") == 0
     assert wantrain("train", *more) == 0
     assert wantrain("export", *more) == 0
@@ -266,12 +271,13 @@ def test_train_export_and_sample_with_the_average(wantrain, tmp_path):
                                        leaves["lora_B"] @ leaves["lora_A"] * own.scales[module])
     assert read_tensors(path)[1]["wantrain.ema_decay"] == "0.99"
     values, averages = (checkpoint.values(tensors, key) for key in ("value", "ema"))
-    assert not any(torch.equal(values[name], averages[name]) for name in values if "lora_B" in name)
+    assert all(averages[name].any() and not torch.equal(values[name], averages[name])
+               for name in values if "lora_B" in name)
     assert wantrain("sample", *more, f"sampler.lora={path}", "sampler.strengths=[1]") == 0
     assert all(math.isfinite(json.loads(line)["loss"]) for line in (run / "metrics.jsonl").read_text().splitlines())
 
 
-def test_validation_under_schedule_free_moves_nothing(wantrain, tmp_path):
+def test_validation_under_schedule_free_is_at_its_average_and_moves_nothing(wantrain, arguments, tmp_path):
     pytest.importorskip("schedulefree")
     kept = []
     for name, every in (("plain", 0), ("validated", 1)):
@@ -279,6 +285,13 @@ def test_validation_under_schedule_free_moves_nothing(wantrain, tmp_path):
                         f"validation.every_steps={every}") == 0
         kept.append(checkpoint.load(tmp_path / name / "checkpoints" / "step_000002", None)[1])
     assert same_bits(*kept)
+    training = train.prepare(opened(load(arguments), arguments))
+    for name, value in checkpoint.values(kept[0]).items():
+        training.model.get_parameter(name).data.copy_(value)
+    source = Cached(training.recipe)
+    loss = train.validate(training, [tensors_of(source, p, p.clip.caption)[:2] for p in training.recipe.heldout])
+    told = (tmp_path / "validated" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(told)["validation_loss"] == loss
 
 
 @pytest.mark.parametrize(("overrides", "said"), [
