@@ -12,7 +12,9 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 from tests import tiny_models as tiny
 from tests.conftest import SIZE, moving_square, write_clips
 from wantrain import pictures
-from wantrain.models.base import EMBEDDED
+from wantrain.models import sampling
+from wantrain.models.base import EMBEDDED, Base
+from wantrain.models.conditioning import Encoders
 from wantrain.models.variants import VARIANTS, diffusers_config
 
 CLASSES = {c.__name__: c for c in (tiny.WanTransformer3DModel, tiny.WanVACETransformer3DModel)}
@@ -54,7 +56,7 @@ def write_checkpoint(folder: Path, name: str) -> Path:
     for part in kept:
         (folder / part).symlink_to(EMBEDDED / part)
     index = json.loads((EMBEDDED / "model_index.json").read_text())
-    index |= dict.fromkeys(parts, ["diffusers", variant.transformer_class])
+    index |= {part: ["diffusers", variant.transformer_class] for part in parts}
     index |= {"_class_name": PIPELINES.get(variant.task, "WanPipeline"), "boundary_ratio": variant.boundary,
               **({"expand_timesteps": True} if variant.task == "ti2v" else {})}
     if variant.architecture.image_dim:
@@ -64,6 +66,15 @@ def write_checkpoint(folder: Path, name: str) -> Path:
                   "image_processor": ["transformers", "CLIPImageProcessor"]}
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
+
+
+def sampler(found: Base) -> sampling.Sampler:
+    """The base's parts in float32, ready to sample."""
+    cpu = torch.device("cpu")
+    image = found.image_encoder(torch.float32, cpu) if found.variant.architecture.image_dim else None
+    return sampling.Sampler(found.variant, [one.transformer(torch.float32, cpu) for one in found.each()],
+                            found.text(torch.float32, cpu), Encoders(found.vae(cpu), image),
+                            found.scheduler(found.variant.shift), torch.float32)
 
 
 def write_partners(folder: Path, task: str, number: int, height: int = 2 * SIZE[0], width: int = 2 * SIZE[1]) -> None:

@@ -24,6 +24,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wantrain.files import digest_text
+from wantrain.flow import Density
 from wantrain.terms import UserError
 
 
@@ -275,7 +276,7 @@ class Loss:
     mask_background: float = 0.0
     """Weight of the loss outside a clip's mask, 1 inside; clips without a mask count everywhere."""
     class_words: str | None = None
-    """What the trigger is an instance of (`cartoon`): captions with them instead of it must give what the base gives."""
+    """What the trigger is one of (`cartoon`): captions with these instead of it must give what the base gives."""
     class_weight: float = 1.0
     """Weight of that loss (differential output preservation) beside the clip's own."""
 
@@ -309,7 +310,7 @@ class Sampler:
     resolution: list[int] | None = None
     """[height, width] in pixels; null takes the first of data.resolutions."""
     inputs: list[dict[str, str]] = field(default_factory=list)
-    """Files each prompt works from: first, last, control, control_mask, reference, video; one entry serves all prompts."""
+    """Files each prompt works from: first, last, control, control_mask, reference, video; one entry serves all."""
     strength: float = 0.7
     """Share of the schedule that a `video` of sampler.inputs goes through; 1 keeps nothing of it."""
     lora: str | None = None
@@ -420,13 +421,12 @@ class Config:
 
     def _rules_of_loss(self) -> Iterator[tuple[bool, str, object, str]]:
         sigma, loss, sampler = self.sigma, self.loss, self.sampler
-        lengths = {Distribution.uniform: (0,), Distribution.logit_normal: (0, 2), Distribution.mode: (0, 1),
-                   Distribution.beta: (0, 2)}
-        yield len(sigma.shape) in lengths[sigma.distribution], "sigma.shape", sigma.shape, \
-            f"for {sigma.distribution.name}: {lengths[sigma.distribution][-1]} numbers, or none"
-        yield sigma.shift is None or sigma.shift > 0, "sigma.shift", sigma.shift, "above 0"
-        yield len(sigma.range) == 2 and 0 <= sigma.range[0] < sigma.range[-1] <= 1, "sigma.range", sigma.range, \
-            "[low, high] with 0 <= low < high <= 1"
+        yield len(sigma.range) == 2, "sigma.range", sigma.range, "[low, high] in [0, 1]"
+        try:
+            Density(sigma.distribution.name, tuple(sigma.shape), 1.0 if sigma.shift is None else sigma.shift,
+                    (sigma.range[0], sigma.range[1]))
+        except ValueError as error:
+            yield False, "sigma", {"shape": sigma.shape, "shift": sigma.shift, "range": sigma.range}, str(error)
         yield loss.delta > 0, "loss.delta", loss.delta, "above 0"
         yield loss.min_snr_gamma > 0, "loss.min_snr_gamma", loss.min_snr_gamma, "above 0"
         yield 0 <= loss.mask_background <= 1, "loss.mask_background", loss.mask_background, "a weight in [0, 1]"
@@ -462,7 +462,8 @@ HARMLESS_TO_RESUME = ("run.", "sampler.", "evaluate.", "report.", "export.", "tr
                       "data.cache_dir", "data.heldout", "data.num_workers", "data.timeout_s",
                       "data.allow_drops", "train.num_steps", "train.micro_batch_size",
                       "train.save_every", "train.keep_checkpoints", "train.log_every", "train.resume",
-                      "train.activation_checkpointing", "model.path", "model.parts", "model.experts", "high.", "low.", "data.trigger")
+                      "train.activation_checkpointing", "model.path", "model.parts", "model.experts", "high.", "low.",
+                      "data.trigger")
 """Keys (prefixes) that may differ between a checkpoint and the config that goes on from it."""
 
 

@@ -89,11 +89,11 @@ class Density:
 
     def base_cdf(self, sigma: torch.Tensor) -> torch.Tensor:
         """The share of the base density below `sigma`: float64 in [0, 1], any shape, to the same."""
-        return DISTRIBUTIONS[self.name].cdf(sigma, *self.shape)
+        return DISTRIBUTIONS[self.name].cdf(sigma.clamp(0, 1), *self.shape)  # undoing a shift may round beyond 1
 
     def base_quantile(self, u: torch.Tensor) -> torch.Tensor:
         """The inverse of `base_cdf`."""
-        return DISTRIBUTIONS[self.name].quantile(u, *self.shape)
+        return DISTRIBUTIONS[self.name].quantile(u.clamp(0, 1), *self.shape)
 
     def cdf(self, sigma: torch.Tensor) -> torch.Tensor:
         """The share of all draws below `sigma`: float64 in [0, 1], any shape, to the same."""
@@ -108,7 +108,7 @@ class Density:
     def _bounds(self) -> tuple[float, float]:
         """The base's share below the range, and in it."""
         ends = torch.tensor([unshift_sigma(end, self.shift) for end in self.within], dtype=torch.float64)
-        below, until = self.base_cdf(ends.clamp(0, 1)).tolist()
+        below, until = self.base_cdf(ends).tolist()
         return below, until - below
 
 
@@ -143,7 +143,7 @@ def draw_noise(seed: int, step: int, index_B: Sequence[int], shape_CTHW: Sequenc
 
 
 def mix(latents_BCTHW: torch.Tensor, noise_BCTHW: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """noisy_BCTHW = (1 - sigma) * latents + sigma * noise; `sigma` of each sample [B], or of its latent frames [B, T]."""
+    """noisy_BCTHW = (1 - sigma) * latents + sigma * noise; sigma of each sample [B] or of its latent frames [B, T]."""
     sigma_B1T11 = sigma.view(len(sigma), 1, -1, 1, 1)
     return (1 - sigma_B1T11) * latents_BCTHW + sigma_B1T11 * noise_BCTHW
 
@@ -163,7 +163,7 @@ def weight_of_sigma(sigma_B: torch.Tensor, name: str = "none", gamma: float = 5.
 
     - none: 1.
     - sigma_sqrt: 1 / sigma^2, as diffusers' and SD3's scripts call it; held at its value at SMALLEST_SIGMA below that.
-    - cosmap: 2 / (pi * (1 - 2 sigma + 2 sigma^2)), Esser et al. 2024, eq. 21.
+    - cosmap: 2 / (pi * (1 - 2 sigma + 2 sigma^2)), the density CosMap of Esser et al. 2024, section 3.1.
     - min_snr: Hang et al. 2023 weight the squared error of the predicted clean latents by min(snr, gamma).
       Here snr = ((1 - sigma) / sigma)^2, and as latents = noisy - sigma * velocity, that error is sigma^2 times the
       velocity's. So min(snr, gamma) * sigma^2 = min((1 - sigma)^2, gamma * sigma^2): 0 at both ends, at most
@@ -295,5 +295,5 @@ DISTRIBUTIONS = {
     "beta": Distribution((Parameter("alpha", 2.0, 0.1, 100.0), Parameter("beta", 2.0, 0.1, 100.0)),
                          _beta_cdf, _beta_quantile),
 }
-"""What a base density may be. Logit-normal and mode (1.29, heavy tails) are Esser et al. 2024, eq. 19 and 20, with sigma
-as their t. A positive scale favours the middle, a negative one the ends; from -1 to 2 / (pi - 2) mode is monotone."""
+"""What a base density may be. Logit-normal and mode (1.29, heavy tails) are Esser et al. 2024, eq. 19 and 20, whose t
+is sigma: a positive scale favours the middle, a negative one the ends; from -1 to 2 / (pi - 2) mode is monotone."""

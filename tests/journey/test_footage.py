@@ -102,5 +102,5 @@ def test_from_a_folder_of_odd_films_to_a_trained_adapter(footage, capsys, monkey
     for planned in opened_recipe.planned:
         frames = decode.read_window(planned)
         assert frames.shape == (planned.bucket.num_frames, 3, planned.bucket.height, planned.bucket.width)
-        assert cached.latents(planned).isfinite().all()
+        assert cached.window(planned).latents_CTHW.isfinite().all()
     assert {path: path.read_bytes() for path in footage.rglob("*") if path.is_file()} == before

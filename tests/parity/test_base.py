@@ -165,7 +165,7 @@ def test_a_vae_of_the_other_generation_is_refused_and_its_own_variant_loads_it(t
 def test_the_image_encoder_of_the_official_file(tmp_path, monkeypatch):
     monkeypatch.setattr(base.sizes, "CLIP_VIT_H", tiny.CLIP)
     file = tiny.pickle_file(tmp_path, tiny.weights(tiny.PARTS["clip"]))
-    found = base.find(VARIANTS["tiny_wan"], "embedded", {"image_encoder": str(file)})
+    found = base.find(VARIANTS["tiny_wan_i2v"], "embedded", {"image_encoder": str(file)})
     assert_same(found.image_encoder(torch.float32, CPU), tiny.module(tiny.PARTS["clip"]))
 
 

@@ -11,6 +11,7 @@ from diffusers import WanPipeline
 from safetensors.torch import load_file
 
 from tests import tiny_models as tiny
+from tests.tiny_tasks import sampler
 from wantrain import flow
 from wantrain.engine import checkpoint
 from wantrain.models import base, sampling
@@ -61,8 +62,8 @@ def test_draws_stay_on_the_experts_side_and_share_the_schedule_as_inference_does
     assert high[0] == low[1] == row.boundary
     assert flow.unshift_sigma(1, row.shift) - flow.unshift_sigma(high[0], row.shift) == pytest.approx(share, abs=5e-4)
     for within in (high, low):
-        drawn = torch.cat([flow.draw_sigma(0, step, range(10_000), 10_000, row.shift, within=within)
-                           for step in range(100)])
+        density = flow.Density("uniform", (), row.shift, within)
+        drawn = torch.cat([flow.draw_sigma(0, step, range(10_000), 10_000, density) for step in range(100)])
         timestep = flow.timestep(drawn)
         assert ((timestep >= 1000 * row.boundary) == (within is high)).all(), "diffusers asks t >= boundary * 1000"
         uniform = drawn.double() / (row.shift - (row.shift - 1) * drawn.double())
@@ -74,10 +75,10 @@ def test_draws_stay_on_the_experts_side_and_share_the_schedule_as_inference_does
 @pytest.mark.parametrize("boundary", [0.875, 0.9])
 def test_the_draw_nearest_to_the_boundary_does_not_round_onto_it(boundary, monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda number, **_: torch.full((number,), 1 - 2.0**-53, dtype=torch.float64))
-    low, = flow.timestep(flow.draw_sigma(0, 0, [0], 1, 5.0, within=(0.0, boundary)))
+    low, = flow.timestep(flow.draw_sigma(0, 0, [0], 1, flow.Density("uniform", (), 5.0, (0.0, boundary))))
     assert 1000 * boundary - 0.01 < low < 1000 * boundary
     monkeypatch.setattr(torch, "rand", lambda number, **_: torch.zeros(number, dtype=torch.float64))
-    high, = flow.timestep(flow.draw_sigma(0, 0, [0], 1, 5.0, within=(boundary, 1.0)))
+    high, = flow.timestep(flow.draw_sigma(0, 0, [0], 1, flow.Density("uniform", (), 5.0, (boundary, 1.0))))
     assert 1000 * boundary <= high < 1000 * boundary + 0.01
 
 
@@ -85,9 +86,9 @@ def test_each_expert_is_trained_at_its_own_sigmas_only(wantrain, own, monkeypatc
     asked = []
     predict = train.predict_velocity
 
-    def recording(model, noisy, sigma_B, text_BLD):
+    def recording(model, noisy, sigma_B, *more):
         asked.append(sigma_B)
-        return predict(model, noisy, sigma_B, text_BLD)
+        return predict(model, noisy, sigma_B, *more)
 
     monkeypatch.setattr(train, "predict_velocity", recording)
     assert wantrain("train", *own, "train.num_steps=6") == 0
@@ -127,11 +128,9 @@ def test_diffusers_loads_the_pair_and_samples_what_we_sample(wantrain, own, a14b
     theirs.load_lora_weights(str(pair["high"]))
     theirs.load_lora_weights(str(pair["low"]), load_into_transformer_2=True)
     found = base.find(VARIANTS["tiny_wan_a14b"], str(a14b), {})
-    bases = found.each()
-    assert [one.expert for one in bases] == ["high", "low"]
-    ours = sampling.build([one.transformer(torch.float32, CPU) for one in bases], found.vae(CPU),
-                          found.text(torch.float32, CPU), found.scheduler(12.0), 0.875)
-    for transformer, path in zip(sampling.transformers_of(ours), pair.values(), strict=True):
+    assert [one.expert for one in found.each()] == ["high", "low"]
+    ours = sampler(found)
+    for transformer, path in zip(ours.transformers, pair.values(), strict=True):
         sampling.load_lora(transformer, path)
     low, high = 1.0, 60.0  # far apart, as random experts hardly hear the prompt
     one = sampling.sample(ours, "a square", 1, sampling.Settings(4, (low, high), 12.0, sampling.Bucket(5, 32, 48), ""))

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tests.tiny_tasks import sampler
 from wantrain import cli, lora, pictures
 from wantrain.config import LoraFormat
 from wantrain.data import decode
@@ -154,10 +155,8 @@ def test_training_starts_from_an_exported_lora(trained, wantrain, tmp_path, caps
 def test_a_file_without_effect_is_refused_by_the_sampler(tmp_path):
     save_file({"blocks.0.attn1.to_qq.lora_A.weight": torch.zeros(2, 192),
                "blocks.0.attn1.to_qq.lora_B.weight": torch.zeros(192, 2)}, tmp_path / "x.safetensors")
-    pipeline = sampling.build([TINY.transformer(torch.float32, CPU)], TINY.vae(CPU), TINY.text(torch.float32, CPU),
-                              TINY.scheduler(3.0))
     with pytest.raises(UserError, match="is no known module of a Wan transformer"):
-        sampling.load_lora(pipeline.transformer, tmp_path / "x.safetensors")
+        sampling.load_lora(TINY.transformer(torch.float32, CPU), tmp_path / "x.safetensors")
 
 
 def test_sample_writes_playable_videos_whose_strength_0_is_the_base(trained, wantrain):
@@ -165,8 +164,7 @@ def test_sample_writes_playable_videos_whose_strength_0_is_the_base(trained, wan
     folder = trained / "samples"
     assert len(list(folder.glob("*.mp4"))) == 6
     assert Image.open(folder / "contact_sheet.png").size[0] > 3 * 200
-    plain = WanPipeline.from_pretrained(base.EMBEDDED, dtype=torch.float32)
-    plain.scheduler = TINY.scheduler(3.0)
+    plain = sampler(TINY)
     settings = sampling.Settings(2, (4.0, 4.0), 3.0, sampling.Bucket(5, 32, 48), "")
     want = sampling.sample(plain, "a square", 1, settings)
     pictures.write_mp4(trained / "want.mp4", want, 16)
@@ -196,12 +194,11 @@ def _assert_pipeline_computes_the_checkpoint(run, kind):
     lora.inject(trained_on, ["attn_ffn"], lora.Spec(4, 4, kind, {"attn": 2}), seed=0)
     _, tensors = checkpoint.load(checkpoint.steps_on_disk(run / "checkpoints")[-1], None)
     lora.start_from(trained_on, lora.adapter_state(checkpoint.values(tensors), lora.scales(trained_on)))
-    pipeline = sampling.build([TINY.transformer(torch.float32, CPU)], TINY.vae(CPU), TINY.text(torch.float32, CPU),
-                              TINY.scheduler(3.0))
-    sampling.load_lora(pipeline.transformer, run / "export" / "demo_anime.safetensors")
+    sampled_with = TINY.transformer(torch.float32, CPU)
+    sampling.load_lora(sampled_with, run / "export" / "demo_anime.safetensors")
     after = trained_on(**inputs())[0]
     assert (after - before).abs().max() > 1e-3
-    torch.testing.assert_close(pipeline.transformer(**inputs())[0], after, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sampled_with(**inputs())[0], after, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

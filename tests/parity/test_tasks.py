@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
@@ -12,14 +12,11 @@ import torch
 from PIL import Image
 
 from tests.conftest import NUM_FRAMES, arguments_for, moving_square
-from tests.tiny_tasks import PIPELINES, TASKS, write_checkpoint, write_set
+from tests.tiny_tasks import PIPELINES, TASKS, sampler, write_checkpoint, write_set
 from wantrain import cli
-from wantrain.models import base, conditioning, sampling
+from wantrain.models import base, sampling
 from wantrain.models.variants import VARIANTS
-from wantrain.stages import cache as cache_stage
 from wantrain.terms import Bucket
-
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -79,17 +76,12 @@ def test_cached_is_streamed(twins, tmp_path, name):
 def sampler_and_pipeline(twin: Twin, exports: dict[str | None, Path] | None):
     """Ours and diffusers', each with the LoRA files loaded its own way."""
     found = base.find(twin.variant, str(twin.path), {})
-    bases = found.each()
-    transformers = [one.transformer(torch.float32, CPU) for one in bases]
-    image = found.image_encoder(torch.float32, CPU) if twin.variant.architecture.image_dim else None
-    shift = twin.variant.shift
-    ours = sampling.Sampler(twin.variant, transformers, found.text(torch.float32, CPU),
-                            conditioning.Encoders(found.vae(CPU), image), found.scheduler(shift), torch.float32)
+    ours = sampler(found)
     kind = getattr(diffusers, PIPELINES[twin.variant.task])
     theirs = kind.from_pretrained(twin.path, dtype=torch.float32)
-    theirs.scheduler = found.scheduler(shift)
+    theirs.scheduler = found.scheduler(twin.variant.shift)
     theirs.set_progress_bar_config(disable=True)
-    for one, transformer in zip(bases, transformers, strict=True):
+    for one, transformer in zip(found.each(), ours.transformers, strict=True):
         if exports:
             sampling.load_lora(transformer, exports[one.expert])
             theirs.load_lora_weights(str(exports[one.expert]), **({"load_into_transformer_2": True}

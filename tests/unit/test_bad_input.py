@@ -71,7 +71,7 @@ def test_control_videos_for_a_model_that_takes_none_are_refused_not_ignored(want
     folder = write_clips(tmp_path / "set", 2, "x")
     (folder / "control").mkdir()
     shutil.copy(folder / "clip_1.mp4", folder / "control")
-    assert "1 windows have a control video, such as style/clip_1.mp4" in failing(
+    assert "1 clips have a control, such as style/clip_1.mp4" in failing(
         wantrain, capsys, "train", f"data.sources.style.path={folder}")
 
 

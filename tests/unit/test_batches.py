@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from wantrain.data.batches import Draws, Order, Split, ahead, caption_for, micro_batches
-from wantrain.terms import Bucket, Clip, Found, PlannedClip
+from wantrain.flow import Density
+from wantrain.terms import Bucket, Clip, Found, PlannedClip, Sample
 
 
 def planned(number, bucket, repeats=1, prefix="clip"):
@@ -15,6 +16,10 @@ def planned(number, bucket, repeats=1, prefix="clip"):
 
 
 SMALL, LARGE = Bucket(5, 32, 32), Bucket(9, 32, 32)
+
+
+def plain(bucket):
+    return Density("uniform", (), 1.0)
 
 
 def test_every_clip_is_seen_as_often_as_it_repeats_and_none_is_dropped_to_fill_a_batch():
@@ -52,21 +57,21 @@ def test_any_split_deals_each_index_once():
 
 def test_caption_dropout_has_its_share_and_ignores_the_split():
     clip = planned(1, SMALL)[0]
-    draws = [caption_for(clip, 0, step, i, Draws(1, dropout=0.2)) for step in range(500) for i in range(4)]
+    draws = [caption_for(clip, 0, step, i, Draws(plain, dropout=0.2)) for step in range(500) for i in range(4)]
     assert abs(draws.count("") / len(draws) - 0.2) < 0.03
-    assert caption_for(clip, 0, 3, 1, Draws(1)) == "caption 0"
-    assert caption_for(clip, 0, 3, 1, Draws(1, dropout=1)) == ""
+    assert caption_for(clip, 0, 3, 1, Draws(plain)) == "caption 0"
+    assert caption_for(clip, 0, 3, 1, Draws(plain, dropout=1)) == ""
 
 
 def test_reading_ahead_changes_neither_batches_nor_order():
     clips = planned(5, SMALL)
     order = Order(clips, 2, seed=2)
 
-    def fetch(clip, caption):
-        return torch.full((1, 1, 1, 1), float(clip.clip.id[4:])), torch.zeros(1, 1), None
+    def fetch(clip, caption, first):
+        return Sample(torch.full((1, 1, 1, 1), float(clip.clip.id[4:])), torch.zeros(1, 1))
 
     def make(step):
-        return micro_batches(order, Split(2, 1, 1, 0), step, Draws(1, dropout=0.1), fetch)
+        return micro_batches(order, Split(2, 1, 1, 0), step, Draws(plain, dropout=0.1), fetch)
 
-    plain = [[b.ids for b in make(step)] for step in range(3, 9)]
-    assert [[b.ids for b in step] for step in ahead(range(3, 9), make)] == plain
+    straight = [[b.ids for b in make(step)] for step in range(3, 9)]
+    assert [[b.ids for b in step] for step in ahead(range(3, 9), make)] == straight

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from wantrain.data.cache import LATENTS, TEXT, Cache
+from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Cache, Conditioning
 from wantrain.terms import Bucket, Clip, Found, PlannedClip, UserError
 
 
@@ -30,8 +30,8 @@ def text_path(cache, caption):
 
 def test_an_entry_reads_back_bitwise(cache):
     for tensor in (torch.randn(16, 2, 4, 6), torch.randn(7, 8).bfloat16()):
-        cache.write(ENTRY, tensor)
-        assert torch.equal(cache.read(ENTRY), tensor)
+        cache.write(ENTRY, {"x": tensor})
+        assert torch.equal(cache.read(ENTRY)["x"], tensor)
 
 
 def test_each_thing_the_latents_depend_on_changes_their_address(cache):
@@ -67,7 +67,7 @@ def test_a_missing_entry_names_clip_and_command(cache):
 @pytest.mark.parametrize("bit", [0, 5, 7])
 def test_any_flipped_bit_anywhere_in_the_file_is_noticed_and_named(cache, bit):
     entry = (TEXT, "a")
-    cache.write(entry, torch.arange(6.0).view(2, 3))
+    cache.write(entry, {"x": torch.arange(6.0).view(2, 3)})
     path = cache.path_of(entry)
     whole = path.read_bytes()
     for place in range(len(whole)):
@@ -85,5 +85,33 @@ def test_any_flipped_bit_anywhere_in_the_file_is_noticed_and_named(cache, bit):
 
 def test_non_finite_latents_are_refused_and_not_written(cache):
     with pytest.raises(UserError, match="non-finite"):
-        cache.write(ENTRY, torch.tensor([1.0, float("nan")]))
+        cache.write(ENTRY, {"x": torch.tensor([1.0, float("nan")])})
     assert not latents_path(cache, PLANNED).exists()
+
+
+def test_what_a_task_encodes_depends_on_the_task_its_encoder_the_vae_and_every_medium_it_is_made_of(cache):
+    def partner(name, **settings):
+        found = Found(name, 3.0)
+        return dataclasses.replace(PLANNED, found=found, **settings)
+
+    planned = dataclasses.replace(PLANNED, partners={"control": partner("c"), "mask": partner("m")})
+    task = dataclasses.replace(cache, conditioning=Conditioning("control clip", ("clip", "control")))
+    entry = task.path_of((CONDITION, planned))
+
+    def moved(**settings):
+        return dataclasses.replace(planned, **settings)
+
+    elsewhere, less = Conditioning("other", ("clip", "control")), Conditioning("control clip", ("control",))
+    changed = [
+        task.path_of((CONDITION, moved(found=Found("other", 3.0)))),
+        task.path_of((CONDITION, moved(partners=planned.partners | {"control": partner("other")}))),
+        task.path_of((CONDITION, moved(partners=planned.partners | {"control": partner("c", start_s=1.0)}))),
+        task.path_of((CONDITION, moved(bucket=Bucket(9, 32, 48)))),
+        dataclasses.replace(task, vae_digest="other").path_of((CONDITION, planned)),
+        dataclasses.replace(task, conditioning=elsewhere).path_of((CONDITION, planned)),
+        dataclasses.replace(task, conditioning=less).path_of((CONDITION, planned)),
+    ]
+    assert len({entry, *changed}) == len(changed) + 1
+    assert task.path_of((CONDITION, moved(partners=planned.partners | {"mask": partner("other")}))) == entry
+    assert [kind for kind, _ in task.entries([planned], []).values()] == [LATENTS, MASK, CONDITION]
+    assert [kind for kind, _ in cache.entries([planned], []).values()] == [LATENTS, MASK]

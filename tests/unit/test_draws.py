@@ -16,9 +16,17 @@ from wantrain.data.batches import Draws, Order, Split, caption_for, captions_of,
 from wantrain.data.plan import num_tokens
 from wantrain.jobs import in_workers
 from wantrain.models.encode import pool_mask
-from wantrain.terms import Bucket, Clip, Found, PlannedClip, UserError
+from wantrain.terms import Bucket, Clip, Found, PlannedClip, Sample, UserError
 
 SMALL, LARGE = Bucket(5, 32, 32), Bucket(9, 32, 64)
+
+
+def unshifted(bucket):
+    return flow.Density("uniform", (), 1.0)
+
+
+def shifted(bucket):
+    return flow.Density("uniform", (), 3.0)
 
 
 def planned(number, bucket=SMALL, prefix="clip", **settings):
@@ -125,11 +133,12 @@ SPLITS = [(4, 1), (2, 1), (1, 1), (2, 2), (1, 2), (1, 4)]
 """Samples of a micro-step and processes, for a global batch of 4."""
 
 
-def number_of(p, caption):
+def number_of(p, caption, first):
     """Tensors that tell which window and caption they are of."""
     code = float(p.clip.id.strip("aeglr-c ip") or 0)
     latents = torch.full((1, 1, 1, 1), code + p.start_s)
-    return latents, torch.full((1, 1), float(len(caption))), torch.full((1, 1, 1, 1), code)
+    return Sample(latents, torch.full((1, 1), float(len(caption))), torch.full((1, 1, 1, 1), code),
+                  {"image": torch.full((1,), code)}, torch.tensor([float(first)]), torch.full((1, 1), code))
 
 
 @pytest.mark.parametrize(("micro", "processes"), SPLITS)
@@ -137,7 +146,7 @@ def test_every_split_trains_on_the_same_global_batches(micro, processes):
     clips = [PlannedClip(Clip(f"{i}", Path("x"), f"red, {'tag, ' * i}end", "s", more_captions=("x" * 50,)), bucket,
                          Found("d", 9.0), 16.0, 1.0, 5.0)
              for i, bucket in enumerate([SMALL] * 7 + [LARGE] * 3)]
-    draws = Draws(3.0, dropout=0.2)
+    draws = Draws(shifted, dropout=0.2, first_frame=0.5)
 
     def dealt(micro, processes, step):
         """Every sample of a step by its index in the global batch."""
@@ -149,7 +158,8 @@ def test_every_split_trains_on_the_same_global_batches(micro, processes):
                 for k, index in enumerate(batch.index_B):
                     assert index not in got
                     got[index] = (batch.ids[k], *(float(t[k].sum()) for t in (
-                        batch.latents_BCTHW, batch.text_BLD, batch.mask_B1THW, batch.noise_BCTHW, batch.sigma_B)))
+                        batch.latents_BCTHW, batch.text_BLD, batch.mask_B1THW, batch.noise_BCTHW, batch.sigma_B,
+                        batch.condition["image"], batch.known_BT, batch.class_text_BLD)))
         return got
 
     for step in (0, 1, 7, 30):
@@ -188,7 +198,7 @@ def test_captions_are_drawn_in_equal_shares_and_emptied_in_theirs():
     one = PlannedClip(Clip("a", clip.path, "t, a, b", "s", more_captions=("second",)), SMALL, Found("d"), 16.0)
     texts = captions_of(one.clip, 5)
     assert len(texts) == 3
-    drawn = Counter(caption_for(one, 0, step, i, Draws(1, dropout=0.1, tag_orders=5))
+    drawn = Counter(caption_for(one, 0, step, i, Draws(unshifted, dropout=0.1, tag_orders=5))
                     for step in range(400) for i in range(4))
     assert drawn.keys() == {"", *texts}
     assert abs(drawn[""] / 1600 - 0.1) < 0.02
@@ -198,7 +208,7 @@ def test_captions_are_drawn_in_equal_shares_and_emptied_in_theirs():
 def test_caption_and_dropout_are_drawn_apart_from_each_other():
     """With more dropout fewer samples have a caption, and those that have keep theirs."""
     one = PlannedClip(Clip("a", Path("x"), "first", "s", more_captions=("second", "third")), SMALL, Found("d"), 16.0)
-    without, some = ([caption_for(one, 0, step, 1, Draws(1, dropout=dropout)) for step in range(200)]
+    without, some = ([caption_for(one, 0, step, 1, Draws(unshifted, dropout=dropout)) for step in range(200)]
                      for dropout in (0.0, 0.5))
     assert "" not in without
     assert all(b in (a, "") for a, b in zip(without, some, strict=True))
@@ -239,15 +249,13 @@ def test_what_is_decoded_ahead_is_what_will_be_asked_for(micro, processes, proce
     clips = [drawn_window(), drawn_window(partners={}), *planned(3), *planned(4, LARGE)]
     split, asked = Split(4, micro, processes, process), []
 
-    def fetch(window, caption):
+    def fetch(window, caption, first):
         asked.append(window)
-        if mask := window.partners.get("mask"):
-            asked.append(mask)
-        return torch.zeros(1, 1, 1, 1), torch.zeros(1, 1), None
+        return Sample(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1))
 
     order = Order(clips, 4, seed=0, factors=FACTORS)
     for step in range(5, 17):
-        batches.micro_batches(order, split, step, Draws(1), fetch)
+        batches.micro_batches(order, split, step, Draws(unshifted), fetch)
     assert list(batches.coming(Order(clips, 4, seed=0, factors=FACTORS), split, range(5, 17))) == asked
     assert len({w.start_s for w in asked}) > 5
 
@@ -279,8 +287,9 @@ def masked(*shapes_THW):
     clips = planned(len(shapes_THW))
     masks = {p.clip.id: shape and torch.full((1, *shape), 0.5) for p, shape in zip(clips, shapes_THW, strict=True)}
     size = len(clips)
-    batch, = batches.micro_batches(Order(clips, size, seed=0), Split(size, size, 1, 0), 0, Draws(1), lambda p, _: (
-        torch.zeros(2, 3, 2, 2), torch.zeros(1, 1), masks[p.clip.id]))
+    batch, = batches.micro_batches(
+        Order(clips, size, seed=0), Split(size, size, 1, 0), 0, Draws(unshifted),
+        lambda p, *_: Sample(torch.zeros(2, 3, 2, 2), torch.zeros(1, 1), masks[p.clip.id]))
     return dict(zip(batch.ids, batch.mask_B1THW, strict=True)) if batch.mask_B1THW is not None else None
 
 

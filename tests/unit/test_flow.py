@@ -1,5 +1,7 @@
 """The numbers of flow matching against closed forms."""
 
+import math
+
 import pytest
 import torch
 
@@ -28,26 +30,93 @@ def test_loss_refuses_shapes_that_would_broadcast():
         flow.loss_per_sample(torch.zeros(2, 1, 1, 1, 1), torch.zeros(1, 1, 1, 1, 1))
 
 
+def test_huber_and_pseudo_huber_have_their_closed_forms():
+    predicted = torch.tensor([0.0, 0.2, -0.5, 3.0]).view(4, 1, 1, 1, 1)
+    zero = torch.zeros_like(predicted)
+    huber = flow.loss_per_sample(predicted, zero, kind="huber", delta=0.5)
+    torch.testing.assert_close(huber, torch.tensor([0.0, 0.04, 0.25, 2 * 0.5 * 3 - 0.25]), rtol=1e-6, atol=0)
+    pseudo = flow.loss_per_sample(predicted, zero, kind="pseudo_huber", delta=0.5)
+    wanted = [0.0, 0.5 * (1.16 ** 0.5 - 1), 0.5 * (2 ** 0.5 - 1), 0.5 * (37 ** 0.5 - 1)]
+    torch.testing.assert_close(pseudo, torch.tensor(wanted), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["huber", "pseudo_huber"])
+def test_every_loss_is_mse_for_small_errors_even_where_float32_rounds(kind):
+    predicted, target = 1e-5 * torch.randn(2, 3, 4, 2, 2, 2, generator=torch.Generator().manual_seed(0))
+    wanted = flow.loss_per_sample(predicted, target)
+    torch.testing.assert_close(flow.loss_per_sample(predicted, target, kind=kind, delta=0.1), wanted, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["mse", "huber", "pseudo_huber"])
+def test_every_loss_is_the_weighted_mean_of_its_elements(kind):
+    predicted = torch.tensor([1.0, 3.0]).view(1, 1, 2, 1, 1).expand(1, 2, 2, 1, 1)
+    zero, weight = torch.zeros_like(predicted), torch.tensor([0.25, 0.75]).view(1, 1, 2, 1, 1)
+    small, large = flow.errors_of(torch.tensor([1.0, 3.0]), kind, 0.5).tolist()
+    assert float(flow.loss_per_sample(predicted, zero, weight, kind, 0.5)) == pytest.approx((small + 3 * large) / 4)
+    assert float(flow.loss_per_sample(predicted, zero, None, kind, 0.5)) == pytest.approx((small + large) / 2)
+    assert float(flow.loss_per_sample(predicted, zero, torch.zeros(1, 1, 1, 1, 1), kind, 0.5)) == 0
+
+
+@pytest.mark.parametrize(("name", "gamma", "wanted"), [
+    ("none", 5, [1, 1, 1, 1, 1, 1]),
+    ("sigma_sqrt", 5, [10_000, 400, 16, 4, 1 / 0.81, 1]),
+    ("cosmap", 5, [2 / math.pi, 2 / (math.pi * 0.905), 2 / (math.pi * 0.625), 4 / math.pi, 2 / (math.pi * 0.82),
+                   2 / math.pi]),
+    ("min_snr", 5, [0, 5 * 0.0025, 5 * 0.0625, 0.25, 0.01, 0]),
+    ("min_snr", 0.5, [0, 0.5 * 0.0025, 0.5 * 0.0625, 0.5 * 0.25, 0.01, 0]),
+])
+def test_weights_of_sigma_have_their_closed_forms_and_are_finite_at_both_ends(name, gamma, wanted):
+    got = flow.weight_of_sigma(torch.tensor([0, 0.05, 0.25, 0.5, 0.9, 1]), name, gamma)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, torch.tensor(wanted, dtype=torch.float32), rtol=1e-5, atol=1e-12)
+
+
+def test_min_snr_weights_the_velocity_error_as_hang_et_al_weight_that_of_the_clean_latents():
+    gamma, sigma_B = 5.0, torch.tensor([0.05, 0.3, 0.31, 0.6, 0.99], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    latents, noise, error = torch.randn(3, 5, 1, 1, 1, 1, dtype=torch.float64, generator=generator)
+    noisy, target = flow.mix(latents, noise, sigma_B), flow.velocity(latents, noise)
+    predicted = target + error
+    clean = noisy - sigma_B.view(-1, 1, 1, 1, 1) * predicted
+    snr = ((1 - sigma_B) / sigma_B) ** 2
+    wanted = (snr.clamp(max=gamma) * (clean - latents).flatten().square()).float()
+    got = flow.weight_of_sigma(sigma_B, "min_snr", gamma) * flow.loss_per_sample(predicted, target)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("call", "allowed"), [
+    (lambda: flow.weight_of_sigma(torch.ones(1), "snr"), "none, sigma_sqrt, cosmap, min_snr"),
+    (lambda: flow.loss_per_sample(torch.ones(1, 1), torch.ones(1, 1), kind="l1"), "mse, huber, pseudo_huber"),
+    (lambda: flow.Density("gauss"), "uniform, logit_normal, mode, beta"),
+])
+def test_an_unknown_name_is_refused_with_those_allowed(call, allowed):
+    with pytest.raises(ValueError, match=allowed):
+        call()
+
+
 def test_every_step_draws_one_sigma_from_each_stratum():
     n, shift = 16, 5.0
     for step in range(5):
-        sigma = flow.draw_sigma(7, step, range(n), n, shift).double()
+        sigma = flow.draw_sigma(7, step, range(n), n, flow.Density(shift=shift)).double()
         uniform = sigma / (shift - (shift - 1) * sigma)
         assert sorted((uniform * n).floor().int().tolist()) == list(range(n))
 
 
 def test_sigma_is_uniform_after_undoing_the_shift():
     shift, n = 3.0, 8
-    sigma = torch.cat([flow.draw_sigma(0, step, range(n), n, shift) for step in range(2000)]).double()
+    density = flow.Density(shift=shift)
+    sigma = torch.cat([flow.draw_sigma(0, step, range(n), n, density) for step in range(2000)]).double()
     uniform = (sigma / (shift - (shift - 1) * sigma)).sort().values
     ks = (uniform - torch.linspace(0, 1, len(uniform), dtype=torch.float64)).abs().max()
     assert ks < 0.01
 
 
 def test_sigma_and_noise_do_not_depend_on_the_split():
-    whole = flow.draw_sigma(3, 11, range(8), 8, 3.0)
-    parts = torch.cat([flow.draw_sigma(3, 11, [6, 7, 0, 1], 8, 3.0), flow.draw_sigma(3, 11, [2, 3, 4, 5], 8, 3.0)])
-    assert torch.equal(whole[[6, 7, 0, 1, 2, 3, 4, 5]], parts)
+    for density in (flow.Density(shift=3.0), flow.Density("beta", (2, 3), 5.0, (0.0, 0.9))):
+        whole = flow.draw_sigma(3, 11, range(8), 8, density)
+        parts = torch.cat([flow.draw_sigma(3, 11, [6, 7, 0, 1], 8, density),
+                           flow.draw_sigma(3, 11, [2, 3, 4, 5], 8, density)])
+        assert torch.equal(whole[[6, 7, 0, 1, 2, 3, 4, 5]], parts)
     noise = flow.draw_noise(3, 11, range(4), (2, 1, 2, 2))
     assert torch.equal(noise[[3, 1]], flow.draw_noise(3, 11, [3, 1], (2, 1, 2, 2)))
     assert not torch.equal(noise[0], noise[1])
@@ -56,7 +125,7 @@ def test_sigma_and_noise_do_not_depend_on_the_split():
 
 def test_drawing_leaves_the_global_generators_alone():
     before = torch.get_rng_state()
-    flow.draw_sigma(0, 0, range(4), 4, 3.0)
+    flow.draw_sigma(0, 0, range(4), 4, flow.Density(shift=3.0))
     flow.draw_noise(0, 0, range(2), (1, 1, 2, 2))
     assert torch.equal(before, torch.get_rng_state())
 

@@ -119,13 +119,13 @@ def test_the_model_is_told_1000_sigma_and_the_noisy_latents_of_that_sigma(wantra
     with train.Stopper() as stopper:
         train.train(training, train.Cached(training.recipe), 0, stopper)
     for step, kwargs in enumerate(told):
-        sigma_B = flow.draw_sigma(0, step, range(4), 4, 3.0)
+        sigma_B = flow.draw_sigma(0, step, range(4), 4, flow.Density("uniform", (), 3.0))
         assert kwargs["timestep"].dtype == torch.float32
         assert torch.equal(kwargs["timestep"], 1000 * sigma_B)
         assert kwargs["encoder_hidden_states"].shape == (4, 512, 128)
         clean = train.Cached(training.recipe)
         order = train.Order(training.recipe.planned, 4, 0)
-        latents = torch.stack([clean.latents(p) for p in order.samples(step)])
+        latents = torch.stack([clean.window(p).latents_CTHW for p in order.samples(step)])
         noise = flow.draw_noise(0, step, range(4), latents.shape[1:])
         assert torch.equal(kwargs["hidden_states"], flow.mix(latents, noise, sigma_B))
 

@@ -212,7 +212,7 @@ def test_reasons_say_their_numbers():
     assert placed(clip(), Found(fault="no video in it")).reason == "a.mp4: no video in it"
 
 
-PARTNERED = clip(control=Path("c.mp4"), mask=Path("m.mp4"))
+PARTNERED = clip(partners={"control": Path("c.mp4"), "mask": Path("m.mp4")})
 
 
 def test_partners_get_the_windows_of_their_clip():
@@ -228,15 +228,15 @@ def test_partners_get_the_windows_of_their_clip():
 
 
 def found_path(kind):
-    return {"control": PARTNERED.control, "mask": PARTNERED.mask}[kind]
+    return PARTNERED.partners[kind]
 
 
 @pytest.mark.parametrize("extract", ["head", "middle", "uniform", "sliding", "random"])
-@pytest.mark.parametrize("kind", ["control", "mask"])
+@pytest.mark.parametrize("kind", ["control", "control_mask", "mask"])
 def test_a_partner_that_ends_before_the_last_window_drops_the_clip(extract, kind):
     """Of 16 frames: where each way of extracting ends, a partner one frame shorter is too short."""
     end = {"head": 5, "middle": 10, "uniform": 16, "sliding": 15, "random": 16}[extract]
-    one = clip(**{kind: Path("p.mp4")})
+    one = clip(partners={kind: Path("p.mp4")})
     assert placed(one, {one.path: film(1), Path("p.mp4"): film(end / 16)}, extract=extract)[0].partners
     dropped = placed(one, {one.path: film(1), Path("p.mp4"): film((end - 1) / 16)}, extract=extract)
     assert dropped.kind == "partner"
@@ -250,6 +250,16 @@ def test_an_unreadable_partner_or_a_still_control_drops_the_clip():
     assert placed(PARTNERED, found | {Path("m.mp4"): still, Path("c.mp4"): still}).kind == "partner"
 
 
+def test_a_reference_is_an_image_shown_whole():
+    one = clip(partners={"reference": Path("r.png")})
+    found = {one.path: film(1), Path("r.png"): Found("d", 0.0, 32, 64, "image", 1)}
+    window, = placed(one, found)
+    assert (window.partners["reference"].bucket, window.partners["reference"].contain) == (Bucket(1, 64, 64), True)
+    assert window.kind != placed(clip(), found)[0].kind, "a batch has references or none"
+    dropped = placed(one, found | {Path("r.png"): film(1)})
+    assert (dropped.kind, dropped.reason) == ("partner", "its reference r.png is a video of 1 s, not an image")
+
+
 def test_one_image_masks_every_window():
     found = {PARTNERED.path: film(1), Path("c.mp4"): film(1), Path("m.mp4"): Found("d", 0.0, 64, 64, "image", 1)}
     windows = placed(PARTNERED, found, extract="sliding")
@@ -259,8 +269,9 @@ def test_one_image_masks_every_window():
 
 def test_a_still_mask_of_a_late_window_is_read(tmp_path):
     Image.new("L", (64, 64), 255).save(tmp_path / "m.png")
-    one = clip(start_s=3, end_s=4, mask=tmp_path / "m.png")
-    window = placed(one, {one.path: film(9), one.mask: media.look(one.mask)}, extract="middle")[0]
+    mask = tmp_path / "m.png"
+    one = clip(start_s=3, end_s=4, partners={"mask": mask})
+    window = placed(one, {one.path: film(9), mask: media.look(mask)}, extract="middle")[0]
     assert decode.read_window(window.partners["mask"]).shape == (1, 3, 64, 64)
 
 
@@ -308,8 +319,8 @@ def test_found_is_used_plus_dropped_and_no_clip_is_both(films, extract):
 
 
 def test_files_to_look_into_are_each_named_once_with_their_partners():
-    films = [clip("a", mask=Path("m.png")), clip("a", start_s=1.0),
-             clip("b", control=Path("c.mp4"), mask=Path("m.png"))]
+    films = [clip("a", partners={"mask": Path("m.png")}), clip("a", start_s=1.0),
+             clip("b", partners={"control": Path("c.mp4"), "mask": Path("m.png")})]
     assert plan.media_of(films) == [Path("a.mp4"), Path("b.mp4"), Path("c.mp4"), Path("m.png")]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from wantrain.terms import Bucket, Clip, Found, PlannedClip
 
 WINDOWS = {name: PlannedClip(Clip(f"s/{name}", Path(name), "x", "s"), Bucket(5, 32, 48), Found(name, 3.0), 16.0)
            for name in "abc"}
+WINDOWS["b"] = dataclasses.replace(WINDOWS["b"], partners={"mask": WINDOWS["a"]})
 ONE = [(LATENTS, WINDOWS["a"]), (LATENTS, WINDOWS["b"]), (MASK, WINDOWS["b"]), (TEXT, "")]
 TWO = [(LATENTS, WINDOWS["b"]), (LATENTS, WINDOWS["c"]), (TEXT, ""), (TEXT, "two")]
 NO_ONES = (TEXT, "a caption of old")
@@ -26,7 +28,7 @@ def cache(tmp_path):
     """Two runs that share two entries, and one entry that neither needs."""
     cache = Cache(tmp_path / "cache", "vae", "text", "wantrain cache recipe=r")
     for number, entry in enumerate([*ONE, *TWO, NO_ONES]):
-        cache.write(entry, torch.full((2, 3), float(number)))
+        cache.write(entry, {"x": torch.full((2, 3), float(number))})
     cache.claim("one", {cache.path_of(entry): entry for entry in ONE})
     cache.claim("two/with a slash", {cache.path_of(entry): entry for entry in TWO})
     return cache

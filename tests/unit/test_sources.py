@@ -23,7 +23,7 @@ from tests.conftest import moving_square
 from wantrain import pictures
 from wantrain.data import decode, manifest, media
 from wantrain.data.shards import LONGEST_TEXT_BYTES
-from wantrain.terms import Bucket, Clip, Found, PlannedClip, Remote, UserError
+from wantrain.terms import PARTNERS, Bucket, Clip, Found, PlannedClip, Remote, UserError
 
 WANTED = {
     "a.mp4": (["red square", "a second text", "a third, in Kyōto"], "control/a.mp4", "mask/a.png"),
@@ -71,8 +71,8 @@ def content(where):
 
 def told(clips):
     """What clips hold, wherever it is: the bytes of the medium, captions, the bytes of control and mask."""
-    return sorted((content(c.path), [c.caption, *c.more_captions], content(c.control) or b"", content(c.mask) or b"")
-                  for c in clips)
+    return sorted((content(c.path), [c.caption, *c.more_captions],
+                   *(content(c.partners.get(kind)) or b"" for kind in ("control", "mask"))) for c in clips)
 
 
 @pytest.fixture(scope="module")
@@ -550,7 +550,7 @@ def test_links_and_devices_in_a_shard_are_no_media(folder, sandbox, tmp_path):
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("column", ["video", "control", "mask"])
+@pytest.mark.parametrize("column", ["video", *PARTNERS])
 def test_the_json_of_a_shard_names_no_files_of_this_machine(column, folder, sandbox):
     write_tar(sandbox / "x.tar", [("k.mp4", b"v"), ("k.control.mp4", b"v"), ("k.mask.mp4", b"v"), ("k.txt", b"x"),
                                   ("k.json", json.dumps({column: str(folder / "a.mp4")}).encode())])
@@ -594,7 +594,7 @@ def test_the_endings_of_a_samples_members_may_be_capitals(tmp_path):
     clip, = read(write_tar(tmp_path / "x.tar", [("K.MP4", b"v"), ("K.JSON", b'{"motion": 1}'), ("K.TXT", b"x"),
                                                 ("K.Mask.PNG", b"m")]))
     assert (clip.caption, clip.more_captions, clip.measures) == ("x", (), {"motion": 1.0})
-    assert content(clip.mask) == b"m"
+    assert content(clip.partners["mask"]) == b"m"
 
 
 def test_captions_of_a_shard_in_files_and_in_the_json_are_all_of_them(tmp_path):

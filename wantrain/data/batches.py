@@ -16,15 +16,15 @@ from wantrain.flow import Density, draw_noise, draw_sigma, generator_for
 from wantrain.terms import Batch, Bucket, Clip, PlannedClip, Sample, UserError
 
 Fetch = Callable[[PlannedClip, str, bool], Sample]
-"""(window, caption, whether its first frame is given, where that is open) -> sample: from the cache or from the file."""
+"""(window, caption, whether its first frame is given, where that is open) -> sample."""
 
 
 @dataclass(slots=True)
 class Order:
     """Which windows make the global batch of each step.
 
-    Each bucket (PlannedClip.kind) is an endless row of shuffled epochs, so no clip is dropped or doubled to fill a batch; steps are
-    dealt to buckets in proportion to what they need, the one furthest behind first. A batch has `global_batch_size`
+    Each bucket (PlannedClip.kind) is an endless row of shuffled epochs, so no clip is dropped or doubled to fill a
+    batch; steps are dealt to buckets in proportion to what they need, the one furthest behind first. A batch has `global_batch_size`
     samples, times the bucket's factor in `factors`. An epoch shows a clip `repeats` times; of a clip with 0.5, every
     second epoch. A pure function of (seed, step).
     """

@@ -95,7 +95,8 @@ class Cache:
 
     def kinds_of(self, planned: PlannedClip) -> list[str]:
         """The kinds of entries that a window has."""
-        return [LATENTS, *[MASK] * ("mask" in planned.partners), *[CONDITION] * bool(self.conditioning.media_of(planned))]
+        has_condition = bool(self.conditioning.media_of(planned))
+        return [LATENTS, *[MASK] * ("mask" in planned.partners), *[CONDITION] * has_condition]
 
     def media_of(self, kind: str, planned: PlannedClip) -> tuple[str, ...]:
         """What has to be decoded for an entry."""

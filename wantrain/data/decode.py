@@ -41,7 +41,7 @@ def choose_frames(times_s: np.ndarray, start_s: float, fps: float, num_frames: i
     return np.clip(np.searchsorted(times_s, wanted + grace_s, side="right") - 1, 0, len(times_s) - 1)
 
 
-def read_clip(path: Path, start_s: float, end_s: float | None, fps: float, bucket: Bucket, contain: bool = False
+def read_clip(path: Path, start_s: float, end_s: float | None, fps: float, bucket: Bucket, *, contain: bool = False
               ) -> torch.Tensor:
     """The first bucket.num_frames frames of the span at `fps`, covering the bucket and cropped to its centre, or with
     `contain` whole on white.
@@ -132,7 +132,8 @@ def read_window(planned: PlannedClip) -> torch.Tensor:
     clip = planned.clip
     with local(clip.path) as path:
         try:
-            return read_clip(path, planned.start_s, clip.end_s, planned.fps, planned.bucket, planned.contain)
+            return read_clip(path, planned.start_s, clip.end_s, planned.fps, planned.bucket,
+                             contain=planned.contain)
         except UserError as error:
             raise UserError(f"clip {clip.id}: " + error.message.replace(str(path), str(clip.path)), error.next_step
                             ) from error

@@ -110,8 +110,7 @@ def _given_frames(encoders: Encoders, given: Mapping[int, torch.Tensor | None], 
 
 
 def fold_mask(mask_F: torch.Tensor, shape_THW: Sequence[int]) -> torch.Tensor:
-    """The frames' mask as [4, T, H, W]: each latent frame has the values of its four, the first frame counts four times.
-    """
+    """The frames' mask as [4, T, H, W]: a latent frame has the values of its four; the first frame fills one alone."""
     mask_4T = torch.cat([mask_F[:1].expand(4), mask_F[1:]]).view(-1, 4).T
     return mask_4T[:, :, None, None].expand(4, *shape_THW).contiguous()
 

@@ -100,53 +100,63 @@ def sample(sampler: Sampler, prompt: str, seed: int, settings: Settings, inputs:
     encoded = conditioning.encode(variant, sampler.encoders, inputs.frames, bucket)
     condition, clean, known_T = conditioning.arrange(variant, encoded, clean, first is not None)
     noise = torch.randn(1, *clean.shape, generator=torch.Generator().manual_seed(seed))
-    latents = denoise(sampler, settings, noise.to(device), clean.to(device)[None],
-                      known_T.to(device)[None] if known_T is not None else None,
-                      {name: tensor.to(device)[None] for name, tensor in condition.items()},
-                      [pad_text(encode_text(sampler.text, text)).to(device, sampler.dtype)[None]
-                       for text in (prompt, settings.negative_prompt)], inputs.video is not None)
+    given = Given(
+        clean.to(device)[None], known_T.to(device)[None] if known_T is not None else None,
+        {name: tensor.to(device)[None] for name, tensor in condition.items()},
+        [pad_text(encode_text(sampler.text, text)).to(device, sampler.dtype)[None]
+         for text in (prompt, settings.negative_prompt)], inputs.video is not None)
+    latents = denoise(sampler, settings, noise.to(device), given)
     num_before = clean.shape[1] - shape[1]
     return decode_latents(sampler.encoders.vae, latents[0, :, num_before:])
 
 
-def denoise(sampler: Sampler, settings: Settings, noise_BCTHW: torch.Tensor, clean_BCTHW: torch.Tensor,
-            known_BT: torch.Tensor | None, condition: Mapping[str, torch.Tensor], texts_BLD: Sequence[torch.Tensor],
-            from_video: bool) -> torch.Tensor:
-    """Latents from noise by UniPC; from `clean_BCTHW` at the settings' strength with `from_video`.
-
-    `texts_BLD` are prompt and negative prompt. Known latent frames stay those of `clean_BCTHW`.
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What denoising works from, on the device: clean latents and which frames of them are known, the condition, the
+    texts (prompt, negative prompt), and whether it starts from the clean latents.
     """
+
+    clean_BCTHW: torch.Tensor
+    known_BT: torch.Tensor | None
+    condition: Mapping[str, torch.Tensor]
+    texts_BLD: Sequence[torch.Tensor]
+    from_video: bool
+
+    def keep(self, latents_BCTHW: torch.Tensor) -> torch.Tensor:
+        """The latents with their known frames clean."""
+        if self.known_BT is None:
+            return latents_BCTHW
+        return torch.where(self.known_BT[:, None, :, None, None] > 0, self.clean_BCTHW, latents_BCTHW)
+
+
+def denoise(sampler: Sampler, settings: Settings, noise_BCTHW: torch.Tensor, given: Given) -> torch.Tensor:
+    """Latents from noise by UniPC, or from a video at the settings' strength; known frames stay as they are."""
     scheduler = sampler.scheduler
     scheduler.set_timesteps(settings.num_steps, device=noise_BCTHW.device)
-    skipped = settings.num_steps - min(int(settings.num_steps * settings.strength), settings.num_steps)
-    skipped = skipped if from_video else 0
-    scheduler.set_begin_index(skipped)
+    num_skipped = settings.num_steps - int(settings.num_steps * settings.strength) if given.from_video else 0
+    scheduler.set_begin_index(num_skipped)
     latents = noise_BCTHW
-    if from_video:
-        latents = flow.mix(clean_BCTHW, noise_BCTHW, scheduler.sigmas[skipped].to(noise_BCTHW.device).expand(1))
-    for timestep in scheduler.timesteps[skipped:]:
+    if given.from_video:
+        start = scheduler.sigmas[num_skipped].to(noise_BCTHW.device)
+        latents = flow.mix(given.clean_BCTHW, noise_BCTHW, start.expand(1))
+    for timestep in scheduler.timesteps[num_skipped:]:
+        latents = given.keep(latents)
         sigma = (timestep.float() / NUM_TIMESTEPS).expand(len(latents))
-        if known_BT is not None:
-            latents = keep(latents, clean_BCTHW, known_BT)
-            sigma = sigma[:, None] * (1 - known_BT)
+        if given.known_BT is not None:
+            sigma = sigma[:, None] * (1 - given.known_BT)
         transformer, is_low = sampler.at(float(timestep))
-        velocity = guided(transformer, latents.to(sampler.dtype), sigma, texts_BLD, condition,
-                          settings.guidance[0 if is_low else 1])
+        guidance = settings.guidance[0 if is_low else 1]
+        velocity = guided(transformer, latents.to(sampler.dtype), sigma, given, guidance)
         latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-    return latents if known_BT is None else keep(latents, clean_BCTHW, known_BT)
+    return given.keep(latents)
 
 
-def keep(latents_BCTHW: torch.Tensor, clean_BCTHW: torch.Tensor, known_BT: torch.Tensor) -> torch.Tensor:
-    """The latents with their known frames clean."""
-    return torch.where(known_BT[:, None, :, None, None] > 0, clean_BCTHW, latents_BCTHW)
-
-
-def guided(transformer: torch.nn.Module, latents: torch.Tensor, sigma: torch.Tensor, texts_BLD: Sequence[torch.Tensor],
-           condition: Mapping[str, torch.Tensor], guidance: float) -> torch.Tensor:
+def guided(transformer: torch.nn.Module, latents: torch.Tensor, sigma: torch.Tensor, given: Given, guidance: float
+           ) -> torch.Tensor:
     """Velocity by classifier-free guidance (Ho & Salimans 2021); at 1 or below the prompt alone."""
-    prompt_BLD, negative_BLD = texts_BLD
-    with_prompt = predict_velocity(transformer, latents, sigma, prompt_BLD, condition)
+    prompt_BLD, negative_BLD = given.texts_BLD
+    with_prompt = predict_velocity(transformer, latents, sigma, prompt_BLD, given.condition)
     if guidance <= 1:
         return with_prompt
-    without = predict_velocity(transformer, latents, sigma, negative_BLD, condition)
+    without = predict_velocity(transformer, latents, sigma, negative_BLD, given.condition)
     return without + guidance * (with_prompt - without)

@@ -115,7 +115,10 @@ class Opened:
         shift = variant.shift if own.shift is None else own.shift
         if own.by_resolution:
             shift = flow.shift_for(shift, num_tokens(bucket, variant.multiple_px), variant.native_tokens)
-        return flow.Density(own.distribution.name, tuple(own.shape), shift, self.sigmas)
+        try:
+            return flow.Density(own.distribution.name, tuple(own.shape), shift, self.sigmas)
+        except ValueError as error:
+            raise UserError(f"sigma: {error}", "widen sigma.range, or choose another sigma.distribution") from error
 
 
 def spec_of(config: Config) -> Spec:
@@ -192,8 +195,8 @@ def refuse_partners(variant: Variant, clips: Sequence[Clip]) -> None:
     needs = required or further[::2]  # VACE: a control video or a reference
     if lacking := [c.id for c in clips if needs and not set(needs) & c.partners.keys()]:
         raise UserError(f"{len(lacking)} clips have no {' or '.join(needs)}, such as {lacking[0]}, and "
-                        f"{variant.name} ({variant.task}) works from it", f"add a column, or a folder, {needs[0]} to the "
-                        "source: docs/tasks.md")
+                        f"{variant.name} ({variant.task}) works from it", f"add a column, or a folder, {needs[0]} to "
+                        "the source: docs/tasks.md")
     for kind in ("control", "control_mask", "reference"):
         if kind not in (*required, *further) and (owners := [c.id for c in clips if kind in c.partners]):
             raise UserError(f"{len(owners)} clips have a {kind}, such as {owners[0]}, and {variant.name} "
@@ -290,9 +293,10 @@ def inputs_of(recipe: Opened, num_prompts: int) -> list[sampling.Inputs]:
         return [sampling.Inputs()] * num_prompts
     fitting = [p for p in recipe.heldout if p.bucket == bucket]
     if not fitting:
-        raise UserError(f"{recipe.variant.name} ({recipe.variant.task}) samples from inputs, and neither sampler.inputs "
-                        f"nor data.heldout has any of {bucket}", "sampler.inputs='[{" + {"i2v": "first: IMAGE", "flf2v":
-                        "first: IMAGE, last: IMAGE"}.get(recipe.variant.task, "control: VIDEO") + "}]'")
+        example = {"i2v": "first: IMAGE", "flf2v": "first: IMAGE, last: IMAGE"}.get(recipe.variant.task,
+                                                                                   "control: VIDEO")
+        raise UserError(f"{recipe.variant.name} ({recipe.variant.task}) samples from inputs, and neither "
+                        f"sampler.inputs nor data.heldout has any of {bucket}", f"sampler.inputs='[{{{example}}}]'")
     windows = [fitting[i % len(fitting)] for i in range(num_prompts)]
     names = [recipe.cache.conditioning.media_of(p) for p in windows]
     return [sampling.Inputs(conditioning.of_window(
@@ -432,7 +436,7 @@ def counted(entries: Mapping[Path, Entry]) -> str:
 
 
 def sample_of(recipe: Opened, source: Encode, planned: PlannedClip, caption: str, first: bool) -> Sample:
-    """One training or held-out sample; `first`: whether it is given its first frame, where the task leaves that open."""
+    """One training or held-out sample; `first`: whether its first frame is given, where the task leaves that open."""
     found = source.window(planned)
     condition, latents_CTHW, known_T = conditioning.arrange(recipe.variant, dict(found.condition), found.latents_CTHW,
                                                             first)

@@ -53,10 +53,9 @@ def print_training(recipe: Opened) -> None:
           f"epochs of {samples:g} samples, learning rate {config.optim.lr:g}")
     for density in dict.fromkeys(recipe.density(p.bucket) for p in recipe.planned):
         low, high = density.within
-        inference = recipe.variant.shift
-        share = flow.unshift_sigma(high, inference) - flow.unshift_sigma(low, inference)
-        print(f"sigma        {expert}{density.name}, shift {density.shift:g}, in [{low:g}, {high:g}]: {share:.1%} of "
-              "the schedule; timestep = 1000 * sigma")
+        share = flow.share(recipe.variant.shift, low, high)
+        print(f"sigma        {expert}{density}, in [{low:g}, {high:g}]: {share:.1%} of the schedule; timestep = 1000 * "
+              "sigma")
 
 
 def print_data(recipe: Opened) -> None:

@@ -28,6 +28,7 @@ from wantrain.models import hub
 from wantrain.models.base import for_expert
 from wantrain.models.encode import predict_velocity
 from wantrain.models.lora_updates import read_adapter
+from wantrain.plots import density_svg
 from wantrain.stages import (
     Cached,
     Encode,
@@ -42,6 +43,9 @@ from wantrain.stages import (
     spec_of,
 )
 from wantrain.terms import Batch, Interrupted, Sample, UserError
+
+NUM_PLOTTED = 20_000
+"""Sigmas that the plot of the run folder draws."""
 
 
 @dataclass(slots=True)
@@ -348,7 +352,26 @@ def start_run(training: Training, start: int) -> None:
             "manifest_digest": manifest_digest(recipe),
             "num_clips": len(recipe.planned), "modules": training.modules,
         })
+        write_densities(recipe)
     os.environ.setdefault("WANDB_MODE", schema.wandb_mode())
     flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in schema.flat(config).items()}
     accelerator.init_trackers(config.tracker.project, flat,
                               {"wandb": {"name": config.run.name, "dir": str(recipe.run_dir)}})
+
+
+def write_densities(recipe: Opened) -> None:
+    """`sigma_density.svg`: what sigmas are drawn beside those of inference, a plot for each density that buckets have.
+    """
+    config, variant = recipe.config, recipe.variant
+    densities = {recipe.density(p.bucket): p.bucket for p in recipe.planned}
+    steps = range(math.ceil(NUM_PLOTTED / config.data.batch_size))
+    scheduler = recipe.base.scheduler(variant.shift)
+    scheduler.set_timesteps(config.sampler.num_steps or variant.num_steps)
+    for density, bucket in densities.items():
+        size = config.data.batch_size
+        drawn = torch.cat([flow.draw_sigma(config.train.seed, step, range(size), size, density) for step in steps])
+        name = "sigma_density.svg" if len(densities) == 1 else f"sigma_density {bucket}.svg"
+        expert = f", {recipe.base.expert} noise expert" if recipe.base.expert else ""
+        write_text(recipe.run_dir / name, density_svg(
+            f"{config.run.name}{expert}: sigmas of training", drawn.tolist(), density, inference_shift=variant.shift,
+            inference_sigmas=scheduler.sigmas[:-1].tolist(), boundary=variant.boundary))
