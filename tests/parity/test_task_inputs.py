@@ -71,9 +71,9 @@ class Official:
                 UMT5EncoderModel.from_pretrained(self.checkpoint / "text_encoder", dtype=torch.float32)
                 .requires_grad_(False).eval())
 
-    def pixels(self, path: Path, num_frames: int, size: tuple[int, int], contain: bool = False) -> torch.Tensor:
+    def pixels(self, path: Path, num_frames: int, size: tuple[int, int], *, contain: bool = False) -> torch.Tensor:
         """CFHW in [-1, 1]."""
-        frames = read_clip(path, 0.0, None, self.fps, Bucket(num_frames, *size), contain)
+        frames = read_clip(path, 0.0, None, self.fps, Bucket(num_frames, *size), contain=contain)
         return frames.movedim(1, 0).float() / 127.5 - 1
 
     def latents(self, pixels_CFHW: torch.Tensor) -> torch.Tensor:
@@ -102,11 +102,11 @@ class Official:
         own = self.tower.config
         return torch.zeros(1 + (own.image_size // own.patch_size) ** 2, own.hidden_size)
 
-    def clip(self, path: Path, num_frames: int, size: tuple[int, int], contain: bool = False) -> torch.Tensor:
+    def clip(self, path: Path, num_frames: int, size: tuple[int, int], *, contain: bool = False) -> torch.Tensor:
         """Latents of a file's frames, each computed once."""
         key = (path, num_frames)
         if key not in self.memory:
-            self.memory[key] = self.latents(self.pixels(path, num_frames, size, contain))
+            self.memory[key] = self.latents(self.pixels(path, num_frames, size, contain=contain))
         return self.memory[key]
 
     def text(self, caption: str) -> torch.Tensor:
@@ -314,7 +314,7 @@ def check(twin: Twin, step: Step, expert: str | None = None, exact: bool = True)
         clean = twin.official.clip(path, num_frames, twin.size)
         if before:
             reference = path.parent / "reference" / f"{path.stem}.png"
-            clean = torch.cat([twin.official.clip(reference, 1, twin.size, True), clean], 1)
+            clean = torch.cat([twin.official.clip(reference, 1, twin.size, contain=True), clean], 1)
         sigma_T = sigma_B[i].expand(clean.shape[1]).clone()
         if given["timestep"].ndim == 2 and (given["timestep"][i] == 0).any():
             sigma_T[0] = 0  # where: test_ti2v_...

@@ -153,7 +153,7 @@ def test_a_batch_is_not_short_because_draws_fell_out_of_range(within):
 
 def test_a_boundary_that_is_no_integer_is_accepted_and_one_in_timesteps_is_not():
     assert load(["recipe=demo_anime", "sigma.range=[0.875,1.0]"]).sigma.range == [0.875, 1.0]
-    with pytest.raises(UserError, match=r"sigma\.range = \[875.*\[low, high\] with 0 <= low < high <= 1"):
+    with pytest.raises(UserError, match=r"sigma.*\[875.*\[0, 1\]"):
         load(["recipe=demo_anime", "sigma.range=[875,1000]"])
 
 
@@ -197,7 +197,8 @@ def test_a_preview_is_not_made_by_one_expert_alone_nor_with_one_guidance(variant
         velocities.append(float(velocity.mean())), step(velocity, *args, **kwargs))[1])
     sampler = sampling.Sampler(VARIANTS[variant], models, None, Encoders(None, None), scheduler, torch.float32)
     noise = torch.zeros(1, 16, 1, 4, 6)
-    sampling.denoise(sampler, settings, noise, noise, None, {}, [torch.ones(1, 512, 8), torch.zeros(1, 512, 8)], False)
+    texts = [torch.ones(1, 512, 8), torch.zeros(1, 512, 8)]
+    sampling.denoise(sampler, settings, noise, sampling.Given(noise, None, {}, texts, False))
     assert Counter(name for name, _ in told) == {"high": 2 * num_high, "low": 2 * (40 - num_high)}
     for name, timestep in told:
         assert (float(timestep) >= 1000 * BOUNDARIES[variant]) == (name == "high")
