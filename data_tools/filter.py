@@ -33,7 +33,7 @@ from data_tools.command import absolute, add_job_arguments, answer, json_line, r
 from wantrain.data import media
 from wantrain.files import digest_text, write_text
 from wantrain.jobs import in_workers, progress
-from wantrain.terms import UserError
+from wantrain.terms import PARTNERS, UserError
 
 VERSION = 1
 """Raise this when a measurement changes: what is remembered of another version is measured again."""
@@ -70,7 +70,7 @@ STROKE_PX, TEXT_CONTRAST, TEXT_LEVEL, LETTERS = 15, 80, 190, 5
 dark text the other way round), and a line has as many letters."""
 
 NUM_EXTREMES, NUM_SHOWN = 3, 20
-MEDIA = ("video", "control", "mask")
+MEDIA = ("video", *PARTNERS)
 
 Row = dict[str, Any]
 Box = tuple[int, int, int, int]
