@@ -456,7 +456,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         "frames at 16 fps)")
     parser.add_argument("--detector", choices=THRESHOLDS, default="adaptive",
                         help="what finds shots: PySceneDetect's AdaptiveDetector, or TransNetV2, a network that sees "
-                        "dissolves and fades as well, at a tenth of the speed (pip install "
+                        "dissolves and fades as well, 15 times slower (pip install "
                         f'"{transnet.REQUIREMENT}"; default: %(default)s)')
     parser.add_argument("--threshold", type=positive(float), metavar="X",
                         help="lower finds more. adaptive: a cut changes the picture this many times as much as its "
