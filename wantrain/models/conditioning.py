@@ -9,6 +9,7 @@ facts/wan-formats.md 1.4 and 1.7. Parity with diffusers' pipelines: tests/parity
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,8 @@ Condition = dict[str, torch.Tensor]
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 WHITE = 255
+TOKENS_OF_AN_IMAGE = 257
+"""Of the published CLIP tower: 224 px in patches of 14, and one for all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +157,18 @@ def encode_animate(encoders: Encoders, frames: Frames, bucket: Bucket) -> Condit
     return {"channels": torch.cat([known, rest], dim=1), "reference": reference_C1HW,
             "pose": encode_frames(encoders.vae, frames["control"]), "face": frames["face"].movedim(0, 1).contiguous(),
             **encoders.image_tokens(frames["reference"], 1)}
+
+
+def num_bytes(variant: Variant, shape_THW: tuple[int, int, int], num_frames: int, has_reference: bool) -> int:
+    """About what the cache keeps of a window for the task, in bytes; `shape_THW` is that of its latents."""
+    if variant.task not in ENCODE:
+        return 0
+    size, a = math.prod(shape_THW), variant.architecture
+    channels = {"i2v": 20, "flf2v": 20, "control": 16, "vace": 96, "animate": 36}[variant.task]
+    images = (2 if variant.task == "flf2v" else 1) * (a.image_dim or 0) * TOKENS_OF_AN_IMAGE
+    face = 3 * num_frames * a.animate.motion_encoder_size ** 2 if a.animate else 0
+    more = (channels + 16) * size // shape_THW[0] if has_reference else 0
+    return 4 * (channels * size + images + more) + face
 
 
 def without_prompt(condition: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
