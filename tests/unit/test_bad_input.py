@@ -149,7 +149,8 @@ def test_a_full_disk_while_caching_loses_nothing_and_the_same_command_goes_on(cl
     assert len(whole) == 10 + 11
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGINT, *(pytest.param(n, marks=pytest.mark.slow)
+                                                     for n in (signal.SIGTERM, signal.SIGUSR1))])
 def test_a_stop_in_training_saves_and_goes_on(clips, cache_dir, cached, tmp_path, number):
     arguments = [*arguments_for(clips, cache_dir, tmp_path / "run"), "train.num_steps=500"]
     command = [sys.executable, "-m", "wantrain", "train", *arguments]

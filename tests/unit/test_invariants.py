@@ -97,6 +97,25 @@ def test_a_damaged_checkpoint_is_refused(trained, wantrain, tmp_path, capsys):
     assert "damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_goes_on_to_the_same_end(trained, tmp_path, capsys,
+                                                                                         damage):
+    whole = state(trained("whole", "train.num_steps=4"))
+    newest = trained("run", "train.num_steps=3", "train.save_every=2") / "checkpoints" / "step_000003"
+    tensors = newest / checkpoint.TENSORS
+    data = tensors.read_bytes()
+    tensors.write_bytes({"flipped": data[:-9] + bytes([data[-9] ^ 4]) + data[-8:], "cut": data[:100]}.get(damage, data))
+    if damage == "gone":
+        (newest / checkpoint.STATE).unlink()
+    capsys.readouterr()
+    run = trained("run", "train.num_steps=4")
+    told = capsys.readouterr().out
+    assert f"checkpoint {newest} is {'incomplete' if damage == 'gone' else 'damaged'}" in told
+    assert f"going on from {newest.with_name('step_000002')}" in told
+    assert state(run)[0] == 4
+    assert same_bits(state(run)[1], whole[1])
+
+
 def test_validation_moves_nothing(trained):
     plain, validated = trained("plain"), trained("validated", "validation.every_steps=2")
     assert losses(plain) == losses(validated)
@@ -162,6 +181,9 @@ def test_a_non_finite_loss_stops_before_the_update(trained, wantrain, tmp_path, 
     monkeypatch.setattr(flow, "velocity", lambda latents, noise: noise * float("nan"))
     assert wantrain("train", f"run.dir={run}", "train.num_steps=4") == 2
     assert "the loss is not finite" in capsys.readouterr().err
+    note = json.loads((run / "nonfinite_000003_process_0.json").read_text())
+    assert note["values"] == ["nan"] * 4
+    assert len(note["clips"]) == len(note["sigmas"]) == 4
     after = state(run)
     assert after[0] == before[0]
     assert same_bits(after[1], before[1])

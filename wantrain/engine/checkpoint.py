@@ -131,6 +131,10 @@ def save(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], fingerpri
     return final
 
 
+class Damaged(UserError):
+    """A checkpoint that is not what was written."""
+
+
 def steps_on_disk(folder: Path) -> list[Path]:
     """Checkpoints by rising step."""
     return sorted(p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name))
@@ -138,7 +142,7 @@ def steps_on_disk(folder: Path) -> list[Path]:
 
 def load(path: Path, fingerprint: Mapping[str, Any] | None, defaults: Mapping[str, Any] | None = None
          ) -> tuple[int, dict[str, torch.Tensor]]:
-    """(step, tensors) of a checkpoint; refuses a damaged one, and one whose fingerprint differs.
+    """(step, tensors) of a checkpoint. Raises Damaged for one that is, UserError where the fingerprint differs.
 
     `fingerprint` None skips the comparison (export needs none). A key that the checkpoint's version did not know yet
     counts as its default in `defaults`: the default of a new key is what was done before there was one.
@@ -147,11 +151,10 @@ def load(path: Path, fingerprint: Mapping[str, Any] | None, defaults: Mapping[st
         state = json.loads((path / STATE).read_text())
         intact = digest_file(path / TENSORS) == state["digest"]
     except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise UserError(f"checkpoint {path} is incomplete: {error}", f"rm -r {path} and run again: the one before "
-                        "it will be used") from error
+        raise Damaged(f"checkpoint {path} is incomplete: {error}", f"rm -r {path}, and start again") from error
     if not intact:
-        raise UserError(f"checkpoint {path} is damaged: its tensors are not those that were written",
-                        f"rm -r {path} and run again: the one before it will be used")
+        raise Damaged(f"checkpoint {path} is damaged: its tensors are not those that were written",
+                      f"rm -r {path}, and start again")
     if fingerprint is not None:
         known = {key: value for key, value in (defaults or {}).items() if key in fingerprint}
         old = {**known, **state["fingerprint"]}
@@ -162,3 +165,22 @@ def load(path: Path, fingerprint: Mapping[str, Any] | None, defaults: Mapping[st
                             "set these back, or start a new run: run.name=ANOTHER")
     tensors, _ = read_tensors(path / TENSORS)
     return state["step"], tensors
+
+
+def newest_whole(folder: Path, fingerprint: Mapping[str, Any] | None, defaults: Mapping[str, Any] | None = None
+                 ) -> tuple[Path, int, dict[str, torch.Tensor], list[str]] | None:
+    """(path, step, tensors) of the newest checkpoint that is whole, and why newer ones were passed over; None where
+    there is none at all. Raises Damaged where none of them is whole: to begin anew is for the user to say.
+    """
+    passed: list[str] = []
+    for path in reversed(steps_on_disk(folder)):
+        try:
+            step, tensors = load(path, fingerprint, defaults)
+        except Damaged as error:
+            passed.append(error.message)
+            fault = error
+            continue
+        return path, step, tensors, passed
+    if passed:
+        raise fault
+    return None

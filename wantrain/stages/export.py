@@ -26,11 +26,12 @@ def run(config: Config, arguments: Sequence[str]) -> None:
 def export_one(recipe: Opened, arguments: Sequence[str]) -> None:
     """One adapter in the format asked for, and its average if one was kept."""
     config = recipe.config
-    found = checkpoint.steps_on_disk(recipe.run_dir / "checkpoints")
-    if not found:
+    found = checkpoint.newest_whole(recipe.run_dir / "checkpoints", None)
+    if found is None:
         raise UserError(f"no checkpoint in {recipe.run_dir / 'checkpoints'}",
                         shlex.join(["wantrain", "train", *arguments]))
-    step, tensors = checkpoint.load(found[-1], None)
+    _, step, tensors, passed = found
+    print("".join(f"{message}; step {step} is exported\n" for message in passed), end="")
     scales, form = adapter_scales(recipe), config.export.format.name
     for key, path in ((checkpoint.VALUE, recipe.export_path), (checkpoint.EMA, recipe.ema_export_path)):
         if not (values := checkpoint.values(tensors, key)):

@@ -49,15 +49,20 @@ NUM_PLOTTED = 20_000
 """Sigmas that the plot of the run folder draws."""
 
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
 @dataclass(slots=True)
 class Stopper:
-    """Within the block Ctrl-C and SIGTERM ask for a stop after the step at hand; a second one stops at once."""
+    """Within the block Ctrl-C, SIGTERM and SIGUSR1 (Slurm's warning) ask for a stop after the step at hand; a second
+    one stops at once.
+    """
 
     asked: bool = False
     _before: dict[int, Any] = field(default_factory=dict)
 
     def __enter__(self) -> Stopper:
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {number: signal.signal(number, self._ask) for number in STOPPING}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -304,10 +309,14 @@ def place_weight(batch: Batch, background: float) -> torch.Tensor | None:
 
 
 def refuse_non_finite(training: Training, step: int, what: str, values: torch.Tensor, batch: Batch) -> None:
-    """Stop on every process when a value is not finite on any of them."""
-    if not engine.all_finite(training.accelerator, values):
-        raise UserError(f"step {step + 1}: the {what} is not finite (clips here: {', '.join(batch.ids)})",
-                        "the last checkpoint is untouched; lower optim.lr, or look at these clips")
+    """Stop on every process when a value is not finite on any of them, and note what each was working on."""
+    if engine.all_finite(training.accelerator, values):
+        return
+    note = training.recipe.run_dir / f"nonfinite_{step + 1:06d}_process_{training.accelerator.process_index}.json"
+    write_json(note, {"step": step + 1, "what": what, "values": [str(v) for v in values.detach().flatten().tolist()],
+                      "clips": batch.ids, "sigmas": batch.sigma_B.tolist(), "places_in_batch": batch.index_B})
+    raise UserError(f"step {step + 1}: the {what} is not finite (clips here: {', '.join(batch.ids)}; {note})",
+                    "the last checkpoint is untouched; lower optim.lr, or look at these clips")
 
 
 def validate(training: Training, heldout: Sequence[Sample]) -> float:
@@ -327,18 +336,19 @@ def fingerprint(recipe: Opened) -> dict[str, Any]:
 
 
 def resume(training: Training) -> int:
-    """The step to start from: that of the newest checkpoint, put back under this engine, or 0."""
-    found = checkpoint.steps_on_disk(training.recipe.run_dir / "checkpoints")
-    if not found:
-        return 0
-    if training.config.train.resume is Resume.never:
-        raise UserError(f"{found[-1]} exists and train.resume=never", "start a new run with run.name=ANOTHER, or "
+    """The step to start from: that of the newest whole checkpoint, put back under this engine, or 0."""
+    folder = training.recipe.run_dir / "checkpoints"
+    if training.config.train.resume is Resume.never and (there := checkpoint.steps_on_disk(folder)):
+        raise UserError(f"{there[-1]} exists and train.resume=never", "start a new run with run.name=ANOTHER, or "
                         "go on with train.resume=auto")
-    step, tensors = checkpoint.load(found[-1], fingerprint(training.recipe), schema.defaults())
+    found = checkpoint.newest_whole(folder, fingerprint(training.recipe), schema.defaults())
+    if found is None:
+        return 0
+    path, step, tensors, passed = found
     checkpoint.restore(training.accelerator, training.model, training.optimizer, kind=training.kind, ema=training.ema,
                        tensors=tensors, step=step)
     if training.accelerator.is_main_process:
-        print(f"going on from {found[-1]}")
+        print("\n".join([*passed, f"going on from {path}"]))
     return step
 
 
