@@ -10,6 +10,7 @@ from tests.conftest import moving_square
 from tests.tiny_tasks import write_checkpoint
 from wantrain import cli, pictures
 from wantrain.models.variants import VARIANTS
+from wantrain.stages import evaluate
 
 WIDE, NUM_FRAMES = (64, 96), 9
 
@@ -240,3 +241,55 @@ def test_nothing_to_sample_from(refused, name, example):
     wrong, to_do = refused("sample", name)
     assert "neither sampler.inputs nor data.heldout has any of 5f 32x48" in wrong
     assert to_do == f"sampler.inputs='[{{{example}}}]'"
+
+
+# Faults found, open
+
+def test_fun_control_sampled_without_a_control_video(refused, inputs):
+    wrong, to_do = refused("sample", "tiny_wan_control", inputs(first="image.png"))
+    assert "sampler.inputs" in wrong
+    assert "control" in wrong
+    assert to_do
+
+
+@pytest.mark.parametrize("name", ["tiny_wan_control", "tiny_wan_vace"])
+def test_an_image_in_place_of_a_control_video(refused, inputs, name):
+    wrong, _ = refused("sample", name, inputs(control="image.png"))
+    assert "image.png" in wrong
+
+
+def test_a_reference_that_is_a_video(refused, inputs):
+    wrong, _ = refused("sample", "tiny_wan_vace", inputs(reference="film.mp4"))
+    assert "film.mp4" in wrong
+
+
+def test_a_mask_of_no_control_video(refused, inputs):
+    wrong, _ = refused("sample", "tiny_wan_vace", inputs(control_mask="film.mp4"))
+    assert "control" in wrong
+
+
+def test_inputs_for_two_prompts_and_an_evaluation_of_one(refused, world, monkeypatch):
+    """The rule counts sampler.prompts; evaluate has prompts of its own."""
+    monkeypatch.setattr(evaluate, "lora_files", lambda *_: {})
+    two = f"[{{first: '{world / 'image.png'}'}}, {{first: '{world / 'image.png'}'}}]"
+    wrong, _ = refused("evaluate", "tiny_wan_i2v", f"sampler.inputs={two}", "sampler.prompts=[a, b]",
+                       f"data.heldout={world / 'clips'}")
+    assert "sampler.inputs" in wrong
+
+
+def test_an_image_to_start_a_video_from(refused, inputs):
+    wrong, _ = refused("sample", "tiny_wan", inputs(video="image.png"))
+    assert "image.png" in wrong
+
+
+def test_a_strength_that_leaves_no_step(refused, inputs):
+    wrong, _ = refused("sample", "tiny_wan", inputs(video="film.mp4"), "sampler.num_steps=1", "sampler.strength=0.7")
+    assert "sampler.strength" in wrong
+
+
+def test_a_control_video_of_another_shape_than_its_clip(refused, tmp_path):
+    """Both are cropped to the bucket, each on its own: 96x64 and 64x96 would show other places."""
+    folder = with_partners(tmp_path / "set", control="+.mp4")
+    pictures.write_mp4(folder / "control" / "a.mp4", moving_square(3, NUM_FRAMES, 96, 64), 16)
+    wrong, _ = refused("check", "tiny_wan_control", clips=folder)
+    assert "style/a.mp4: its control" in wrong
