@@ -243,7 +243,7 @@ def test_nothing_to_sample_from(refused, name, example):
     assert to_do == f"sampler.inputs='[{{{example}}}]'"
 
 
-# Faults found, open
+# What a sample cannot be made from
 
 def test_fun_control_sampled_without_a_control_video(refused, inputs):
     wrong, to_do = refused("sample", "tiny_wan_control", inputs(first="image.png"))

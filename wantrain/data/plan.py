@@ -13,6 +13,9 @@ from wantrain.terms import PARTNERS, Bucket, Clip, Dropped, Found, Media, Planne
 EXTRACTIONS = ("head", "middle", "uniform", "sliding", "random")
 KINDS_OF_DROPS = ("unreadable", "outside limits", "not measured", "too short", "shape", "partner")
 
+SAME_SHAPE = 0.03
+"""Aspects are the same up to this, in log: rounding to even pixels does as much."""
+
 MOST_CROPPED = 0.75
 """A clip that would lose more of its picture than this to the crop is dropped: nearly always a mistake."""
 
@@ -161,6 +164,11 @@ def _with_partners(planned: list[PlannedClip], found: Mapping[Media, Found], fac
             return Dropped(clip, "partner", f"its {kind} {medium}: {seen.fault}")
         if kind == "reference" and seen.duration_s:
             return Dropped(clip, "partner", f"its reference {medium} is a video of {seen.duration_s:g} s, not an image")
+        of_same_frame = kind not in ("reference", "face")
+        own = planned[0].found
+        if of_same_frame and abs(math.log(seen.height / seen.width * own.width / own.height)) > SAME_SHAPE:
+            return Dropped(clip, "partner", f"its {kind} {medium} is {seen.width}x{seen.height}, the clip "
+                           f"{own.width}x{own.height}: of another shape they would be cropped to other places")
         if not seen.duration_s and kind not in ("control", "face"):
             continue  # an image stands for a mask that does not move
         if count_frames(seen, needed, clip.end_s, planned[0].fps) < planned[0].bucket.num_frames:

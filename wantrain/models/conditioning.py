@@ -68,6 +68,15 @@ def needed(task: Task) -> tuple[tuple[str, ...], tuple[str, ...]]:
             "vace": ((), ("control", "control_mask", "reference"))}.get(task, ((), ()))
 
 
+def inputs(task: Task) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(what a sample cannot do without, what it may have besides) by the names of Frames."""
+    required, further = needed(task)
+    first = {"i2v": (("first",), ()), "flf2v": (("first", "last"), ()), "ti2v": ((), ("first",)),
+             "control": ((), ("first",))}
+    more_required, more = first.get(task, ((), ()))
+    return (*more_required, *required), (*further, *more)
+
+
 def media(task: Task) -> tuple[str, ...]:
     """What a condition that is to be encoded is made of: `clip` stands for the window's own frames."""
     return {"i2v": ("clip",), "flf2v": ("clip",), "control": ("clip", "control"),

@@ -38,6 +38,11 @@ class Settings:
     negative_prompt: str
     strength: float = 1.0
 
+    @property
+    def num_steps_from_video(self) -> int:
+        """Steps that a video to start from goes through."""
+        return int(self.num_steps * self.strength)
+
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
@@ -133,7 +138,7 @@ def denoise(sampler: Sampler, settings: Settings, noise_BCTHW: torch.Tensor, giv
     """Latents from noise by UniPC, or from a video at the settings' strength; known frames stay as they are."""
     scheduler = sampler.scheduler
     scheduler.set_timesteps(settings.num_steps, device=noise_BCTHW.device)
-    num_skipped = settings.num_steps - int(settings.num_steps * settings.strength) if given.from_video else 0
+    num_skipped = settings.num_steps - settings.num_steps_from_video if given.from_video else 0
     scheduler.set_begin_index(num_skipped)
     latents = noise_BCTHW
     if given.from_video:

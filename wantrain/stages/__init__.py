@@ -211,6 +211,9 @@ def refuse_partners(variant: Variant, clips: Sequence[Clip]) -> None:
             raise UserError(f"{len(owners)} clips have a {kind}, such as {owners[0]}, and {variant.name} "
                             f"({variant.task}) takes none: it would be ignored",
                             f"take the column or the folder `{kind}` out of the source")
+    if alone := [c.id for c in clips if "control_mask" in c.partners and "control" not in c.partners]:
+        raise UserError(f"{len(alone)} clips have a control_mask and no control, such as {alone[0]}: it says what of a "
+                        "control video to make anew", "add the control video, or take the mask out: docs/tasks.md")
 
 
 def face_px(variant: Variant) -> int:
@@ -302,16 +305,17 @@ def inputs_of(recipe: Opened, num_prompts: int) -> list[sampling.Inputs]:
     """
     own, bucket = recipe.config.sampler.inputs, sampler_settings(recipe).bucket
     if own:
+        if len(own) not in (1, num_prompts):
+            raise UserError(f"sampler.inputs has {len(own)} entries for {num_prompts} prompts",
+                            "give one entry for all prompts, or one for each")
         found = [read_inputs(recipe, given, bucket) for given in own]
         return found * num_prompts if len(found) == 1 else found
     if not recipe.cache.conditioning.media:
         return [sampling.Inputs()] * num_prompts
     fitting = [p for p in recipe.heldout if p.bucket == bucket]
     if not fitting:
-        example = {"i2v": "first: IMAGE", "flf2v": "first: IMAGE, last: IMAGE"}.get(recipe.variant.task,
-                                                                                   "control: VIDEO")
         raise UserError(f"{recipe.variant.name} ({recipe.variant.task}) samples from inputs, and neither "
-                        f"sampler.inputs nor data.heldout has any of {bucket}", f"sampler.inputs='[{{{example}}}]'")
+                        f"sampler.inputs nor data.heldout has any of {bucket}", example_of_inputs(recipe.variant))
     windows = [fitting[i % len(fitting)] for i in range(num_prompts)]
     names = [recipe.cache.conditioning.media_of(p) for p in windows]
     return [sampling.Inputs(conditioning.of_window(
@@ -319,25 +323,58 @@ def inputs_of(recipe: Opened, num_prompts: int) -> list[sampling.Inputs]:
         for p, own in zip(windows, names, strict=True)]
 
 
+STILLS = ("first", "last", "reference")
+"""Inputs of a sample that are images."""
+
+
+def example_of_inputs(variant: Variant) -> str:
+    """An entry of sampler.inputs with which the task can do."""
+    required, _ = conditioning.inputs(variant.task)
+    names = required or conditioning.needed(variant.task)[1][:1] or ("video",)
+    return "sampler.inputs='[{" + ", ".join(
+        f"{name}: {'IMAGE' if name in STILLS else 'VIDEO'}" for name in names) + "}]'"
+
+
 def read_inputs(recipe: Opened, given: Mapping[str, str], bucket: Bucket) -> sampling.Inputs:
-    """The frames of one entry of sampler.inputs: images for first, last and reference, videos or images for masks."""
-    allowed = {"i2v": {"first"}, "flf2v": {"first", "last"}, "ti2v": {"first"}, "control": {"control", "first"},
-               "animate": {"control", "face", "reference"},
-               "vace": {"control", "control_mask", "reference"}}.get(recipe.variant.task, set()) | {"video"}
-    if unknown := sorted(set(given) - allowed):
-        raise UserError(f"sampler.inputs: {recipe.variant.name} ({recipe.variant.task}) takes no {unknown[0]}, but "
-                        f"{', '.join(sorted(allowed))}", "rename or remove it")
-    frames = {}
-    for name, where in given.items():
-        path = Path(where)
-        if not path.is_file():
-            raise UserError(f"sampler.inputs: {name} = {where} does not exist", "give the path of an image or video")
-        is_still = name in ("first", "last", "reference") or media.look(path).duration_s == 0
-        own = replace(bucket, num_frames=1) if is_still else bucket
-        if name == "face":
-            own = replace(own, height=face_px(recipe.variant), width=face_px(recipe.variant))
-        frames[name] = decode.read_clip(path, 0.0, None, recipe.variant.fps, own, contain=name == "reference")
+    """The frames of one entry of sampler.inputs: images for first, last and reference, an image or a video for a mask,
+    videos for the rest.
+    """
+    variant = recipe.variant
+    required, further = conditioning.inputs(variant.task)
+    about = f"sampler.inputs: {variant.name} ({variant.task})"
+    if unknown := sorted(set(given) - {*required, *further, "video"}):
+        allowed = ", ".join(sorted({*required, *further, "video"}))
+        raise UserError(f"{about} takes no {unknown[0]}, but {allowed}", "rename or remove it")
+    if lacking := [name for name in required if name not in given]:
+        raise UserError(f"{about} cannot do without {' and '.join(lacking)}", example_of_inputs(variant))
+    if "control_mask" in given and "control" not in given:
+        raise UserError(f"{about}: control_mask says what of a control video to make anew, and there is no control",
+                        "add control: VIDEO, or take control_mask out")
+    frames = {name: read_input(recipe, name, Path(where), bucket) for name, where in given.items()}
+    if "video" in given and not sampler_settings(recipe).num_steps_from_video:
+        own = recipe.config.sampler
+        num_steps = sampler_settings(recipe).num_steps
+        raise UserError(f"sampler.strength = {own.strength:g} of {num_steps} steps leaves none", "raise sampler.strength or sampler.num_steps")
     return sampling.Inputs({name: f for name, f in frames.items() if name != "video"}, frames.get("video"))
+
+
+def read_input(recipe: Opened, name: str, path: Path, bucket: Bucket) -> torch.Tensor:
+    """The frames of one file of sampler.inputs."""
+    if not path.is_file():
+        raise UserError(f"sampler.inputs: {name} = {path} does not exist", "give the path of an image or video")
+    is_image = media.look(path).duration_s == 0
+    if name in STILLS:
+        if not is_image:
+            raise UserError(f"sampler.inputs: {name} = {path} is a video, not an image", "save the frame as a PNG")
+        bucket = replace(bucket, num_frames=1)
+    elif is_image and bucket.num_frames > 1:
+        if name != "control_mask":
+            raise UserError(f"sampler.inputs: {name} = {path} is an image, and a sample has {bucket.num_frames} frames",
+                            "give a video, or sampler.num_frames=1")
+        bucket = replace(bucket, num_frames=1)
+    if name == "face":
+        bucket = replace(bucket, height=face_px(recipe.variant), width=face_px(recipe.variant))
+    return decode.read_clip(path, 0.0, None, recipe.variant.fps, bucket, contain=name == "reference")
 
 
 def lora_files(recipe: Opened, arguments: Sequence[str]) -> Loras:
