@@ -144,7 +144,7 @@ def encode_vace(encoders: Encoders, frames: Frames, bucket: Bucket) -> Condition
     size = (bucket.num_frames, 1, bucket.height, bucket.width)
     control, mask = frames.get("control"), frames.get("control_mask")
     pixels_FCHW = torch.zeros(size).expand(-1, 3, -1, -1) if control is None else control.float() / 127.5 - 1
-    mask_F1HW = torch.ones(size) if mask is None else (mask.float().mean(1, keepdim=True) / WHITE).expand(size)
+    mask_F1HW = torch.ones(size) if mask is None else (mask[:, :1].float() / WHITE).expand(size)  # red, as theirs
     new_F1HW = (mask_F1HW > 0.5).float()
     latents_CTHW = torch.cat([encode_frames(encoders.vae, pixels_FCHW * part) for part in (1 - new_F1HW, new_F1HW)])
     folded_CTHW = fold_pixels(mask_F1HW[:, 0], latents_CTHW.shape[1:])

@@ -354,7 +354,8 @@ def read_inputs(recipe: Opened, given: Mapping[str, str], bucket: Bucket) -> sam
     if "video" in given and not sampler_settings(recipe).num_steps_from_video:
         own = recipe.config.sampler
         num_steps = sampler_settings(recipe).num_steps
-        raise UserError(f"sampler.strength = {own.strength:g} of {num_steps} steps leaves none", "raise sampler.strength or sampler.num_steps")
+        raise UserError(f"sampler.strength = {own.strength:g} of {num_steps} steps leaves none",
+                        "raise sampler.strength or sampler.num_steps")
     return sampling.Inputs({name: f for name, f in frames.items() if name != "video"}, frames.get("video"))
 
 
