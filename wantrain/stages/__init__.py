@@ -176,8 +176,11 @@ def opened(config: Config, recipe_arguments: Sequence[str], refuse: bool = True)
         refuse_drops([*placed.dropped, *apart.dropped], data.allow_drops)
     if not placed.used:
         raise UserError(f"none of {placed.num_found} clips can be used", "wantrain check says why; look at data.limits")
-    return Opened(config, base, list(rules.buckets), Plan(_weighted(placed.used, config), placed.dropped), apart.used,
-                  cache)
+    recipe = Opened(config, base, list(rules.buckets), Plan(_weighted(placed.used, config), placed.dropped), apart.used,
+                    cache)
+    if refuse and config.loss.class_words:
+        styled(recipe)  # without a trigger to replace, the class words would preserve nothing
+    return recipe
 
 
 def conditioning_of(base: Base, memo: Path) -> Conditioning:
@@ -208,6 +211,15 @@ def num_workers(config: Config) -> int:
     """Processes that look into files and decode: this process's share of the cores unless told."""
     shares = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return config.data.num_workers or max(1, (os.cpu_count() or 1) // shares)
+
+
+def styled(recipe: Opened) -> list[PlannedClip]:
+    """The windows to train on with the trigger in a caption. Raises UserError where there is none."""
+    trigger = recipe.config.data.trigger
+    found = [p for p in recipe.planned if any(trigger in text for text in (p.clip.caption, *p.clip.more_captions))]
+    if not found:
+        raise UserError(f"no training caption holds the trigger {trigger!r}", "set data.trigger to the words in them")
+    return found
 
 
 def _without_faults(placed: Plan, cache: Cache) -> Plan:
