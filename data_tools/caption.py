@@ -46,9 +46,9 @@ from data_tools.command import (
 from data_tools.rows import Row, has, is_url, moved, sound_rows, write_rows
 from wantrain.data import decode
 from wantrain.data.media import probe
-from wantrain.files import digest_text
+from wantrain.files import digest_text, owner
 from wantrain.jobs import TIME_LIMIT, in_workers, progress
-from wantrain.terms import IMAGE_SUFFIXES, Bucket, UserError
+from wantrain.terms import IMAGE_SUFFIXES, PARTNERS, Bucket, UserError
 
 MODEL = "Qwen/Qwen3-VL-8B-Instruct"
 SOURCES = ("model", "sidecars", "names")
@@ -339,17 +339,16 @@ def sidecars(folder: Path) -> dict[str, list[Path]]:
     stems = {file.stem for file in folder.iterdir() if file.suffix.lower() in SUFFIXES}
     found: dict[str, list[Path]] = {}
     for file in sorted(folder.glob("*.txt"), key=lambda f: (f.stem not in stems, f.name)):
-        owners = [stem for stem in stems if file.name.startswith(f"{stem}.")]
-        if owners:
-            found.setdefault(max(owners, key=len), []).append(file)
+        if stem := owner(file.name, stems):
+            found.setdefault(stem, []).append(file)
     return found
 
 
 def _folder_rows(folder: Path, out: Path) -> list[Row]:
-    """A row for every video and image in the folder, with its captions, and its partners in control/ and mask/."""
+    """A row for every video and image in the folder, with its captions, and its partners in control/, mask/, ..."""
     rows = []
     texts = sidecars(folder)
-    partners = {(kind, file.stem): file for kind in ("control", "mask") for file in sorted((folder / kind).glob("*"))
+    partners = {(kind, file.stem): file for kind in PARTNERS for file in sorted((folder / kind).glob("*"))
                 if file.suffix.lower() in SUFFIXES}
     for file in sorted(folder.iterdir()):
         if file.suffix.lower() not in SUFFIXES:
@@ -357,7 +356,7 @@ def _folder_rows(folder: Path, out: Path) -> list[Row]:
         captions = [_read(path) for path in texts.get(file.stem, [])] or [""]
         values: dict[str, Any] = {"video": relative(absolute(file), out.parent), "caption": captions[0]}
         values |= {"captions": captions[1:]} if captions[1:] else {}
-        values |= {kind: relative(absolute(path), out.parent) for kind in ("control", "mask")
+        values |= {kind: relative(absolute(path), out.parent) for kind in PARTNERS
                    if (path := partners.get((kind, file.stem)))}
         rows.append(Row(out.parent, shown(file), values))
     return rows

@@ -33,7 +33,7 @@ from data_tools.command import absolute, add_job_arguments, answer, json_line, r
 from wantrain.data import media
 from wantrain.files import digest_text, write_text
 from wantrain.jobs import in_workers, progress
-from wantrain.terms import UserError
+from wantrain.terms import PARTNERS, UserError
 
 VERSION = 1
 """Raise this when a measurement changes: what is remembered of another version is measured again."""
@@ -70,7 +70,7 @@ STROKE_PX, TEXT_CONTRAST, TEXT_LEVEL, LETTERS = 15, 80, 190, 5
 dark text the other way round), and a line has as many letters."""
 
 NUM_EXTREMES, NUM_SHOWN = 3, 20
-MEDIA = ("video", "control", "mask")
+MEDIA = ("video", *PARTNERS)
 
 Row = dict[str, Any]
 Box = tuple[int, int, int, int]
@@ -313,11 +313,15 @@ def find_text(first_HW: np.ndarray, second_HW: np.ndarray) -> np.ndarray:
 
 def _lines(strokes_HW: np.ndarray) -> list[Box]:
     """(left, top, right, bottom) of every line of text among the strokes."""
+    if not strokes_HW.any():  # most pictures have none, and what follows is a third of all the work
+        return []
     short = min(strokes_HW.shape)
     _, _, boxes, _ = cv2.connectedComponentsWithStats(strokes_HW.astype(np.uint8), connectivity=8)
     x, y, w, h, area = boxes[1:].T
     is_letter = ((h >= 0.015 * short) & (h <= 0.15 * short) & (w <= 2.5 * h) & (w >= 0.08 * h) & (area >= 0.2 * w * h))
     x, y, w, h = (side[is_letter] for side in (x, y, w, h))
+    if len(x) < LETTERS:
+        return []
     joined_HW = np.zeros(strokes_HW.shape, np.uint8)  # every letter's middle, so wide that neighbours touch
     for left, top, width, height in zip(x, y, w, h, strict=True):
         reach = int(0.45 * height) + 1

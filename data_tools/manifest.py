@@ -54,7 +54,7 @@ from data_tools.rows import (
 from wantrain.data import media
 from wantrain.files import digest_text, remembered
 from wantrain.jobs import in_workers, progress
-from wantrain.terms import IMAGE_SUFFIXES, Found, UserError
+from wantrain.terms import IMAGE_SUFFIXES, PARTNERS, Found, UserError
 
 OF_SPLIT = re.compile(r"(?P<shot>(?P<film>.+)@\d+\.\d{3})#\d+")
 """An id that `data_tools.split` gave; its `shot_of` is the group of this name."""
@@ -105,7 +105,7 @@ def look_at(rows: Iterable[Row], memory: Path, jobs: int, timeout_s: float) -> d
 def build(paths: Sequence[Path], out: Path, probed: Path | None, partners: Mapping[str, Sequence[Path]]) -> str:
     """Write a row into `out` for every video and image below `paths` that has none; what it did.
 
-    Rows that are there stay as they are, and get only what they lack: a caption, a control, a mask (`partners` gives
+    Rows that are there stay as they are, and get only what they lack: a caption, a partner (`partners` gives
     the folders of these). A faulty file is named and gets no row, or loses it, unless a caption would be lost with it.
     """
     files, others = find_files(paths)
@@ -119,9 +119,9 @@ def build(paths: Sequence[Path], out: Path, probed: Path | None, partners: Mappi
              for row, clip in before.items() if clip in faults and not set(row.captions) <= set(captions[clip])],
             "mend these files, or take their rows out yourself")
     kept = [row for row, clip in before.items() if clip not in faults]
-    folder = out.absolute().parent
+    folder, there = out.absolute().parent, {*before.values()}
     new = [Row(folder, "", {"video": relative(clip, folder), "caption": ""})
-           for clip in clips if clip not in faults and clip not in before.values()]
+           for clip in clips if clip not in faults and clip not in there]
     for row in kept + new:
         notes += _fill(row, captions.get(Path(row.where("video")), []))
     roots = [absolute(path if path.is_dir() else path.parent) for path in paths]
@@ -132,7 +132,7 @@ def build(paths: Sequence[Path], out: Path, probed: Path | None, partners: Mappi
     endings = collections.Counter(file.suffix.lower() or "no ending" for file in {*others} - sidecars - {*strays})
     return "\n".join([
         f"found {len(files) + len(others)} = {len(clips) - len(faults)} clips + {len(faults)} faulty + "
-        f"{len(files) - len(clips)} controls and masks + {len(sidecars)} captions + {len(strays)} captions of no clip "
+        f"{len(files) - len(clips)} partners + {len(sidecars)} captions + {len(strays)} captions of no clip "
         f"+ {endings.total()} others" + (f" ({_counted(endings)})" if endings else ""),
         f"{shown(out)}: {len(kept + new)} rows = {len(new)} new + {len(kept)} of {len(before)} there before; "
         f"{sum(bool(row.captions) for row in kept + new)} captioned",
@@ -299,7 +299,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         other = alike.setdefault("".join(unicodedata.normalize("NFKC", row.id).casefold().split()), row)
         if other.id != row.id:
             notes.append(f"{row.place}: id {row.id!r} is nearly {other.id!r} ({other.line})")
-    for column in ("control", "mask"):
+    for column in PARTNERS:
         lacking = [row.line for row in rows if not row.values.get(column)]
         if 0 < len(lacking) < len(rows):
             notes.append(f"{len(lacking)} of {len(rows)} rows have no {column}: {', '.join(lacking[:9])}"
@@ -583,12 +583,12 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--out", type=Path, default=Path("manifest.jsonl"), metavar="FILE", help="(default: %(default)s)")
     one.add_argument("--probe", type=Path, metavar="FILE", help="the output of data_tools.probe: files that it found "
                      "faulty are left out (without it only what shows without decoding: empty files, texts)")
-    for column in ("control", "mask"):
+    for column in PARTNERS:
         one.add_argument(f"--{column}", type=Path, metavar="FOLDER", help="files of the same relative names there "
                          f"become the column {column} (default: PATH/{column} where it is there)")
     one.set_defaults(work=lambda a: build(a.paths, a.out, a.probe, {
         column: [given] if (given := getattr(a, column)) else [p / column for p in a.paths if (p / column).is_dir()]
-        for column in ("control", "mask")}))
+        for column in PARTNERS}))
 
     one = verbs.add_parser("check", help="everything that is wrong, with its line", description="Exit code 2 where "
                            "training would refuse or misread a row; notes alone (overlaps, ids that are nearly the "

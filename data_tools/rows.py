@@ -16,16 +16,16 @@ from typing import Any
 
 from data_tools.command import absolute, json_line, relative, shown
 from wantrain.files import write_text
-from wantrain.terms import UserError
+from wantrain.terms import PARTNERS, UserError
 
 KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
-    "video": (str, "a path"), "control": (str, "a path"), "mask": (str, "a path"), "caption": (str, "a text"),
+    **dict.fromkeys(("video", *PARTNERS), (str, "a path")), "caption": (str, "a text"),
     "captions": (list, "a list of texts"), "start_s": ((int, float), "a number of seconds"),
     "end_s": ((int, float), "a number of seconds"), "id": ((str, int), "a text"), "duplicate_of": ((str, int), "an id")}
 """What the columns of `wantrain.data.manifest` hold; any other is a measurement. (Its module would be imported by every
 worker process, and takes seconds.)"""
 
-MEDIA = ("video", "control", "mask")
+MEDIA = ("video", *PARTNERS)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,7 +63,7 @@ class Row:
         return list(dict.fromkeys(line for text in texts if (line := " ".join(text.split()))))
 
     def where(self, column: str) -> str:
-        """The path from the root, or the URL, of a video, control or mask; '' where there is none."""
+        """The path from the root, or the URL, of a video or one of its partners; '' where there is none."""
         name = self.values.get(column) or ""
         return _located(self.folder, name) if name and not is_url(name) else name
 

@@ -5,8 +5,9 @@
 Cuts are found by PySceneDetect's AdaptiveDetector: a frame differs from the one before by a multiple of what its
 neighbours do. On the 150 s of shared/footage it finds all 27 hard cuts and no other, also at 0.4 of the brightness or
 half the contrast, where ContentDetector at its default of 27 misses 1 and 2; only with 5 of 6 frames taken out is it
-the worse one (1 missed, 1 false; none). Neither sees a dissolve (one in that film). Times are on the clock of
-`wantrain.data.decode`, and `end_s` is so placed that no frame of the next shot is read at any fps.
+the worse one (1 missed, 1 false; none). Neither sees a dissolve (one in that film): `--detector transnetv2` sees most,
+and leaves their frames out. Times are on the clock of `wantrain.data.decode`, and `end_s` is so placed that no frame of
+the next shot is read at any fps.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 from scenedetect import AdaptiveDetector, ContentDetector, FrameTimecode
 
+from data_tools import transnet
 from data_tools.command import (
     add_job_arguments,
     answer,
@@ -62,17 +64,21 @@ FLASH_LEVEL = 40.0
 """A change of the whole picture by this (hue, saturation and value, mean of 0..255) is a cut whatever its neighbours
 do: two cuts within WINDOW frames hide each other from a ratio."""
 
-TOO_SHORT, STATIC = "too short", "static"
+TOO_SHORT, STATIC, DISSOLVE = "too short", "static", "dissolve"
+
+THRESHOLDS = {"adaptive": 3.0, "transnetv2": 0.5}
+"""The detectors, and where each draws the line: a ratio, a probability."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What becomes of a shot. `threshold` is a ratio, `drop_static` a mean difference of 0..255 (None: keep all)."""
+    """What becomes of a shot. `threshold` is the detector's, `drop_static` a mean difference of 0..255 or None."""
 
     threshold: float
     min_s: float
     max_s: float
     drop_static: float | None
+    detector: str = "adaptive"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,44 +113,71 @@ def split_file(path: Path, rules: Rules) -> Split:
     try:
         check_openable(path)
         found = decode.probe(path)
-        starts, motion_F = find_shots(path, found.times_s, rules.threshold)
+        transitions, motion_F = find_shots(path, found.times_s, rules)
     except UserError as error:
         return Split(str(path), fault=error.message)
     except av.FFmpegError as error:
         return Split(str(path), fault=f"{shown(path)} cannot be decoded: {error.strerror}")
     except (OSError, ValueError) as error:
         return Split(str(path), fault=f"{shown(path)}: {error}")
-    return Split(str(path), tuple(judge(found, starts, motion_F, rules)))
+    return Split(str(path), tuple(judge(found, transitions, motion_F, rules)))
 
 
-def find_shots(path: Path, times_s: np.ndarray, threshold: float) -> tuple[list[int], np.ndarray]:
-    """(first frame of every shot, difference of every frame to the one MOTION_GAP_S before, NaN where there is none).
+Transitions = list[tuple[int, int]]
+"""(first frame after the one shot, first frame of the next), in order; the same frame for a cut."""
+
+
+class Detector(Protocol):
+    """What finds shots: it is shown every frame of a film in order, and the same at LOOK_PX."""
+
+    def see(self, frame: av.VideoFrame, small: av.VideoFrame) -> None: ...
+
+    def transitions(self) -> Transitions: ...
+
+
+class Adaptive:
+    """Cuts by PySceneDetect, in a film of `num_frames` frames."""
+
+    def __init__(self, threshold: float, num_frames: int) -> None:
+        self.detectors = (AdaptiveDetector(adaptive_threshold=threshold, min_scene_len=1, window_width=WINDOW),
+                          ContentDetector(threshold=FLASH_LEVEL, min_scene_len=0))
+        self.num_frames, self.num_seen, self.num_shown = num_frames, 0, 0
+        self.cuts: set[int] = set()
+
+    def see(self, frame: av.VideoFrame, small: av.VideoFrame) -> None:
+        look = small.to_ndarray()
+        # The detectors are blind to the first and the last WINDOW frames of what they are shown.
+        for _ in range(1 + WINDOW * ((self.num_seen == 0) + (self.num_seen == self.num_frames - 1))):
+            timecode = FrameTimecode(self.num_shown, 25.0)  # any rate will do
+            self.cuts |= {cut.frame_num - WINDOW for detector in self.detectors
+                          for cut in detector.process_frame(timecode, look)}
+            self.num_shown += 1
+        self.num_seen += 1
+
+    def transitions(self) -> Transitions:
+        return [(cut, cut) for cut in sorted(self.cuts) if cut > 0]
+
+
+def find_shots(path: Path, times_s: np.ndarray, rules: Rules) -> tuple[Transitions, np.ndarray]:
+    """(where shots end and begin, difference of every frame to the one MOTION_GAP_S before, NaN where there is none).
 
     ValueError where not every frame that has a time decodes, or more do.
     """
-    detectors = (AdaptiveDetector(adaptive_threshold=threshold, min_scene_len=1, window_width=WINDOW),
-                 ContentDetector(threshold=FLASH_LEVEL, min_scene_len=0))
-    positions = itertools.count()
-
-    def cuts(look: np.ndarray, times: int) -> set[int]:
-        given = [FrameTimecode(position, 25.0) for position in itertools.islice(positions, times)]  # any rate will do
-        return {cut.frame_num - WINDOW for detector in detectors for timecode in given
-                for cut in detector.process_frame(timecode, look)}
-
-    starts, motion_F = {0}, np.full(len(times_s), np.nan)
+    detector: Detector = (transnet.Detector(rules.threshold) if rules.detector == "transnetv2"
+                          else Adaptive(rules.threshold, len(times_s)))
+    motion_F = np.full(len(times_s), np.nan)
     scalers = VideoReformatter(), VideoReformatter()  # kept, for a frame's own is set up anew each time
     earlier: collections.deque[tuple[float, np.ndarray]] = collections.deque()
     for i, (frame, time_s) in enumerate(_timed_frames(path, times_s)):
         small = _small(scalers[0], frame, LOOK_PX, "bgr24")
-        look, tiny = small.to_ndarray(), _small(scalers[1], small, TINY_PX, "gray").to_ndarray().astype(np.int16)
-        # The detector is blind to the first and the last WINDOW frames of what it is shown.
-        starts |= cuts(look, 1 + WINDOW * ((i == 0) + (i == len(times_s) - 1)))
+        detector.see(frame, small)
+        tiny = _small(scalers[1], small, TINY_PX, "gray").to_ndarray().astype(np.int16)
         while len(earlier) > 1 and earlier[1][0] <= time_s - MOTION_GAP_S + 1e-3:
             earlier.popleft()
         if earlier and earlier[0][0] <= time_s - MOTION_GAP_S + 1e-3:
             motion_F[i] = np.abs(tiny - earlier[0][1]).mean()
         earlier.append((time_s, tiny))
-    return sorted(s for s in starts if s >= 0), motion_F
+    return detector.transitions(), motion_F
 
 
 def _frames(path: Path) -> Iterator[av.VideoFrame]:
@@ -169,9 +202,13 @@ def _small(scaler: VideoReformatter, frame: av.VideoFrame, longest_px: int, pix_
     return scaler.reformat(frame, width, height, pix_fmt, interpolation="AREA")
 
 
-def judge(found: decode.Probe, starts: Sequence[int], motion_F: np.ndarray, rules: Rules) -> Iterator[Span]:
-    """The spans of all shots, in order and without a gap: long shots in equal parts, each with its reason to go."""
+def judge(found: decode.Probe, transitions: Transitions, motion_F: np.ndarray, rules: Rules) -> Iterator[Span]:
+    """The spans of all shots, and of what is between them, in order and without a gap: long ones in equal parts, each
+    with its reason to go.
+    """
     times_s = found.times_s
+    dissolves = {stop for stop, start in transitions if stop < start}
+    starts = sorted({0, *itertools.chain.from_iterable(transitions)} - {len(times_s)})
     for shot, shot_stop in zip(starts, [*starts[1:], len(times_s)], strict=True):
         inner = _inner_edges(times_s[shot:shot_stop], _end_s(found, shot_stop), rules.max_s)
         edges = [shot, *(shot + edge for edge in inner), shot_stop]
@@ -181,7 +218,9 @@ def judge(found: decode.Probe, starts: Sequence[int], motion_F: np.ndarray, rule
             motions = motion_F[first:stop][inside]
             motion = round(float(motions.mean()), 3) if len(motions) else math.inf
             reason = ""
-            if end_s - start_s < rules.min_s - 2 * GUARD_S:
+            if shot in dissolves:
+                reason = DISSOLVE
+            elif end_s - start_s < rules.min_s - 2 * GUARD_S:
                 reason = TOO_SHORT
             elif rules.drop_static is not None and motion < rules.drop_static:
                 reason = STATIC
@@ -297,6 +336,11 @@ def run(paths: Sequence[Path], out: Path, rules: Rules, cut_to: Path | None, *, 
     Rows of other films stay as they are, and a span that was there keeps its caption. What was found is remembered in
     a file beside `out`, so that a killed call goes on and other calls look only at what is new or changed.
     """
+    if rules.detector == "transnetv2":
+        transnet.check_installed()
+        if rules.threshold >= 1:
+            raise UserError(f"--threshold {rules.threshold:g} is no probability below 1, which --detector transnetv2 "
+                            "wants", f"--threshold {THRESHOLDS['transnetv2']:g}")
     if rules.max_s < 2 * rules.min_s:
         raise UserError(f"--max-s {rules.max_s:g} is less than twice --min-s {rules.min_s:g}: a shot a little longer "
                         "than the one would be cut into parts shorter than the other",
@@ -379,11 +423,11 @@ def summary(found: Sequence[Split], ignored: Sequence[Path], rules: Rules) -> st
     """Counts that add up: films, shots, spans kept and rejected with their reasons, and every fault."""
     spans = [span for film in found for span in film.spans]
     faulty = [film.fault for film in found if film.fault]
-    shots = sum(span.part == 1 for span in spans)
+    shots = sum(span.part == 1 and span.reason != DISSOLVE for span in spans)
     lines = [f"found {len(found) + len(ignored)} = {len(found) - len(faulty)} films split + {len(faulty)} faulty "
              f"+ {len(ignored)} ignored (images and other files)",
              f"  {shots} shots, {len(spans)} spans after cutting those longer than {rules.max_s:g} s"]
-    for reason, limit in (("", ""), (TOO_SHORT, f" (under {rules.min_s:g} s)"),
+    for reason, limit in (("", ""), (DISSOLVE, " (between two shots)"), (TOO_SHORT, f" (under {rules.min_s:g} s)"),
                           (STATIC, f" (motion under {rules.drop_static or 0:g})")):
         lengths_s = sorted(span.end_s - span.start_s for span in spans if span.reason == reason)
         if lengths_s or not reason:
@@ -398,8 +442,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.split", description="Find the shots of films and write them into a manifest as "
-        "spans (captions are left empty for a later tool). Films are only read. Hard cuts are found, dissolves and "
-        "fades are not: look at the report.",
+        "spans (captions are left empty for a later tool). Films are only read. Hard cuts are found; dissolves and "
+        "fades only by --detector transnetv2, most of them, and their frames are left out: look at the report.",
         epilog="The same command again goes on where it was stopped. Outcomes are remembered in FILE.shots.")
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a film, or a folder of films at any depth")
     parser.add_argument("--out", type=Path, default=Path("manifest.jsonl"), metavar="FILE",
@@ -410,9 +454,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-s", type=positive(float), default=10.0, metavar="S",
                         help="longer shots are cut into equal parts (default: %(default)g: a half still gives 81 "
                         "frames at 16 fps)")
-    parser.add_argument("--threshold", type=positive(float), default=3.0, metavar="X",
-                        help="a cut changes the picture this many times as much as its neighbours do; lower finds more "
-                        "(default: %(default)g)")
+    parser.add_argument("--detector", choices=THRESHOLDS, default="adaptive",
+                        help="what finds shots: PySceneDetect's AdaptiveDetector, or TransNetV2, a network that sees "
+                        "dissolves and fades as well, 15 times slower (pip install "
+                        f'"{transnet.REQUIREMENT}"; default: %(default)s)')
+    parser.add_argument("--threshold", type=positive(float), metavar="X",
+                        help="lower finds more. adaptive: a cut changes the picture this many times as much as its "
+                        f"neighbours do (default: {THRESHOLDS['adaptive']:g}); transnetv2: how probably a frame is in "
+                        f"a transition, below 1 (default: {THRESHOLDS['transnetv2']:g})")
     parser.add_argument("--drop-static", type=positive(float), nargs="?", const=0.3, metavar="D",
                         help="leave out spans in which grey values (0..255, at 40 px) change by less than this in "
                         f"{MOTION_GAP_S} s (without a number: %(const)s; default: keep them)")
@@ -423,7 +472,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         "the manifest")
     add_job_arguments(parser, 3600)
     args = parser.parse_args(given)
-    rules = Rules(args.threshold, args.min_s, args.max_s, args.drop_static)
+    rules = Rules(args.threshold or THRESHOLDS[args.detector], args.min_s, args.max_s, args.drop_static, args.detector)
 
     def work() -> str:
         found, ignored = run(args.paths, args.out, rules, args.cut_to, jobs=args.jobs,

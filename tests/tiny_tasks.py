@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, WanAnimateTransformer3DModel
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from tests import tiny_models as tiny
@@ -17,14 +17,15 @@ from wantrain.models.base import EMBEDDED, Base
 from wantrain.models.conditioning import Encoders
 from wantrain.models.variants import VARIANTS, diffusers_config
 
-CLASSES = {c.__name__: c for c in (tiny.WanTransformer3DModel, tiny.WanVACETransformer3DModel)}
+CLASSES = {c.__name__: c for c in (tiny.WanTransformer3DModel, tiny.WanVACETransformer3DModel,
+                                   WanAnimateTransformer3DModel)}
 CLIP = {**tiny.CLIP, "hidden_size": 32, "image_size": 8, "patch_size": 4}
 """Five tokens a picture, as wide as the tiny variants' image_dim."""
 
 TASKS = ("tiny_wan", "tiny_wan_a14b", "tiny_wan_i2v", "tiny_wan_i2v_a14b", "tiny_wan_flf2v", "tiny_wan_ti2v",
-         "tiny_wan_vace", "tiny_wan_control")
+         "tiny_wan_vace", "tiny_wan_control", "tiny_wan_animate")
 PIPELINES = {"t2v": "WanPipeline", "i2v": "WanImageToVideoPipeline", "flf2v": "WanImageToVideoPipeline",
-             "ti2v": "WanImageToVideoPipeline", "vace": "WanVACEPipeline"}
+             "ti2v": "WanImageToVideoPipeline", "vace": "WanVACEPipeline", "animate": "WanAnimatePipeline"}
 """diffusers' pipeline of each task; Fun-Control has none."""
 
 
@@ -78,23 +79,30 @@ def sampler(found: Base) -> sampling.Sampler:
 
 
 def write_partners(folder: Path, task: str, number: int, height: int = 2 * SIZE[0], width: int = 2 * SIZE[1]) -> None:
-    """For `clip_0` to `clip_N`: a control video, for VACE also a mask for every clip and a reference for every second.
+    """For `clip_0` to `clip_N`: a control video, for VACE also a mask for every clip and a reference for every second,
+    for Animate a face and a reference.
     """
-    for i in range(number if task in ("control", "vace") else 0):
+    for i in range(number if task in ("control", "vace", "animate") else 0):
         pictures.write_mp4(folder / "control" / f"clip_{i}.mp4", moving_square(200 + i, 9, height, width), 16)
         if task == "vace":
             mask = torch.zeros(9, 3, height, width, dtype=torch.uint8)
             mask[:, :, : height // 2, i : i + width // 2] = 255
             pictures.write_mp4(folder / "control_mask" / f"clip_{i}.mp4", mask, 16)
-        if task == "vace" and i % 2:
+        if task == "animate":
+            pictures.write_mp4(folder / "face" / f"clip_{i}.mp4", moving_square(250 + i, 9, 64, 64), 16)
+        if task == "animate" or (task == "vace" and i % 2):
             pictures.write_png(folder / "reference" / f"clip_{i}.png", moving_square(300 + i, 1, 40, 60)[0])
 
 
 def write_set(folder: Path, name: str) -> Path:
-    """style/ (4 clips and their partners, and one picture), plain/ (2) and heldout/ (2)."""
+    """style/ (4 clips and one picture), plain/ (2) and heldout/ (2), each with what its task works from."""
     task = VARIANTS[name].task
     for part, number, caption, seed in (("style", 4, "sqstyle, square number {}", 0), ("plain", 2, "square {}", 50),
                                         ("heldout", 2, "sqstyle, unseen square {}", 100)):
         write_clips(folder / part, number, caption, seed)
         write_partners(folder / part, task, number)
+    for kind in ("", *{"control": ["control"], "vace": ["control"], "animate": ["control", "face", "reference"]}.get(
+            task, [])):
+        pictures.write_png(folder / "style" / kind / "picture.png", moving_square(400, 1, 2 * SIZE[0], 2 * SIZE[1])[0])
+    (folder / "style" / "picture.txt").write_text("sqstyle, a picture of a square")
     return folder

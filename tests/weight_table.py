@@ -76,15 +76,16 @@ def error(part: str, container: str) -> float | None:
 def _signature(a: Architecture) -> tuple[object, ...]:
     """What of an architecture decides which tensors there are."""
     return (a.in_channels, a.out_channels, a.image_dim is None, a.image_tokens is None, bool(a.vace_layers), a.ref_conv,
-            a.control_adapter)
+            a.control_adapter, a.animate is None)
 
 
 def variants_of(kind: str) -> list[str]:
-    """The rows of the variants table that a tiny transformer stands for."""
+    """The published rows of the variants table, and the embedded base, that a tiny transformer stands for."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tiny.weights(tiny.PARTS[kind]).items()}
     own = _signature(read_architecture(shapes, "official"))
     return [v.name for v in VARIANTS.values()
-            if _signature(v.architecture) == own and bool(v.experts) == (kind in tiny.EXPERTS)]
+            if _signature(v.architecture) == own and bool(v.experts) == (kind in tiny.EXPERTS)
+            and not v.name.startswith("tiny_wan_")]
 
 
 def _cell(part: str, container: str) -> str:

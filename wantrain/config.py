@@ -46,6 +46,13 @@ class Extract(Enum):
     random = "random"
 
 
+class Optimizer(Enum):
+    adamw = "adamw"
+    adamw_8bit = "adamw_8bit"
+    prodigy = "prodigy"
+    schedule_free = "schedule_free"
+
+
 class Schedule(Enum):
     constant = "constant"
     cosine = "cosine"
@@ -213,14 +220,22 @@ class Data:
 
 @dataclass(slots=True)
 class Optim:
+    name: Optimizer = Optimizer.adamw
+    """adamw; adamw_8bit, prodigy (finds its learning rate) and schedule_free need a package: docs/optimizers.md."""
     lr: float = 1e-4
-    """Peak learning rate of AdamW."""
+    """Peak learning rate; with prodigy the factor on the one that it finds: 1.0."""
+    lora_plus: float = 1.0
+    """LoRA+: the learning rate of the B matrices is lr times this; its authors recommend 16, with a smaller lr."""
+    lr_factors: dict[str, float] = field(default_factory=dict)
+    """Factors on lr for the modules that a preset or regular expression matches; the last that matches counts."""
+    ema_decay: float | None = None
+    """Also keep and export an average of the adapter with this decay a step, e.g. 0.99 to 0.9999; null keeps none."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
-    """Decay of AdamW's two moments."""
+    """Decay of the mean gradient and of the mean square (schedule_free: the first is its interpolation)."""
     eps: float = 1e-8
-    """AdamW's epsilon."""
+    """Added to the root of the mean square."""
     weight_decay: float = 0.01
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay, times the learning rate."""
     schedule: Schedule = Schedule.constant
     """Shape of the learning rate after warm-up; cosine and linear end at zero at train.num_steps."""
     warmup_steps: int = 0
@@ -310,7 +325,7 @@ class Sampler:
     resolution: list[int] | None = None
     """[height, width] in pixels; null takes the first of data.resolutions."""
     inputs: list[dict[str, str]] = field(default_factory=list)
-    """Files each prompt works from: first, last, control, control_mask, reference, video; one entry serves all."""
+    """Files each prompt works from: first, last, control, control_mask, reference, face, video; one serves all."""
     strength: float = 0.7
     """Share of the schedule that a `video` of sampler.inputs goes through; 1 keeps nothing of it."""
     lora: str | None = None
@@ -410,9 +425,7 @@ class Config:
                             "lora.alpha_pattern": self.lora.alpha_pattern.values()}.items():
             yield all(value > 0 for value in values), key, list(values), "positive numbers"
         yield bool(self.lora.targets), "lora.targets", self.lora.targets, "at least one preset or pattern"
-        yield optim.lr > 0, "optim.lr", optim.lr, "a positive number"
-        yield len(optim.betas) == 2, "optim.betas", optim.betas, "two numbers"
-        yield optim.max_grad_norm > 0, "optim.max_grad_norm", optim.max_grad_norm, "a positive number"
+        yield from _optim_rules(optim, self.lora.kind)
         yield all(0 < s <= 1 for s in self.validation.sigmas), "validation.sigmas", self.validation.sigmas, "in (0, 1]"
         yield self.validation.every_steps == 0 or data.heldout is not None, "validation.every_steps", \
             self.validation.every_steps, "0 when data.heldout is not set"
@@ -446,7 +459,33 @@ class Config:
                 yield value is None or value > 0, f"{name}.{key}", value, "above 0, or null"
 
 
-SAMPLER_INPUTS = ("first", "last", "control", "control_mask", "reference", "video")
+SAMPLER_INPUTS = ("first", "last", "control", "control_mask", "reference", "face", "video")
+
+
+def _optim_rules(optim: Optim, kind: LoraKind) -> Iterator[tuple[bool, str, object, str]]:
+    positive = "a positive number"
+    for key, number in {"optim.lr": optim.lr, "optim.max_grad_norm": optim.max_grad_norm,
+                        "optim.lora_plus": optim.lora_plus}.items():
+        yield number > 0, key, number, positive
+    yield all(f > 0 for f in optim.lr_factors.values()), "optim.lr_factors", optim.lr_factors, "positive numbers"
+    yield len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas), "optim.betas", optim.betas, \
+        "two numbers in [0, 1)"
+    yield optim.warmup_steps >= 0, "optim.warmup_steps", optim.warmup_steps, "0 or more"
+    yield optim.ema_decay is None or 0 < optim.ema_decay < 1, "optim.ema_decay", optim.ema_decay, \
+        "between 0 and 1, e.g. 0.999, or null"
+    yield optim.lora_plus == 1 or kind in (LoraKind.lora, LoraKind.rslora, LoraKind.dora), "optim.lora_plus", \
+        optim.lora_plus, f"1 with lora.kind={kind.name}, which has no B matrices"
+    if optim.name is Optimizer.prodigy:
+        yield 0.1 <= optim.lr <= 10, "optim.lr", optim.lr, \
+            "optim.name=prodigy multiplies it with the learning rate that it finds: take 1.0, or from 0.1 to 10"
+        for key, value, alone in (("optim.lora_plus", optim.lora_plus, 1), ("optim.lr_factors", optim.lr_factors, {})):
+            yield value == alone, key, value, f"{alone} with optim.name=prodigy, which finds one learning rate for all"
+    if optim.name is Optimizer.schedule_free:
+        yield optim.schedule is Schedule.constant, "optim.schedule", optim.schedule.name, \
+            "constant with optim.name=schedule_free, whose average takes the schedule's place; warmup_steps is allowed"
+        yield optim.ema_decay is None, "optim.ema_decay", optim.ema_decay, \
+            "null with optim.name=schedule_free, which exports an average already"
+        yield optim.betas[0] > 0, "optim.betas", optim.betas, "a first number above 0 with optim.name=schedule_free"
 
 
 def _is_range(limit: object) -> bool:
@@ -467,7 +506,7 @@ HARMLESS_TO_RESUME = ("run.", "sampler.", "evaluate.", "report.", "export.", "tr
 """Keys (prefixes) that may differ between a checkpoint and the config that goes on from it."""
 
 
-OPEN = ("model.parts", "lora.rank_pattern", "lora.alpha_pattern", "data.limits")
+OPEN = ("model.parts", "lora.rank_pattern", "lora.alpha_pattern", "data.limits", "optim.lr_factors")
 """Dictionaries whose keys are the user's; those of a source are too."""
 
 
@@ -583,6 +622,15 @@ def to_yaml(config: Config) -> str:
 
 def flat(config: Config) -> dict[str, Any]:
     """Dotted key -> plain value, for trackers, provenance and the fingerprint."""
+    return _flat(config)
+
+
+def defaults() -> dict[str, Any]:
+    """The same of the keys that have a default."""
+    return {key: value for key, value in _flat(Config).items() if value != MISSING}
+
+
+def _flat(config: Config | type[Config]) -> dict[str, Any]:
     def walk(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict):
             for key, inner in value.items():

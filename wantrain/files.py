@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,6 +39,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def owner(name: str, stems: Container[str]) -> str:
+    """The longest of the stems that a sidecar belongs to: NAME.txt and NAME.*.txt to NAME. '' where there is none."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        if name in stems:
+            return name
+    return ""
 
 
 def write_text(path: Path, text: str) -> None:

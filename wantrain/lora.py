@@ -97,7 +97,7 @@ def _matching(names: Sequence[str], target: str, key: str) -> set[str]:
         raise UserError(
             f"{key}: {target!r} matches no Linear here. Allowed: a preset ({', '.join(TARGET_PRESETS)}) or a regular "
             f"expression over names such as {', '.join(names[:3])}",
-            "set lora.targets to a preset, e.g. lora.targets=[attn_ffn]",
+            "use a preset, e.g. lora.targets=[attn_ffn]" if key == "lora.targets" else f"mend the pattern of {key}",
         )
     return found
 
@@ -135,12 +135,32 @@ def trainable(transformer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in transformer.named_parameters() if p.requires_grad}
 
 
+def lr_factors(transformer: torch.nn.Module, b_factor: float, patterns: Mapping[str, float]) -> dict[str, float]:
+    """The factor on the learning rate of each trainable tensor, by name.
+
+    That of the last preset or regular expression over the adapted modules' names that matches, times `b_factor` for
+    the B of a LoRA: LoRA+ (Hayou et al. 2024). Raises UserError when a pattern matches no adapted module.
+    """
+    leaves = _by_module(trainable(transformer))
+    chosen = dict.fromkeys(leaves, 1.0)
+    for target, factor in patterns.items():
+        chosen |= dict.fromkeys(_matching(list(leaves), target, "optim.lr_factors"), factor)
+    return {name: chosen[found["module"]] * (b_factor if found["leaf"] == "lora_B" else 1.0)
+            for name, found in ((name, _parsed(name)) for name in trainable(transformer))}
+
+
+def _parsed(name: str) -> re.Match[str]:
+    """The module and the leaf in a trainable tensor's name."""
+    found = _PARAMETER.fullmatch(name)
+    assert found is not None, f"{name} is no tensor of an adapter"
+    return found
+
+
 def _by_module(parameters: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
     """Named trainable tensors as module -> leaf -> tensor."""
     tensors: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in parameters.items():
-        found = _PARAMETER.fullmatch(name)
-        assert found is not None, f"{name} is no tensor of an adapter"
+        found = _parsed(name)
         tensors.setdefault(found["module"], {})[found["leaf"]] = tensor
     return tensors
 

@@ -83,9 +83,9 @@ class Remote:
 Media = Path | Remote
 """Where the bytes of a video or image are."""
 
-PARTNERS = ("control", "control_mask", "reference", "mask")
-"""What may go with a clip: a control video, the mask of what VACE is to make of it (white), a reference image, and the
-mask of where the loss looks (white)."""
+PARTNERS = ("control", "control_mask", "reference", "face", "mask")
+"""What may go with a clip: a control video, the mask of what VACE is to make of it (white), a reference image, the
+video of a face, and the mask of where the loss looks (white)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,44 @@ def test_the_base_answers_in_two_processes_as_in_one(launched, file, rtol):
            "optim.lr=0.02"]
     launched(None, *own, verb="cache")
     assert_same_training(launched(None, *own), launched(file, *own), rtol)
+
+
+RATES = ["optim.lora_plus=16", "optim.lr_factors={attn: 0.5}"]
+OPTIMIZERS = {
+    "rates_and_average": [*RATES, "optim.ema_decay=0.9"],
+    "schedule_free": ["optim.name=schedule_free", *RATES, "validation.every_steps=1"],
+    "prodigy": ["optim.name=prodigy", "optim.lr=1"],
+    "adamw_8bit": ["optim.name=adamw_8bit", "lora.rank=96"],
+}
+PACKAGES = {"schedule_free": "schedulefree", "prodigy": "prodigyopt", "adamw_8bit": "bitsandbytes"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "own"), [
+    ("ddp", "rates_and_average"), ("zero2", "rates_and_average"), ("zero3", "rates_and_average"),
+    ("ddp", "schedule_free"), ("zero2", "schedule_free"), ("ddp", "prodigy"), ("ddp", "adamw_8bit")])
+def test_optimizers_resume_bitwise_and_go_on_in_one_process(launched, file, own):
+    """Half, resumed in as many processes, equals the whole bitwise; half that goes on in one process trains alike."""
+    if own in PACKAGES:
+        pytest.importorskip(PACKAGES[own])
+    more = OPTIMIZERS[own]
+    whole = launched(file, *more)
+    parts = launched(file, *more, "train.num_steps=2", run=f"{file}_{own}")
+    one = Path(shutil.copytree(parts, parts.with_name(f"{parts.name}_one")))
+    launched(file, *more, run=parts.name)
+    launched(None, *more, run=one.name)
+    a, b = final(whole)[1], final(parts)[1]
+    assert a.keys() == b.keys() == final(one)[1].keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    torch.testing.assert_close(numbers(one, "loss"), numbers(whole, "loss"), rtol=2e-4 if file == "zero3" else 2e-5,
+                               atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "own"), [("zero2", "prodigy"), ("zero3", "schedule_free")])
+def test_an_optimizer_is_refused_under_an_engine_where_it_would_train_otherwise(launched, file, own):
+    with pytest.raises(AssertionError, match=f"optim.name = {own} does not work under DeepSpeed ZeRO-{file[-1]}"):
+        launched(file, *OPTIMIZERS[own])
 
 
 def test_two_processes_build_the_cache_that_one_builds(launched, cache_dir, tmp_path):

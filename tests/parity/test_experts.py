@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,14 +15,17 @@ from safetensors.torch import load_file
 from tests import tiny_models as tiny
 from tests.tiny_tasks import sampler
 from wantrain import flow
+from wantrain.config import load
+from wantrain.data.cache import Cache
+from wantrain.data.plan import Plan
 from wantrain.engine import checkpoint
 from wantrain.models import base, sampling
 from wantrain.models.base import EMBEDDED
 from wantrain.models.lora_formats import read_lora
 from wantrain.models.lora_updates import worst_difference
 from wantrain.models.variants import VARIANTS, diffusers_config
-from wantrain.stages import train
-from wantrain.terms import UserError
+from wantrain.stages import Opened, train
+from wantrain.terms import Bucket, UserError
 
 CPU = torch.device("cpu")
 
@@ -54,32 +59,77 @@ def exported(run):
     return {expert: run / "export" / f"demo_anime_{expert}_noise.safetensors" for expert in ("high", "low")}
 
 
-@pytest.mark.parametrize(("variant", "share"), [("wan22_t2v_a14b", 0.632), ("wan22_i2v_a14b", 0.357)])
-def test_draws_stay_on_the_experts_side_and_share_the_schedule_as_inference_does(variant, share):
+PUBLISHED = sorted(name for name, row in VARIANTS.items() if not name.startswith("tiny"))
+EXPERTS_OF = [(name, expert) for name in PUBLISHED for expert in VARIANTS[name].experts or (None,)]
+# facts/wan-formats.md 1.7 and, of the continuous schedule, facts/field.md 0.
+BOUNDARIES = {"wan22_t2v_a14b": (0.875, 0.632), "wan22_i2v_a14b": (0.9, 0.357)}
+MILLION = 1_000_000
+
+
+@functools.cache
+def config():
+    return load(["recipe=demo_anime"])
+
+
+def density_of(name, expert):
+    """How training draws sigma of a variant, unless told otherwise."""
+    own = base.Base(VARIANTS[name], {}, {}, expert)
+    return Opened(config(), own, [], Plan([], []), [], Cache(Path(), "", "", "")).density(Bucket(5, 32, 48))
+
+
+def below(sigma, shift):
+    """The share of the inference schedule below sigma: the shift multiplies the odds of noise."""
+    odds = sigma / (1 - sigma) / shift
+    return odds / (1 + odds)
+
+
+@functools.cache
+def million(density, shift, low, high):
+    """(the least and the largest of the draws of a hundred steps of 10,000 samples, their KS distance to the part
+    [low, high) of the schedule).
+    """
+    drawn = torch.cat([flow.draw_sigma(0, step, range(10_000), 10_000, density) for step in range(100)]).sort().values
+    assert drawn.dtype == torch.float32
+    assert len(drawn) == MILLION
+    from_, until = below(low, shift), below(high, shift) if high < 1 else 1
+    wanted = (below(drawn.double(), shift) - from_) / (until - from_)
+    ranks = torch.arange(MILLION, dtype=torch.float64) / MILLION
+    return drawn[[0, -1]], max(float((wanted - ranks).max()), float((ranks + 1 / MILLION - wanted).max()))
+
+
+@pytest.mark.parametrize(("variant", "expert"), EXPERTS_OF)
+def test_a_million_draws_stay_on_the_experts_side_and_are_its_part_of_the_schedule(variant, expert):
     row = VARIANTS[variant]
-    high, low = (row.sigmas_of(expert) for expert in row.experts)
-    assert high[1] == 1
-    assert high[0] == low[1] == row.boundary
-    assert flow.unshift_sigma(1, row.shift) - flow.unshift_sigma(high[0], row.shift) == pytest.approx(share, abs=5e-4)
-    for within in (high, low):
-        density = flow.Density("uniform", (), row.shift, within)
-        drawn = torch.cat([flow.draw_sigma(0, step, range(10_000), 10_000, density) for step in range(100)])
-        timestep = flow.timestep(drawn)
-        assert ((timestep >= 1000 * row.boundary) == (within is high)).all(), "diffusers asks t >= boundary * 1000"
-        uniform = drawn.double() / (row.shift - (row.shift - 1) * drawn.double())
-        ends = [flow.unshift_sigma(end, row.shift) for end in within]
-        wanted = torch.linspace(*ends, len(drawn), dtype=torch.float64)
-        assert (uniform.sort().values - wanted).abs().max() / (ends[1] - ends[0]) < 0.002
+    low, high = {"high": (row.boundary, 1), "low": (0, row.boundary), None: (0, 1)}[expert]
+    ends, distance = million(density_of(variant, expert), row.shift, low, high)
+    assert low <= float(ends[0]) < float(ends[1]) < high
+    if expert:
+        is_high = flow.timestep(ends) >= 1000 * row.boundary  # as diffusers asks
+        assert is_high.tolist() == [expert == "high"] * 2
+    assert distance < 0.002
 
 
-@pytest.mark.parametrize("boundary", [0.875, 0.9])
-def test_the_draw_nearest_to_the_boundary_does_not_round_onto_it(boundary, monkeypatch):
-    monkeypatch.setattr(torch, "rand", lambda number, **_: torch.full((number,), 1 - 2.0**-53, dtype=torch.float64))
-    low, = flow.timestep(flow.draw_sigma(0, 0, [0], 1, flow.Density("uniform", (), 5.0, (0.0, boundary))))
-    assert 1000 * boundary - 0.01 < low < 1000 * boundary
-    monkeypatch.setattr(torch, "rand", lambda number, **_: torch.zeros(number, dtype=torch.float64))
-    high, = flow.timestep(flow.draw_sigma(0, 0, [0], 1, flow.Density("uniform", (), 5.0, (boundary, 1.0))))
-    assert 1000 * boundary <= high < 1000 * boundary + 0.01
+@pytest.mark.parametrize("variant", [name for name in PUBLISHED if VARIANTS[name].experts])
+def test_draws_over_the_whole_range_are_shared_as_inference_shares_its_schedule(variant):
+    row = VARIANTS[variant]
+    boundary, share = BOUNDARIES["wan22_i2v_a14b" if "fun" in variant else variant]
+    assert [row.sigmas_of(expert) for expert in row.experts] == [(boundary, 1), (0, boundary)]
+    u = (torch.arange(MILLION, dtype=torch.float64) + 0.5) / MILLION
+    whole = replace(density_of(variant, "high"), within=(0.0, 1.0))
+    is_high = flow.timestep(flow.sigma_at(u, whole)) >= 1000 * boundary
+    assert float(is_high.double().mean()) == pytest.approx(share, abs=0.002)
+    assert flow.share(row.shift, boundary, 1) == pytest.approx(share, abs=5e-4)
+    assert flow.share(row.shift, 0, boundary) == pytest.approx(1 - share, abs=5e-4)
+
+
+@pytest.mark.parametrize("variant", [name for name in PUBLISHED if VARIANTS[name].experts])
+def test_the_draw_nearest_to_the_boundary_does_not_round_onto_it(variant):
+    boundary = VARIANTS[variant].boundary
+    ends = torch.tensor([0, 2.0**-53, 1 - 2.0**-53], dtype=torch.float64)
+    *_, last = flow.timestep(flow.sigma_at(ends, density_of(variant, "low"))).tolist()
+    assert 1000 * boundary - 0.01 < last < 1000 * boundary
+    first, *_ = flow.timestep(flow.sigma_at(ends, density_of(variant, "high"))).tolist()
+    assert 1000 * boundary <= first < 1000 * boundary + 0.01
 
 
 def test_each_expert_is_trained_at_its_own_sigmas_only(wantrain, own, monkeypatch):

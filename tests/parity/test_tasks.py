@@ -1,8 +1,14 @@
-"""Every task on its tiny twin: cached, trained, exported, sampled; and against diffusers' pipeline of the task."""
+"""Every task on its tiny twin: cached, trained, exported, sampled; and against diffusers' pipeline of the task.
+
+Regenerate the golden numbers after a change that is meant to change them:
+`python -m tests.parity.test_tasks [NAME ...]`.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +16,11 @@ import diffusers
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from tests.conftest import NUM_FRAMES, arguments_for, moving_square
 from tests.tiny_tasks import PIPELINES, TASKS, sampler, write_checkpoint, write_set
-from wantrain import cli
+from wantrain import cli, pictures
 from wantrain.models import base, sampling
 from wantrain.models.variants import VARIANTS
 from wantrain.terms import Bucket
@@ -35,8 +42,25 @@ class Twin:
         return VARIANTS[self.name]
 
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "tasks.json"
+
+
 def size_of(name: str) -> tuple[int, int]:
     return (64, 96) if VARIANTS[name].multiple_px == 32 else (32, 48)
+
+
+def write_twin(root: Path, name: str) -> Twin:
+    """The task's checkpoint and its set, cached."""
+    path = write_checkpoint(root / "checkpoint", name)
+    clips = write_set(root / "clips", name)
+    height, width = size_of(name)
+    twin = Twin(name, path, [
+        *arguments_for(clips, root / "cache", root / "run"), f"model.variant={name}", f"model.path={path}",
+        f"data.resolutions=[[{height},{width}]]", f"data.num_frames=[1,{NUM_FRAMES}]",
+        "data.sources.regularisation.repeats=1", "optim.lr=0.02",
+        f"export.format={'diffusers' if name == 'tiny_wan_vace' else 'universal'}"])
+    twin.run("cache", root / "run")
+    return twin
 
 
 @pytest.fixture(scope="module")
@@ -45,32 +69,32 @@ def twins(tmp_path_factory):
 
     def make(name: str) -> Twin:
         if name not in made:
-            root = tmp_path_factory.mktemp(name)
-            path = write_checkpoint(root / "checkpoint", name)
-            clips = write_set(root / "clips", name)
-            height, width = size_of(name)
-            arguments = [*arguments_for(clips, root / "cache", root / "run"), f"model.variant={name}",
-                         f"model.path={path}", f"data.resolutions=[[{height},{width}]]", "optim.lr=0.02",
-                         "export.format=diffusers" if name == "tiny_wan_vace" else "export.format=universal"]
-            made[name] = Twin(name, path, arguments)
-            made[name].run("cache", root / "run")
+            made[name] = write_twin(tmp_path_factory.mktemp(name), name)
         return made[name]
 
     return make
 
 
-def losses(run: Path) -> list[float]:
-    files = sorted(run.rglob("metrics.jsonl"))
-    return [json.loads(line)["loss"] for file in files for line in file.read_text().splitlines()]
+def numbers(run: Path, key: str = "loss") -> dict[str, list[float]]:
+    """A number of every step, of each training."""
+    return {file.parent.name if file.parent != run else "": [json.loads(line)[key] for line in
+                                                             file.read_text().splitlines()]
+            for file in sorted(run.rglob("metrics.jsonl"))}
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_cached_is_streamed(twins, tmp_path, name):
+def test_cached_is_streamed_and_four_at_once_are_four_times_one_in_mixed_buckets(twins, tmp_path, name):
+    """Nine steps are seven of clips and two of the picture."""
     twin = twins(name)
-    twin.run("train", tmp_path / "cached", "train.num_steps=2")
-    twin.run("train", tmp_path / "streamed", "train.num_steps=2", "data.mode=stream")
-    assert losses(tmp_path / "cached") == losses(tmp_path / "streamed")
-    assert len(losses(tmp_path / "cached")) == 2 * (len(twin.variant.experts) or 1)
+    for run, more in {"cached": (), "streamed": ("data.mode=stream",), "ones": ("train.micro_batch_size=1",)}.items():
+        twin.run("train", tmp_path / run, "train.num_steps=9", *more)
+    cached = numbers(tmp_path / "cached")
+    assert cached == numbers(tmp_path / "streamed")
+    assert cached.keys() == set(twin.variant.experts or [""])
+    for expert, losses in numbers(tmp_path / "ones").items():
+        assert len(losses) == 9
+        assert losses == pytest.approx(cached[expert], rel=1e-3)
+        assert losses[0] == pytest.approx(cached[expert][0], rel=1e-5)
 
 
 def sampler_and_pipeline(twin: Twin, exports: dict[str | None, Path] | None):
@@ -106,13 +130,22 @@ def inputs_of(task: str, height: int, width: int):
         reference = moving_square(4, 1, height, width)  # of the sample's size: how it is resized is tested apart
         return ({"control": film, "control_mask": mask, "reference": reference},
                 {"video": pil(film), "mask": pil(mask), "reference_images": pil(reference)})
+    if task == "animate":
+        face = moving_square(5, NUM_FRAMES, 16, 16)
+        return ({"control": film, "face": face, "reference": film[:1]},
+                {"image": pil(film[:1])[0], "pose_video": pil(film), "face_video": pil(face),
+                 "segment_frame_length": NUM_FRAMES, "prev_segment_conditioning_frames": 1})
     return {}, {}
 
 
 @pytest.mark.parametrize("name", [name for name in TASKS if VARIANTS[name].task in PIPELINES])
-def test_diffusers_loads_the_export_and_samples_what_we_sample(twins, tmp_path, name):
+def test_twenty_steps_are_as_they_were_and_diffusers_samples_the_export_as_we_do(twins, tmp_path, name):
     twin = twins(name)
     twin.run("train", tmp_path, "train.num_steps=20")
+    golden = json.loads(GOLDEN.read_text())[name]
+    for key, rel in (("loss", 1e-4), ("grad_norm", 1e-3)):
+        for expert, now in numbers(tmp_path, key).items():
+            assert now == pytest.approx(golden[key][expert], rel=rel), (key, expert)
     twin.run("export", tmp_path)
     exports = {expert: tmp_path / "export" / f"demo_anime{f'_{expert}_noise' if expert else ''}.safetensors"
                for expert in twin.variant.experts or (None,)}
@@ -120,16 +153,75 @@ def test_diffusers_loads_the_export_and_samples_what_we_sample(twins, tmp_path, 
     height, width = size_of(name)
     own, given = inputs_of(twin.variant.task, height, width)
     if "image" in given and twin.variant.architecture.image_dim:  # its processor crops: give it ours (tested apart)
-        frames = torch.cat([own[k] for k in ("first", "last") if k in own])
+        frames = torch.cat([own[k] for k in ("first", "last", "reference") if k in own])
         theirs.encode_image = lambda images, device: ours.encoders.image_tokens(frames, len(frames))["image"]
     settings = sampling.Settings(4, (3.0, 5.0), twin.variant.shift, Bucket(NUM_FRAMES, height, width), "")
     video = sampling.sample(ours, "a square", 1, settings, sampling.Inputs(own))
     guidance = {"guidance_scale": 5.0, "guidance_scale_2": 3.0} if twin.variant.experts else {"guidance_scale": 3.0}
-    want = theirs(prompt="a square", negative_prompt="", height=height, width=width, num_frames=NUM_FRAMES,
-                  num_inference_steps=4, generator=torch.Generator().manual_seed(1), max_sequence_length=512,
+    length = {} if "segment_frame_length" in given else {"num_frames": NUM_FRAMES}
+    want = theirs(prompt="a square", negative_prompt="", height=height, width=width, num_inference_steps=4, **length,
+                  generator=torch.Generator().manual_seed(1), max_sequence_length=512,
                   output_type="np", **guidance, **given).frames[0]
     difference = abs(video.movedim(1, -1).numpy() / 255 - want)
     assert difference.mean() < 0.003, "rounding to bytes costs up to 0.002"
     sampling.set_strength(ours, 0)
     plain = sampling.sample(ours, "a square", 1, settings, sampling.Inputs(own))
     assert abs(plain.movedim(1, -1).numpy() / 255 - want).mean() > 0.01, "the LoRA is not heard"
+
+
+def test_video_to_video_is_what_diffusers_pipeline_gives(twins):
+    twin = twins("tiny_wan")
+    ours, theirs = sampler_and_pipeline(twin, None)
+    theirs = diffusers.WanVideoToVideoPipeline(theirs.tokenizer, theirs.text_encoder, theirs.transformer, theirs.vae,
+                                               theirs.scheduler)
+    theirs.set_progress_bar_config(disable=True)
+    film = moving_square(3, NUM_FRAMES, 32, 48)
+    for strength, steps in ((0.5, 6), (1.0, 3)):
+        settings = sampling.Settings(steps, (3.0, 3.0), 3.0, Bucket(NUM_FRAMES, 32, 48), "", strength)
+        video = sampling.sample(ours, "a square", 1, settings, sampling.Inputs({}, film))
+        want = theirs(video=pil(film), prompt="a square", negative_prompt="", height=32, width=48, strength=strength,
+                      num_inference_steps=steps, guidance_scale=3.0, generator=torch.Generator().manual_seed(1),
+                      max_sequence_length=512, output_type="np").frames[0]
+        assert abs(video.movedim(1, -1).numpy() / 255 - want).mean() < 0.003
+        assert abs(video.float() - film).mean() > 1
+
+
+def test_an_expert_may_have_its_own_rank_rate_and_steps(twins, tmp_path, capsys):
+    twin = twins("tiny_wan_i2v_a14b")
+    own = ["high.rank=2", "high.num_steps=1", "low.lr=0.001", "train.num_steps=3"]
+    twin.run("check", tmp_path, *own)
+    shown = capsys.readouterr().out
+    assert "high noise expert: lora, rank 2, alpha 2" in shown
+    assert "low noise expert: lora, rank 4, alpha 4" in shown
+    twin.run("train", tmp_path, *own)
+    assert {expert: len(steps) for expert, steps in numbers(tmp_path).items()} == {"high": 1, "low": 3}
+    assert numbers(tmp_path, "lr") == {"high": [0.02], "low": [0.001] * 3}
+    twin.run("train", tmp_path, *own)  # goes on, and has nothing left to do
+    twin.run("export", tmp_path, *own)
+    ranks = [load_file(tmp_path / "export" / f"demo_anime_{expert}_noise.safetensors")[
+        "diffusion_model.blocks.0.self_attn.q.lora_A.weight"].shape[0] for expert in ("high", "low")]
+    assert ranks == [2, 4]
+
+
+@pytest.mark.parametrize("name", ["tiny_wan_i2v_a14b", "tiny_wan_control"])
+def test_samples_and_reports_take_their_inputs_from_held_out_clips_or_from_files(twins, tmp_path, name):
+    twin = twins(name)
+    twin.run("train", tmp_path, "train.num_steps=1", "validation.every_steps=1")
+    twin.run("export", tmp_path)
+    twin.run("evaluate", tmp_path)
+    assert (tmp_path / "report" / "report.html").exists()
+    pictures.write_mp4(tmp_path / "film.mp4", moving_square(9, NUM_FRAMES, 64, 96), 16)
+    pictures.write_png(tmp_path / "first.png", moving_square(9, 1, 64, 96)[0])
+    kind, file = ("control", "film.mp4") if name == "tiny_wan_control" else ("first", "first.png")
+    twin.run("sample", tmp_path, f"sampler.inputs=[{{{kind}: {tmp_path / file}}}]")
+    assert len(list((tmp_path / "samples").glob("*.mp4"))) == 2
+
+
+if __name__ == "__main__":
+    found = json.loads(GOLDEN.read_text())
+    for task in sys.argv[1:] or TASKS:
+        with tempfile.TemporaryDirectory() as folder:
+            one = write_twin(Path(folder), task)
+            one.run("train", Path(folder) / "golden", "train.num_steps=20")
+            found[task] = {key: numbers(Path(folder) / "golden", key) for key in ("loss", "grad_norm")}
+    GOLDEN.write_text(json.dumps(found, indent=1) + "\n")

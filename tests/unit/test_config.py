@@ -9,7 +9,8 @@ import yaml
 from wantrain import config
 from wantrain.terms import UserError
 
-RECIPES = ["anime_1b3", "architecture_1b3", "demo_anime", "demo_architecture", "demo_footage"]
+RECIPES = ["anime_1b3", "anime_a14b", "architecture_1b3", "between_flf2v_14b", "control_fun_1b3", "control_vace_1b3",
+           "demo_anime", "demo_architecture", "demo_footage", "motion_i2v_14b", "motion_i2v_a14b", "motion_ti2v_5b"]
 
 
 def test_every_yaml_composes():
@@ -18,7 +19,7 @@ def test_every_yaml_composes():
     for recipe in RECIPES:
         assert config.load([f"recipe={recipe}"]).run.name == recipe
     groups = [p for p in folder.glob("*/*.yaml") if p.parent.name != "recipe"]
-    assert len(groups) == 9
+    assert len(groups) == 23
     for path in groups:
         composed = config.load(["recipe=demo_anime", f"{path.parent.name}={path.stem}"])
         part = vars_of(composed)[path.parent.name]
@@ -89,7 +90,7 @@ def test_a_users_own_recipe_is_found(tmp_path):
 
 def test_every_key_has_a_sentence_in_help():
     described = config.described()
-    assert len(described) == 95
+    assert len(described) == 99
     assert [key for key, (_, sentence) in described.items() if not sentence.endswith(".")] == []
 
 

@@ -14,7 +14,7 @@ DOORS = {
     "decord": {"data.decode"}, "datasets": {"data.manifest"}, "peft": {"lora"}, "accelerate": {"engine"},
     "deepspeed": {"engine"}, "wandb": {"metrics"}, "tensorboard": {"metrics"}, "jinja2": {"report"},
     "huggingface_hub": {"models.hub"}, "httpx2": {"models.hub", "data.manifest", "data.media"},
-    "modelscope": {"models.hub"},
+    "modelscope": {"models.hub"}, "bitsandbytes": {"engine"}, "prodigyopt": {"engine"}, "schedulefree": {"engine"},
 }
 
 

@@ -77,7 +77,7 @@ def test_every_file_found_is_a_row_or_named(tmp_path, capsys):
         {"video": "../in/d.mov", "caption": "d.other.txt text"},
         {"video": "../in/deep/er/c.PNG", "caption": ""}]
     said = capsys.readouterr().out
-    for words in ("found 17 = 4 clips + 2 faulty + 0 controls and masks + 7 captions + 1 captions of no clip + 3 ",
+    for words in ("found 17 = 4 clips + 2 faulty + 0 partners + 7 captions + 1 captions of no clip + 3 ",
                   "3 others (.mp3 2, .nfo 1)", "4 rows = 4 new + 0 of 0 there before; 3 captioned",
                   "e.mp4: empty (0 bytes)", "f.mp4: its caption f.txt cannot be read", "of no clip: ", "strya.txt"):
         assert words in said
@@ -89,7 +89,7 @@ def test_the_folder_form_and_the_manifest_built_of_it_are_the_same_clips(tmp_pat
     assert run("build", folder, "--out", tmp_path / "m.jsonl") == 0
 
     def clips(path):
-        return [(c.path, c.caption, c.more_captions, c.control, c.mask)
+        return [(c.path, c.caption, c.more_captions, c.partners)
                 for c in manifest.read(manifest.Source("s", str(path)))]
 
     assert clips(tmp_path / "m.jsonl") == clips(folder)
@@ -149,7 +149,7 @@ def test_controls_and_masks_are_paired_by_relative_name(tmp_path, capsys):
         "in/a.mp4": ("in/control/a.mp4", "mine.png"), "in/x/a.mp4": ("in/control/x/a.mp4", None),
         "in/b.mov": ("in/control/b.mp4", None), "in/c.mp4": (None, "masks/c.mp4"), "in/d.mp4": (None, None)}
     said = capsys.readouterr().out
-    for words in ("found 11 = 5 clips + 0 faulty + 6 controls and masks", "in/c.mp4 has no control",
+    for words in ("found 11 = 5 clips + 0 faulty + 6 partners", "in/c.mp4 has no control",
                   "in/d.mp4 has several control", "lost.mp4 is the control of no clip", "c.mkv is the mask of no clip"):
         assert words in said
 

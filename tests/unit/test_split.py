@@ -78,7 +78,7 @@ def test_the_guard_holds_where_a_wanted_time_falls_just_before_the_cut():
     """choose_frames looks up to 5.1e-4 s ahead, count_frames gives a frame up to 1e-3 frames late."""
     times_s = np.arange(100) / 24
     found = decode.Probe(times_s, 100 / 24, 96, 64, "")
-    span = next(split.judge(found, [0, 48], np.zeros(100), RULES))
+    span = next(split.judge(found, [(48, 48)], np.zeros(100), RULES))
     for fps in np.linspace(5, 60, 4001):
         number = decode.count_frames(found, span.start_s, span.end_s, fps)
         assert decode.choose_frames(times_s, span.start_s, fps, number)[-1] < 48
@@ -86,7 +86,7 @@ def test_the_guard_holds_where_a_wanted_time_falls_just_before_the_cut():
 
 def test_cuts_beside_the_ends_and_flashes_are_found(tmp_path):
     path = odd_files.write_film(tmp_path / "film.mp4", odd_files.film_of_shots((1, 20, 2, 20, 1), seed=3))
-    assert split.find_shots(path, decode.probe(path).times_s, 3.0)[0] == [0, 1, 21, 23, 43]
+    assert split.find_shots(path, decode.probe(path).times_s, RULES)[0] == [(cut, cut) for cut in (1, 21, 23, 43)]
 
 
 @pytest.mark.parametrize("path", DEMO[:4], ids=lambda p: p.stem)
@@ -107,7 +107,7 @@ def test_two_real_shots_are_cut_where_they_meet(tmp_path):
 def test_a_long_shot_is_cut_into_equal_parts(max_s, number):
     times_s = np.arange(240) / 24
     found = decode.Probe(times_s, 10.0, 96, 64, "")
-    spans = list(split.judge(found, [0], np.zeros(240), split.Rules(3.0, 0.01, max_s, None)))
+    spans = list(split.judge(found, [], np.zeros(240), split.Rules(3.0, 0.01, max_s, None)))
     assert len(spans) == number
     assert [s.first for s in spans[1:]] == [s.stop for s in spans[:-1]]
     assert (spans[0].first, spans[-1].stop) == (0, 240)

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
+
 import pytest
+import torch
+from diffusers import AutoencoderKLWan
 
 from tests.tiny_models import official_transformer, transformer
-from wantrain.models.names import transformer_to_diffusers
-from wantrain.models.variants import VARIANTS, Architecture, Shapes, detect, read_architecture
+from wantrain.config import Config, load
+from wantrain.data.cache import Cache
+from wantrain.data.plan import Plan
+from wantrain.models.base import Base
+from wantrain.models.names import VaeVersion, transformer_to_diffusers
+from wantrain.models.sizes import VAES
+from wantrain.models.variants import NATIVE_PX, VARIANTS, Architecture, Shapes, detect, read_architecture
+from wantrain.stages import Opened, sampler_settings
 from wantrain.terms import UserError
 
-# facts/wan-formats.md 1.7: shift, boundary, guidance (low, high), steps, fps, frames.
+# facts/wan-formats.md 1.7: shift, boundary, guidance (low, high), steps, fps, frames. The Fun rows, which 1.7 does not
+# have, are those of VideoX-Fun's examples/wan2.1_fun and wan2.2_fun (predict_i2v.py, predict_v2v_control.py: shift,
+# guidance_scale, num_inference_steps, fps), whose A14B scripts read the config of I2V-A14B.
+FUN_21 = (3, None, (6, 6), 50, 16, 81)
+FUN_22 = (5, 0.9, (6, 6), 50, 16, 81)
 SCHEDULES = {
     "wan21_t2v_1b3": (5, None, (5, 5), 50, 16, 81),
     "wan21_t2v_14b": (5, None, (5, 5), 50, 16, 81),
@@ -21,8 +36,29 @@ SCHEDULES = {
     "wan22_t2v_a14b": (12, 0.875, (3.0, 4.0), 40, 16, 81),
     "wan22_i2v_a14b": (5, 0.9, (3.5, 3.5), 40, 16, 81),
     "wan22_ti2v_5b": (5, None, (5, 5), 50, 24, 121),
+    "wan21_fun_1b3_inp": FUN_21,
+    "wan21_fun_14b_inp": FUN_21,
+    "wan21_fun_1b3_control": FUN_21,
+    "wan21_fun_14b_control": FUN_21,
+    "wan21_fun_v11_1b3_control": FUN_21,
+    "wan21_fun_v11_14b_control": FUN_21,
+    "wan21_fun_v11_1b3_camera": FUN_21,
+    "wan21_fun_v11_14b_camera": FUN_21,
+    "wan22_fun_a14b_inp": FUN_22,
+    "wan22_fun_a14b_control": FUN_22,
+    "wan22_fun_a14b_camera": FUN_22,
     "tiny_wan": (3, None, (5, 5), 50, 16, 9),
 }
+# The tests' twins have the schedule of what they stand for, and short clips.
+TWINS = {
+    "tiny_wan_a14b": "wan22_t2v_a14b", "tiny_wan_i2v": "wan21_i2v_14b_480p", "tiny_wan_i2v_a14b": "wan22_i2v_a14b",
+    "tiny_wan_flf2v": "wan21_flf2v_14b", "tiny_wan_ti2v": "wan22_ti2v_5b", "tiny_wan_vace": "wan21_vace_1b3",
+    "tiny_wan_control": "wan21_fun_1b3_control",
+}
+
+
+def test_every_row_has_its_schedule_here() -> None:
+    assert {*SCHEDULES, *TWINS} == set(VARIANTS)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -31,6 +67,64 @@ def test_schedules_are_those_of_the_facts(name: str) -> None:
     assert (v.shift, v.boundary, v.guidance, v.num_steps, v.fps, v.num_frames) == SCHEDULES[name]
     assert v.experts == (("high", "low") if "a14b" in name else ())
     assert (v.vae, v.multiple_px) == (("2.2", 32) if name == "wan22_ti2v_5b" else ("2.1", 16))
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_twins_have_the_schedule_of_what_they_stand_for(name: str) -> None:
+    v = VARIANTS[name]
+    assert (v.shift, v.boundary, v.guidance, v.num_steps, v.fps) == SCHEDULES[TWINS[name]][:5]
+    assert (v.task, v.vae, v.multiple_px) == tuple(getattr(VARIANTS[TWINS[name]], k) for k in ("task", "vae",
+                                                                                            "multiple_px"))
+
+
+@functools.cache
+def config() -> Config:
+    return load(["recipe=demo_anime", "sampler.guidance=null", "sampler.num_steps=null"])
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_sampling_takes_the_rows_numbers_unless_told(name: str) -> None:
+    shift, _, guidance, num_steps, *_ = SCHEDULES[name]
+    recipe = Opened(config(), Base(VARIANTS[name], {}), [], Plan([], []), [], Cache(Path(), "", "", ""))
+    settings = sampler_settings(recipe)
+    assert (settings.shift, settings.guidance, settings.num_steps) == (shift, guidance, num_steps)
+    scheduler = recipe.base.scheduler(settings.shift)
+    scheduler.set_timesteps(num_steps)
+    base = torch.linspace(1, 0.001, num_steps + 1, dtype=torch.float64)[:-1]  # diffusers' grid (facts 4)
+    wanted = shift * base / (1 + (shift - 1) * base)
+    torch.testing.assert_close(scheduler.sigmas[:-1].double(), wanted, rtol=0, atol=1e-4)
+
+
+def test_native_sizes_are_those_of_the_official_scripts() -> None:
+    """480 x 832 px and 81 frames are the 32,760 tokens of the official VACE; TI2V-5B is made for 704 x 1280, 121."""
+    assert NATIVE_PX == {"2.1": (480, 832), "2.2": (704, 1280)}
+    assert VARIANTS["wan21_vace_14b"].native_tokens == 32760
+    assert VARIANTS["wan22_ti2v_5b"].native_tokens == 31 * 22 * 40
+
+
+# facts/wan-formats.md 1.3
+STATISTICS: dict[VaeVersion, tuple[str, str]] = {
+    "2.1": ("-0.7571,-0.7089,-0.9113,0.1075,-0.1745,0.9653,-0.1517,1.5508,0.4134,-0.0715,0.5517,-0.3632,-0.1922,"
+            "-0.9497,0.2503,-0.2921",
+            "2.8184,1.4541,2.3275,2.6558,1.2196,1.7708,2.6052,2.0743,3.2687,2.1526,2.8652,1.5579,1.6382,1.1253,"
+            "2.8251,1.9160"),
+    "2.2": ("-0.2289,-0.0052,-0.1323,-0.2339,-0.2799,0.0174,0.1838,0.1557,-0.1382,0.0542,0.2813,0.0891,0.1570,"
+            "-0.0098,0.0375,-0.1825,-0.2246,-0.1207,-0.0698,0.5109,0.2665,-0.2108,-0.2158,0.2502,-0.2055,-0.0322,"
+            "0.1109,0.1567,-0.0729,0.0899,-0.2799,-0.1230,-0.0313,-0.1649,0.0117,0.0723,-0.2839,-0.2083,-0.0520,"
+            "0.3748,0.0152,0.1957,0.1433,-0.2944,0.3573,-0.0548,-0.1681,-0.0667",
+            "0.4765,1.0364,0.4514,1.1677,0.5313,0.4990,0.4818,0.5013,0.8158,1.0344,0.5894,1.0901,0.6885,0.6165,"
+            "0.8454,0.4978,0.5759,0.3523,0.7135,0.6804,0.5833,1.4146,0.8986,0.5659,0.7069,0.5338,0.4889,0.4917,"
+            "0.4069,0.4999,0.6866,0.4093,0.5709,0.6065,0.6415,0.4944,0.5726,1.2042,0.5458,1.6887,0.3971,1.0600,"
+            "0.3943,0.5537,0.5444,0.4089,0.7468,0.7744"),
+}
+
+
+@pytest.mark.parametrize("version", STATISTICS)
+def test_latents_are_normalised_with_the_published_statistics(version: VaeVersion) -> None:
+    with torch.device("meta"):
+        own = AutoencoderKLWan.from_config(VAES[version]).config
+    for values, text in zip((own.latents_mean, own.latents_std), STATISTICS[version], strict=True):
+        assert values == [float(number) for number in text.split(",")]
 
 
 def test_every_row_is_sound() -> None:

@@ -15,7 +15,9 @@ def test_the_page_is_up_to_date() -> None:
 
 
 def test_every_variant_has_one_column() -> None:
-    assert sorted(name for kind in tiny.TRANSFORMERS for name in weight_table.variants_of(kind)) == sorted(VARIANTS)
+    """But Animate, which loads from diffusers folders alone, and the random twins of the tests."""
+    published = sorted(name for name, v in VARIANTS.items() if not (v.architecture.animate or "tiny_wan_" in name))
+    assert sorted(name for kind in tiny.TRANSFORMERS for name in weight_table.variants_of(kind)) == published
 
 
 def test_the_columns_without_a_class_are_those_that_cannot_be_built() -> None:

@@ -24,9 +24,9 @@ class Order:
     """Which windows make the global batch of each step.
 
     Each bucket (PlannedClip.kind) is an endless row of shuffled epochs, so no clip is dropped or doubled to fill a
-    batch; steps are dealt to buckets in proportion to what they need, the one furthest behind first. A batch has `global_batch_size`
-    samples, times the bucket's factor in `factors`. An epoch shows a clip `repeats` times; of a clip with 0.5, every
-    second epoch. A pure function of (seed, step).
+    batch; steps are dealt to buckets in proportion to what they need, the one furthest behind first. A batch has
+    `global_batch_size` samples, times the bucket's factor in `factors`. An epoch shows a clip `repeats` times; of a
+    clip with 0.5, every second epoch. A pure function of (seed, step).
     """
 
     planned: Sequence[PlannedClip]

@@ -21,7 +21,7 @@ import httpx2
 from pyarrow import parquet
 
 from wantrain.data.shards import read_shards
-from wantrain.files import atomic_path
+from wantrain.files import atomic_path, owner
 from wantrain.terms import IMAGE_SUFFIXES, PARTNERS, VIDEO_SUFFIXES, Clip, Media, Remote, UserError
 
 MEDIA = ("video", *PARTNERS)
@@ -148,13 +148,11 @@ def _folder(path: str) -> Iterator[tuple[str, Row]]:
 
     here = names(root)
     media = {name: PurePosixPath(name).stem for name in here if PurePosixPath(name).suffix.lower() in SUFFIXES}
-    texts: dict[str, list[str]] = {}
+    stems, texts = {*media.values()}, dict[str, list[str]]()
     for name in here:
         if name.endswith(".txt") and filesystem.isfile(f"{root}/{name}"):
-            stem = name.removesuffix(".txt")
-            owner = stem if stem in media.values() else next(
-                (s for s in sorted(media.values(), key=len, reverse=True) if stem.startswith(f"{s}.")), "")
-            texts.setdefault(owner, []).insert(0 if owner == stem else len(texts.get(owner, [])), name)
+            stem = owner(name, stems)
+            texts.setdefault(stem, []).insert(0 if name == f"{stem}.txt" else len(texts.get(stem, [])), name)
     partners = {kind: {PurePosixPath(n).stem: f"{kind}/{n}" for n in names(f"{root}/{kind}")
                        if PurePosixPath(n).suffix.lower() in SUFFIXES} for kind in PARTNERS}
     for name, stem in media.items():

@@ -20,13 +20,14 @@ MOST_CROPPED = 0.75
 @dataclass(frozen=True, slots=True)
 class Rules:
     """How clips become windows: `fps` of the model, `extract` one of EXTRACTIONS, `limits` [low, high] by measurement
-    (None: no bound).
+    (None: no bound). The video of a face becomes a square of `face_px`.
     """
 
     buckets: Sequence[Bucket]
     fps: float
     extract: str = "head"
     limits: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+    face_px: int = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,10 +147,11 @@ def _place(clip: Clip, found: Mapping[Media, Found], rules: Rules) -> list[Plann
     planned = [PlannedClip(clip, best, seen, fps, round(clip.start_s + first / fps, 6),
                            round(clip.start_s + last / fps, 6) if rules.extract == "random" and last else None)
                for first in windows(available, best.num_frames, rules.extract)]
-    return _with_partners(planned, found)
+    return _with_partners(planned, found, rules.face_px)
 
 
-def _with_partners(planned: list[PlannedClip], found: Mapping[Media, Found]) -> list[PlannedClip] | Dropped:
+def _with_partners(planned: list[PlannedClip], found: Mapping[Media, Found], face_px: int
+                   ) -> list[PlannedClip] | Dropped:
     """The windows with those of their partners; one that is too short, or a reference that moves, drops the clip."""
     clip = planned[0].clip
     for kind, medium in clip.partners.items():
@@ -159,7 +161,7 @@ def _with_partners(planned: list[PlannedClip], found: Mapping[Media, Found]) -> 
             return Dropped(clip, "partner", f"its {kind} {medium}: {seen.fault}")
         if kind == "reference" and seen.duration_s:
             return Dropped(clip, "partner", f"its reference {medium} is a video of {seen.duration_s:g} s, not an image")
-        if not seen.duration_s and kind != "control":
+        if not seen.duration_s and kind not in ("control", "face"):
             continue  # an image stands for a mask that does not move
         if count_frames(seen, needed, clip.end_s, planned[0].fps) < planned[0].bucket.num_frames:
             return Dropped(clip, "partner", f"its {kind} {medium} ends before it, after {seen.duration_s:g} s")
@@ -167,6 +169,8 @@ def _with_partners(planned: list[PlannedClip], found: Mapping[Media, Found]) -> 
     def partner(p: PlannedClip, kind: str, medium: Media) -> PlannedClip:
         seen = found[medium]
         bucket = p.bucket if seen.duration_s else replace(p.bucket, num_frames=1)
+        if kind == "face":
+            bucket = replace(bucket, height=face_px, width=face_px)
         return replace(p, clip=replace(clip, path=medium), bucket=bucket, found=seen, contain=kind == "reference")
 
     return [replace(p, partners={kind: partner(p, kind, m) for kind, m in clip.partners.items()}) for p in planned]

@@ -81,12 +81,6 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
-def adamw(parameters: Sequence[torch.nn.Parameter], lr: float, betas: Sequence[float], eps: float,
-          weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) over the adapter."""
-    return torch.optim.AdamW(list(parameters), lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay)
-
-
 def learning_rate(step: int, peak: float, schedule: str, warmup_steps: int, num_steps: int) -> float:
     """The learning rate of `step` (from 0): linear warm-up, then constant, cosine or linear to zero at num_steps."""
     if step < warmup_steps:
@@ -97,9 +91,9 @@ def learning_rate(step: int, peak: float, schedule: str, warmup_steps: int, num_
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The same learning rate for all parameters."""
+    """The learning rate of every param group: `lr` times the group's own factor."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["factor"]
 
 
 def gather(accelerator: Accelerator, values_N: torch.Tensor) -> torch.Tensor:
@@ -125,6 +119,19 @@ def clip_gradients(accelerator: Accelerator, model: torch.nn.Module, max_norm: f
 
 def is_deepspeed(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def zero_stage(accelerator: Accelerator) -> int:
+    """DeepSpeed's ZeRO stage; 0 without DeepSpeed."""
+    return int(accelerator.state.deepspeed_plugin.zero_stage) if is_deepspeed(accelerator) else 0
+
+
+def offloads_optimizer(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed keeps the optimizer outside the accelerator, for which accelerate gives it another Adam."""
+    if not is_deepspeed(accelerator):
+        return False
+    zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    return zero.get("offload_optimizer", {}).get("device", "none") != "none"
 
 
 def peak_memory_gib(device: torch.device) -> float:

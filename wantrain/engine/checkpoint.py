@@ -1,7 +1,8 @@
 """Checkpoints that belong to no engine and no number of processes.
 
-Per trainable tensor: its float32 value and AdamW's two moments, by name. With the step and the config's fingerprint
-that is all, because order, sigma, noise and learning rate are functions of (seed, step).
+Per trainable tensor: its float32 value and what the optimizer keeps for it, by name (AdamW: two moments). With the
+step and the config's fingerprint that is all, because order, sigma, noise and learning rate are functions of (seed,
+step), and every step is one update.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,83 +18,97 @@ import torch
 from accelerate import Accelerator
 
 from wantrain.engine import is_deepspeed
+from wantrain.engine.ema import Ema
+from wantrain.engine.optimizers import Kind, average, beta_of
+from wantrain.engine.states import COUNT, State, inner, is_zero3, link, states, trainable
 from wantrain.files import digest_file, write_json
 from wantrain.tensors import read_tensors, write_tensors
 from wantrain.terms import UserError
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 TENSORS, STATE = "training.safetensors", "state.json"
+VALUE, EMA, POINT = "value", "ema", "y"
+"""Keys beside those of the optimizer: what the adapter is, its average, and where schedule-free trains on."""
 
 
-def _named(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    return {name: p for name, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad}
+def gather(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any, kind: Kind, ema: Ema | None
+           ) -> dict[str, torch.Tensor]:
+    """All that the next step needs, whole and on the CPU; every process must call it.
 
-
-def gather(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
-    """Whole float32 values and moments on the CPU under `name|value`, `name|exp_avg`, `name|exp_avg_sq`.
-
-    Every process must call it. Moments are absent before the first step.
+    `NAME|value` is what the adapter is, `NAME|KEY` each tensor that the optimizer keeps for it (absent before the
+    first step), `NAME|ema` its average; `(group N)|KEY` are the numbers that the optimizer keeps for a param group.
     """
-    tensors = {}
-    for name, parameter in _named(accelerator, model).items():
-        if is_deepspeed(accelerator):
-            from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-            tensors[f"{name}|value"] = safe_get_full_fp32_param(parameter)
-            for moment in MOMENTS:
-                tensors[f"{name}|{moment}"] = safe_get_full_optimizer_state(parameter, moment)
-        else:
-            tensors[f"{name}|value"] = parameter.detach()
-            for moment in MOMENTS:
-                if moment in optimizer.optimizer.state[parameter]:
-                    tensors[f"{name}|{moment}"] = optimizer.optimizer.state[parameter][moment]
-    return {key: t.detach().float().cpu().clone() for key, t in tensors.items() if t is not None}
-
-
-def values(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Only the parameters' values, by name."""
-    return {key.removesuffix("|value"): t for key, t in tensors.items() if key.endswith("|value")}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, value, kept in states(accelerator, model, optimizer):
+        own = {VALUE: value, **kept}
+        if kind.averages:
+            own |= {POINT: value, VALUE: average(value, kept["z"], beta_of(optimizer)) if kept else value}
+        tensors |= {f"{name}|{key}": _saved(tensor) for key, tensor in own.items()}
+    if ema is not None:
+        tensors |= {f"{name}|{EMA}": _saved(tensor) for name, tensor in ema.tensors.items()}
+    for number, group in enumerate(inner(accelerator, optimizer).param_groups):
+        for key in kind.scalars:
+            number_type = torch.int64 if isinstance(group[key], int) else torch.float64
+            tensors[f"(group {number})|{key}"] = torch.tensor(group[key], dtype=number_type)
+    return tensors
 
 
-def restore(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any, tensors: Mapping[str, torch.Tensor],
-            step: int) -> None:
-    """Put values and moments back under whatever engine runs now. Every process must call it."""
-    named = _named(accelerator, model)
-    if set(named) != set(values(tensors)):
+def _saved(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().clone()
+
+
+def values(tensors: Mapping[str, torch.Tensor], key: str = VALUE) -> dict[str, torch.Tensor]:
+    """Only the parameters' values (or another key's tensors), by name."""
+    return {name.removesuffix(f"|{key}"): t for name, t in tensors.items() if name.endswith(f"|{key}")}
+
+
+def restore(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any, *, kind: Kind, ema: Ema | None,
+            tensors: Mapping[str, torch.Tensor], step: int) -> None:
+    """Put back what `gather` took, under whatever engine runs now. Every process must call it."""
+    parameters = trainable(accelerator, model)
+    if set(parameters) != set(values(tensors)):
         raise UserError("the checkpoint's tensors are not this adapter's", "use the lora.* settings it was made with")
+    kept: dict[str, dict[str, torch.Tensor]] = {name: {} for name in parameters}
+    for full, tensor in tensors.items():
+        name, _, key = full.rpartition("|")
+        if name in kept and key not in (VALUE, EMA, POINT):
+            kept[name][key] = tensor
+    point = values(tensors, POINT if kind.averages else VALUE)
+    found = [State(name, point[name], kept[name]) for name in parameters]
     if is_deepspeed(accelerator):
-        _restore_deepspeed(optimizer, named, tensors, step)
-        return
-    for name, parameter in named.items():
-        parameter.data.copy_(tensors[f"{name}|value"])
-        optimizer.optimizer.state[parameter] = {
-            "step": torch.tensor(float(step)),
-            **{moment: tensors[f"{name}|{moment}"].to(parameter.device) for moment in MOMENTS},
-        }
+        _restore_deepspeed(optimizer, parameters, found)
+    else:
+        for name, value, own in found:
+            parameters[name].data.copy_(value)
+            optimizer.optimizer.state[parameters[name]] = {
+                key: tensor.to(parameters[name].device) for key, tensor in own.items()}
+    itself = inner(accelerator, optimizer)
+    for state in itself.state.values():
+        if state and kind.counter is not None:
+            state[COUNT] = kind.counter(step)
+    for number, group in enumerate(itself.param_groups):
+        group |= {key: tensors[f"(group {number})|{key}"].item() for key in kind.scalars}
+    if ema is not None:
+        ema.restore(values(tensors, EMA))
 
 
-def _restore_deepspeed(optimizer: Any, named: Mapping[str, torch.nn.Parameter], tensors: Mapping[str, torch.Tensor],
-                       step: int) -> None:
-    """ZeRO keeps flat float32 partitions: give them moments first, then set each tensor, then the model's own copy."""
+def _restore_deepspeed(optimizer: Any, parameters: Mapping[str, torch.nn.Parameter], found: Sequence[State]) -> None:
+    """ZeRO keeps flat float32 partitions: give them states first, then set each tensor, then the model's own copy."""
     import deepspeed
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     zero = optimizer.optimizer
-    stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
-    flats = zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups
+    flats = zero.fp32_partitioned_groups_flat if is_zero3(zero) else zero.single_partition_of_fp32_groups
     for flat in flats:
-        zero.optimizer.state[flat] = {"step": torch.zeros(()), **{m: torch.zeros_like(flat) for m in MOMENTS}}
-    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
-        zero._lazy_init_hp_params_optimizer_state()
-    for name, parameter in named.items():
-        value = tensors[f"{name}|value"].to(parameter.device)
+        zero.optimizer.state[flat] = {key: torch.zeros_like(flat) for key in found[0].tensors}
+    link(optimizer)
+    for name, whole_value, kept in found:
+        parameter = parameters[name]
+        value = whole_value.to(parameter.device)
         safe_set_full_fp32_param(parameter, value)
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             parameter.data.copy_(value)
-        for moment in MOMENTS:
-            safe_set_full_optimizer_state(parameter, tensors[f"{name}|{moment}"].to(parameter.device), moment)
-    for state in zero.optimizer.state.values():
-        state["step"] = torch.tensor(float(step))
+        for key, tensor in kept.items():
+            safe_set_full_optimizer_state(parameter, tensor.to(parameter.device), key)
 
 
 def save(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], fingerprint: Mapping[str, Any], keep: int
@@ -121,10 +136,12 @@ def steps_on_disk(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name))
 
 
-def load(path: Path, fingerprint: Mapping[str, Any] | None) -> tuple[int, dict[str, torch.Tensor]]:
+def load(path: Path, fingerprint: Mapping[str, Any] | None, defaults: Mapping[str, Any] | None = None
+         ) -> tuple[int, dict[str, torch.Tensor]]:
     """(step, tensors) of a checkpoint; refuses a damaged one, and one whose fingerprint differs.
 
-    `fingerprint` None skips the comparison (export needs none).
+    `fingerprint` None skips the comparison (export needs none). A key that the checkpoint's version did not know yet
+    counts as its default in `defaults`: the default of a new key is what was done before there was one.
     """
     try:
         state = json.loads((path / STATE).read_text())
@@ -136,7 +153,8 @@ def load(path: Path, fingerprint: Mapping[str, Any] | None) -> tuple[int, dict[s
         raise UserError(f"checkpoint {path} is damaged: its tensors are not those that were written",
                         f"rm -r {path} and run again: the one before it will be used")
     if fingerprint is not None:
-        old = state["fingerprint"]
+        known = {key: value for key, value in (defaults or {}).items() if key in fingerprint}
+        old = {**known, **state["fingerprint"]}
         changed = [f"{k}: {old.get(k)} -> {fingerprint.get(k)}" for k in sorted({*old, *fingerprint})
                    if old.get(k) != fingerprint.get(k)]
         if changed:

@@ -13,6 +13,7 @@ import torch
 from diffusers import (
     AutoencoderKLWan,
     UniPCMultistepScheduler,
+    WanAnimateTransformer3DModel,
     WanPipeline,
     WanTransformer3DModel,
     WanVACETransformer3DModel,
@@ -83,8 +84,8 @@ class Base:
 
     @property
     def _transformer_class(self) -> Any:
-        return {c.__name__: c for c in (WanTransformer3DModel, WanVACETransformer3DModel)}[
-            self.variant.transformer_class]
+        classes = (WanTransformer3DModel, WanVACETransformer3DModel, WanAnimateTransformer3DModel)
+        return {c.__name__: c for c in classes}[self.variant.transformer_class]
 
     def meta_transformer(self) -> WanTransformer3DModel:
         """The transformer's architecture on the meta device, without reading weights."""

@@ -9,6 +9,7 @@ facts/wan-formats.md 1.4 and 1.7. Parity with diffusers' pipelines: tests/parity
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,15 +22,17 @@ from wantrain.models.variants import Task, Variant
 from wantrain.terms import Bucket
 
 Frames = Mapping[str, torch.Tensor]
-"""frames_FCHW uint8 by name: first and last (one frame each), control, control_mask, reference."""
+"""frames_FCHW uint8 by name: first and last (one frame each), control, control_mask, reference, face."""
 
 Condition = dict[str, torch.Tensor]
 """Of one sample: `channels` [C, T, H, W] behind the noisy latents, `image` [images, tokens, D] of CLIP, `vace`
-[96, T, H, W]."""
+[96, T, H, W], `pose` [C, T, H, W], `face` [3, F, S, S] uint8."""
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 WHITE = 255
+TOKENS_OF_AN_IMAGE = 257
+"""Of the published CLIP tower: 224 px in patches of 14, and one for all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +64,15 @@ class Encoders:
 
 def needed(task: Task) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(partners of a clip that a task cannot do without, those that it may have besides); VACE needs one of two."""
-    return {"control": (("control",), ()), "vace": ((), ("control", "control_mask", "reference"))}.get(task, ((), ()))
+    return {"control": (("control",), ()), "animate": (("control", "face", "reference"), ()),
+            "vace": ((), ("control", "control_mask", "reference"))}.get(task, ((), ()))
 
 
 def media(task: Task) -> tuple[str, ...]:
     """What a condition that is to be encoded is made of: `clip` stands for the window's own frames."""
     return {"i2v": ("clip",), "flf2v": ("clip",), "control": ("clip", "control"),
-            "vace": ("control", "control_mask", "reference")}.get(task, ())
+            "vace": ("control", "control_mask", "reference"),
+            "animate": ("control", "face", "reference")}.get(task, ())
 
 
 def of_window(frames: Frames, bucket: Bucket) -> Frames:
@@ -142,6 +147,35 @@ def encode_vace(encoders: Encoders, frames: Frames, bucket: Bucket) -> Condition
             "reference": reference_C1HW}
 
 
+def encode_animate(encoders: Encoders, frames: Frames, bucket: Bucket) -> Condition:
+    """Wan-Animate in its animation mode: `pose` latents of the control video, the `face` as pixels, and a `reference`
+    [C, 1, H, W] before the latents; `channels` [4 + C, 1 + T, H, W] are that reference, known, then grey, unknown.
+    """
+    reference_C1HW = encode_frames(encoders.vae, frames["reference"])
+    known = torch.cat([torch.ones(4, *reference_C1HW.shape[1:]), reference_C1HW])
+    rest = _given_frames(encoders, {}, bucket)["channels"]
+    return {"channels": torch.cat([known, rest], dim=1), "reference": reference_C1HW,
+            "pose": encode_frames(encoders.vae, frames["control"]), "face": frames["face"].movedim(0, 1).contiguous(),
+            **encoders.image_tokens(frames["reference"], 1)}
+
+
+def num_bytes(variant: Variant, shape_THW: tuple[int, int, int], num_frames: int, has_reference: bool) -> int:
+    """About what the cache keeps of a window for the task, in bytes; `shape_THW` is that of its latents."""
+    if variant.task not in ENCODE:
+        return 0
+    size, a = math.prod(shape_THW), variant.architecture
+    channels = {"i2v": 20, "flf2v": 20, "control": 16, "vace": 96, "animate": 36}[variant.task]
+    images = (2 if variant.task == "flf2v" else 1) * (a.image_dim or 0) * TOKENS_OF_AN_IMAGE
+    face = 3 * num_frames * a.animate.motion_encoder_size ** 2 if a.animate else 0
+    more = (channels + 16) * size // shape_THW[0] if has_reference else 0
+    return 4 * (channels * size + images + more) + face
+
+
+def without_prompt(condition: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """The condition of the guidance's other side: the face goes with the prompt, the rest stays."""
+    return {**condition, "face": torch.zeros_like(condition["face"])} if "face" in condition else condition
+
+
 def fold_pixels(mask_FHW: torch.Tensor, shape_THW: Sequence[int]) -> torch.Tensor:
     """A mask in pixels as [64, T, H, W]: the 8 x 8 pixels of each latent are channels, of the nearest frame each."""
     num_latent_frames, h, w = shape_THW
@@ -150,7 +184,8 @@ def fold_pixels(mask_FHW: torch.Tensor, shape_THW: Sequence[int]) -> torch.Tenso
 
 
 ENCODE: dict[Task, Callable[[Encoders, Frames, Bucket], Condition]] = {
-    "i2v": encode_i2v, "flf2v": encode_flf2v, "control": encode_control, "vace": encode_vace}
+    "i2v": encode_i2v, "flf2v": encode_flf2v, "control": encode_control, "vace": encode_vace,
+    "animate": encode_animate}
 """t2v and ti2v encode nothing more: ti2v's first latent frame is the clip's own."""
 
 
@@ -159,7 +194,7 @@ def arrange(variant: Variant, encoded: Condition, latents_CTHW: torch.Tensor, fi
     """(condition for the transformer, latents_CTHW, known_T) of a sample.
 
     `first`: whether the first latent frame of `latents_CTHW` is given, where the task leaves that open (ti2v, control).
-    A VACE reference goes before the latents; known_T is 1 for latent frames that are given clean.
+    A reference goes before the latents; known_T is 1 for latent frames that are given clean.
     """
     first = first and latents_CTHW.shape[1] > 1
     if variant.task == "ti2v":

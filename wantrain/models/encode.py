@@ -83,6 +83,9 @@ def predict_velocity(transformer: torch.nn.Module, noisy_BCTHW: torch.Tensor, si
         noisy_BCTHW = torch.cat([noisy_BCTHW, channels.to(noisy_BCTHW.dtype)], dim=1)
     if (image_BNLD := given.get("image")) is not None:
         more["encoder_hidden_states_image"] = image_BNLD.to(text_BLD.dtype).flatten(0, 1)  # diffusers' way with two
+    if (pose := given.get("pose")) is not None:
+        more["pose_hidden_states"] = pose.to(noisy_BCTHW.dtype)
+        more["face_pixel_values"] = (given["face"].float() / 127.5 - 1).to(noisy_BCTHW.dtype)
     if (vace := given.get("vace")) is not None:
         more["control_hidden_states"] = vace.to(noisy_BCTHW.dtype)
     if sigma.ndim == 2:

@@ -299,11 +299,15 @@ def transformer_rename(names: Collection[str]) -> Rename:
     return lambda name: (transformer_to_diffusers(transformer_to_official(name)),)
 
 
+ANIMATE_ONLY = ("pose_patch_embedding.", "motion_encoder.", "face_encoder.", "face_adapter.")
+"""Wan-Animate's own modules under diffusers' names, which are theirs everywhere here."""
+
+
 def official_names(names: Collection[str]) -> dict[str, str]:
     """A transformer file's names (official or diffusers, bare) -> the official ones. Raises UnknownName."""
     if "head.modulation" in names:
         return {name: name for name in names}
-    return {name: transformer_to_official(name) for name in names}
+    return {name: name if name.startswith(ANIMATE_ONLY) else transformer_to_official(name) for name in names}
 
 
 def vae_version(names: Collection[str]) -> VaeVersion:

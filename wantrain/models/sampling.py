@@ -158,5 +158,6 @@ def guided(transformer: torch.nn.Module, latents: torch.Tensor, sigma: torch.Ten
     with_prompt = predict_velocity(transformer, latents, sigma, prompt_BLD, given.condition)
     if guidance <= 1:
         return with_prompt
-    without = predict_velocity(transformer, latents, sigma, negative_BLD, given.condition)
+    without = predict_velocity(transformer, latents, sigma, negative_BLD,
+                               conditioning.without_prompt(given.condition))
     return without + guidance * (with_prompt - without)

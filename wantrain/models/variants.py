@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from wantrain.models.names import VaeVersion, transformer_to_diffusers
 from wantrain.terms import UserError
 
-Task = Literal["t2v", "i2v", "flf2v", "vace", "control", "camera", "ti2v"]
+Task = Literal["t2v", "i2v", "flf2v", "vace", "control", "camera", "ti2v", "animate"]
 """How a variant conditions; Fun-InP conditions as i2v does."""
 
 Expert = Literal["high", "low"]
@@ -29,10 +29,28 @@ NATIVE_PX: dict[VaeVersion, tuple[int, int]] = {"2.1": (480, 832), "2.2": (704, 
 
 
 @dataclass(frozen=True, slots=True)
+class AnimateSizes:
+    """Sizes of Wan-Animate's motion encoder, face encoder and face adapter, under diffusers' names; `channels` are
+    (side in pixels, channels) of the motion encoder, None for the published ones. `motion_encoder_size` is the side of
+    a face in pixels.
+    """
+
+    motion_encoder_size: int = 512
+    motion_style_dim: int = 512
+    motion_dim: int = 20
+    motion_encoder_dim: int = 512
+    face_encoder_hidden_dim: int = 1024
+    face_encoder_num_heads: int = 4
+    inject_face_latents_blocks: int = 5
+    channels: tuple[tuple[str, int], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Architecture:
     """Sizes of one transformer. `image_dim` None: no CLIP image tokens; `vace_layers` empty: not VACE.
 
-    `image_tokens`, `ref_conv` and `control_adapter` are the extra tensors of FLF2V, Fun-Control and Fun-Camera.
+    `image_tokens`, `ref_conv`, `control_adapter` and `animate` are the extra tensors of FLF2V, Fun-Control, Fun-Camera
+    and Animate.
     """
 
     dim: int
@@ -49,6 +67,7 @@ class Architecture:
     vace_in_channels: int = 96
     ref_conv: bool = False
     control_adapter: bool = False
+    animate: AnimateSizes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +114,8 @@ class Variant:
     @property
     def transformer_class(self) -> str:
         """The diffusers class that holds this transformer."""
+        if self.architecture.animate:
+            return "WanAnimateTransformer3DModel"
         return "WanVACETransformer3DModel" if self.architecture.vace_layers else "WanTransformer3DModel"
 
 
@@ -141,6 +162,9 @@ VARIANTS: dict[str, Variant] = {variant.name: variant for variant in (
             1101, 14_792_233_024, 5.0, 50, _FUN, 0.9),
     Variant("wan22_ti2v_5b", "ti2v", _5B, 825, 4_999_787_712, 5.0, 50, fps=24, num_frames=121, vae="2.2",
             multiple_px=32),
+    # Its tensors have no official names here: a diffusers folder is what loads.
+    Variant("wan22_animate_14b", "animate", replace(_14B_I2V, animate=AnimateSizes()), None, None, 5.0, 20, (1.0, 1.0),
+            fps=30, num_frames=77),
     Variant("tiny_wan", "t2v", _TINY, None, None, 3.0, 50, num_frames=9),
     # For the tests of every task; their weights are random.
     Variant("tiny_wan_a14b", "t2v", _TINIER, None, None, 12.0, 40, (3.0, 4.0), 0.875, num_frames=9),
@@ -152,6 +176,9 @@ VARIANTS: dict[str, Variant] = {variant.name: variant for variant in (
     Variant("tiny_wan_ti2v", "ti2v", replace(_TINIER, in_channels=48, out_channels=48), None, None, 5.0, 50, fps=24,
             num_frames=9, vae="2.2", multiple_px=32),
     Variant("tiny_wan_vace", "vace", replace(_TINIER, vace_layers=(0, 1)), None, None, 16.0, 50, num_frames=9),
+    Variant("tiny_wan_animate", "animate", replace(_TINIER_CLIP, in_channels=36, animate=AnimateSizes(
+        16, 8, 4, 16, 16, 2, 2, (("4", 16), ("8", 16), ("16", 16)))), None, None, 5.0, 20, (1.0, 1.0), fps=30,
+            num_frames=9),
     Variant("tiny_wan_control", "control", replace(_TINIER_CLIP, in_channels=48), None, None, 3.0, 50, _FUN,
             num_frames=9),
 )}
@@ -190,6 +217,10 @@ def diffusers_config(variant: Variant) -> dict[str, Any]:
         "rope_max_seq_len": 1024,
         "pos_embed_seq_len": a.image_tokens,
     }
+    if a.animate:
+        config |= {**asdict(a.animate), "latent_channels": a.out_channels}
+        channels = config.pop("channels")
+        config["motion_encoder_channel_sizes"] = dict(channels) if channels else None
     if a.vace_layers:
         config |= {"vace_layers": list(a.vace_layers), "vace_in_channels": a.vace_in_channels}
     return config
@@ -200,12 +231,14 @@ def is_diffusers_config(config: Mapping[str, Any]) -> bool:
     return "attention_head_dim" in config
 
 
+ANIMATE = "Wan2.2-Animate (under official names)"
+
 # Tensors that only a family we do not support has, in ComfyUI's order of detection (facts/wan-formats.md 1.6).
 _UNSUPPORTED: dict[str, str] = {
     "casual_audio_encoder.": "Wan2.2-S2V",
     "audio_proj.audio_proj_glob_1.": "HuMo",
-    "face_adapter.": "Wan2.2-Animate",
-    "motion_encoder.": "Wan2.2-Animate",
+    "face_adapter.": ANIMATE,
+    "motion_encoder.": ANIMATE,
     "patch_embedding_mask.": "SCAIL-2",
     "patch_embedding_pose.": "SCAIL",
     "patch_embedding_global.": "WanDancer",
@@ -252,13 +285,15 @@ def detect(shapes: Shapes, file_name: str | None) -> Detection:
     """
     layout: Layout = "official" if "head.modulation" in shapes else "diffusers"
     for mark, family in _UNSUPPORTED.items():
-        if any(name.startswith(mark) for name in shapes):
+        if not (family == ANIMATE and layout == "diffusers") and any(name.startswith(mark) for name in shapes):
             return Detection(layout, (), (), False, None, f"this is a {family} transformer (it has {mark}*), which "
                              "wantrain recognises but does not support")
     architecture = read_architecture(shapes, layout)
-    # The number of heads is the one size that shapes do not show.
+    # The number of heads is a size that shapes do not show; those of Animate's encoders are taken on trust.
     fitting = tuple(name for name, variant in VARIANTS.items()
-                    if variant.architecture == replace(architecture, num_heads=variant.architecture.num_heads))
+                    if variant.architecture == replace(
+                        architecture, num_heads=variant.architecture.num_heads,
+                        animate=variant.architecture.animate if architecture.animate else None))
     if not fitting:
         return Detection(layout, (), (), False, None, f"a Wan transformer of no known variant's sizes: {architecture}")
     return _narrow(layout, fitting, file_name)
@@ -300,6 +335,7 @@ def read_architecture(shapes: Shapes, layout: Layout) -> Architecture:
         vace_in_channels=shape("vace_patch_embedding.weight", 5)[1] if vace else 96,
         ref_conv="ref_conv.weight" in shapes,
         control_adapter="control_adapter.conv.weight" in shapes,
+        animate=AnimateSizes() if any(name.startswith("face_adapter.") for name in shapes) else None,
     )
 
 

@@ -24,7 +24,7 @@ from wantrain.lora import Spec
 from wantrain.models import conditioning, encode, hub, sampling
 from wantrain.models.base import Base, find, for_expert
 from wantrain.models.variants import VARIANTS, Expert, Variant, trainable
-from wantrain.terms import Bucket, Clip, Dropped, Encoded, PlannedClip, Sample, UserError
+from wantrain.terms import PARTNERS, Bucket, Clip, Dropped, Encoded, PlannedClip, Sample, UserError
 
 TORCH_DTYPE = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
 
@@ -88,9 +88,17 @@ class Opened:
     @property
     def export_path(self) -> Path:
         """Where `export` writes and where `sample` and `evaluate` look first; a PEFT adapter is a folder."""
+        return self._export_path("")
+
+    @property
+    def ema_export_path(self) -> Path:
+        """Where `export` writes the adapter's average."""
+        return self._export_path("_ema")
+
+    def _export_path(self, what: str) -> Path:
         noise = f"_{self.base.expert}_noise" if self.base.expert else ""
         suffix = "_peft" if self.config.export.format is LoraFormat.peft else ".safetensors"
-        return Path(self.config.run.dir) / "export" / f"{self.config.run.name}{noise}{suffix}"
+        return Path(self.config.run.dir) / "export" / f"{self.config.run.name}{what}{noise}{suffix}"
 
     @property
     def sigmas(self) -> tuple[float, float]:
@@ -169,7 +177,7 @@ def opened(config: Config, recipe_arguments: Sequence[str], refuse: bool = True)
     refuse_partners(variant, [*training, *heldout])
     found = media.look_all(plan.media_of(training + heldout), cache_dir, num_workers(config), data.timeout_s)
     rules = plan.Rules(plan.buckets(data.num_frames, data.resolutions, variant.multiple_px, data.max_tokens_per_clip),
-                       variant.fps, data.extract.name, data.limits)
+                       variant.fps, data.extract.name, data.limits, face_px(variant))
     placed = _without_faults(plan.place(training, found, rules), cache)
     apart = _without_faults(plan.place(heldout, found, replace(rules, extract="head", limits={})), cache)
     if refuse:
@@ -195,16 +203,23 @@ def conditioning_of(base: Base, memo: Path) -> Conditioning:
 def refuse_partners(variant: Variant, clips: Sequence[Clip]) -> None:
     """Say which clips lack what the task needs, or have what it would ignore."""
     required, further = conditioning.needed(variant.task)
-    needs = required or further[::2]  # VACE: a control video or a reference
-    if lacking := [c.id for c in clips if needs and not set(needs) & c.partners.keys()]:
-        raise UserError(f"{len(lacking)} clips have no {' or '.join(needs)}, such as {lacking[0]}, and "
-                        f"{variant.name} ({variant.task}) works from it", f"add a column, or a folder, {needs[0]} to "
-                        "the source: docs/tasks.md")
-    for kind in ("control", "control_mask", "reference"):
+    alternatives: list[tuple[str, ...]] = [(kind,) for kind in required]
+    for needs in alternatives or [further[::2]]:  # VACE: a control video or a reference
+        if lacking := [c.id for c in clips if needs and not set(needs) & c.partners.keys()]:
+            raise UserError(f"{len(lacking)} clips have no {' or '.join(needs)}, such as {lacking[0]}, and "
+                            f"{variant.name} ({variant.task}) works from it", f"add a column, or a folder, {needs[0]} "
+                            "to the source: docs/tasks.md")
+    for kind in PARTNERS[:-1]:  # a mask is the loss's, of any task
         if kind not in (*required, *further) and (owners := [c.id for c in clips if kind in c.partners]):
             raise UserError(f"{len(owners)} clips have a {kind}, such as {owners[0]}, and {variant.name} "
                             f"({variant.task}) takes none: it would be ignored",
                             f"take the column or the folder `{kind}` out of the source")
+
+
+def face_px(variant: Variant) -> int:
+    """The side of a face's square in pixels, where the variant takes one."""
+    sizes = variant.architecture.animate
+    return sizes.motion_encoder_size if sizes else 1
 
 
 def num_workers(config: Config) -> int:
@@ -319,6 +334,7 @@ def inputs_of(recipe: Opened, num_prompts: int) -> list[sampling.Inputs]:
 def read_inputs(recipe: Opened, given: Mapping[str, str], bucket: Bucket) -> sampling.Inputs:
     """The frames of one entry of sampler.inputs: images for first, last and reference, videos or images for masks."""
     allowed = {"i2v": {"first"}, "flf2v": {"first", "last"}, "ti2v": {"first"}, "control": {"control", "first"},
+               "animate": {"control", "face", "reference"},
                "vace": {"control", "control_mask", "reference"}}.get(recipe.variant.task, set()) | {"video"}
     if unknown := sorted(set(given) - allowed):
         raise UserError(f"sampler.inputs: {recipe.variant.name} ({recipe.variant.task}) takes no {unknown[0]}, but "
@@ -330,6 +346,8 @@ def read_inputs(recipe: Opened, given: Mapping[str, str], bucket: Bucket) -> sam
             raise UserError(f"sampler.inputs: {name} = {where} does not exist", "give the path of an image or video")
         is_still = name in ("first", "last", "reference") or media.look(path).duration_s == 0
         own = replace(bucket, num_frames=1) if is_still else bucket
+        if name == "face":
+            own = replace(own, height=face_px(recipe.variant), width=face_px(recipe.variant))
         frames[name] = decode.read_clip(path, 0.0, None, recipe.variant.fps, own, contain=name == "reference")
     return sampling.Inputs({name: f for name, f in frames.items() if name != "video"}, frames.get("video"))
 

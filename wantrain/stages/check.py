@@ -49,8 +49,12 @@ def print_training(recipe: Opened) -> None:
           f"{len(modules)} modules: {adapted:,} trainable parameters")
     samples = float(sum(p.clip.repeats for p in recipe.planned))
     seen = config.train.num_steps * config.data.batch_size
+    optim = config.optim
+    rates = sorted({optim.lr * f for f in lora.lr_factors(transformer, optim.lora_plus, optim.lr_factors).values()})
+    print(f"optimizer    {expert}{optim.name.name}, learning rate {', '.join(f'{rate:g}' for rate in rates)}"
+          f"{f', average with decay {optim.ema_decay:g}' if optim.ema_decay else ''}")
     print(f"steps        {expert}{config.train.num_steps} of {config.data.batch_size} samples = {seen / samples:.1f} "
-          f"epochs of {samples:g} samples, learning rate {config.optim.lr:g}")
+          f"epochs of {samples:g} samples")
     for density in dict.fromkeys(recipe.density(p.bucket) for p in recipe.planned):
         low, high = density.within
         share = flow.share(recipe.variant.shift, low, high)

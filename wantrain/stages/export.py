@@ -24,19 +24,23 @@ def run(config: Config, arguments: Sequence[str]) -> None:
 
 
 def export_one(recipe: Opened, arguments: Sequence[str]) -> None:
-    """One adapter in the format asked for."""
+    """One adapter in the format asked for, and its average if one was kept."""
     config = recipe.config
     found = checkpoint.steps_on_disk(recipe.run_dir / "checkpoints")
     if not found:
         raise UserError(f"no checkpoint in {recipe.run_dir / 'checkpoints'}",
                         shlex.join(["wantrain", "train", *arguments]))
     step, tensors = checkpoint.load(found[-1], None)
-    pairs, extras = from_adapter(lora.adapter_state(checkpoint.values(tensors), adapter_scales(recipe)))
-    path, form = recipe.export_path, config.export.format.name
-    worst = write_proven(path, LoraFile(path, form, pairs, extras), form, metadata(recipe, step),
-                         config.export.dtype.name)
-    print(f"exported {path} ({form}): {config.lora.kind.name} on {len(pairs) or len(products(extras))} modules, step "
-          f"{step}; read back, largest relative error of a delta {worst:.1e}")
+    scales, form = adapter_scales(recipe), config.export.format.name
+    for key, path in ((checkpoint.VALUE, recipe.export_path), (checkpoint.EMA, recipe.ema_export_path)):
+        if not (values := checkpoint.values(tensors, key)):
+            continue
+        pairs, extras = from_adapter(lora.adapter_state(values, scales))
+        about = metadata(recipe, step) | ({"wantrain.ema_decay": str(config.optim.ema_decay)} if key == checkpoint.EMA
+                                          else {})
+        worst = write_proven(path, LoraFile(path, form, pairs, extras), form, about, config.export.dtype.name)
+        print(f"exported {path} ({form}): {config.lora.kind.name} on {len(pairs) or len(products(extras))} modules, "
+              f"step {step}; read back, largest relative error of a delta {worst:.1e}")
 
 
 def adapter_scales(recipe: Opened) -> dict[str, float]:

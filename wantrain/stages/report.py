@@ -16,9 +16,10 @@ import torch
 from wantrain import pictures, report
 from wantrain.config import Config
 from wantrain.data import batches, decode, plan
+from wantrain.data.cache import CONDITION, LATENTS, MASK
 from wantrain.files import write_text
 from wantrain.jobs import in_workers, progress
-from wantrain.models import encode
+from wantrain.models import conditioning, encode
 from wantrain.stages import TORCH_DTYPE, Opened, num_workers, opened
 from wantrain.terms import TEXT_LEN, Bucket, PlannedClip
 
@@ -76,12 +77,19 @@ def totals(recipe: Opened, count: Callable[[str], int]) -> dict[str, str]:
 
 
 def cache_bytes(recipe: Opened, count: Callable[[str], int]) -> float:
-    """What the whole cache of the recipe will take: float32 latents and text features at the encoder's dtype."""
+    """What the whole cache of the recipe will take: latents, what the task encodes, and text features."""
     px, architecture = recipe.variant.multiple_px // 2, recipe.variant.architecture
     dtype_bytes = TORCH_DTYPE[recipe.config.model.dtype].itemsize
-    windows = {recipe.cache.path_of(("latents", p)): p.bucket for p in recipe.planned + recipe.heldout}
-    latents = sum(architecture.out_channels * (1 + (b.num_frames - 1) // 4) * (b.height // px) * (b.width // px) * 4
-                  for b in windows.values())
+
+    def shape(bucket: Bucket) -> tuple[int, int, int]:
+        return 1 + (bucket.num_frames - 1) // 4, bucket.height // px, bucket.width // px
+
+    entries = recipe.cache.entries(recipe.planned + recipe.heldout, []).values()
+    windows = [(kind, p) for kind, p in entries if isinstance(p, PlannedClip)]
+    latents = sum(4 * architecture.out_channels * math.prod(shape(p.bucket)) for kind, p in windows if kind == LATENTS)
+    latents += sum(4 * math.prod(shape(p.partners["mask"].bucket)) for kind, p in windows if kind == MASK)
+    latents += sum(conditioning.num_bytes(recipe.variant, shape(p.bucket), p.bucket.num_frames,
+                                          "reference" in p.partners) for kind, p in windows if kind == CONDITION)
     text = sum(min(count(caption), TEXT_LEN) for caption in dict.fromkeys(recipe.captions))
     return latents + text * architecture.text_dim * dtype_bytes
 
@@ -165,8 +173,9 @@ def span_of(planned: PlannedClip) -> str:
 def cards(recipe: Opened, shown: Sequence[PlannedClip], count: Callable[[str], int]) -> Iterable[Mapping[str, Any]]:
     """What the page shows of a window: the clip as the model sees it, where it is from, its captions."""
     data = recipe.config.data
-    decoded = in_workers(decode.frames_in_worker, ((p, (decode.CLIP,)) for p in shown), num_workers(recipe.config),
-                         data.timeout_s, "data.timeout_s", ordered=True)
+    wanted = ((p, (decode.CLIP, *p.partners)) for p in shown)
+    decoded = in_workers(decode.frames_in_worker, wanted, num_workers(recipe.config), data.timeout_s,
+                         "data.timeout_s", ordered=True)
     with progress(len(shown), 0, "clip", "report", delay_s=2) as bar:
         for (planned, _), result, why in decoded:
             found, _, fault = result or ({}, "", why)
@@ -176,6 +185,8 @@ def cards(recipe: Opened, shown: Sequence[PlannedClip], count: Callable[[str], i
             yield {
                 "name": planned.name, "file": str(planned.clip.path), "bucket": str(planned.bucket),
                 "fault": fault, "video": "" if frames is None else media_url(frames, recipe.variant.fps),
+                "partners": [(name, media_url(array, recipe.variant.fps), len(array) == 1)
+                             for name, array in found.items() if name != decode.CLIP],
                 "is_image": planned.bucket.num_frames == 1, "size": f"{planned.found.width}x{planned.found.height}",
                 "from_s": f"{planned.start_s:.2f}", "to_s": f"{to_s:.2f}",
                 "span": span_of(planned), "cropped": f"{plan.cropped(planned.bucket, planned.found):.0%}",

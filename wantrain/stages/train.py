@@ -1,4 +1,4 @@
-"""`wantrain train`: config -> frozen base -> LoRA -> batches -> flow-matching loss -> AdamW -> checkpoints."""
+"""`wantrain train`: config -> frozen base -> LoRA -> batches -> flow-matching loss -> step -> checkpoints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from wantrain import config as schema
 from wantrain.config import Config, DataMode, Resume
 from wantrain.data import batches
 from wantrain.data.batches import Draws, Order, Split
-from wantrain.engine import Accelerator, checkpoint
+from wantrain.engine import Accelerator, checkpoint, optimizers
+from wantrain.engine.ema import Ema
 from wantrain.files import write_json, write_text
 from wantrain.models import hub
 from wantrain.models.base import for_expert
@@ -72,12 +73,13 @@ class Stopper:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """What the loop works with: the recipe, the engine, the adapted transformer and its optimizer."""
+    """What the loop works with: the recipe, the engine, the adapted transformer, its optimizer and its average."""
 
     recipe: Opened
     accelerator: Accelerator
     model: torch.nn.Module
     optimizer: Any
+    ema: Ema | None
     modules: list[str]
 
     @property
@@ -87,6 +89,10 @@ class Training:
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
+
+    @property
+    def kind(self) -> optimizers.Kind:
+        return optimizers.OPTIMIZERS[self.config.optim.name.name]
 
 
 def run(config: Config, arguments: Sequence[str]) -> None:
@@ -117,10 +123,11 @@ def train_one(recipe: Opened, cached: Cached | None, another_follows: bool) -> b
 
 
 def prepare(recipe: Opened) -> Training:
-    """Frozen base, injected adapter, AdamW, all handed to the engine that launched us."""
-    config = recipe.config
+    """Frozen base, injected adapter, optimizer, all handed to the engine that launched us."""
+    config, optim = recipe.config, recipe.config.optim
     accelerator = engine.start(config.data.batch_size, config.train.micro_batch_size, config.tracker.names,
                                recipe.run_dir, config.optim.max_grad_norm)
+    optimizers.check(accelerator, optim.name.name)
     transformer = recipe.base.transformer(recipe.dtype, accelerator.device)
     given = None
     if config.lora.start_from:
@@ -130,10 +137,12 @@ def prepare(recipe: Opened) -> Training:
         lora.start_from(transformer, given)
     if config.train.activation_checkpointing:
         transformer.enable_gradient_checkpointing()
-    optim = config.optim
-    model, optimizer = accelerator.prepare(transformer, engine.adamw(
-        list(lora.trainable(transformer).values()), optim.lr, optim.betas, optim.eps, optim.weight_decay))
-    return Training(recipe, accelerator, model, optimizer, modules)
+    groups = optimizers.groups(lora.trainable(transformer),
+                               lora.lr_factors(transformer, optim.lora_plus, optim.lr_factors))
+    model, optimizer = accelerator.prepare(transformer, optimizers.make(
+        optim.name.name, groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay))
+    ema = None if optim.ema_decay is None else Ema(accelerator, model, optim.ema_decay)
+    return Training(recipe, accelerator, model, optimizer, ema, modules)
 
 
 def train(training: Training, source: Encode, step: int, stopper: Stopper) -> int:
@@ -207,7 +216,10 @@ def train_step(training: Training, step: int, micro_batches: Sequence[Batch]) ->
                 refuse_non_finite(training, step, "gradient norm", torch.tensor(grad_norm), batch)
             optimizer.step()
             optimizer.zero_grad()
-    return {"loss": float(engine.gather(accelerator, torch.cat(losses)).mean()), "grad_norm": grad_norm, "lr": lr}
+    if training.ema is not None:
+        training.ema.update(step + 1)
+    return {"loss": float(engine.gather(accelerator, torch.cat(losses)).mean()), "grad_norm": grad_norm, "lr": lr,
+            **optimizers.numbers(optimizer, optim.name.name)}
 
 
 @dataclass(slots=True)
@@ -302,7 +314,8 @@ def validate(training: Training, heldout: Sequence[Sample]) -> float:
     """Mean held-out loss at those of the config's sigmas at which this transformer works."""
     low, high = training.recipe.sigmas
     sigmas = [sigma for sigma in training.config.validation.sigmas if low <= sigma < high or sigma == high == 1]
-    with engine.autocast(training.device, training.recipe.dtype):
+    with (optimizers.at_average(training.accelerator, training.model, training.optimizer, training.kind),
+          engine.autocast(training.device, training.recipe.dtype)):
         losses = validation.losses(training.model, heldout, sigmas, training.device)
     return float(losses.mean())
 
@@ -321,8 +334,9 @@ def resume(training: Training) -> int:
     if training.config.train.resume is Resume.never:
         raise UserError(f"{found[-1]} exists and train.resume=never", "start a new run with run.name=ANOTHER, or "
                         "go on with train.resume=auto")
-    step, tensors = checkpoint.load(found[-1], fingerprint(training.recipe))
-    checkpoint.restore(training.accelerator, training.model, training.optimizer, tensors, step)
+    step, tensors = checkpoint.load(found[-1], fingerprint(training.recipe), schema.defaults())
+    checkpoint.restore(training.accelerator, training.model, training.optimizer, kind=training.kind, ema=training.ema,
+                       tensors=tensors, step=step)
     if training.accelerator.is_main_process:
         print(f"going on from {found[-1]}")
     return step
@@ -330,7 +344,7 @@ def resume(training: Training) -> int:
 
 def save(training: Training, step: int) -> None:
     """Write a checkpoint; every process must call it."""
-    tensors = checkpoint.gather(training.accelerator, training.model, training.optimizer)
+    tensors = checkpoint.gather(training.accelerator, training.model, training.optimizer, training.kind, training.ema)
     if training.accelerator.is_main_process:
         checkpoint.save(training.recipe.run_dir / "checkpoints", step, tensors, fingerprint(training.recipe),
                         training.config.train.keep_checkpoints)

@@ -1,0 +1,242 @@
+"""What a user gives a task and it does not take ends in one message: what is wrong, what is allowed, what to do now."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import moving_square
+from tests.tiny_tasks import write_checkpoint
+from wantrain import cli, pictures
+from wantrain.models.variants import VARIANTS
+
+WIDE, NUM_FRAMES = (64, 96), 9
+
+
+def film(path: Path, num_frames: int = NUM_FRAMES) -> Path:
+    pictures.write_mp4(path, moving_square(len(path.name), num_frames, *WIDE), 16)
+    return path
+
+
+def image(path: Path) -> Path:
+    pictures.write_png(path, moving_square(7, 1, *WIDE)[0])
+    return path
+
+
+def write_clips(folder: Path) -> Path:
+    for name in ("a", "b"):
+        film(folder / f"{name}.mp4")
+        (folder / f"{name}.txt").write_text(f"square {name}")
+    return folder
+
+
+def with_partners(folder: Path, **partners: str) -> Path:
+    """Clips with partners: kind=ending, of the clip `a`, or of both where the ending begins with +."""
+    write_clips(folder)
+    for kind, ending in partners.items():
+        for name in ("a", "b") if ending.startswith("+") else ("a",):
+            (image if ending.endswith(".png") else film)(folder / kind / f"{name}{ending.removeprefix('+')}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A checkpoint for each task, clips without partners, and files to sample from."""
+    root = tmp_path_factory.mktemp("tasks")
+    for name in ("tiny_wan_control", "tiny_wan_vace", "tiny_wan_i2v", "tiny_wan_flf2v", "tiny_wan_ti2v"):
+        write_checkpoint(root / name, name)
+    write_clips(root / "clips")
+    with_partners(root / "controlled", control="+.mp4")
+    film(root / "film.mp4")
+    film(root / "short.mp4", 3)
+    image(root / "image.png")
+    (root / "damaged.png").write_bytes((root / "image.png").read_bytes()[:60])
+    return root
+
+
+@pytest.fixture
+def refused(world, tmp_path, capsys):
+    """refused(verb, variant, overrides...) -> (what is wrong, what to do now)."""
+
+    def call(verb: str, name: str, *overrides: str, clips: Path | None = None) -> tuple[str, str]:
+        clips = clips or world / ("controlled" if VARIANTS[name].task in ("control", "vace") else "clips")
+        size = [64, 96] if "ti2v" in name else [32, 48]
+        path = "embedded" if name == "tiny_wan" else world / name
+        capsys.readouterr()
+        code = cli.main([verb, "recipe=demo_anime", "tracker=none", "~data.sources.regularisation",
+                         "data.heldout=null", "validation.every_steps=0", f"model.variant={name}",
+                         f"model.path={path}", f"data.sources.style.path={clips}",
+                         f"run.dir={tmp_path / 'run'}", f"data.cache_dir={world / 'cache'}", "data.num_frames=[5]",
+                         f"data.resolutions=[{size}]", "data.num_workers=1", "sampler.strengths=[0]",
+                         "sampler.prompts=[a square]", "sampler.num_steps=1", "evaluate.prompts=[a square]",
+                         "data.trigger=square", *overrides])
+        shown = capsys.readouterr().err
+        assert code == 2, shown
+        assert shown.startswith("error: ")
+        assert "Traceback" not in shown
+        wrong, found, to_do = shown.removeprefix("error: ").partition("\n  next: ")
+        assert found
+        assert to_do.strip()
+        return wrong, to_do.strip()
+
+    return call
+
+
+# Sources
+
+def test_fun_control_without_control_videos(refused, world):
+    wrong, to_do = refused("check", "tiny_wan_control", clips=world / "clips")
+    assert wrong == "2 clips have no control, such as style/a.mp4, and tiny_wan_control (control) works from it"
+    assert "column, or a folder, control" in to_do
+
+
+def test_fun_control_where_one_clip_has_no_control_video(refused, tmp_path):
+    wrong, _ = refused("train", "tiny_wan_control", clips=with_partners(tmp_path / "set", control=".mp4"))
+    assert wrong.startswith("1 clips have no control, such as style/b.mp4")
+
+
+def test_heldout_clips_need_control_videos_too(refused, world, tmp_path):
+    wrong, _ = refused("check", "tiny_wan_control", f"data.heldout={world / 'clips'}",
+                       clips=with_partners(tmp_path / "set", control="+.mp4"))
+    assert wrong.startswith("2 clips have no control, such as heldout/a.mp4")
+
+
+@pytest.mark.parametrize("partners", [{}, {"control_mask": "+.mp4"}])
+def test_vace_with_neither_control_nor_reference(refused, tmp_path, partners):
+    wrong, to_do = refused("check", "tiny_wan_vace", clips=with_partners(tmp_path / "set", **partners))
+    assert wrong.startswith("2 clips have no control or reference, such as style/a.mp4")
+    assert "control" in to_do
+
+
+@pytest.mark.parametrize(("name", "kind", "ending"), [
+    ("tiny_wan", "control", ".mp4"), ("tiny_wan", "reference", ".png"), ("tiny_wan_i2v", "control_mask", ".mp4"),
+    ("tiny_wan_ti2v", "control", ".mp4"), ("tiny_wan_control", "reference", ".png"),
+    ("tiny_wan_control", "control_mask", ".mp4")])
+def test_what_a_task_would_ignore(refused, tmp_path, name, kind, ending):
+    more = {"control": "+.mp4"} if name == "tiny_wan_control" else {}
+    wrong, to_do = refused("train", name, clips=with_partners(tmp_path / "set", **more, **{kind: ending}))
+    assert wrong.startswith(f"1 clips have a {kind}, such as style/a.mp4, and {name} (")
+    assert "takes none: it would be ignored" in wrong
+    assert f"take the column or the folder `{kind}` out" in to_do
+
+
+@pytest.mark.parametrize(("partners", "why"), [
+    ({"reference": "+.mp4"}, "its reference {set}/reference/a.mp4 is a video of"),
+    ({"control": "+.png"}, "its control {set}/control/a.png ends before it"),
+])
+def test_partners_of_the_wrong_kind(refused, tmp_path, partners, why):
+    folder = with_partners(tmp_path / "set", **partners)
+    wrong, to_do = refused("train", "tiny_wan_vace", clips=folder)
+    assert wrong.startswith("2 clip(s) cannot be used")
+    assert f"style/a.mp4: {why.format(set=folder)}" in wrong
+    assert "data.allow_drops=true" in to_do
+
+
+def test_a_control_video_that_ends_before_its_clip_and_one_that_is_damaged(refused, tmp_path):
+    folder = with_partners(tmp_path / "set", control="+.mp4")
+    film(folder / "control" / "a.mp4", 3)
+    (folder / "control" / "b.mp4").write_bytes((folder / "control" / "b.mp4").read_bytes()[:300])
+    wrong, to_do = refused("train", "tiny_wan_control", clips=folder)
+    assert wrong.startswith("2 clip(s) cannot be used")
+    assert f"style/a.mp4: its control {folder}/control/a.mp4 ends before it" in wrong
+    assert f"style/b.mp4: its control {folder}/control/b.mp4: " in wrong
+    assert "data.allow_drops=true" in to_do
+
+
+def test_a_column_that_names_a_missing_control_video(refused, tmp_path):
+    write_clips(tmp_path / "set")
+    (tmp_path / "set" / "m.csv").write_text("video,caption,control\na.mp4,x,gone.mp4\n")
+    wrong, _ = refused("check", "tiny_wan_control", clips=tmp_path / "set" / "m.csv")
+    assert "line 2: missing file" in wrong
+    assert "gone.mp4" in wrong
+
+
+# Settings
+
+@pytest.mark.parametrize("own", ["high.rank=8", "low.lr=1e-5", "high.num_steps=5"])
+def test_settings_of_an_expert_for_a_single_transformer(refused, own):
+    expert = own.partition(".")[0]
+    wrong, to_do = refused("train", "tiny_wan", own)
+    assert wrong == f"{expert}.* is set, but tiny_wan has one transformer"
+    assert to_do == f"take {expert}.* out"
+
+
+def test_one_expert_of_a_single_transformer(refused):
+    wrong, to_do = refused("train", "tiny_wan_i2v", "model.experts=low")
+    assert wrong == "model.experts = low, but tiny_wan_i2v has one transformer"
+    assert to_do == "take model.experts out"
+
+
+def test_a_variant_that_does_not_train(refused, world):
+    wrong, _ = refused("check", "wan22_fun_a14b_camera", f"model.path={world / 'tiny_wan_i2v'}")
+    assert wrong.startswith("model.variant = 'wan22_fun_a14b_camera' is not allowed: ")
+    assert "wan21_fun_14b_control" in wrong
+
+
+@pytest.mark.parametrize("share", ["1.5", "-0.1"])
+def test_a_share_that_is_none(refused, share):
+    wrong, to_do = refused("check", "tiny_wan_ti2v", f"data.first_frame_share={share}")
+    assert wrong == f"data.first_frame_share = {share} is not allowed: a share in [0, 1]"
+    assert "data.first_frame_share" in to_do
+
+
+# What samples are made from
+
+@pytest.fixture
+def inputs(world):
+    """inputs(name='file', ...) -> the override."""
+
+    def made(**given: str) -> str:
+        return "sampler.inputs=[{" + ", ".join(f"{name}: '{world / file}'" for name, file in given.items()) + "}]"
+
+    return made
+
+
+def test_an_input_that_nobody_knows(refused, inputs):
+    wrong, _ = refused("sample", "tiny_wan_i2v", inputs(start="image.png"))
+    assert "sampler.inputs = " in wrong
+    assert "is not allowed: first, last, control, control_mask, reference, video" in wrong
+
+
+@pytest.mark.parametrize(("name", "given", "allowed"), [
+    ("tiny_wan", "control", "video"), ("tiny_wan", "first", "video"), ("tiny_wan_i2v", "last", "first, video"),
+    ("tiny_wan_flf2v", "reference", "first, last, video"), ("tiny_wan_ti2v", "control", "first, video"),
+    ("tiny_wan_control", "reference", "control, first, video"),
+    ("tiny_wan_vace", "first", "control, control_mask, reference, video")])
+def test_an_input_of_another_task(refused, inputs, name, given, allowed):
+    wrong, _ = refused("sample", name, inputs(**{given: "image.png"}))
+    assert wrong.startswith(f"sampler.inputs: {name} (")
+    assert wrong.endswith(f"takes no {given}, but {allowed}")
+
+
+def test_an_input_that_is_not_there(refused, inputs, world):
+    wrong, to_do = refused("sample", "tiny_wan_i2v", inputs(first="gone.png"))
+    assert wrong == f"sampler.inputs: first = {world / 'gone.png'} does not exist"
+    assert to_do == "give the path of an image or video"
+    assert "does not exist" in refused("sample", "tiny_wan_i2v", inputs(first="clips"))[0], "a folder is no image"
+
+
+def test_a_damaged_input(refused, inputs):
+    wrong, _ = refused("sample", "tiny_wan_i2v", inputs(first="damaged.png"))
+    assert "damaged.png" in wrong
+
+
+def test_a_control_video_that_is_shorter_than_the_sample(refused, inputs):
+    wrong, _ = refused("sample", "tiny_wan_control", inputs(control="short.mp4"))
+    assert "short.mp4: 3 frames at 16 fps from 0 s, but 5 are needed" in wrong
+
+
+def test_as_many_inputs_as_prompts(refused, world):
+    two = f"[{{first: '{world / 'image.png'}'}}, {{first: '{world / 'image.png'}'}}]"
+    wrong, _ = refused("sample", "tiny_wan_i2v", f"sampler.inputs={two}", "sampler.prompts=[a, b, c]")
+    assert wrong == "sampler.inputs = 2 is not allowed: one for all prompts, or one for each"
+
+
+@pytest.mark.parametrize(("name", "example"), [
+    ("tiny_wan_i2v", "first: IMAGE"), ("tiny_wan_flf2v", "first: IMAGE, last: IMAGE"),
+    ("tiny_wan_control", "control: VIDEO"), ("tiny_wan_vace", "control: VIDEO")])
+def test_nothing_to_sample_from(refused, name, example):
+    wrong, to_do = refused("sample", name)
+    assert "neither sampler.inputs nor data.heldout has any of 5f 32x48" in wrong
+    assert to_do == f"sampler.inputs='[{{{example}}}]'"

@@ -1,0 +1,88 @@
+"""Whole values and optimizer states by parameter, under every engine. DeepSpeed keeps both in flat partitions."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+
+from wantrain.engine import is_deepspeed, zero_stage
+
+COUNT = "step"
+"""The key under which an optimizer holds a parameter's number of updates."""
+
+
+class State(NamedTuple):
+    """One trainable parameter: its whole float32 value and the tensors that the optimizer keeps for it, by key."""
+
+    name: str
+    value: torch.Tensor
+    tensors: dict[str, torch.Tensor]
+
+
+def trainable(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters with a gradient, by the name that they have without an engine."""
+    return {name: p for name, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad}
+
+
+def inner(accelerator: Accelerator, optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer itself, out of accelerate's and DeepSpeed's wrappers."""
+    return optimizer.optimizer.optimizer if is_deepspeed(accelerator) else optimizer.optimizer
+
+
+def whole(accelerator: Accelerator, parameters: Iterable[torch.nn.Parameter]
+          ) -> contextlib.AbstractContextManager[None]:
+    """Within the block the parameters are whole, to be read. Every process must enter it."""
+    if zero_stage(accelerator) < 3:
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None)
+
+
+def states(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any) -> Iterator[State]:
+    """Each trainable parameter with what the optimizer keeps for it: nothing before the first step, never its COUNT.
+
+    The tensors are the optimizer's own where it has them whole. Every process must exhaust it.
+    """
+    parameters, kept = trainable(accelerator, model), inner(accelerator, optimizer).state
+    if is_deepspeed(accelerator):
+        yield from _deepspeed_states(optimizer, parameters, kept)
+        return
+    for name, parameter in parameters.items():
+        yield State(name, parameter.detach(), {key: tensor for key, tensor in kept.get(parameter, {}).items()
+                                               if key != COUNT and isinstance(tensor, torch.Tensor)})
+
+
+def _deepspeed_states(optimizer: Any, parameters: Mapping[str, torch.nn.Parameter], kept: Mapping[Any, Any]
+                      ) -> Iterator[State]:
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    keys = sorted({key for flat, state in kept.items() for key, tensor in state.items()
+                   if isinstance(tensor, torch.Tensor) and tensor.shape == flat.shape})
+    if keys:
+        link(optimizer)
+    for name, parameter in parameters.items():
+        yield State(name, safe_get_full_fp32_param(parameter),
+                    {key: safe_get_full_optimizer_state(parameter, key) for key in keys})
+
+
+def link(optimizer: Any) -> None:
+    """Let ZeRO-1 and 2 look up where each parameter's states lie.
+
+    They do so once, after the first param group's step, when the groups behind it have no states yet. ZeRO-3 looks
+    them up each time.
+    """
+    zero = optimizer.optimizer
+    if is_zero3(zero):
+        return
+    zero._hp_optimizer_states_linked = False
+    zero._lazy_init_hp_params_optimizer_state()
+
+
+def is_zero3(zero: Any) -> bool:
+    """Whether DeepSpeed's optimizer is that of stage 3, which keeps its flat partitions elsewhere."""
+    return hasattr(zero, "fp32_partitioned_groups_flat")
