@@ -235,6 +235,22 @@ def test_a_mask_weighs_the_errors_and_its_size_does_not(prepared, background):
 
 
 @torch.no_grad()
+def test_what_lies_outside_a_mask_may_be_held_at_the_base(prepared):
+    training, (batch,) = prepared("loss.mask_preserve=0.5", *PRESERVE_PLAIN, "train.seed=1")
+    preserved = torch.tensor([p.clip.preserve for p in batch.planned_B])
+    mask = left_half(batch)
+    mask[int(preserved.logical_not().nonzero()[0])] = 1
+    adapted, frozen = (predicted(model, batch, batch.text_BLD) for model in (training.model, base_of(training)))
+    target = torch.where(preserved[:, None, None, None, None], frozen, batch.noise_BCTHW - batch.latents_BCTHW)
+    inside, outside = ((part * (adapted - wanted).square()).flatten(1).sum(1) / (16 * part.flatten(1).sum(1))
+                       for part, wanted in ((mask, target), (1 - mask, frozen)))
+    wanted_B = inside + 0.5 * outside.nan_to_num(0)
+    assert outside.isnan().sum() == 1
+    torch.testing.assert_close(train.batch_loss(training, replace(batch, mask_B1THW=mask)), wanted_B, rtol=1e-4, atol=0)
+    torch.testing.assert_close(train.batch_loss(training, batch), squared(adapted, target), rtol=1e-4, atol=0)
+
+
+@torch.no_grad()
 def test_given_first_frames_count_nothing_with_and_without_a_mask(prepared):
     training, (batch,) = prepared()
     known = torch.zeros(4, batch.latents_BCTHW.shape[2])
@@ -264,7 +280,8 @@ def with_masks(batches):
 
 @pytest.mark.parametrize(("own", "change"), [
     pytest.param(PRESERVE_PLAIN, list, id="preserve"), pytest.param(WORDS, list, id="class words"),
-    pytest.param((), with_masks, id="masks"), pytest.param((*WORDS, *PRESERVE_PLAIN), with_masks, id="all"),
+    pytest.param((), with_masks, id="masks"),
+    pytest.param((*WORDS, *PRESERVE_PLAIN, "loss.mask_preserve=0.5"), with_masks, id="all"),
 ])
 def test_a_batch_of_four_is_four_accumulated_ones(prepared, with_words, own, change):
     whole, one = prepared(*own, "train.seed=1")

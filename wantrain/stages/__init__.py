@@ -115,7 +115,8 @@ class Opened:
     @property
     def preserves(self) -> bool:
         """Whether some targets are what the frozen base predicts."""
-        return bool(self.config.loss.class_words) or any(s.preserve for s in self.config.data.sources.values())
+        loss, sources = self.config.loss, self.config.data.sources
+        return bool(loss.class_words or loss.mask_preserve) or any(s.preserve for s in sources.values())
 
     def density(self, bucket: Bucket) -> flow.Density:
         """How sigma is drawn for a bucket."""
