@@ -290,6 +290,8 @@ class Loss:
     """Where min_snr cuts the signal-to-noise ratio."""
     mask_background: float = 0.0
     """Weight of the loss outside a clip's mask, 1 inside; clips without a mask count everywhere."""
+    mask_preserve: float = 0.0
+    """Weight of what is outside a clip's mask to be as the frozen base predicts it; 0 leaves it free to change."""
     class_words: str | None = None
     """What the trigger is one of (`cartoon`): captions with these instead of it must give what the base gives."""
     class_weight: float = 1.0
@@ -443,6 +445,7 @@ class Config:
         yield loss.delta > 0, "loss.delta", loss.delta, "above 0"
         yield loss.min_snr_gamma > 0, "loss.min_snr_gamma", loss.min_snr_gamma, "above 0"
         yield 0 <= loss.mask_background <= 1, "loss.mask_background", loss.mask_background, "a weight in [0, 1]"
+        yield loss.mask_preserve >= 0, "loss.mask_preserve", loss.mask_preserve, "0 or more"
         yield loss.class_weight > 0, "loss.class_weight", loss.class_weight, "above 0"
         yield not loss.class_words or bool(self.data.trigger), "loss.class_words", loss.class_words, \
             "only with data.trigger, in whose place they stand"

@@ -255,15 +255,15 @@ def set_strength(transformer: torch.nn.Module, strength: float) -> None:
 
 @contextlib.contextmanager
 def switched_off(transformer: torch.nn.Module) -> Iterator[None]:
-    """Within the block the transformer computes as the frozen base.
+    """Within the block the transformer computes as the frozen base, and after it as before.
 
     PEFT's `enable_adapters` would also take requires_grad from the parameters, on which DDP and ZeRO have hooks.
     """
-    layers = [layer for layer in transformer.modules() if isinstance(layer, BaseTunerLayer)]
-    for layer in layers:
+    before = [(layer, layer._disable_adapters) for layer in transformer.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer, _ in before:
         layer._disable_adapters = True
     try:
         yield
     finally:
-        for layer in layers:
-            layer._disable_adapters = False
+        for layer, was_off in before:
+            layer._disable_adapters = was_off

@@ -11,7 +11,7 @@ import imageio_ffmpeg
 import numpy as np
 
 from data_tools.tiny_world.clips import DEMO_SEED
-from data_tools.tiny_world.world import OBJECTS, Scene, caption, draw_scene, render
+from data_tools.tiny_world.world import OBJECTS, Scene, caption, draw_scene, mask, render
 
 HEIGHT, WIDTH, NUM_FRAMES, FPS = 128, 192, 17, 16
 BUILDINGS = ("house", "castle", "tower")
@@ -39,14 +39,26 @@ def write_clip(path: Path, frames_FCHW: np.ndarray, crf: int) -> None:
     writer.close()
 
 
+def name_of(index: int, scene: Scene) -> str:
+    """The stem of a scene's files."""
+    return f"{index:02d}_{scene.colour}_{scene.object}_{scene.background}"
+
+
 def write_set(folder: Path, scenes: list[Scene], style: str, trigger: str, crf: int) -> None:
     """One mp4 and one caption file a scene; an empty trigger gives plain captions."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, scene in enumerate(scenes):
-        name = f"{index:02d}_{scene.colour}_{scene.object}_{scene.background}"
+        name = name_of(index, scene)
         write_clip(folder / f"{name}.mp4", render(scene, style, HEIGHT, WIDTH, NUM_FRAMES), crf)
         text = caption(scene, index % 4)
         (folder / f"{name}.txt").write_text(f"{trigger}, {text}\n" if trigger else f"{text}\n")
+
+
+def write_masks(folder: Path, scenes: list[Scene], crf: int) -> None:
+    """The object of each scene of `write_set`, white on black, in the set's sub-folder `mask`."""
+    (folder / "mask").mkdir(parents=True, exist_ok=True)
+    for index, scene in enumerate(scenes):
+        write_clip(folder / "mask" / f"{name_of(index, scene)}.mp4", mask(scene, HEIGHT, WIDTH, NUM_FRAMES), crf)
 
 
 def deal(first_seed: int, count: int, objects: tuple[str, ...]) -> list[Scene]:

@@ -126,20 +126,40 @@ def render(scene: Scene, style: str, height: int = 64, width: int = 96, num_fram
     """Renders `scene` as frames_FCHW, uint8. Motion has constant speed a frame, centred on the middle frame."""
     if style not in STYLES:
         raise ValueError(f"unknown style {style!r}; choose one of {STYLES}")
+    x_F1W, y_FH1, offset_F = _coordinates(scene, height, width, num_frames)
+    layers = [*_background_layers(scene, x_F1W, y_FH1), *_object_layers(scene, x_F1W, y_FH1, offset_F)]
+    image_CFHW = _paint(_sky(scene, style, y_FH1), style, layers, (len(offset_F), height, width))
+    frames_FCHW = np.clip(image_CFHW.transpose(1, 0, 2, 3) * 255 + 0.5, 0, 255).astype(np.uint8)
+    return _all_frames(frames_FCHW, num_frames)
+
+
+def mask(scene: Scene, height: int = 64, width: int = 96, num_frames: int = 9, margin: float = 0.1) -> Array:
+    """Where `render` draws the object and its shadow, and `margin` world units around: frames_FCHW, 255 there, else 0.
+    """
+    layers = _object_layers(scene, *_coordinates(scene, height, width, num_frames))
+    inside_FHW = np.min([layer.distance_FHW for layer in layers], axis=0) < margin
+    frames_FCHW = np.repeat(inside_FHW[:, None].astype(np.uint8) * 255, 3, axis=1)
+    return _all_frames(frames_FCHW, num_frames)
+
+
+def _coordinates(scene: Scene, height: int, width: int, num_frames: int) -> tuple[Array, Array, Array]:
+    """x_F1W and y_FH1 of the pixels, and offset_F of the frames from the middle one; one frame for all of a still."""
+    offset_F = np.arange(num_frames, dtype=np.float32) - (num_frames - 1) / 2
     if scene.motion == "still":
-        num_drawn, offset_F = 1, np.zeros(1, np.float32)
-    else:
-        num_drawn, offset_F = num_frames, np.arange(num_frames, dtype=np.float32) - (num_frames - 1) / 2
+        offset_F = np.zeros(1, np.float32)
     y_1H1 = (1 - (2 * np.arange(height, dtype=np.float32) + 1) / height).reshape(1, -1, 1)
     x_11W = ((2 * np.arange(width, dtype=np.float32) + 1 - width) / height).reshape(1, 1, -1)
-    unit = np.ones((num_drawn, 1, 1), np.float32)
+    unit = np.ones((len(offset_F), 1, 1), np.float32)
     if scene.motion == "zoom":
         unit = np.exp(-ZOOM_PER_FRAME * offset_F).reshape(-1, 1, 1)
-    x_F1W, y_FH1 = x_11W * unit, y_1H1 * unit
-    layers = [*_background_layers(scene, x_F1W, y_FH1), *_object_layers(scene, x_F1W, y_FH1, offset_F)]
-    image_CFHW = _paint(_sky(scene, style, y_FH1), style, layers, (num_drawn, height, width))
-    frames_FCHW = np.clip(image_CFHW.transpose(1, 0, 2, 3) * 255 + 0.5, 0, 255).astype(np.uint8)
-    return np.repeat(frames_FCHW, num_frames, 0) if num_drawn != num_frames else np.ascontiguousarray(frames_FCHW)
+    return x_11W * unit, y_1H1 * unit, offset_F
+
+
+def _all_frames(frames_FCHW: Array, num_frames: int) -> Array:
+    """The one frame of a still scene as often as asked; drawn frames as they are."""
+    if len(frames_FCHW) == num_frames:
+        return np.ascontiguousarray(frames_FCHW)
+    return np.repeat(frames_FCHW, num_frames, 0)
 
 
 def _paint(sky_CFHW: Array, style: str, layers: list[Layer], shape: tuple[int, int, int]) -> Array:

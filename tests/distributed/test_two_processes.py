@@ -94,6 +94,16 @@ def test_resume_within_an_engine_is_bitwise(launched, file):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "rtol"), [("ddp", 2e-5), ("zero3", 2e-4)])
+def test_the_base_answers_in_two_processes_as_in_one(launched, file, rtol):
+    """The plain clips are preserved and one clip has class words: some processes have nothing to ask in some steps."""
+    own = ["data.sources.regularisation.preserve=true", "data.trigger=number 1", "loss.class_words=shape",
+           "optim.lr=0.02"]
+    launched(None, *own, verb="cache")
+    assert_same_training(launched(None, *own), launched(file, *own), rtol)
+
+
 RATES = ["optim.lora_plus=16", "optim.lr_factors={attn: 0.5}"]
 OPTIMIZERS = {
     "rates_and_average": [*RATES, "optim.ema_decay=0.9"],

@@ -115,7 +115,8 @@ class Opened:
     @property
     def preserves(self) -> bool:
         """Whether some targets are what the frozen base predicts."""
-        return bool(self.config.loss.class_words) or any(s.preserve for s in self.config.data.sources.values())
+        loss, sources = self.config.loss, self.config.data.sources
+        return bool(loss.class_words or loss.mask_preserve) or any(s.preserve for s in sources.values())
 
     def density(self, bucket: Bucket) -> flow.Density:
         """How sigma is drawn for a bucket."""
@@ -184,8 +185,11 @@ def opened(config: Config, recipe_arguments: Sequence[str], refuse: bool = True)
         refuse_drops([*placed.dropped, *apart.dropped], data.allow_drops)
     if not placed.used:
         raise UserError(f"none of {placed.num_found} clips can be used", "wantrain check says why; look at data.limits")
-    return Opened(config, base, list(rules.buckets), Plan(_weighted(placed.used, config), placed.dropped), apart.used,
-                  cache)
+    recipe = Opened(config, base, list(rules.buckets), Plan(_weighted(placed.used, config), placed.dropped), apart.used,
+                    cache)
+    if refuse and config.loss.class_words:
+        styled(recipe)  # without a trigger to replace, the class words would preserve nothing
+    return recipe
 
 
 def conditioning_of(base: Base, memo: Path) -> Conditioning:
@@ -226,6 +230,15 @@ def num_workers(config: Config) -> int:
     """Processes that look into files and decode: this process's share of the cores unless told."""
     shares = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return config.data.num_workers or max(1, (os.cpu_count() or 1) // shares)
+
+
+def styled(recipe: Opened) -> list[PlannedClip]:
+    """The windows to train on with the trigger in a caption. Raises UserError where there is none."""
+    trigger = recipe.config.data.trigger
+    found = [p for p in recipe.planned if any(trigger in text for text in (p.clip.caption, *p.clip.more_captions))]
+    if not found:
+        raise UserError(f"no training caption holds the trigger {trigger!r}", "set data.trigger to the words in them")
+    return found
 
 
 def _without_faults(placed: Plan, cache: Cache) -> Plan:

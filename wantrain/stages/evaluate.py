@@ -26,6 +26,7 @@ from wantrain.stages import (
     opened,
     sampler_of,
     sampler_settings,
+    styled,
 )
 from wantrain.terms import NUM_TIMESTEPS, PlannedClip, UserError
 
@@ -102,11 +103,7 @@ def style_distances(recipe: Opened, trios: Sequence[Trio]) -> dict[str, object]:
     The style set is the training clips whose caption holds the trigger. `nearer_to_base` compares the samples
     without trigger with the base's samples and with the style set.
     """
-    trigger = recipe.config.data.trigger
-    styled = [p for p in recipe.planned if trigger in p.clip.caption]
-    if not styled:
-        raise UserError(f"no training caption holds the trigger {trigger!r}", "set data.trigger to the words in them")
-    wanted = style.describe(_frames(recipe, styled))
+    wanted = style.describe(_frames(recipe, styled(recipe)))
     samples = {c: style.describe([t.videos[c] for t in trios]) for c in CONDITIONS}
     parts = {c: style.distance(described, wanted) for c, described in samples.items()}
     parts["floor"] = style.distance(style.describe(_frames(recipe, recipe.heldout)), wanted)

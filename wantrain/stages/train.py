@@ -231,7 +231,8 @@ def train_step(training: Training, step: int, micro_batches: Sequence[Batch]) ->
 class Asked:
     """What the transformer is asked for, and what it should answer: rows of the batch, on the device.
 
-    Where `from_base_N` is true, what the frozen base answers takes the place of `target`.
+    Where `asks_base_N` is true, `base` gets what the frozen base answers (zeros before and elsewhere); where
+    `from_base_N` is true as well, that takes the place of `target`.
     """
 
     noisy: torch.Tensor
@@ -239,13 +240,15 @@ class Asked:
     text: torch.Tensor
     condition: dict[str, torch.Tensor]
     target: torch.Tensor
+    base: torch.Tensor
+    asks_base_N: torch.Tensor
     from_base_N: torch.Tensor
 
     def rows(self, index_N: torch.Tensor) -> Asked:
         """Only these rows, in this order."""
         return Asked(self.noisy[index_N], self.sigma[index_N], self.text[index_N],
                      {name: tensor[index_N] for name, tensor in self.condition.items()}, self.target[index_N],
-                     self.from_base_N[index_N])
+                     self.base[index_N], self.asks_base_N[index_N], self.from_base_N[index_N])
 
 
 def asked_of(training: Training, batch: Batch) -> Asked:
@@ -253,28 +256,34 @@ def asked_of(training: Training, batch: Batch) -> Asked:
     device, dtype = training.device, training.recipe.dtype
     latents, noise, sigma, text = (t.to(device, non_blocking=True) for t in (
         batch.latents_BCTHW, batch.noise_BCTHW, batch.sigma, batch.text_BLD))
+    preserved_B = torch.tensor([p.clip.preserve for p in batch.planned_B])
+    outside_B = torch.zeros_like(preserved_B)
+    if training.config.loss.mask_preserve and batch.mask_B1THW is not None:
+        outside_B = batch.mask_B1THW.lt(1).flatten(1).any(1)
     rows = Asked(flow.mix(latents, noise, sigma).to(dtype), sigma, text.to(dtype),
                  {name: t.to(device, non_blocking=True) for name, t in batch.condition.items()},
-                 flow.velocity(latents, noise), torch.tensor([p.clip.preserve for p in batch.planned_B], device=device))
+                 flow.velocity(latents, noise), torch.zeros_like(latents), (preserved_B | outside_B).to(device),
+                 preserved_B.to(device))
     if batch.class_text_BLD is not None:
         rows = rows.rows(torch.arange(2 * len(latents), device=device) % len(latents))
         rows.text[len(latents):] = batch.class_text_BLD.to(device, dtype)
-        rows.from_base_N[len(latents):] = True
+        rows.asks_base_N[len(latents):] = rows.from_base_N[len(latents):] = True
     return rows
 
 
 def answer_of_base(training: Training, asked: Asked) -> None:
-    """Put the frozen base's answers in place of those targets that are to be its own.
+    """Get the frozen base's answers, and put them in place of those targets that are to be its own.
 
     One forward in every process, whatever the rows: under ZeRO-3 all must call it.
     """
-    places_N = asked.from_base_N.nonzero()[:, 0]
+    places_N = asked.asks_base_N.nonzero()[:, 0]
     some = places_N if len(places_N) else torch.zeros(1, dtype=torch.long, device=training.device)
     model = training.accelerator.unwrap_model(training.model)
     part = asked.rows(some)
     with torch.no_grad(), lora.switched_off(model), engine.autocast(training.device, training.recipe.dtype):
         answer = predict_velocity(model, part.noisy, part.sigma, part.text, part.condition)
-    asked.target[places_N] = answer[: len(places_N)].float()
+    asked.base[places_N] = answer[: len(places_N)].float()
+    asked.target[asked.from_base_N] = asked.base[asked.from_base_N]
 
 
 def batch_loss(training: Training, batch: Batch) -> torch.Tensor:
@@ -286,7 +295,7 @@ def batch_loss(training: Training, batch: Batch) -> torch.Tensor:
     with engine.autocast(training.device, recipe.dtype):
         predicted = predict_velocity(training.model, asked.noisy, asked.sigma, asked.text, asked.condition)
     num_samples = len(batch.planned_B)
-    weight = place_weight(batch, own.mask_background)
+    weight = place_weight(batch, 1, own.mask_background)
     if weight is not None:
         weight = weight.to(training.device).repeat(len(predicted) // num_samples, 1, 1, 1, 1)
     loss_N = flow.loss_per_sample(predicted, asked.target, weight, own.kind.name, own.delta)
@@ -294,14 +303,21 @@ def batch_loss(training: Training, batch: Batch) -> torch.Tensor:
     if batch.class_text_BLD is not None:
         has_words_B = batch.class_text_BLD.ne(0).any(-1).any(-1).to(training.device)
         loss_B = loss_B + own.class_weight * has_words_B * loss_N[num_samples:]
+    if own.mask_preserve and batch.mask_B1THW is not None:
+        outside = place_weight(batch, 0, 1)
+        assert outside is not None, "a batch with masks has weights"
+        loss_B = loss_B + own.mask_preserve * flow.loss_per_sample(
+            predicted[:num_samples], asked.base[:num_samples], outside.to(training.device), own.kind.name, own.delta)
     return loss_B * flow.weight_of_sigma(batch.sigma_B, own.weighting.name, own.min_snr_gamma).to(training.device)
 
 
-def place_weight(batch: Batch, background: float) -> torch.Tensor | None:
-    """Where the loss looks, [B, 1, T, H, W]: inside masks, and not at latent frames that were given clean."""
+def place_weight(batch: Batch, inside: float, outside: float) -> torch.Tensor | None:
+    """Where a loss looks, [B, 1, T, H, W]: so much inside and outside masks, and not at latent frames that were given
+    clean. None where it looks everywhere.
+    """
     weight = None
     if batch.mask_B1THW is not None:
-        weight = background + (1 - background) * batch.mask_B1THW
+        weight = outside + (inside - outside) * batch.mask_B1THW
     if batch.known_BT is None:
         return weight
     unknown = (1 - batch.known_BT).view(len(batch.known_BT), 1, -1, 1, 1)
