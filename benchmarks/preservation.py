@@ -7,12 +7,13 @@ stay in OUT, and what is trained there already is not trained again. Differences
 
 The first table: anime clips of which only the object is to be learned. Held-out natural scenes go through the sampler
 from their own video (SDEdit), base and LoRA from the same noise; what changed is counted apart inside the object's
-mask, outside, and outside at least FAR_PX from it. `to anime` is how far the pixels inside are from the same scene
-drawn in anime (`base` there: without the LoRA).
+mask, outside, and outside at least FAR_PX from it. `px to anime` is how far the pixels inside are from the same scene
+drawn in anime, `to anime` the style distance when only what is inside is taken (wantrain.style); `base px` and `base`
+are those without the LoRA.
 
 The second: what is left of the base's look where the trigger is absent. `moved` is the difference of the samples
 without trigger from the base's samples, `to base` their style distance, `to set` the style distance of samples with
-the trigger to the set, `to second` that of those without it to the second set, where there is one (wantrain.style).
+the trigger to the set, `to second` that of those without it to the second set, where there is one.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ ALONE = ("~data.sources.regularisation",)
 MASKED = {
     "no_masks": ("loss.mask_background=1",),
     "masked": (),
+    "masked_and_preserved": ("loss.mask_preserve=1",),
 }
 """What the runs on the set with masks differ in: with a background that weighs 1 the masks say nothing."""
 
@@ -146,15 +148,20 @@ def edited(bench: Bench, name: str) -> list[Edited]:
 def change(scenes: Sequence[Edited]) -> dict[str, float]:
     """What the LoRA changed, by place, and how near the object comes to its anime rendering; means over the scenes."""
     rows = []
+    anime = style.describe([one.anime for one in scenes])
     for one in scenes:
         changed_FHW, inside_FHW = difference(one.lora, one.base), one.mask[:, 0] > 0
         near_FHW = torch.nn.functional.max_pool2d(inside_FHW.float(), 2 * FAR_PX + 1, 1, FAR_PX) > 0
         places = {"inside": changed_FHW[inside_FHW], "outside": changed_FHW[~inside_FHW],
                   f"{FAR_PX} px off": changed_FHW[~near_FHW],
-                  "to anime": difference(one.lora, one.anime)[inside_FHW],
-                  "base": difference(one.base, one.anime)[inside_FHW]}
+                  "px to anime": difference(one.lora, one.anime)[inside_FHW],
+                  "base px": difference(one.base, one.anime)[inside_FHW]}
         rows.append(torch.stack([values.mean() for values in places.values()]))
-    return dict(zip(places, torch.stack(rows).mean(0).tolist(), strict=True))
+    means = dict(zip(places, torch.stack(rows).mean(0).tolist(), strict=True))
+    for column, name in (("to anime", "lora"), ("base", "base")):
+        pasted = [torch.where(one.mask > 0, getattr(one, name), one.anime) for one in scenes]
+        means[column] = style.distance(style.describe(pasted), anime)["style"]
+    return means
 
 
 def measure_masks(bench: Bench, names: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -192,13 +199,13 @@ def measure_kept(bench: Bench, names: Sequence[str]) -> dict[str, dict[str, floa
     return table
 
 
-def show(table: Mapping[str, Mapping[str, float]], decimals: int) -> None:
+def show(table: Mapping[str, Mapping[str, float]]) -> None:
     """One line a run."""
     columns = list(dict.fromkeys(column for row in table.values() for column in row))
     if table:
         print(f"\n{'':20}" + "".join(f"{column:>13}" for column in columns))
     for name, row in table.items():
-        print(f"{name:20}" + "".join(f"{row[c]:13.{decimals}f}" if c in row else " " * 13 for c in columns), flush=True)
+        print(f"{name:20}" + "".join(f"{row[c]:13.3f}" if c in row else " " * 13 for c in columns), flush=True)
 
 
 def main() -> None:
@@ -213,8 +220,8 @@ def main() -> None:
         parser.error(f"--only {unknown[0]}: the runs are {', '.join(runs)}")
     asked = given.only or runs
     write_sets(bench)
-    show(measure_masks(bench, [name for name in MASKED if name in asked]), 2)
-    show(measure_kept(bench, [name for name in bench.kept if name in asked]), 3)
+    show(measure_masks(bench, [name for name in MASKED if name in asked]))
+    show(measure_kept(bench, [name for name in bench.kept if name in asked]))
 
 
 if __name__ == "__main__":
