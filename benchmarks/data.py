@@ -48,13 +48,14 @@ def encode_loop(recipe: Opened, encoder: Encoder, jobs: int) -> float:
     A ratio within one loop, because the speed drifts from one to the next.
     """
     began = encoding_s = 0.0
-    for planned, result, why in in_workers(decode.frames_in_worker, recipe.planned, jobs, 300):
-        if result is None or result[0] is None:
+    wanted = [(planned, (decode.CLIP,)) for planned in recipe.planned]
+    for (planned, _), result, why in in_workers(decode.frames_in_worker, wanted, jobs, 300):
+        if result is None or not result[0]:
             raise SystemExit(why or "a clip does not decode")
         before = time.perf_counter()
-        latents = encoder.encode(torch.from_numpy(result[0]))
+        entry = encoder.encode(LATENTS, planned, {decode.CLIP: torch.from_numpy(result[0][decode.CLIP])})
         encoding_s += (time.perf_counter() - before) * bool(began)
-        recipe.cache.write((LATENTS, planned), latents)
+        recipe.cache.write((LATENTS, planned), entry)
         began = began or time.perf_counter()
     return (time.perf_counter() - began) / encoding_s
 
@@ -63,8 +64,8 @@ def decode_alone(recipe: Opened, encoder: Encoder) -> float:
     """The same with no worker."""
     began, encoding_s = time.perf_counter(), 0.0
     for planned in recipe.planned[1:]:
-        frames_FCHW = decode.read_window(planned)
-        encoding_s += timed(lambda frames_FCHW=frames_FCHW: encoder.encode(frames_FCHW))
+        frames = {decode.CLIP: decode.read_window(planned)}
+        encoding_s += timed(lambda planned=planned, frames=frames: encoder.encode(LATENTS, planned, frames))
     return (time.perf_counter() - began) / encoding_s
 
 
@@ -123,7 +124,7 @@ def main() -> None:
     batch, = make(0)
     real = torch.randn(REAL_LATENTS_CTHW)
     large = dataclasses.replace(recipe.planned[0], start_s=99.0)
-    recipe.cache.write((LATENTS, large), real)
+    recipe.cache.write((LATENTS, large), {"x": real})
     found = medians({
         "a training step (reference)": lambda: timed(lambda: train.train_step(training, 0, [batch])),
         "its batch from the cache": lambda: timed(lambda: make(0)),

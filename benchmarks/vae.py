@@ -70,16 +70,16 @@ def cache_loop(planned: list[PlannedClip], jobs: int) -> dict[str, float]:
     vae, spent = AutoencoderKLWan().eval(), {"in the VAE": 0.0, "waiting for frames": 0.0, "writing": 0.0}
     with tempfile.TemporaryDirectory() as folder:
         cache = Cache(Path(folder), "vae", "text", "")
-        arriving = in_workers(decode.frames_in_worker, planned, jobs, 600)
+        arriving = in_workers(decode.frames_in_worker, [(one, (decode.CLIP,)) for one in planned], jobs, 600)
         for number in range(len(planned)):
             moments = [time.perf_counter()]
-            one, result, why = next(arriving)
-            if result is None or result[0] is None:
+            (one, _), result, why = next(arriving)
+            if result is None or not result[0]:
                 raise SystemExit(why or "a clip does not decode")
             moments.append(time.perf_counter())
-            latents = encode.encode_frames(vae, torch.from_numpy(result[0]))
+            latents = encode.encode_frames(vae, torch.from_numpy(result[0][decode.CLIP]))
             moments.append(time.perf_counter())
-            cache.write((LATENTS, one), latents)
+            cache.write((LATENTS, one), {"x": latents})
             moments.append(time.perf_counter())
             for what, began, ended in zip(("waiting for frames", "in the VAE", "writing"), moments, moments[1:],
                                           strict=False):
@@ -103,8 +103,8 @@ def read_s() -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         cache = Cache(Path(folder), "vae", "text", "")
         clip = PlannedClip(Clip("a", Path("a"), "a", "a"), REAL, media.Found("a", 6.0), FPS)
-        cache.write((LATENTS, clip), torch.randn(REAL_LATENTS_CTHW))
-        cache.write((TEXT, "a"), torch.randn(NUM_TEXT, TEXT_DIM).bfloat16())
+        cache.write((LATENTS, clip), {"x": torch.randn(REAL_LATENTS_CTHW)})
+        cache.write((TEXT, "a"), {"x": torch.randn(NUM_TEXT, TEXT_DIM).bfloat16()})
         both = []
         for _ in range(30):
             began = time.process_time()
