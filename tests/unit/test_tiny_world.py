@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -20,6 +22,17 @@ def test_a_scene_is_a_function_of_its_seed_and_looks_different_in_each_style():
         assert np.array_equal(first, world.render(scene, style, 64, 96, 5))
         for other, second in frames.items():
             assert style == other or np.abs(first.astype(int) - second).mean() > 8
+
+
+def test_the_mask_covers_the_object_in_every_frame_and_leaves_the_rest():
+    for seed in range(24):
+        scene = world.draw_scene(seed)
+        mask = world.mask(scene)
+        one, other = (world.render(replace(scene, colour=colour), "natural").astype(int) for colour in ("red", "blue"))
+        assert mask.shape == one.shape == (9, 3, 64, 96)
+        assert not np.any((one != other) & (mask == 0))
+        assert np.any((one != other) & (world.mask(scene, margin=-0.1) == 0))
+        assert 0.1 < (mask == 255).mean() == (mask > 0).mean() < 0.5
 
 
 def test_captions_say_what_is_drawn():
