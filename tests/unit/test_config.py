@@ -9,8 +9,9 @@ import yaml
 from wantrain import config
 from wantrain.terms import UserError
 
-RECIPES = ["anime_1b3", "anime_a14b", "architecture_1b3", "between_flf2v_14b", "control_fun_1b3", "control_vace_1b3",
-           "demo_anime", "demo_architecture", "demo_footage", "motion_i2v_14b", "motion_i2v_a14b", "motion_ti2v_5b"]
+RECIPES = ["anime_1b3", "anime_a14b", "architecture_1b3", "between_flf2v_14b", "character_1b3", "control_fun_1b3",
+           "control_vace_1b3", "demo_anime", "demo_architecture", "demo_footage", "motion_i2v_14b", "motion_i2v_a14b",
+           "motion_ti2v_5b"]
 
 
 def test_every_yaml_composes():
