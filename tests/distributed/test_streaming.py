@@ -156,7 +156,7 @@ def masked_set(tmp_path_factory):
         (folder / f"{number}.txt").write_text(f"sqstyle, red, blue, number {number}")
         (folder / f"{number}.more.txt").write_text(f"another text of {number}")
     pictures.write_mp4(folder / "mask" / "0.mp4", moving_square(9, 9, 32, 48), 16)
-    Image.linear_gradient("L").save(folder / "mask" / "1.png")
+    Image.linear_gradient("L").resize((48, 32)).save(folder / "mask" / "1.png")
     return folder
 
 
