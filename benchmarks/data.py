@@ -32,6 +32,7 @@ from wantrain.data.cache import LATENTS
 from wantrain.jobs import in_workers
 from wantrain.stages import Cached, Encoder, Opened, opened, train
 from wantrain.tensors import digest_tensors
+from wantrain.terms import CLIP
 
 REAL_LATENTS_CTHW = (16, 21, 60, 104)
 REAL_FRAMES_FCHW = (81, 3, 480, 832)
@@ -48,12 +49,12 @@ def encode_loop(recipe: Opened, encoder: Encoder, jobs: int) -> float:
     A ratio within one loop, because the speed drifts from one to the next.
     """
     began = encoding_s = 0.0
-    wanted = [(planned, (decode.CLIP,)) for planned in recipe.planned]
+    wanted = [(planned, (CLIP,)) for planned in recipe.planned]
     for (planned, _), result, why in in_workers(decode.frames_in_worker, wanted, jobs, 300):
         if result is None or not result[0]:
             raise SystemExit(why or "a clip does not decode")
         before = time.perf_counter()
-        entry = encoder.encode(LATENTS, planned, {decode.CLIP: torch.from_numpy(result[0][decode.CLIP])})
+        entry = encoder.encode(LATENTS, planned, {CLIP: torch.from_numpy(result[0][CLIP])})
         encoding_s += (time.perf_counter() - before) * bool(began)
         recipe.cache.write((LATENTS, planned), entry)
         began = began or time.perf_counter()
@@ -64,7 +65,7 @@ def decode_alone(recipe: Opened, encoder: Encoder) -> float:
     """The same with no worker."""
     began, encoding_s = time.perf_counter(), 0.0
     for planned in recipe.planned[1:]:
-        frames = {decode.CLIP: decode.read_window(planned)}
+        frames = {CLIP: decode.read_window(planned)}
         encoding_s += timed(lambda planned=planned, frames=frames: encoder.encode(LATENTS, planned, frames))
     return (time.perf_counter() - began) / encoding_s
 

@@ -29,7 +29,7 @@ from wantrain.data.cache import LATENTS, TEXT, Cache
 from wantrain.jobs import in_workers
 from wantrain.models import encode
 from wantrain.models.variants import VARIANTS
-from wantrain.terms import Bucket, Clip, PlannedClip
+from wantrain.terms import CLIP, Bucket, Clip, PlannedClip
 
 REAL, FPS = Bucket(81, 480, 832), 16.0
 TFLOPS = (20, 100, 200, 400, 1000)
@@ -70,14 +70,14 @@ def cache_loop(planned: list[PlannedClip], jobs: int) -> dict[str, float]:
     vae, spent = AutoencoderKLWan().eval(), {"in the VAE": 0.0, "waiting for frames": 0.0, "writing": 0.0}
     with tempfile.TemporaryDirectory() as folder:
         cache = Cache(Path(folder), "vae", "text", "")
-        arriving = in_workers(decode.frames_in_worker, [(one, (decode.CLIP,)) for one in planned], jobs, 600)
+        arriving = in_workers(decode.frames_in_worker, [(one, (CLIP,)) for one in planned], jobs, 600)
         for number in range(len(planned)):
             moments = [time.perf_counter()]
             (one, _), result, why = next(arriving)
             if result is None or not result[0]:
                 raise SystemExit(why or "a clip does not decode")
             moments.append(time.perf_counter())
-            latents = encode.encode_frames(vae, torch.from_numpy(result[0][decode.CLIP]))
+            latents = encode.encode_frames(vae, torch.from_numpy(result[0][CLIP]))
             moments.append(time.perf_counter())
             cache.write((LATENTS, one), {"x": latents})
             moments.append(time.perf_counter())

@@ -83,6 +83,9 @@ class Remote:
 Media = Path | Remote
 """Where the bytes of a video or image are."""
 
+CLIP = "clip"
+"""The name of a window itself among its partners."""
+
 PARTNERS = ("control", "control_mask", "reference", "face", "mask")
 """What may go with a clip: a control video, the mask of what VACE is to make of it (white), a reference image, the
 video of a face, and the mask of where the loss looks (white)."""
@@ -150,6 +153,10 @@ class PlannedClip:
     def kind(self) -> str:
         """Windows of one kind can be batched: the same bucket, and with a reference or without."""
         return f"{self.bucket} with a reference" if "reference" in self.partners else str(self.bucket)
+
+    def part(self, name: str) -> PlannedClip:
+        """This window (CLIP), or the same window of one of its partners."""
+        return self if name == CLIP else self.partners[name]
 
     @property
     def name(self) -> str:

@@ -16,10 +16,9 @@ from pathlib import Path
 
 import torch
 
-from wantrain.data.decode import CLIP
 from wantrain.files import digest_text, remembered, write_json
 from wantrain.tensors import digest_tensors, read_tensors, write_tensors
-from wantrain.terms import PlannedClip, UserError
+from wantrain.terms import CLIP, PlannedClip, UserError
 
 RECIPE_VERSION = 2
 """Raise this when decoding, resizing, encoding or the layout of an entry changes."""
@@ -75,7 +74,7 @@ class Cache:
         if isinstance(what, str):
             key = digest_text(kind, RECIPE_VERSION, what, self.text_digest)
         elif kind == CONDITION:
-            media = {name: what if name == CLIP else what.partners[name] for name in self.conditioning.media_of(what)}
+            media = {name: what.part(name) for name in self.conditioning.media_of(what)}
             key = digest_text(kind, RECIPE_VERSION, self.conditioning.digest, self.vae_digest, what.bucket,
                               *(text for name, one in media.items() for text in (name, *_content(one))))
         else:

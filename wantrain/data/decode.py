@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from wantrain.data.media import FINE_GRACE_S, Probe, broken, local, open_video, probe, read_image
-from wantrain.terms import Bucket, Found, PlannedClip, UserError
+from wantrain.terms import CLIP, Bucket, Found, PlannedClip, UserError
 
 FAR_S = 10.0
 """A span that starts later than this is reached by PyAV's seek instead of decoding the film up to it."""
@@ -139,9 +139,6 @@ def read_window(planned: PlannedClip) -> torch.Tensor:
                             ) from error
 
 
-CLIP = "clip"
-"""The name of the window itself among its partners."""
-
 Wanted = tuple[PlannedClip, tuple[str, ...]]
 """A window, and which of itself and its partners are to be decoded."""
 
@@ -155,7 +152,7 @@ def frames_in_worker(wanted: Wanted) -> tuple[dict[str, np.ndarray], str, str]:
     frames = {}
     for name in names:
         try:
-            frames[name] = read_window(planned if name == CLIP else planned.partners[name]).numpy()
+            frames[name] = read_window(planned.part(name)).numpy()
         except UserError as error:
             return {}, name, error.message if name == CLIP else f"{name} of {error.message}"
     return frames, "", ""

@@ -17,9 +17,9 @@ import torch
 from diffusers import AutoencoderKLWan
 from transformers import CLIPVisionModel
 
-from wantrain.models.encode import encode_frames
+from wantrain.models.encode import encode_frames, to_pixels
 from wantrain.models.variants import Task, Variant
-from wantrain.terms import Bucket
+from wantrain.terms import CLIP, Bucket
 
 Frames = Mapping[str, torch.Tensor]
 """frames_FCHW uint8 by name: first and last (one frame each), control, control_mask, reference, face."""
@@ -78,16 +78,16 @@ def inputs(task: Task) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def media(task: Task) -> tuple[str, ...]:
-    """What a condition that is to be encoded is made of: `clip` stands for the window's own frames."""
-    return {"i2v": ("clip",), "flf2v": ("clip",), "control": ("clip", "control"),
-            "vace": ("control", "control_mask", "reference"),
-            "animate": ("control", "face", "reference")}.get(task, ())
+    """What a condition that is to be encoded is made of: CLIP stands for the window's own frames."""
+    own = (CLIP,) if task in ("i2v", "flf2v", "control") else ()
+    required, further = needed(task)
+    return (*own, *required, *further)
 
 
 def of_window(frames: Frames, bucket: Bucket) -> Frames:
     """A window's frames under the names that `encode` knows. A single frame is not given: it would be the answer."""
-    own = frames.get("clip")
-    rest = {name: value for name, value in frames.items() if name != "clip"}
+    own = frames.get(CLIP)
+    rest = {name: value for name, value in frames.items() if name != CLIP}
     if own is None or bucket.num_frames == 1:
         return rest
     return {**rest, "first": own[:1], "last": own[-1:]}
@@ -118,7 +118,7 @@ def _given_frames(encoders: Encoders, given: Mapping[int, torch.Tensor | None], 
     mask_F = torch.zeros(bucket.num_frames)
     for place, frame in given.items():
         if frame is not None:
-            pixels_FCHW[place], mask_F[place] = frame[0].float() / 127.5 - 1, 1
+            pixels_FCHW[place], mask_F[place] = to_pixels(frame[0]), 1
     latents_CTHW = encode_frames(encoders.vae, pixels_FCHW)
     return {"channels": torch.cat([fold_mask(mask_F, latents_CTHW.shape[1:]), latents_CTHW])}
 
@@ -143,7 +143,7 @@ def encode_vace(encoders: Encoders, frames: Frames, bucket: Bucket) -> Condition
     """
     size = (bucket.num_frames, 1, bucket.height, bucket.width)
     control, mask = frames.get("control"), frames.get("control_mask")
-    pixels_FCHW = torch.zeros(size).expand(-1, 3, -1, -1) if control is None else control.float() / 127.5 - 1
+    pixels_FCHW = torch.zeros(size).expand(-1, 3, -1, -1) if control is None else to_pixels(control)
     mask_F1HW = torch.ones(size) if mask is None else (mask[:, :1].float() / WHITE).expand(size)  # red, as theirs
     new_F1HW = (mask_F1HW > 0.5).float()
     latents_CTHW = torch.cat([encode_frames(encoders.vae, pixels_FCHW * part) for part in (1 - new_F1HW, new_F1HW)])

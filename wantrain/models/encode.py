@@ -19,15 +19,19 @@ def _mean_std(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.Tensor, 
     return mean, std
 
 
+def to_pixels(frames: torch.Tensor) -> torch.Tensor:
+    """Bytes of any shape as the models see them: float32 in [-1, 1]."""
+    return frames.float() / 127.5 - 1
+
+
 @torch.no_grad()
 def encode_frames(vae: AutoencoderKLWan, frames_FCHW: torch.Tensor) -> torch.Tensor:
     """Pixels of one clip, uint8 or float32 in [-1, 1] -> latents_CTHW float32: (mode of the posterior - mean) / std.
 
     One clip at a time, so that a clip's latents do not depend on what else is encoded.
     """
-    pixels_BCFHW = frames_FCHW.to(vae.device).movedim(0, 1).unsqueeze(0).float()
-    if not frames_FCHW.is_floating_point():
-        pixels_BCFHW = pixels_BCFHW / 127.5 - 1
+    given_BCFHW = frames_FCHW.to(vae.device).movedim(0, 1).unsqueeze(0)
+    pixels_BCFHW = given_BCFHW if given_BCFHW.is_floating_point() else to_pixels(given_BCFHW)
     latents_BCTHW = vae.encode(pixels_BCFHW).latent_dist.mode()
     mean, std = _mean_std(vae, latents_BCTHW)
     return ((latents_BCTHW - mean) / std)[0].float().cpu()
@@ -85,7 +89,7 @@ def predict_velocity(transformer: torch.nn.Module, noisy_BCTHW: torch.Tensor, si
         more["encoder_hidden_states_image"] = image_BNLD.to(text_BLD.dtype).flatten(0, 1)  # diffusers' way with two
     if (pose := given.get("pose")) is not None:
         more["pose_hidden_states"] = pose.to(noisy_BCTHW.dtype)
-        more["face_pixel_values"] = (given["face"].float() / 127.5 - 1).to(noisy_BCTHW.dtype)
+        more["face_pixel_values"] = to_pixels(given["face"]).to(noisy_BCTHW.dtype)
     if (vace := given.get("vace")) is not None:
         more["control_hidden_states"] = vace.to(noisy_BCTHW.dtype)
     if sigma.ndim == 2:

@@ -96,8 +96,7 @@ def sample(sampler: Sampler, prompt: str, seed: int, settings: Settings, inputs:
     inputs = inputs or Inputs()
     device = next(sampler.transformers[0].parameters()).device
     bucket, variant = settings.bucket, sampler.variant
-    shape = (variant.architecture.out_channels, 1 + (bucket.num_frames - 1) // 4,
-             bucket.height // (variant.multiple_px // 2), bucket.width // (variant.multiple_px // 2))
+    shape = (variant.architecture.out_channels, *variant.latent_THW(bucket))
     clean = torch.zeros(shape) if inputs.video is None else encode_frames(sampler.encoders.vae, inputs.video)
     first = inputs.frames.get("first")
     if first is not None:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from wantrain.models.names import VaeVersion, transformer_to_diffusers
-from wantrain.terms import UserError
+from wantrain.terms import Bucket, UserError
 
 Task = Literal["t2v", "i2v", "flf2v", "vace", "control", "camera", "ti2v", "animate"]
 """How a variant conditions; Fun-InP conditions as i2v does."""
@@ -93,6 +93,11 @@ class Variant:
     num_frames: int = 81
     vae: VaeVersion = "2.1"
     multiple_px: int = 16
+
+    def latent_THW(self, bucket: Bucket) -> tuple[int, int, int]:
+        """The shape of a bucket's latents but for the channels."""
+        px = self.multiple_px // 2
+        return 1 + (bucket.num_frames - 1) // 4, bucket.height // px, bucket.width // px
 
     @property
     def native_tokens(self) -> int:

@@ -24,7 +24,7 @@ from wantrain.lora import Spec
 from wantrain.models import conditioning, encode, hub, sampling
 from wantrain.models.base import Base, find, for_expert
 from wantrain.models.variants import VARIANTS, Expert, Variant, trainable
-from wantrain.terms import PARTNERS, Bucket, Clip, Dropped, Encoded, PlannedClip, Sample, UserError
+from wantrain.terms import CLIP, PARTNERS, Bucket, Clip, Dropped, Encoded, PlannedClip, Sample, UserError
 
 TORCH_DTYPE = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
 
@@ -332,7 +332,7 @@ def inputs_of(recipe: Opened, num_prompts: int) -> list[sampling.Inputs]:
     windows = [fitting[i % len(fitting)] for i in range(num_prompts)]
     names = [recipe.cache.conditioning.media_of(p) for p in windows]
     return [sampling.Inputs(conditioning.of_window(
-        {name: decode.read_window(p if name == decode.CLIP else p.partners[name]) for name in own}, bucket))
+        {name: decode.read_window(p.part(name)) for name in own}, bucket))
         for p, own in zip(windows, names, strict=True)]
 
 
@@ -420,7 +420,7 @@ class Encoder:
     def encode(self, kind: str, planned: PlannedClip, frames: conditioning.Frames) -> dict[str, torch.Tensor]:
         """The tensors of one cache entry, float32 on the CPU, from the frames that it is made of."""
         if kind == LATENTS:
-            return {"x": encode.encode_frames(self._encoders.vae, frames[decode.CLIP])}
+            return {"x": encode.encode_frames(self._encoders.vae, frames[CLIP])}
         if kind == MASK:
             bucket = planned.partners["mask"].bucket
             return {"x": encode.pool_mask(frames["mask"], bucket, self._variant.multiple_px // 2)}
@@ -435,8 +435,7 @@ class Encoder:
     def window(self, planned: PlannedClip) -> Encoded:
         """A window, decoded in this process."""
         names = media_of(self._cache, planned, self._cache.kinds_of(planned))
-        return self.whole(planned, {name: decode.read_window(
-            planned if name == decode.CLIP else planned.partners[name]) for name in names})
+        return self.whole(planned, {name: decode.read_window(planned.part(name)) for name in names})
 
     def text(self, caption: str) -> torch.Tensor:
         """text_LD of the caption's true length, on the CPU."""

@@ -14,7 +14,7 @@ from wantrain.data import decode
 from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Entry, leftovers
 from wantrain.jobs import in_workers, progress
 from wantrain.stages import Encoder, Opened, counted, media_of, num_workers, opened
-from wantrain.terms import PlannedClip, UserError
+from wantrain.terms import CLIP, PlannedClip, UserError
 
 
 def run(config: Config, arguments: Sequence[str]) -> None:
@@ -78,7 +78,7 @@ def encode_windows(recipe: Opened, encoder: Encoder, entries: Mapping[Path, Entr
             if fault:
                 faults.append(fault)
             if name:
-                kind = {decode.CLIP: LATENTS, "mask": MASK}.get(name, CONDITION)
+                kind = {CLIP: LATENTS, "mask": MASK}.get(name, CONDITION)
                 cache.remember_fault((kind, planned), fault)
             bar.update()
     return faults

@@ -21,7 +21,7 @@ from wantrain.files import write_text
 from wantrain.jobs import in_workers, progress
 from wantrain.models import conditioning, encode
 from wantrain.stages import TORCH_DTYPE, Opened, num_workers, opened
-from wantrain.terms import TEXT_LEN, Bucket, PlannedClip
+from wantrain.terms import CLIP, TEXT_LEN, Bucket, PlannedClip
 
 SHOWN_PX = 416
 """Longest side of a clip on the page: sixty of 480p would be 100 MB."""
@@ -78,12 +78,8 @@ def totals(recipe: Opened, count: Callable[[str], int]) -> dict[str, str]:
 
 def cache_bytes(recipe: Opened, count: Callable[[str], int]) -> float:
     """What the whole cache of the recipe will take: latents, what the task encodes, and text features."""
-    px, architecture = recipe.variant.multiple_px // 2, recipe.variant.architecture
+    architecture, shape = recipe.variant.architecture, recipe.variant.latent_THW
     dtype_bytes = TORCH_DTYPE[recipe.config.model.dtype].itemsize
-
-    def shape(bucket: Bucket) -> tuple[int, int, int]:
-        return 1 + (bucket.num_frames - 1) // 4, bucket.height // px, bucket.width // px
-
     entries = recipe.cache.entries(recipe.planned + recipe.heldout, []).values()
     windows = [(kind, p) for kind, p in entries if isinstance(p, PlannedClip)]
     latents = sum(4 * architecture.out_channels * math.prod(shape(p.bucket)) for kind, p in windows if kind == LATENTS)
@@ -173,20 +169,20 @@ def span_of(planned: PlannedClip) -> str:
 def cards(recipe: Opened, shown: Sequence[PlannedClip], count: Callable[[str], int]) -> Iterable[Mapping[str, Any]]:
     """What the page shows of a window: the clip as the model sees it, where it is from, its captions."""
     data = recipe.config.data
-    wanted = ((p, (decode.CLIP, *p.partners)) for p in shown)
+    wanted = ((p, (CLIP, *p.partners)) for p in shown)
     decoded = in_workers(decode.frames_in_worker, wanted, num_workers(recipe.config), data.timeout_s,
                          "data.timeout_s", ordered=True)
     with progress(len(shown), 0, "clip", "report", delay_s=2) as bar:
         for (planned, _), result, why in decoded:
             found, _, fault = result or ({}, "", why)
-            frames = found.get(decode.CLIP)
+            frames = found.get(CLIP)
             texts = batches.captions_of(planned.clip, 0)
             to_s = planned.start_s + planned.bucket.num_frames / planned.fps
             yield {
                 "name": planned.name, "file": str(planned.clip.path), "bucket": str(planned.bucket),
                 "fault": fault, "video": "" if frames is None else media_url(frames, recipe.variant.fps),
                 "partners": [(name, media_url(array, recipe.variant.fps), len(array) == 1)
-                             for name, array in found.items() if name != decode.CLIP],
+                             for name, array in found.items() if name != CLIP],
                 "is_image": planned.bucket.num_frames == 1, "size": f"{planned.found.width}x{planned.found.height}",
                 "from_s": f"{planned.start_s:.2f}", "to_s": f"{to_s:.2f}",
                 "span": span_of(planned), "cropped": f"{plan.cropped(planned.bucket, planned.found):.0%}",
