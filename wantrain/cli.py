@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import shlex
@@ -11,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from wantrain.terms import EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserError
+from wantrain import logs
+from wantrain.terms import EXIT_INTERRUPTED, EXIT_STALLED, EXIT_USER_ERROR, Interrupted, Stalled, UserError
 
 VERBS = {
     "check": "compose the config and say what it would do, without loading weights",
@@ -59,7 +61,9 @@ FILE_VERBS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0, 2 for a fault the user can mend, 130 when interrupted."""
+    """Run one verb; returns the exit code: 0, 2 for a fault the user can mend, 75 where a process was lost, 130 when
+    interrupted; 1 is for our own faults.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
         print(_help())
@@ -77,11 +81,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if process and verb not in SHARED_VERBS else _run(verb, rest)
     except UserError as error:
         print(f"error{f' in process {process}' if process else ''}: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return _left(EXIT_STALLED if isinstance(error, Stalled) else EXIT_USER_ERROR)
     except (KeyboardInterrupt, Interrupted) as stop:
         print(f"\n{stop if str(stop) else 'interrupted; what was finished is kept'}\n  next: "
               f"{shlex.join(['wantrain', *given])}    goes on from there", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _left(code: int) -> int:
+    """The code; but where others wait for this process, it takes no leave of them, which could last."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _run(verb: str, rest: list[str]) -> int:
@@ -100,7 +113,11 @@ def _run(verb: str, rest: list[str]) -> int:
         raise UserError(f"unknown option(s) {', '.join(flags)}", f"wantrain {verb} --help")
     # The libraries behind a verb take seconds to import, so help and faults of the config come first.
     config = importlib.import_module("wantrain.config").load(overrides, config_dir)
-    importlib.import_module(f"wantrain.stages.{verb}").run(config, rest)
+    process = int(os.environ.get("RANK", "0"))
+    log = logs.kept(Path(config.run.dir), process, ["wantrain", verb, *rest]) if verb in SHARED_VERBS \
+        else contextlib.nullcontext()
+    with log:
+        importlib.import_module(f"wantrain.stages.{verb}").run(config, rest)
     return 0
 
 

@@ -108,6 +108,11 @@ class Resume(Enum):
     never = "never"
 
 
+class OnNonfinite(Enum):
+    stop = "stop"
+    skip = "skip"
+
+
 @dataclass(slots=True)
 class Run:
     name: str = MISSING
@@ -256,10 +261,20 @@ class Train:
     """Steps between checkpoints; one is always written at the end."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay on disk."""
+    keep_every: int | None = None
+    """Checkpoints of every so many steps stay as well; null keeps only the newest."""
+    mirror: str | None = None
+    """Folder or fsspec URL (s3://...) to copy checkpoints to; a run whose folder has none goes on from it."""
     log_every: int = 1
     """Steps between metrics lines."""
     resume: Resume = Resume.auto
     """auto: go on from the newest checkpoint of the run folder; never: refuse a folder that has one."""
+    on_nonfinite: OnNonfinite = OnNonfinite.stop
+    """When a loss or gradient is not finite: stop before the update, or skip it; both note clips and sigmas."""
+    max_skips: int = 10
+    """With on_nonfinite=skip: the run stops when it has left out more updates than this."""
+    stall_timeout_s: float = 600.0
+    """How long processes wait for one that is gone or stands still before the run ends and names it."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time, same numbers."""
 
@@ -412,8 +427,11 @@ class Config:
         yield data.tag_orders >= 0, "data.tag_orders", data.tag_orders, "0 or more"
         yield data.timeout_s > 0, "data.timeout_s", data.timeout_s, "above 0"
         yield from self._rules_of_loss()
+        yield train.max_skips >= 0, "train.max_skips", train.max_skips, "0 or more"
+        yield train.stall_timeout_s > 0, "train.stall_timeout_s", train.stall_timeout_s, "above 0"
         for key, most in {"data.max_tokens_per_clip": data.max_tokens_per_clip, "data.num_workers": data.num_workers,
-                          "data.max_tokens_per_batch": data.max_tokens_per_batch}.items():
+                          "data.max_tokens_per_batch": data.max_tokens_per_batch,
+                          "train.keep_every": train.keep_every}.items():
             yield most is None or most >= 1, key, most, "1 or more, or null"
         for key, number in {"lora.rank": self.lora.rank, "train.num_steps": train.num_steps,
                             "train.micro_batch_size": train.micro_batch_size, "data.batch_size": data.batch_size,
@@ -503,9 +521,10 @@ def _is_range(limit: object) -> bool:
 HARMLESS_TO_RESUME = ("run.", "sampler.", "evaluate.", "report.", "export.", "tracker.", "validation.", "data.mode",
                       "data.cache_dir", "data.heldout", "data.num_workers", "data.timeout_s",
                       "data.allow_drops", "train.num_steps", "train.micro_batch_size",
-                      "train.save_every", "train.keep_checkpoints", "train.log_every", "train.resume",
-                      "train.activation_checkpointing", "model.path", "model.parts", "model.experts", "high.", "low.",
-                      "data.trigger")
+                      "train.save_every", "train.keep_checkpoints", "train.keep_every", "train.mirror",
+                      "train.log_every", "train.resume", "train.on_nonfinite", "train.max_skips",
+                      "train.stall_timeout_s", "train.activation_checkpointing", "model.path", "model.parts",
+                      "model.experts", "high.", "low.", "data.trigger")
 """Keys (prefixes) that may differ between a checkpoint and the config that goes on from it."""
 
 

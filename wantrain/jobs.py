@@ -16,6 +16,8 @@ from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
 
+from wantrain import logs
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -30,7 +32,7 @@ def progress(total: int, start: int, unit: str, what: str = "", main: bool = Tru
     """
     live = sys.stderr.isatty()
     return tqdm(total=total, initial=start, desc=what or None, unit=unit, disable=not main, dynamic_ncols=live,
-                ascii=not live, mininterval=0.5 if live else 10, delay=delay_s)
+                ascii=not live, mininterval=0.5 if live else 10, delay=delay_s, file=logs.console())
 
 
 class _Worker:

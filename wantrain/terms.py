@@ -21,7 +21,11 @@ TEXT_LEN = 512
 """Text is zero-padded to exactly this many tokens; Wan attends to the padding (facts: official, diffusers, ComfyUI)."""
 
 EXIT_USER_ERROR = 2
+"""A fault that a person must mend: the same command would meet it again."""
+EXIT_STALLED = 75
+"""A process is gone or stands still: the same command may go through (EX_TEMPFAIL)."""
 EXIT_INTERRUPTED = 130
+"""A signal asked to stop, what was done is saved: the same command goes on."""
 
 
 class UserError(Exception):
@@ -37,6 +41,10 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\n  next: {self.next_step}"
+
+
+class Stalled(UserError):
+    """A process is gone or stands still, and the others cannot go on without it."""
 
 
 class Interrupted(Exception):

@@ -26,7 +26,8 @@ def losses(run):
 
 def state(run):
     """(step, tensors) of the newest checkpoint."""
-    return checkpoint.load(checkpoint.steps_on_disk(run / "checkpoints")[-1], None)
+    progress, tensors = checkpoint.load(checkpoint.steps_on_disk(run / "checkpoints")[-1], None)
+    return progress.step, tensors
 
 
 def same_bits(a, b):
@@ -49,7 +50,9 @@ def test_the_base_is_bit_identical_after_training_and_the_adapter_is_not(wantrai
     training = train.prepare(opened(config, arguments))
     before = {n: p.detach().clone() for n, p in training.model.named_parameters()}
     with train.Stopper() as stopper:
-        assert train.train(training, train.Cached(training.recipe), 0, stopper) == 3
+        train.train(training, train.Cached(training.recipe), stopper)
+    training.writer.finish()
+    assert training.progress.step == 3
     for name, parameter in training.model.named_parameters():
         assert torch.equal(parameter, before[name]) == ("lora_" not in name), name
 
@@ -136,7 +139,8 @@ def test_the_model_is_told_1000_sigma_and_the_noisy_latents_of_that_sigma(wantra
     training.model.register_forward_pre_hook(lambda _, args, kwargs: told.append(kwargs), with_kwargs=True,
                                              prepend=True)
     with train.Stopper() as stopper:
-        train.train(training, train.Cached(training.recipe), 0, stopper)
+        train.train(training, train.Cached(training.recipe), stopper)
+    training.writer.finish()
     for step, kwargs in enumerate(told):
         sigma_B = flow.draw_sigma(0, step, range(4), 4, flow.Density("uniform", (), 3.0))
         assert kwargs["timestep"].dtype == torch.float32
@@ -182,7 +186,7 @@ def test_a_non_finite_loss_stops_before_the_update(trained, wantrain, tmp_path, 
     assert wantrain("train", f"run.dir={run}", "train.num_steps=4") == 2
     assert "the loss is not finite" in capsys.readouterr().err
     note = json.loads((run / "nonfinite_000003_process_0.json").read_text())
-    assert note["values"] == ["nan"] * 4
+    assert note["losses"] == ["nan"] * 4
     assert len(note["clips"]) == len(note["sigmas"]) == 4
     after = state(run)
     assert after[0] == before[0]

@@ -22,13 +22,14 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start(global_batch_size: int, micro_batch_size: int, trackers: Sequence[str], run_dir: Path, max_grad_norm: float
-          ) -> Accelerator:
-    """The Accelerator for this launch. Precision stays ours: see `autocast`.
+def start(global_batch_size: int, micro_batch_size: int, trackers: Sequence[str], run_dir: Path, *,
+          max_grad_norm: float, timeout_s: float) -> Accelerator:
+    """The Accelerator for this launch, whose collectives fail after `timeout_s`. Precision stays ours: see `autocast`.
 
-    Raises UserError when the global batch cannot be dealt evenly, or when the launcher started processes that
-    accelerate does not join (they would train apart from each other without a word).
+    Raises UserError when the global batch cannot be dealt evenly, when the launcher started processes that accelerate
+    does not join (they would train apart from each other without a word), or asks for a precision of its own.
     """
+    refuse_precision(os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
     share = micro_batch_size * world_size()
     if global_batch_size % share:
         raise UserError(f"data.batch_size = {global_batch_size} cannot be dealt to {world_size()} process(es) of "
@@ -44,7 +45,7 @@ def start(global_batch_size: int, micro_batch_size: int, trackers: Sequence[str]
         cpu=on_cpu and not deepspeed, mixed_precision="no", log_with=list(trackers) or None,
         gradient_accumulation_steps=global_batch_size // share,
         project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir / "trackers")),
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timedelta(minutes=30))]
+        kwargs_handlers=[InitProcessGroupKwargs("gloo" if on_cpu else "nccl", timeout=timedelta(seconds=timeout_s))]
         if "RANK" in os.environ else [],
     )
     if accelerator.num_processes != world_size():
@@ -57,6 +58,17 @@ def start(global_batch_size: int, micro_batch_size: int, trackers: Sequence[str]
         settings["gradient_accumulation_steps"] = global_batch_size // share
         settings["gradient_clipping"] = max_grad_norm
     return accelerator
+
+
+def refuse_precision(asked: str) -> None:
+    """Raise UserError unless the launch file leaves precision to us."""
+    if asked == "no":
+        return
+    why = {"fp16": "float16 ends at 65,504 and needs its loss scaled; bfloat16 has float32's range and needs nothing",
+           "bf16": "wantrain keeps the adapter in float32 and computes under its own autocast"}
+    raise UserError(f"the launch asks for mixed_precision = {asked}: {why.get(asked, 'wantrain has its own')}",
+                    "set mixed_precision: 'no' in the launch file; model.dtype chooses (bfloat16, or float32 where "
+                    "the hardware has no bfloat16)")
 
 
 def end(accelerator: Accelerator, another_follows: bool) -> None:
@@ -96,23 +108,16 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["factor"]
 
 
-def gather(accelerator: Accelerator, values_N: torch.Tensor) -> torch.Tensor:
-    """Values of all processes, concatenated in the order of their index, on the CPU."""
-    return accelerator.gather(values_N.to(accelerator.device)).cpu()
-
-
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
     """Whether the flag is up on any process. Every process must call it."""
-    return bool(gather(accelerator, torch.tensor([float(flag)])).any())
-
-
-def all_finite(accelerator: Accelerator, values: torch.Tensor) -> bool:
-    """Whether the values are finite on every process. Every process must call it."""
-    return not any_process(accelerator, not bool(values.detach().isfinite().all()))
+    return bool(accelerator.gather(torch.tensor([float(flag)], device=accelerator.device)).any())
 
 
 def clip_gradients(accelerator: Accelerator, model: torch.nn.Module, max_norm: float) -> float:
-    """Clip to the global L2 norm and return the norm before it (DeepSpeed clips by itself)."""
+    """Clip to the global L2 norm and return the norm before it, the same on every process.
+
+    DeepSpeed has clipped and updated by itself, or left the update out where the norm is not finite.
+    """
     norm = accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_norm)
     return float(norm) if norm is not None else math.nan
 

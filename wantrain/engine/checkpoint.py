@@ -1,31 +1,34 @@
 """Checkpoints that belong to no engine and no number of processes.
 
 Per trainable tensor: its float32 value and what the optimizer keeps for it, by name (AdamW: two moments). With the
-step and the config's fingerprint that is all, because order, sigma, noise and learning rate are functions of (seed,
-step), and every step is one update.
+step, the number of skipped ones and the config's fingerprint that is all, because order, sigma, noise and learning rate
+are functions of (seed, step): the process's own RNG decides nothing.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 
-from wantrain.engine import is_deepspeed
+from wantrain.engine import is_deepspeed, mirror
 from wantrain.engine.ema import Ema
 from wantrain.engine.optimizers import Kind, average, beta_of
 from wantrain.engine.states import COUNT, State, inner, is_zero3, link, states, trainable
-from wantrain.files import digest_file, write_json
+from wantrain.files import digest_file, write_json, write_text
 from wantrain.tensors import read_tensors, write_tensors
 from wantrain.terms import UserError
 
-TENSORS, STATE = "training.safetensors", "state.json"
+TENSORS, STATE, CHECKSUMS = "training.safetensors", "state.json", "checksums"
 VALUE, EMA, POINT = "value", "ema", "y"
 """Keys beside those of the optimizer: what the adapter is, its average, and where schedule-free trains on."""
 
@@ -62,8 +65,9 @@ def values(tensors: Mapping[str, torch.Tensor], key: str = VALUE) -> dict[str, t
 
 
 def restore(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any, *, kind: Kind, ema: Ema | None,
-            tensors: Mapping[str, torch.Tensor], step: int) -> None:
-    """Put back what `gather` took, under whatever engine runs now. Every process must call it."""
+            tensors: Mapping[str, torch.Tensor], updates: int) -> None:
+    """Put back what `gather` took, under whatever engine runs now, after so many updates. Every process must call it.
+    """
     parameters = trainable(accelerator, model)
     if set(parameters) != set(values(tensors)):
         raise UserError("the checkpoint's tensors are not this adapter's", "use the lora.* settings it was made with")
@@ -84,7 +88,7 @@ def restore(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any, *,
     itself = inner(accelerator, optimizer)
     for state in itself.state.values():
         if state and kind.counter is not None:
-            state[COUNT] = kind.counter(step)
+            state[COUNT] = kind.counter(updates)
     for number, group in enumerate(itself.param_groups):
         group |= {key: tensors[f"(group {number})|{key}"].item() for key in kind.scalars}
     if ema is not None:
@@ -111,28 +115,39 @@ def _restore_deepspeed(optimizer: Any, parameters: Mapping[str, torch.nn.Paramet
             safe_set_full_optimizer_state(parameter, tensor.to(parameter.device), key)
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], fingerprint: Mapping[str, Any], keep: int
-         ) -> Path:
-    """Write `step_NNNNNN/` under a temporary name and rename it, then drop all but the newest `keep`.
-
-    `state.json` is written last and holds the digest of the tensors' file: without it a checkpoint is incomplete.
+@dataclass(slots=True)
+class Progress:
+    """How far a run is: steps done, how many of those left the adapter as it was (their numbers were not finite), and
+    its id in a tracker.
     """
-    final = folder / f"step_{step:06d}"
-    temporary = folder / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write_tensors(temporary / TENSORS, tensors, {"step": str(step)})
-    write_json(temporary / STATE, {"step": step, "digest": digest_file(temporary / TENSORS),
-                                   "fingerprint": dict(fingerprint)})
-    temporary.rename(final)
-    for old in steps_on_disk(folder)[:-keep]:
-        shutil.rmtree(old)
-    return final
+
+    step: int = 0
+    skipped: int = 0
+    run_id: str = ""
 
 
 class Damaged(UserError):
     """A checkpoint that is not what was written."""
+
+
+class Place(NamedTuple):
+    """Where a run's checkpoints are: its folder, perhaps a copy behind an fsspec URL, and which of them stay: the
+    newest `keep` and those of every `keep_every` steps.
+    """
+
+    folder: Path
+    mirror: str | None = None
+    keep: int = 1
+    keep_every: int | None = None
+
+    def on_disk(self) -> list[Path]:
+        """Checkpoints by rising step."""
+        return steps_on_disk(self.folder)
+
+    def too_old(self, names: Iterable[str]) -> list[str]:
+        """Those of these checkpoints that need not stay."""
+        return [name for name in sorted(names)[:-self.keep]
+                if not self.keep_every or int(name.removeprefix("step_")) % self.keep_every]
 
 
 def steps_on_disk(folder: Path) -> list[Path]:
@@ -140,21 +155,59 @@ def steps_on_disk(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name))
 
 
+def save(place: Place, progress: Progress, tensors: Mapping[str, torch.Tensor], fingerprint: Mapping[str, Any]) -> Path:
+    """Write `step_NNNNNN/` under a temporary name, with all bytes on the disk before it is renamed; then drop old ones.
+
+    `checksums`, written last, is what `b2sum -l 128 -c checksums` reads: without it a checkpoint is incomplete.
+    """
+    final = place.folder / f"step_{progress.step:06d}"
+    temporary = place.folder / f".{final.name}.tmp"
+    for leftover in (*place.folder.glob(".step_*.tmp"), final):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        write_tensors(temporary / TENSORS, tensors, {"step": str(progress.step)})
+        write_json(temporary / STATE, {**asdict(progress), "fingerprint": dict(fingerprint)})
+        write_text(temporary / CHECKSUMS, "".join(
+            f"{digest_file(temporary / name)}  {name}\n" for name in (TENSORS, STATE)))
+        _sync(temporary)
+        temporary.rename(final)
+        _sync(place.folder)
+    except OSError as error:
+        raise UserError(f"could not write {final}: {error.strerror or error}", "free some disk space, then run the "
+                        "same command again: it goes on from the checkpoint before") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk gets its space back
+    for name in place.too_old(path.name for path in place.on_disk()):
+        shutil.rmtree(place.folder / name)
+    return final
+
+
+def _sync(folder: Path) -> None:
+    """Put a folder's names on the disk: a rename is safe only then."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def load(path: Path, fingerprint: Mapping[str, Any] | None, defaults: Mapping[str, Any] | None = None
-         ) -> tuple[int, dict[str, torch.Tensor]]:
-    """(step, tensors) of a checkpoint. Raises Damaged for one that is, UserError where the fingerprint differs.
+         ) -> tuple[Progress, dict[str, torch.Tensor]]:
+    """(progress, tensors) of a checkpoint. Raises Damaged for one that is, UserError where the fingerprint differs.
 
     `fingerprint` None skips the comparison (export needs none). A key that the checkpoint's version did not know yet
     counts as its default in `defaults`: the default of a new key is what was done before there was one.
     """
     try:
-        state = json.loads((path / STATE).read_text())
-        intact = digest_file(path / TENSORS) == state["digest"]
-    except (OSError, json.JSONDecodeError, KeyError) as error:
+        sums = dict(line.split("  ")[::-1] for line in (path / CHECKSUMS).read_text().splitlines())
+        altered = [name for name in (TENSORS, STATE) if digest_file(path / name) != sums.get(name)]
+    except (OSError, ValueError) as error:
         raise Damaged(f"checkpoint {path} is incomplete: {error}", f"rm -r {path}, and start again") from error
-    if not intact:
-        raise Damaged(f"checkpoint {path} is damaged: its tensors are not those that were written",
+    if altered:
+        raise Damaged(f"checkpoint {path} is damaged: {' and '.join(altered)} is not what was written",
                       f"rm -r {path}, and start again")
+    state = json.loads((path / STATE).read_text())
     if fingerprint is not None:
         known = {key: value for key, value in (defaults or {}).items() if key in fingerprint}
         old = {**known, **state["fingerprint"]}
@@ -164,23 +217,98 @@ def load(path: Path, fingerprint: Mapping[str, Any] | None, defaults: Mapping[st
             raise UserError("the config is not the one this run was started with:\n  " + "\n  ".join(changed),
                             "set these back, or start a new run: run.name=ANOTHER")
     tensors, _ = read_tensors(path / TENSORS)
-    return state["step"], tensors
+    return Progress(**{field.name: state[field.name] for field in fields(Progress)}), tensors
 
 
-def newest_whole(folder: Path, fingerprint: Mapping[str, Any] | None, defaults: Mapping[str, Any] | None = None
-                 ) -> tuple[Path, int, dict[str, torch.Tensor], list[str]] | None:
-    """(path, step, tensors) of the newest checkpoint that is whole, and why newer ones were passed over; None where
-    there is none at all. Raises Damaged where none of them is whole: to begin anew is for the user to say.
+class Found(NamedTuple):
+    """A whole checkpoint, and why newer ones were passed over."""
+
+    path: Path
+    progress: Progress
+    tensors: dict[str, torch.Tensor]
+    passed: list[str]
+
+
+def newest_whole(place: Place, fingerprint: Mapping[str, Any] | None, defaults: Mapping[str, Any] | None = None
+                 ) -> Found | None:
+    """The newest checkpoint that is whole, out of the folder or else its mirror; None where there is none at all.
+
+    Raises Damaged where none of them is whole: to begin anew is for the user to say.
     """
     passed: list[str] = []
-    for path in reversed(steps_on_disk(folder)):
-        try:
-            step, tensors = load(path, fingerprint, defaults)
-        except Damaged as error:
-            passed.append(error.message)
-            fault = error
-            continue
-        return path, step, tensors, passed
+    mirrored = mirror.names(place.mirror) if place.mirror else []
+    for name in sorted({*mirrored, *(path.name for path in place.on_disk())}, reverse=True):
+        path = place.folder / name
+        for fetched in (False, True):
+            if fetched and name not in mirrored:
+                break
+            if not fetched and not path.exists():
+                continue
+            try:
+                if fetched:
+                    assert place.mirror is not None
+                    mirror.fetch(place.mirror, path)
+                return Found(path, *load(path, fingerprint, defaults), passed)
+            except Damaged as error:
+                passed.append(error.message)
+                fault = error
     if passed:
         raise fault
     return None
+
+
+class Writer:
+    """Writes checkpoints off the training's path: one at a time, in a thread, out of tensors that no step changes."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+        self._mirror_fault: UserError | None = None
+        self._is_told = True
+
+    def write(self, progress: Progress, tensors: Mapping[str, torch.Tensor], fingerprint: Mapping[str, Any]) -> None:
+        """Begin to write, once the one before is written. Raises what that one met."""
+        self.finish()
+        self._writing = self._pool.submit(self._write, replace(progress), tensors, fingerprint)
+
+    def _write(self, progress: Progress, tensors: Mapping[str, torch.Tensor], fingerprint: Mapping[str, Any]) -> None:
+        save(self.place, progress, tensors, fingerprint)
+        self._mirror_fault = None
+        try:
+            self._copy()
+        except UserError as error:  # the run goes on, and the next checkpoint tries again
+            self._mirror_fault, self._is_told = error, False
+
+    def _copy(self) -> None:
+        """Bring to the mirror what it lacks, and take away there what need not stay."""
+        if self.place.mirror is None:
+            return
+        there = mirror.names(self.place.mirror)
+        for path in self.place.on_disk():
+            if path.name not in there or path == self.place.on_disk()[-1]:
+                mirror.put(self.place.mirror, path, CHECKSUMS)
+        for name in self.place.too_old(mirror.names(self.place.mirror)):
+            mirror.drop(self.place.mirror, name)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last writing ended in an error, which `finish` raises."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+
+    def news(self) -> str:
+        """What went wrong with the mirror, once."""
+        told, self._is_told = self._is_told, True
+        return "" if told or self._mirror_fault is None else f"{self._mirror_fault}\n  (tried again with the next one)"
+
+    def finish(self) -> None:
+        """Wait until what was begun is written. Raises UserError where it could not be."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """`finish`, and raise what kept the last checkpoint from the mirror."""
+        self.finish()
+        if self._mirror_fault is not None:
+            raise self._mirror_fault

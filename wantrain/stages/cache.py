@@ -16,11 +16,15 @@ from wantrain.jobs import in_workers, progress
 from wantrain.stages import Encoder, Opened, counted, media_of, num_workers, opened
 from wantrain.terms import CLIP, PlannedClip, UserError
 
+LONGEST_S = 7 * 24 * 3600.0
+"""What processes wait for the one that has most left to encode; one that dies is noticed at once."""
+
 
 def run(config: Config, arguments: Sequence[str]) -> None:
     """Build what is missing of the recipe's cache; with several processes each does its share."""
     began = time.time()
-    accelerator = engine.start(engine.world_size(), 1, [], Path(config.run.dir), 1.0)
+    accelerator = engine.start(engine.world_size(), 1, [], Path(config.run.dir), max_grad_norm=1.0,
+                               timeout_s=LONGEST_S)
     with accelerator.main_process_first():  # it looks into new files, the others read what it noted
         recipe = opened(config, arguments)
     everything = recipe.planned + recipe.heldout

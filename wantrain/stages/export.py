@@ -10,6 +10,7 @@ from wantrain import __version__, lora
 from wantrain import config as schema
 from wantrain.config import Config
 from wantrain.engine import checkpoint
+from wantrain.engine.checkpoint import Place
 from wantrain.models.lora_formats import LoraFile, products
 from wantrain.models.lora_updates import from_adapter, write_proven
 from wantrain.stages import Opened, manifest_digest, opened, spec_of
@@ -26,11 +27,12 @@ def run(config: Config, arguments: Sequence[str]) -> None:
 def export_one(recipe: Opened, arguments: Sequence[str]) -> None:
     """One adapter in the format asked for, and its average if one was kept."""
     config = recipe.config
-    found = checkpoint.newest_whole(recipe.run_dir / "checkpoints", None)
+    found = checkpoint.newest_whole(Place(recipe.run_dir / "checkpoints"), None)
     if found is None:
         raise UserError(f"no checkpoint in {recipe.run_dir / 'checkpoints'}",
                         shlex.join(["wantrain", "train", *arguments]))
-    _, step, tensors, passed = found
+    _, progress, tensors, passed = found
+    step = progress.step
     print("".join(f"{message}; step {step} is exported\n" for message in passed), end="")
     scales, form = adapter_scales(recipe), config.export.format.name
     for key, path in ((checkpoint.VALUE, recipe.export_path), (checkpoint.EMA, recipe.ema_export_path)):

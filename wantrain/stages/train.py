@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import platform
+import secrets
 import shlex
 import signal
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from types import FrameType
@@ -17,13 +19,15 @@ from typing import Any
 
 import torch
 
-from wantrain import __version__, engine, flow, lora, metrics, validation
+from wantrain import __version__, engine, flow, logs, lora, metrics, validation
 from wantrain import config as schema
-from wantrain.config import Config, DataMode, Resume
-from wantrain.data import batches
+from wantrain.config import Config, DataMode, Dtype, OnNonfinite, Optimizer, Resume
+from wantrain.data import batches, plan
 from wantrain.data.batches import Draws, Order, Split
 from wantrain.engine import Accelerator, checkpoint, optimizers
+from wantrain.engine.checkpoint import Place, Progress, Writer
 from wantrain.engine.ema import Ema
+from wantrain.engine.meeting import Meeting
 from wantrain.files import write_json, write_text
 from wantrain.models import hub
 from wantrain.models.base import for_expert
@@ -43,7 +47,7 @@ from wantrain.stages import (
     sample_of,
     spec_of,
 )
-from wantrain.terms import Batch, Interrupted, Sample, UserError
+from wantrain.terms import EXIT_INTERRUPTED, Batch, Bucket, Interrupted, Sample, UserError
 
 NUM_PLOTTED = 20_000
 """Sigmas that the plot of the run folder draws."""
@@ -52,13 +56,18 @@ NUM_PLOTTED = 20_000
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
+ONE_PRESS_S = 2.0
+"""Launchers pass on what the terminal has sent to all processes already: signals this close are one."""
+
+
 @dataclass(slots=True)
 class Stopper:
-    """Within the block Ctrl-C, SIGTERM and SIGUSR1 (Slurm's warning) ask for a stop after the step at hand; a second
-    one stops at once.
+    """Within the block Ctrl-C, SIGTERM and SIGUSR1 (Slurm's warning) ask for a stop after the step at hand; one more
+    ends the process at once, whatever it is doing.
     """
 
     asked: bool = False
+    _asked_at: float = 0.0
     _before: dict[int, Any] = field(default_factory=dict)
 
     def __enter__(self) -> Stopper:
@@ -70,22 +79,30 @@ class Stopper:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("\nstopping after this step; once more stops at once", flush=True)
+        now = time.monotonic()
+        if self.asked and now - self._asked_at > ONE_PRESS_S:
+            os._exit(EXIT_INTERRUPTED)  # a thread may be writing, a collective may never end
+        if not self.asked:
+            self.asked, self._asked_at = True, now
+            os.write(2, b"\nstopping after this step; once more stops at once\n")  # print may be what was interrupted
 
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """What the loop works with: the recipe, the engine, the adapted transformer, its optimizer and its average."""
+    """What the loop works with: the recipe, the engine and where its processes meet, the adapted transformer, its
+    optimizer and its average, how far it is, what writes its checkpoints (in the first process), and its fingerprint.
+    """
 
     recipe: Opened
     accelerator: Accelerator
+    meeting: Meeting
     model: torch.nn.Module
     optimizer: Any
     ema: Ema | None
     modules: list[str]
+    progress: Progress
+    writer: Writer
+    fingerprint: Mapping[str, Any]
 
     @property
     def config(self) -> Config:
@@ -117,21 +134,68 @@ def run(config: Config, arguments: Sequence[str]) -> None:
 def train_one(recipe: Opened, cached: Cached | None, another_follows: bool) -> bool:
     """One adapter on one transformer; returns whether this is the main process. Raises Interrupted."""
     training = prepare(recipe)
-    step = resume(training)
-    start_run(training, step)
-    with Stopper() as stopper:
-        step = train(training, cached or Encoder(recipe, training.device), step, stopper)
-    if step < recipe.config.train.num_steps:
-        raise Interrupted(f"stopped after step {step}; saved in {recipe.run_dir / 'checkpoints'}")
+    with training.meeting.guarded(), advised_if_memory_ends(training), Stopper() as stopper:
+        resume(training)
+        start_run(training)
+        try:
+            train(training, cached or Encoder(recipe, training.device), stopper)
+        finally:
+            training.writer.finish()  # whatever happens to this step, the last checkpoint gets written
+    training.writer.close()
+    if training.progress.step < recipe.config.train.num_steps:
+        raise Interrupted(f"stopped after step {training.progress.step}; saved in {recipe.run_dir / 'checkpoints'}")
     engine.end(training.accelerator, another_follows)
     return training.accelerator.is_main_process
+
+
+@contextlib.contextmanager
+def advised_if_memory_ends(training: Training) -> Iterator[None]:
+    """In the block, running out of memory is a UserError that says how much was used and what needs less."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
+            raise
+        peak_gib = engine.peak_memory_gib(training.device)
+        bucket, tokens = largest_bucket(training.recipe)
+        raise UserError(
+            f"out of memory, with {peak_gib:.1f} GiB in use at the most: {str(error).splitlines()[0]}; the largest "
+            f"clips are {bucket} ({tokens:,} tokens), {training.config.train.micro_batch_size} at once",
+            "one of:\n    " + "\n    ".join(savers(training, tokens)[:3])) from error
+
+
+def largest_bucket(recipe: Opened) -> tuple[Bucket, int]:
+    """The bucket of most transformer tokens, and how many a sample of it has."""
+    tokens = {p.bucket: plan.num_tokens(p.bucket, recipe.variant.multiple_px) for p in recipe.planned}
+    return max(tokens.items(), key=lambda item: item[1])
+
+
+def savers(training: Training, tokens: int) -> list[str]:
+    """Settings that need less memory, those that change least first."""
+    config, accelerator = training.config, training.accelerator
+    micro, size = config.train.micro_batch_size, accelerator.num_processes
+    offers = {
+        "train.activation_checkpointing=true    recomputes each block: same numbers, about a third more time":
+            not config.train.activation_checkpointing,
+        f"train.micro_batch_size={micro // 2}    accumulates instead: same numbers": micro > 1 and micro % 2 == 0,
+        "model.dtype=bfloat16    half of the base": config.model.dtype is Dtype.float32,
+        f"--config_file launch/zero3.yaml    each of {size} processes keeps 1/{size} of the base":
+            size > 1 and engine.zero_stage(accelerator) < 3,
+        f"data.max_tokens_per_clip={tokens * 3 // 4}    smaller pictures, in a run of their own": True,
+        f"lora.rank={max(1, config.lora.rank // 2)}    half of the adapter and its optimizer, in a run of their own":
+            True,
+        "optim.name=adamw_8bit    moments of a byte, in a run of its own": config.optim.name is Optimizer.adamw,
+    }
+    return [offer for offer, applies in offers.items() if applies]
 
 
 def prepare(recipe: Opened) -> Training:
     """Frozen base, injected adapter, optimizer, all handed to the engine that launched us."""
     config, optim = recipe.config, recipe.config.optim
     accelerator = engine.start(config.data.batch_size, config.train.micro_batch_size, config.tracker.names,
-                               recipe.run_dir, config.optim.max_grad_norm)
+                               recipe.run_dir, max_grad_norm=optim.max_grad_norm,
+                               timeout_s=config.train.stall_timeout_s)
+    meeting = Meeting(config.train.stall_timeout_s)
     optimizers.check(accelerator, optim.name.name)
     transformer = recipe.base.transformer(recipe.dtype, accelerator.device)
     given = None
@@ -144,41 +208,94 @@ def prepare(recipe: Opened) -> Training:
         transformer.enable_gradient_checkpointing()
     groups = optimizers.groups(lora.trainable(transformer),
                                lora.lr_factors(transformer, optim.lora_plus, optim.lr_factors))
-    model, optimizer = accelerator.prepare(transformer, optimizers.make(
-        optim.name.name, groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay))
+    meeting.flags(0)  # all have their base
+    with meeting.guarded():
+        model, optimizer = accelerator.prepare(transformer, optimizers.make(
+            optim.name.name, groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay))
     ema = None if optim.ema_decay is None else Ema(accelerator, model, optim.ema_decay)
-    return Training(recipe, accelerator, model, optimizer, ema, modules)
+    own = config.train
+    place = Place(recipe.run_dir / "checkpoints", own.mirror and f"{own.mirror.rstrip('/')}/{recipe.base.expert or ''}",
+                  own.keep_checkpoints, own.keep_every)
+    return Training(recipe, accelerator, meeting, model, optimizer, ema, modules, Progress(),
+                    Writer(place), fingerprint(recipe))
 
 
-def train(training: Training, source: Encode, step: int, stopper: Stopper) -> int:
-    """The loop: from `step` to the last, or to where the user stopped it; returns the steps done."""
-    config, recipe, accelerator = training.config, training.recipe, training.accelerator
+def train(training: Training, source: Encode, stopper: Stopper) -> None:
+    """The loop, to the last step or to where the user stops it; both are saved."""
+    config, recipe, progress = training.config, training.recipe, training.progress
     heldout = []
     if config.validation.every_steps:
         heldout = heldout_samples(recipe, source)
-    last, stop = config.train.num_steps, False
-    ahead = batches.ahead(range(step, last), batch_maker(training, source, step))
-    with metrics.Metrics(recipe.run_dir / "metrics.jsonl", accelerator.log, step, last,
-                         accelerator.is_main_process) as board:
-        while step < last and not stop:
+    last, saved = config.train.num_steps, progress.step
+    steps = range(progress.step, last)
+    ahead = batches.ahead(steps, batch_maker(training, source, progress.step))
+    work = Work()
+    with metrics.Metrics(recipe.run_dir / "metrics.jsonl", training.accelerator.log, progress.step, last,
+                         training.accelerator.is_main_process) as board:
+        for _ in steps:
             began = time.perf_counter()
             micro_batches = next(ahead)
             waited_s = time.perf_counter() - began
-            numbers = train_step(training, step, micro_batches)
-            step += 1
+            if asked_to_stop(training, stopper):
+                break
+            numbers = train_step(training, progress.step, micro_batches)
+            progress.step += 1
             numbers |= {"step_s": time.perf_counter() - began, "data_wait_s": waited_s,
                         "memory_gib": engine.peak_memory_gib(training.device)}
-            if heldout and (step % config.validation.every_steps == 0 or step == last):
+            work.add(micro_batches, recipe.variant.multiple_px, numbers["step_s"], waited_s)
+            if heldout and (progress.step % config.validation.every_steps == 0 or progress.step == last):
                 numbers["validation_loss"] = validate(training, heldout)
-                board.say(f"step {step}: validation loss {numbers['validation_loss']:.5f}")
-            if step % config.train.log_every == 0 or "validation_loss" in numbers:
-                board.write(step, numbers)
+                board.say(f"step {progress.step}: validation loss {numbers['validation_loss']:.5f}")
+            if progress.step % config.train.log_every == 0 or "validation_loss" in numbers:
+                board.write(progress.step, numbers)
             board.advance({"loss": f"{numbers['loss']:.4f}", "grad": f"{numbers['grad_norm']:.3f}",
                            "wait": f"{waited_s * 1000:.0f}ms", "mem": f"{numbers['memory_gib']:.1f}GiB"})
-            stop = engine.any_process(accelerator, stopper.asked)
-            if step % config.train.save_every == 0 or step == last or stop:
-                save(training, step)
-    return step
+            if progress.step % config.train.save_every == 0 or progress.step == last:
+                save(training)
+                saved = progress.step
+            if news := training.writer.news():
+                board.say(news)
+    if saved < progress.step:
+        save(training)
+    report_work(training, work)
+
+
+def asked_to_stop(training: Training, stopper: Stopper) -> bool:
+    """Whether a signal reached any process. Raises what kept the last checkpoint from being written, in all of them."""
+    flags = training.meeting.flags(2 if training.writer.failed else int(stopper.asked))
+    if 2 in flags:
+        training.writer.finish()
+        raise UserError(f"{training.meeting.processes[0]} could not write the last checkpoint",
+                        f"look at {training.recipe.run_dir / logs.name_of(0)}")
+    return any(flags)
+
+
+@dataclass(slots=True)
+class Work:
+    """What this process did: transformer tokens, seconds, and those that it waited for its clips."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    data_wait_s: float = 0.0
+
+    def add(self, micro_batches: Sequence[Batch], multiple_px: int, seconds: float, data_wait_s: float) -> None:
+        self.tokens += sum(plan.num_tokens(p.bucket, multiple_px) for batch in micro_batches for p in batch.planned_B)
+        self.seconds += seconds
+        self.data_wait_s += data_wait_s
+
+
+def report_work(training: Training, work: Work) -> None:
+    """`processes.json`, and with several processes a line for each: how much it did, and what it waited for."""
+    own = {"tokens": work.tokens, "seconds": work.seconds, "waited_for_clips_s": work.data_wait_s,
+           "waited_for_others_s": training.meeting.waited_s}
+    rows = training.meeting.all(own)
+    if not training.accelerator.is_main_process:
+        return
+    named = [{"process": name, **row} for name, row in zip(training.meeting.processes, rows, strict=True)]
+    write_json(training.recipe.run_dir / "processes.json", named)
+    for row in named if len(named) > 1 else ():
+        print(f"{row['process']}: {row['tokens']:,} tokens in {row['seconds']:.1f} s, of which it waited "
+              f"{row['waited_for_clips_s']:.1f} s for clips and {row['waited_for_others_s']:.1f} s for other processes")
 
 
 def batch_maker(training: Training, source: Encode, start: int) -> Callable[[int], list[Batch]]:
@@ -205,26 +322,58 @@ def order_of(recipe: Opened) -> Order:
 
 
 def train_step(training: Training, step: int, micro_batches: Sequence[Batch]) -> dict[str, float]:
-    """One optimizer step over this process's micro-batches; its numbers are means over all processes."""
+    """One optimizer step over this process's micro-batches; its numbers are means over all processes.
+
+    Where a loss or the gradient is not finite on any process, the update is left out on all of them.
+    """
     accelerator, optimizer, optim = training.accelerator, training.optimizer, training.config.optim
     lr = engine.learning_rate(step, optim.lr, optim.schedule.name, optim.warmup_steps, training.config.train.num_steps)
     engine.set_learning_rate(optimizer, lr)
-    losses, grad_norm = [], math.nan
+    losses: list[torch.Tensor] = []
     for batch in micro_batches:
         with accelerator.accumulate(training.model):
             loss_B = batch_loss(training, batch)
-            refuse_non_finite(training, step, "loss", loss_B, batch)
             losses.append(loss_B.detach())
-            accelerator.backward(loss_B.mean())
             if accelerator.sync_gradients:
-                grad_norm = engine.clip_gradients(accelerator, training.model, optim.max_grad_norm)
-                refuse_non_finite(training, step, "gradient norm", torch.tensor(grad_norm), batch)
-            optimizer.step()
-            optimizer.zero_grad()
-    if training.ema is not None:
-        training.ema.update(step + 1)
-    return {"loss": float(engine.gather(accelerator, torch.cat(losses)).mean()), "grad_norm": grad_norm, "lr": lr,
+                losses_PN = training.meeting.gather(torch.cat(losses))
+                if not losses_PN.isfinite().all():
+                    not_finite(training, step, "loss", micro_batches, losses)
+                    loss_B = loss_B * math.nan  # every engine leaves out an update whose gradient is not finite
+            accelerator.backward(loss_B.mean())
+    grad_norm = engine.clip_gradients(accelerator, training.model, optim.max_grad_norm)
+    updates = math.isfinite(grad_norm)
+    if updates:
+        optimizer.step()
+        if training.ema is not None:
+            training.ema.update(step + 1)
+    else:
+        if losses_PN.isfinite().all():
+            not_finite(training, step, "gradient norm", micro_batches, losses)
+        training.progress.skipped += 1
+    optimizer.zero_grad()
+    return {"loss": float(losses_PN.mean()), "grad_norm": grad_norm, "lr": lr,
+            **({"skipped": training.progress.skipped} if training.progress.skipped else {}),
             **optimizers.numbers(optimizer, optim.name.name)}
+
+
+def not_finite(training: Training, step: int, what: str, micro_batches: Sequence[Batch], losses: Sequence[torch.Tensor]
+               ) -> None:
+    """Note what each process was working on; raise unless the config goes on without this update."""
+    config, process = training.config, training.accelerator.process_index
+    note = training.recipe.run_dir / f"nonfinite_{step + 1:06d}_process_{process}.json"
+    ids = [name for batch in micro_batches for name in batch.ids]
+    write_json(note, {"step": step + 1, "what": what, "clips": ids,
+                      "sigmas": [sigma for batch in micro_batches for sigma in batch.sigma_B.tolist()],
+                      "places_in_batch": [i for batch in micro_batches for i in batch.index_B],
+                      "losses": [str(loss) for loss in torch.cat(list(losses)).tolist()]})
+    told = f"step {step + 1}: the {what} is not finite (clips here: {', '.join(ids)}; {note})"
+    if config.train.on_nonfinite is OnNonfinite.stop:
+        raise UserError(told, "the last checkpoint is untouched; lower optim.lr, look at these clips, or leave such "
+                        "updates out: train.on_nonfinite=skip")
+    if training.progress.skipped >= config.train.max_skips:
+        raise UserError(f"{told}, and {training.progress.skipped} updates were left out before it "
+                        f"(train.max_skips = {config.train.max_skips})", "the last checkpoint is untouched; lower "
+                        "optim.lr, or look at the clips in the notes beside this one")
 
 
 @dataclass(slots=True)
@@ -324,17 +473,6 @@ def place_weight(batch: Batch, inside: float, outside: float) -> torch.Tensor | 
     return unknown.expand(-1, 1, -1, *batch.latents_BCTHW.shape[3:]) if weight is None else weight * unknown
 
 
-def refuse_non_finite(training: Training, step: int, what: str, values: torch.Tensor, batch: Batch) -> None:
-    """Stop on every process when a value is not finite on any of them, and note what each was working on."""
-    if engine.all_finite(training.accelerator, values):
-        return
-    note = training.recipe.run_dir / f"nonfinite_{step + 1:06d}_process_{training.accelerator.process_index}.json"
-    write_json(note, {"step": step + 1, "what": what, "values": [str(v) for v in values.detach().flatten().tolist()],
-                      "clips": batch.ids, "sigmas": batch.sigma_B.tolist(), "places_in_batch": batch.index_B})
-    raise UserError(f"step {step + 1}: the {what} is not finite (clips here: {', '.join(batch.ids)}; {note})",
-                    "the last checkpoint is untouched; lower optim.lr, or look at these clips")
-
-
 def validate(training: Training, heldout: Sequence[Sample]) -> float:
     """Mean held-out loss at those of the config's sigmas at which this transformer works."""
     low, high = training.recipe.sigmas
@@ -351,42 +489,65 @@ def fingerprint(recipe: Opened) -> dict[str, Any]:
             "(clips and captions)": manifest_digest(recipe)}
 
 
-def resume(training: Training) -> int:
-    """The step to start from: that of the newest whole checkpoint, put back under this engine, or 0."""
-    folder = training.recipe.run_dir / "checkpoints"
-    if training.config.train.resume is Resume.never and (there := checkpoint.steps_on_disk(folder)):
+def resume(training: Training) -> None:
+    """Go on from the newest whole checkpoint, put back under this engine, if there is one.
+
+    The first process reads it for all, so that they agree, and machines need no folder in common.
+    """
+    own, place, meeting = training.config.train, training.writer.place, training.meeting
+    agree(training)
+    if own.resume is Resume.never and (there := place.on_disk()):
         raise UserError(f"{there[-1]} exists and train.resume=never", "start a new run with run.name=ANOTHER, or "
                         "go on with train.resume=auto")
-    found = checkpoint.newest_whole(folder, fingerprint(training.recipe), schema.defaults())
-    if found is None:
-        return 0
-    path, step, tensors, passed = found
-    checkpoint.restore(training.accelerator, training.model, training.optimizer, kind=training.kind, ema=training.ema,
-                       tensors=tensors, step=step)
+    found: checkpoint.Found | UserError | None = None
     if training.accelerator.is_main_process:
-        print("\n".join([*passed, f"going on from {path}"]))
-    return step
+        try:
+            found = checkpoint.newest_whole(place, training.fingerprint, schema.defaults())
+        except UserError as error:
+            found = error
+    found = meeting.first(found)
+    if isinstance(found, UserError):
+        raise found
+    if found is None:
+        return
+    progress = training.progress
+    progress.step, progress.skipped, progress.run_id = astuple(found.progress)
+    checkpoint.restore(training.accelerator, training.model, training.optimizer, kind=training.kind, ema=training.ema,
+                       tensors=found.tensors, updates=progress.step - progress.skipped)
+    if training.accelerator.is_main_process:
+        print("\n".join([*found.passed, f"going on from {found.path}"]))
 
 
-def save(training: Training, step: int) -> None:
-    """Write a checkpoint; every process must call it."""
+def agree(training: Training) -> None:
+    """Raise UserError where processes were started with other configs, base weights or clips than the first."""
+    first = training.meeting.first(training.fingerprint)
+    changed = [f"{key}: {first.get(key)} -> {training.fingerprint.get(key)}" for key in sorted(
+        {*first, *training.fingerprint}) if first.get(key) != training.fingerprint.get(key)]
+    for name, theirs in zip(training.meeting.processes, training.meeting.all(changed), strict=True):
+        if theirs:
+            raise UserError(f"{name} does not train what {training.meeting.processes[0]} does:\n  "
+                            + "\n  ".join(theirs), "start the same command, over the same files, on every machine")
+
+
+def save(training: Training) -> None:
+    """Begin to write a checkpoint; every process must call it."""
     tensors = checkpoint.gather(training.accelerator, training.model, training.optimizer, training.kind, training.ema)
     if training.accelerator.is_main_process:
-        checkpoint.save(training.recipe.run_dir / "checkpoints", step, tensors, fingerprint(training.recipe),
-                        training.config.train.keep_checkpoints)
-    training.accelerator.wait_for_everyone()
+        training.writer.write(training.progress, tensors, training.fingerprint)
 
 
-def start_run(training: Training, start: int) -> None:
+def start_run(training: Training) -> None:
     """Trackers, and the run folder's header: config, versions, digests, adapted modules."""
-    config, recipe, accelerator = training.config, training.recipe, training.accelerator
+    config, recipe, accelerator, progress = training.config, training.recipe, training.accelerator, training.progress
+    progress.run_id = progress.run_id or secrets.token_hex(4)
     if accelerator.is_main_process:
         write_text(recipe.run_dir / "config.yaml", schema.to_yaml(config))
         write_json(recipe.run_dir / "run.json", {
             "wantrain": __version__, "commit": metrics.commit(), "python": platform.python_version(),
             "versions": {p: version(p) for p in ("torch", "diffusers", "transformers", "peft", "accelerate")},
             "num_processes": accelerator.num_processes, "engine": accelerator.distributed_type.value,
-            "start_step": start, "config_digest": schema.digest(config),
+            "zero_stage": engine.zero_stage(accelerator), "processes": training.meeting.processes,
+            "start_step": progress.step, "run_id": progress.run_id, "config_digest": schema.digest(config),
             "base_digest": recipe.base.digest("transformer", recipe.cache.memo), "expert": recipe.base.expert,
             "sigmas": recipe.sigmas,
             "manifest_digest": manifest_digest(recipe),
@@ -395,8 +556,9 @@ def start_run(training: Training, start: int) -> None:
         write_densities(recipe)
     os.environ.setdefault("WANDB_MODE", schema.wandb_mode())
     flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in schema.flat(config).items()}
-    accelerator.init_trackers(config.tracker.project, flat,
-                              {"wandb": {"name": config.run.name, "dir": str(recipe.run_dir)}})
+    accelerator.init_trackers(config.tracker.project, flat, {
+        "wandb": {"name": config.run.name, "dir": str(recipe.run_dir), "id": progress.run_id, "resume": "allow"},
+        "tensorboard": {"purge_step": progress.step + 1}})
 
 
 def write_densities(recipe: Opened) -> None:

@@ -1,0 +1,64 @@
+"""A copy of the checkpoints behind an fsspec URL, so that a machine that is lost takes no run along."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from wantrain.terms import UserError
+
+
+@contextlib.contextmanager
+def _opened(url: str) -> Iterator[tuple[Any, str]]:
+    """(filesystem, path) of the URL; what goes wrong in the block is a UserError."""
+    import fsspec  # only where a mirror is asked for
+
+    try:
+        filesystem, root = fsspec.core.url_to_fs(url)
+        filesystem.invalidate_cache()
+        yield filesystem, root.rstrip("/")
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"train.mirror = {url}: {type(error).__name__}: {error}", "give a folder or a URL that fsspec "
+                        "can write, e.g. s3://bucket/runs/NAME (pip install s3fs), and check your credentials; "
+                        "checkpoints in the run folder are whole") from error
+
+
+def names(url: str) -> list[str]:
+    """The checkpoints there, by rising step."""
+    with _opened(url) as (filesystem, root):
+        found = filesystem.ls(root, detail=False) if filesystem.exists(root) else []
+        leaves = [path.rstrip("/").rpartition("/")[2] for path in found]
+    return sorted(leaf for leaf in leaves if re.fullmatch(r"step_\d{6,}", leaf))
+
+
+def put(url: str, path: Path, last: str) -> None:
+    """Copy a checkpoint's folder there, the file `last` as the last: without it a checkpoint counts as incomplete."""
+    with _opened(url) as (filesystem, root):
+        target = f"{root}/{path.name}"
+        if filesystem.exists(target):
+            filesystem.rm(target, recursive=True)
+        filesystem.makedirs(target, exist_ok=True)
+        for file in sorted(path.iterdir(), key=lambda file: file.name == last):
+            filesystem.put_file(str(file), f"{target}/{file.name}")
+
+
+def fetch(url: str, path: Path) -> None:
+    """Copy the checkpoint `path.name` from there into `path`, in place of what is there."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    with _opened(url) as (filesystem, root):
+        for file in filesystem.ls(f"{root}/{path.name}", detail=False):
+            filesystem.get_file(file, str(temporary / file.rpartition("/")[2]))
+    shutil.rmtree(path, ignore_errors=True)
+    temporary.rename(path)
+
+
+def drop(url: str, name: str) -> None:
+    """Delete a checkpoint there."""
+    with _opened(url) as (filesystem, root):
+        filesystem.rm(f"{root}/{name}", recursive=True)

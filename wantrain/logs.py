@@ -1,0 +1,87 @@
+"""What a run prints: each process's in a file of the run folder, the first one's on the console as well."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from wantrain.terms import Interrupted, UserError
+
+
+class _Both:
+    """A console's stream that also writes to a file; everything else of it is the console's."""
+
+    def __init__(self, console: TextIO, file: TextIO) -> None:
+        self.console, self._file = console, file
+
+    def write(self, text: str) -> int:
+        self._file.write(text)
+        return self.console.write(text)
+
+    def flush(self) -> None:
+        self._file.flush()
+        self.console.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.console, name)
+
+
+def console() -> TextIO:
+    """Where to draw what a log does not want, such as a progress bar."""
+    return getattr(sys.stderr, "console", sys.stderr)
+
+
+def name_of(process: int) -> str:
+    """The file of a process in the run folder."""
+    return f"logs/process_{process}.log"
+
+
+@contextlib.contextmanager
+def kept(run_dir: Path, process: int, command: Sequence[str]) -> Iterator[None]:
+    """In the block, what is printed goes to the process's log; only the first process still prints on the console.
+
+    What ends the block with an error is in the log as well.
+    """
+    path = run_dir / name_of(process)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8", buffering=1) as file:
+        when = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        print(f"--- {when} {socket.gethostname()} pid {os.getpid()}: {' '.join(command)}", file=file)
+        with _shown(file) if process == 0 else _hidden(file):
+            try:
+                yield
+            except BaseException as error:
+                if isinstance(error, UserError | Interrupted):
+                    print(f"{type(error).__name__}: {error}", file=file)
+                else:
+                    traceback.print_exception(error, file=file)
+                raise
+
+
+@contextlib.contextmanager
+def _shown(file: TextIO) -> Iterator[None]:
+    with contextlib.redirect_stdout(_Both(sys.stdout, file)), contextlib.redirect_stderr(_Both(sys.stderr, file)):
+        yield
+
+
+@contextlib.contextmanager
+def _hidden(file: TextIO) -> Iterator[None]:
+    """Also what C++ prints: the descriptors themselves lead to the file."""
+    kept = [os.dup(number) for number in (1, 2)]
+    try:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, before in zip((1, 2), kept, strict=True):
+            os.dup2(before, number)
+            os.close(before)
