@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import gather_params_ctx
 
 from wantrain.terms import UserError
 
@@ -120,7 +121,8 @@ def inject(transformer: torch.nn.Module, targets: Sequence[str], spec: Spec, see
         parameter.data = parameter.data.float()
         if MAGNITUDE in name:  # PEFT took the rows' lengths in the base's dtype
             weight = transformer.get_parameter(name.partition(f".{MAGNITUDE}")[0] + ".base_layer.weight")
-            parameter.data = torch.linalg.norm(weight.float(), dim=1)
+            with gather_params_ctx(weight, modifier_rank=None):
+                parameter.data = torch.linalg.norm(weight.float(), dim=1)
     _check_trainable(transformer, names, kind)
     return names
 

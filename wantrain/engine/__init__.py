@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator as Accelerator
@@ -54,6 +55,7 @@ def start(global_batch_size: int, micro_batch_size: int, trackers: Sequence[str]
                         "launch with a file of launch/, e.g. accelerate launch --config_file launch/ddp.yaml ...")
     if deepspeed:
         settings = AcceleratorState().deepspeed_plugin.deepspeed_config
+        settings["train_batch_size"] = global_batch_size
         settings["train_micro_batch_size_per_gpu"] = micro_batch_size
         settings["gradient_accumulation_steps"] = global_batch_size // share
         settings["gradient_clipping"] = max_grad_norm
@@ -129,6 +131,29 @@ def is_deepspeed(accelerator: Accelerator) -> bool:
 def zero_stage(accelerator: Accelerator) -> int:
     """DeepSpeed's ZeRO stage; 0 without DeepSpeed."""
     return int(accelerator.state.deepspeed_plugin.zero_stage) if is_deepspeed(accelerator) else 0
+
+
+def keeper_of_shards(accelerator: Accelerator) -> Callable[[torch.nn.Parameter], None] | None:
+    """What leaves this process its share of a parameter, for loading under ZeRO-3; None where the base stays whole.
+
+    Every process must give it the same parameters in the same order.
+    """
+    if zero_stage(accelerator) < 3:
+        return None
+    import deepspeed
+
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    first: Any = None
+
+    def keep(parameter: torch.nn.Parameter) -> None:
+        nonlocal first
+        if first is None:  # its settings serve all: to read them takes DeepSpeed some milliseconds
+            deepspeed.zero.Init(module=torch.nn.ParameterList([parameter]), config_dict_or_path=settings)
+            first = parameter
+        else:
+            first.convert_to_zero_parameters([parameter])
+
+    return keep
 
 
 def offloads_optimizer(accelerator: Accelerator) -> bool:

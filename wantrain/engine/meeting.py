@@ -92,5 +92,6 @@ class Meeting:
         names = [self.processes[int(index)] for index in late[1].split(",")] if late else []
         what = " and ".join(names) or ("another process" if "rank 0" not in message else self.processes[0])
         limit = f"{self._timeout.total_seconds():g} s (train.stall_timeout_s)"
-        return Stalled(f"{what} is gone, or did not come within {limit}: {message.strip().splitlines()[0]}",
+        first_line = message.strip().splitlines()[0].partition(" This is typically")[0]
+        return Stalled(f"{what} is gone, or did not come within {limit}: {first_line}",
                        "look at its log in the run folder's logs/; the same command goes on from the newest checkpoint")

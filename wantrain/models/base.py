@@ -105,14 +105,19 @@ class Base:
         kinds = sorted({container.dtype_of(name) for name in container.names()})
         return f"{detection.message}; {container.kind}, {detection.layout} names, {', '.join(kinds)}"
 
-    def transformer(self, dtype: torch.dtype, device: torch.device) -> WanTransformer3DModel:
-        """The transformer in `dtype` (time embedding, norms and modulation tables in float32), frozen, eval mode."""
+    def transformer(self, dtype: torch.dtype, device: torch.device,
+                    placed: Callable[[torch.nn.Parameter], None] | None = None) -> WanTransformer3DModel:
+        """The transformer in `dtype` (time embedding, norms and modulation tables in float32), frozen, eval mode.
+
+        `placed` gets each parameter as soon as it is there (wantrain.models.containers.load_into).
+        """
         container = open_container(self.parts["transformer"])
         self._detected(container)
         with empty_weights():
             module = self._transformer_class.from_config(self._transformer_config())
         load_into(module, container, names.transformer_rename(container.names()), dtype=dtype, device=device,
-                  keep_float32=self._transformer_class._keep_in_fp32_modules, edit=self._merging(container))
+                  keep_float32=self._transformer_class._keep_in_fp32_modules, edit=self._merging(container),
+                  placed=placed)
         if device.type == "cpu" and not self.variant.architecture.image_dim:
             shorten_text(module)
         return module.requires_grad_(False).eval().to(device)

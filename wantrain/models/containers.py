@@ -471,13 +471,15 @@ def empty_weights() -> Iterator[None]:
 
 def load_into(module: torch.nn.Module, container: Container, rename: Rename, *, dtype: torch.dtype,
               device: torch.device | str = "cpu", keep_float32: Collection[str] = (),
-              edit: Callable[[str, torch.Tensor], torch.Tensor] | None = None) -> None:
+              edit: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+              placed: Callable[[torch.nn.Parameter], None] | None = None) -> None:
     """Fill a module whose parameters are on the meta device, tensor by tensor.
 
     `rename` gives the module's names for a file's name (wantrain.models.names). `edit` may change a tensor, given by
-    the file's name as it is stored, before it is cast. Tensors with a name part in `keep_float32` (diffusers'
-    `_keep_in_fp32_modules`) become float32, the others `dtype`. Leading axes of length 1 do not count in a shape.
-    Raises ContainerError, before reading anything, when a tensor is missing, unexpected, given twice or of another
+    the file's name as it is stored, before it is cast. `placed` gets each parameter as soon as the module has it, e.g.
+    to keep only a part of it: no more than one tensor is whole then. Tensors with a name part in `keep_float32`
+    (diffusers' `_keep_in_fp32_modules`) become float32, the others `dtype`. Leading axes of length 1 do not count in a
+    shape. Raises ContainerError, before reading anything, when a tensor is missing, unexpected, given twice or of another
     shape; and when anything would stay on meta.
     """
     targets = module.state_dict(keep_vars=True)
@@ -489,7 +491,10 @@ def load_into(module: torch.nn.Module, container: Container, rename: Rename, *, 
         for name, piece in zip(names, whole.chunk(len(names)), strict=True):
             kept = any(part in keep_float32 for part in name.split("."))
             tensor = piece.reshape(targets[name].shape).to(torch.float32 if kept else dtype, copy=len(names) > 1)
-            _assign(module, groups[name], tensor)
+            parameter = _assign(module, groups[name], tensor)
+            if placed and parameter is not None:
+                placed(parameter)
+        del whole, piece, tensor
     left = [name for name, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta]
     if left:
         raise ContainerError(container.path, f"no file holds {left[:3]} of {type(module).__name__}",
@@ -504,15 +509,19 @@ def _tied(tensors: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
     return {name: same[id(tensor)] for name, tensor in tensors.items()}
 
 
-def _assign(module: torch.nn.Module, names: Iterable[str], tensor: torch.Tensor) -> None:
+def _assign(module: torch.nn.Module, names: Iterable[str], tensor: torch.Tensor) -> torch.nn.Parameter | None:
+    """Give the tensor to the module; returns its parameter, None for a buffer."""
     parameter = torch.nn.Parameter(tensor, requires_grad=False)
+    assigned = None
     for name in names:
         owner, _, leaf = name.rpartition(".")
         owning = module.get_submodule(owner)
         if leaf in dict(owning.named_parameters(recurse=False)):
             owning.register_parameter(leaf, parameter)
+            assigned = parameter
         else:
             owning.register_buffer(leaf, tensor)
+    return assigned
 
 
 def _plan(container: Container, rename: Rename, targets: Mapping[str, tuple[int, ...]],

@@ -197,7 +197,7 @@ def prepare(recipe: Opened) -> Training:
                                timeout_s=config.train.stall_timeout_s)
     meeting = Meeting(config.train.stall_timeout_s)
     optimizers.check(accelerator, optim.name.name)
-    transformer = recipe.base.transformer(recipe.dtype, accelerator.device)
+    transformer = recipe.base.transformer(recipe.dtype, accelerator.device, engine.keeper_of_shards(accelerator))
     given = None
     if config.lora.start_from:
         given = read_adapter(hub.local(for_expert(config.lora.start_from, recipe.base.expert)), transformer)
@@ -229,7 +229,7 @@ def train(training: Training, source: Encode, stopper: Stopper) -> None:
     last, saved = config.train.num_steps, progress.step
     steps = range(progress.step, last)
     ahead = batches.ahead(steps, batch_maker(training, source, progress.step))
-    work = Work()
+    work = Work(training.meeting.waited_s)
     with metrics.Metrics(recipe.run_dir / "metrics.jsonl", training.accelerator.log, progress.step, last,
                          training.accelerator.is_main_process) as board:
         for _ in steps:
@@ -272,8 +272,11 @@ def asked_to_stop(training: Training, stopper: Stopper) -> bool:
 
 @dataclass(slots=True)
 class Work:
-    """What this process did: transformer tokens, seconds, and those that it waited for its clips."""
+    """What this process did: transformer tokens, seconds, and those that it waited for its clips; `waited_before_s` it
+    had waited for others when it began.
+    """
 
+    waited_before_s: float
     tokens: int = 0
     seconds: float = 0.0
     data_wait_s: float = 0.0
@@ -287,7 +290,7 @@ class Work:
 def report_work(training: Training, work: Work) -> None:
     """`processes.json`, and with several processes a line for each: how much it did, and what it waited for."""
     own = {"tokens": work.tokens, "seconds": work.seconds, "waited_for_clips_s": work.data_wait_s,
-           "waited_for_others_s": training.meeting.waited_s}
+           "waited_for_others_s": training.meeting.waited_s - work.waited_before_s}
     rows = training.meeting.all(own)
     if not training.accelerator.is_main_process:
         return
