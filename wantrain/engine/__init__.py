@@ -37,18 +37,22 @@ def start(global_batch_size: int, micro_batch_size: int, trackers: Sequence[str]
                         f"train.micro_batch_size = {micro_batch_size}",
                         f"set data.batch_size to a multiple of {share}, or change train.micro_batch_size")
     on_cpu = not torch.cuda.is_available()
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    deepspeed, fsdp = (os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
+                       for engine in ("DEEPSPEED", "FSDP"))
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for one, and warn
     if deepspeed and on_cpu:
         _without_shared_memory_op()
     accelerator = Accelerator(
-        cpu=on_cpu and not deepspeed, mixed_precision="no", log_with=list(trackers) or None,
+        cpu=on_cpu and not deepspeed and not fsdp, mixed_precision="no", log_with=list(trackers) or None,
         gradient_accumulation_steps=global_batch_size // share,
         project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir / "trackers")),
         kwargs_handlers=[InitProcessGroupKwargs("gloo" if on_cpu else "nccl", timeout=timedelta(seconds=timeout_s))]
         if "RANK" in os.environ else [],
     )
+    if fsdp and not is_fsdp(accelerator):
+        raise UserError("the launch asks for FSDP, which accelerate does not have without a GPU: processes would train "
+                        "apart", "launch with launch/zero3.yaml, which shards the base on the CPU too")
     if accelerator.num_processes != world_size():
         raise UserError(f"the launcher started {world_size()} processes but accelerate sees "
                         f"{accelerator.num_processes}: they would train apart",
@@ -125,7 +129,18 @@ def clip_gradients(accelerator: Accelerator, model: torch.nn.Module, max_norm: f
 
 
 def is_deepspeed(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed is the engine."""
     return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def is_fsdp(accelerator: Accelerator) -> bool:
+    """Whether FSDP2 is the engine."""
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def loading_device(accelerator: Accelerator) -> torch.device:
+    """Where to load the base: FSDP2 takes it block by block from the CPU, so that no GPU ever holds it whole."""
+    return torch.device("cpu") if is_fsdp(accelerator) else accelerator.device
 
 
 def zero_stage(accelerator: Accelerator) -> int:

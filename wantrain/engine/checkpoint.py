@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from wantrain.engine import is_deepspeed, mirror
 from wantrain.engine.ema import Ema
 from wantrain.engine.optimizers import Kind, average, beta_of
-from wantrain.engine.states import COUNT, State, inner, is_zero3, link, states, trainable
+from wantrain.engine.states import COUNT, State, inner, is_zero3, link, sharded_like, states, trainable
 from wantrain.files import digest_file, write_json, write_text
 from wantrain.tensors import read_tensors, write_tensors
 from wantrain.terms import UserError
@@ -82,9 +82,9 @@ def restore(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any, *,
         _restore_deepspeed(optimizer, parameters, found)
     else:
         for name, value, own in found:
-            parameters[name].data.copy_(value)
-            optimizer.optimizer.state[parameters[name]] = {
-                key: tensor.to(parameters[name].device) for key, tensor in own.items()}
+            parameter = parameters[name]
+            parameter.data.copy_(sharded_like(value, parameter))
+            optimizer.optimizer.state[parameter] = {key: sharded_like(tensor, parameter) for key, tensor in own.items()}
     itself = inner(accelerator, optimizer)
     for state in itself.state.values():
         if state and kind.counter is not None:
@@ -168,8 +168,7 @@ def save(place: Place, progress: Progress, tensors: Mapping[str, torch.Tensor], 
         temporary.mkdir(parents=True)
         write_tensors(temporary / TENSORS, tensors, {"step": str(progress.step)})
         write_json(temporary / STATE, {**asdict(progress), "fingerprint": dict(fingerprint)})
-        write_text(temporary / CHECKSUMS, "".join(
-            f"{digest_file(temporary / name)}  {name}\n" for name in (TENSORS, STATE)))
+        write_text(temporary / CHECKSUMS, checksums(temporary))
         _sync(temporary)
         temporary.rename(final)
         _sync(place.folder)
@@ -178,9 +177,17 @@ def save(place: Place, progress: Progress, tensors: Mapping[str, torch.Tensor], 
                         "same command again: it goes on from the checkpoint before") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # a full disk gets its space back
+    for later in place.on_disk():  # passed over as damaged: this run is about to write them anew
+        if later > final:
+            shutil.rmtree(later)
     for name in place.too_old(path.name for path in place.on_disk()):
         shutil.rmtree(place.folder / name)
     return final
+
+
+def checksums(folder: Path) -> str:
+    """A line for each file of a checkpoint."""
+    return "".join(f"{digest_file(folder / name)}  {name}\n" for name in (TENSORS, STATE))
 
 
 def _sync(folder: Path) -> None:
@@ -200,12 +207,11 @@ def load(path: Path, fingerprint: Mapping[str, Any] | None, defaults: Mapping[st
     counts as its default in `defaults`: the default of a new key is what was done before there was one.
     """
     try:
-        sums = dict(line.split("  ")[::-1] for line in (path / CHECKSUMS).read_text().splitlines())
-        altered = [name for name in (TENSORS, STATE) if digest_file(path / name) != sums.get(name)]
-    except (OSError, ValueError) as error:
+        intact = (path / CHECKSUMS).read_bytes() == checksums(path).encode()
+    except OSError as error:
         raise Damaged(f"checkpoint {path} is incomplete: {error}", f"rm -r {path}, and start again") from error
-    if altered:
-        raise Damaged(f"checkpoint {path} is damaged: {' and '.join(altered)} is not what was written",
+    if not intact:
+        raise Damaged(f"checkpoint {path} is damaged: its files are not those that were written",
                       f"rm -r {path}, and start again")
     state = json.loads((path / STATE).read_text())
     if fingerprint is not None:

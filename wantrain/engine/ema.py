@@ -22,22 +22,22 @@ class Ema:
     """Whole float32 averages by parameter's name, on the device, the same on every process.
 
     Each process keeps its own from the values that all of them share after a step, so no engine has to send any:
-    under ZeRO-3 alone the adapter is gathered at each step.
+    under ZeRO-3 and FSDP2 alone the adapter is gathered at each step.
     """
 
     def __init__(self, accelerator: Accelerator, model: torch.nn.Module, decay: float) -> None:
         self._accelerator, self._parameters, self._decay = accelerator, trainable(accelerator, model), decay
-        with whole(accelerator, self._parameters.values()):
-            self.tensors = {name: p.detach().float().clone() for name, p in self._parameters.items()}
+        with whole(accelerator, self._parameters) as values:
+            self.tensors = {name: value.float().clone() for name, value in values.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """average <- average + (1 - decay) (value - average), after step `step` (from 1). Every process must call it.
         """
         share = 1 - decay_at(step, self._decay)
-        with whole(self._accelerator, self._parameters.values()):
+        with whole(self._accelerator, self._parameters) as values:
             for name, average in self.tensors.items():
-                average.lerp_(self._parameters[name].detach(), share)
+                average.lerp_(values[name], share)
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Put averages back, by name."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from wantrain.engine import offloads_optimizer, zero_stage
+from wantrain.engine import is_fsdp, offloads_optimizer, zero_stage
 from wantrain.engine.states import states, trainable
 from wantrain.terms import UserError
 
@@ -54,6 +54,9 @@ Defazio et al. 2024."""
 def check(accelerator: Accelerator, name: str) -> None:
     """Refuse an optimizer whose package is absent, or that does not work under the engine that launched us."""
     refuse_under_zero(name, zero_stage(accelerator), offloads_optimizer(accelerator))
+    if is_fsdp(accelerator) and name != "adamw":
+        raise UserError(f"optim.name = {name} does not work under FSDP2, whose sharded tensors it does not know. "
+                        "Allowed: adamw", "launch with launch/ddp.yaml, or set optim.name=adamw")
     package = OPTIMIZERS[name].package
     if package is not None:
         try:

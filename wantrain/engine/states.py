@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from wantrain.engine import is_deepspeed, zero_stage
 
@@ -33,14 +34,29 @@ def inner(accelerator: Accelerator, optimizer: Any) -> torch.optim.Optimizer:
     return optimizer.optimizer.optimizer if is_deepspeed(accelerator) else optimizer.optimizer
 
 
-def whole(accelerator: Accelerator, parameters: Iterable[torch.nn.Parameter]
-          ) -> contextlib.AbstractContextManager[None]:
-    """Within the block the parameters are whole, to be read. Every process must enter it."""
+@contextlib.contextmanager
+def whole(accelerator: Accelerator, parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[dict[str, torch.Tensor]]:
+    """Within the block: the parameters' whole values by name, to be read. Every process must enter it."""
     if zero_stage(accelerator) < 3:
-        return contextlib.nullcontext()
+        yield {name: gathered(p.detach()) for name, p in parameters.items()}
+        return
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None)
+    with deepspeed.zero.GatheredParameters(list(parameters.values()), modifier_rank=None):
+        yield {name: p.detach() for name, p in parameters.items()}
+
+
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor whole, whether it is or FSDP2 has sharded it. Every process must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(tensor: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """A whole tensor on the parameter's device; this process's share of it where FSDP2 has sharded the parameter."""
+    own = tensor.to(parameter.device)
+    if not isinstance(parameter, DTensor):
+        return own
+    return distribute_tensor(own, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def states(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any) -> Iterator[State]:
@@ -53,8 +69,9 @@ def states(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any) -> 
         yield from _deepspeed_states(optimizer, parameters, kept)
         return
     for name, parameter in parameters.items():
-        yield State(name, parameter.detach(), {key: tensor for key, tensor in kept.get(parameter, {}).items()
-                                               if key != COUNT and isinstance(tensor, torch.Tensor)})
+        yield State(name, gathered(parameter.detach()), {
+            key: gathered(tensor) for key, tensor in kept.get(parameter, {}).items()
+            if key != COUNT and isinstance(tensor, torch.Tensor)})
 
 
 def _deepspeed_states(optimizer: Any, parameters: Mapping[str, torch.nn.Parameter], kept: Mapping[Any, Any]

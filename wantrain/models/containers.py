@@ -479,8 +479,8 @@ def load_into(module: torch.nn.Module, container: Container, rename: Rename, *, 
     the file's name as it is stored, before it is cast. `placed` gets each parameter as soon as the module has it, e.g.
     to keep only a part of it: no more than one tensor is whole then. Tensors with a name part in `keep_float32`
     (diffusers' `_keep_in_fp32_modules`) become float32, the others `dtype`. Leading axes of length 1 do not count in a
-    shape. Raises ContainerError, before reading anything, when a tensor is missing, unexpected, given twice or of another
-    shape; and when anything would stay on meta.
+    shape. Raises ContainerError, before reading anything, when a tensor is missing, unexpected, given twice or of
+    another shape; and when anything would stay on meta.
     """
     targets = module.state_dict(keep_vars=True)
     groups = _tied(targets)

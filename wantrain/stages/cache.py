@@ -12,6 +12,7 @@ from wantrain import engine
 from wantrain.config import Config
 from wantrain.data import decode
 from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Entry, leftovers
+from wantrain.data.plan import num_tokens
 from wantrain.jobs import in_workers, progress
 from wantrain.stages import Encoder, Opened, counted, media_of, num_workers, opened
 from wantrain.terms import CLIP, PlannedClip, UserError
@@ -31,7 +32,7 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     entries = recipe.cache.entries(everything, recipe.captions)
     missing = recipe.cache.missing(everything, recipe.captions)
     accelerator.wait_for_everyone()  # all have listed what is missing before any entry appears
-    mine = dict(list(missing.items())[accelerator.process_index :: accelerator.num_processes])
+    mine = shares(missing, recipe.variant.multiple_px, accelerator.num_processes)[accelerator.process_index]
     faults = []
     if missing:
         encoder = Encoder(recipe, accelerator.device)
@@ -48,6 +49,27 @@ def run(config: Config, arguments: Sequence[str]) -> None:
                         "them: data.allow_drops=true")
     if accelerator.is_main_process:
         print(f"cache {recipe.cache.folder}: {counted(entries)} ready ({counted(missing)} made now)")
+
+
+def shares(entries: Mapping[Path, Entry], multiple_px: int, num_processes: int) -> list[dict[Path, Entry]]:
+    """The entries dealt to processes: captions by number, windows by tokens, with all that belongs to one together."""
+    dealt: list[dict[Path, Entry]] = [{} for _ in range(num_processes)]
+    windows: dict[int, dict[Path, Entry]] = {}
+    tokens: dict[int, int] = {}
+    num_texts = 0
+    for path, (kind, what) in entries.items():
+        if isinstance(what, PlannedClip):
+            windows.setdefault(id(what), {})[path] = (kind, what)
+            tokens[id(what)] = num_tokens(what.bucket, multiple_px)
+        else:
+            dealt[num_texts % num_processes][path] = (kind, what)
+            num_texts += 1
+    loads = [0] * num_processes
+    for key in sorted(windows, key=lambda key: -tokens[key]):  # the largest first, each to who has least
+        least = loads.index(min(loads))
+        dealt[least] |= windows[key]
+        loads[least] += tokens[key]
+    return dealt
 
 
 def encode_texts(recipe: Opened, encoder: Encoder, entries: Mapping[Path, Entry], is_main: bool) -> None:

@@ -197,7 +197,8 @@ def prepare(recipe: Opened) -> Training:
                                timeout_s=config.train.stall_timeout_s)
     meeting = Meeting(config.train.stall_timeout_s)
     optimizers.check(accelerator, optim.name.name)
-    transformer = recipe.base.transformer(recipe.dtype, accelerator.device, engine.keeper_of_shards(accelerator))
+    transformer = recipe.base.transformer(recipe.dtype, engine.loading_device(accelerator),
+                                          engine.keeper_of_shards(accelerator))
     given = None
     if config.lora.start_from:
         given = read_adapter(hub.local(for_expert(config.lora.start_from, recipe.base.expert)), transformer)
