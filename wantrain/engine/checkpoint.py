@@ -144,15 +144,25 @@ class Place(NamedTuple):
         """Checkpoints by rising step."""
         return steps_on_disk(self.folder)
 
+    def mirrored(self) -> list[str]:
+        """The names of those that the mirror has."""
+        return [name for name in mirror.names(self.mirror) if step_of(name) >= 0] if self.mirror else []
+
     def too_old(self, names: Iterable[str]) -> list[str]:
         """Those of these checkpoints that need not stay."""
-        return [name for name in sorted(names)[:-self.keep]
-                if not self.keep_every or int(name.removeprefix("step_")) % self.keep_every]
+        return [name for name in sorted(names, key=step_of)[:-self.keep]
+                if not self.keep_every or step_of(name) % self.keep_every]
+
+
+def step_of(name: str) -> int:
+    """The step in a checkpoint's name, -1 where this is none."""
+    found = re.fullmatch(r"step_(\d{6,})", name)
+    return int(found[1]) if found else -1
 
 
 def steps_on_disk(folder: Path) -> list[Path]:
     """Checkpoints by rising step."""
-    return sorted(p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name))
+    return sorted((p for p in folder.glob("step_*") if step_of(p.name) >= 0), key=lambda path: step_of(path.name))
 
 
 def save(place: Place, progress: Progress, tensors: Mapping[str, torch.Tensor], fingerprint: Mapping[str, Any]) -> Path:
@@ -178,7 +188,7 @@ def save(place: Place, progress: Progress, tensors: Mapping[str, torch.Tensor], 
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # a full disk gets its space back
     for later in place.on_disk():  # passed over as damaged: this run is about to write them anew
-        if later > final:
+        if step_of(later.name) > progress.step:
             shutil.rmtree(later)
     for name in place.too_old(path.name for path in place.on_disk()):
         shutil.rmtree(place.folder / name)
@@ -242,8 +252,8 @@ def newest_whole(place: Place, fingerprint: Mapping[str, Any] | None, defaults: 
     Raises Damaged where none of them is whole: to begin anew is for the user to say.
     """
     passed: list[str] = []
-    mirrored = mirror.names(place.mirror) if place.mirror else []
-    for name in sorted({*mirrored, *(path.name for path in place.on_disk())}, reverse=True):
+    mirrored = place.mirrored()
+    for name in sorted({*mirrored, *(path.name for path in place.on_disk())}, key=step_of, reverse=True):
         path = place.folder / name
         for fetched in (False, True):
             if fetched and name not in mirrored:
@@ -290,11 +300,13 @@ class Writer:
         """Bring to the mirror what it lacks, and take away there what need not stay."""
         if self.place.mirror is None:
             return
-        there = mirror.names(self.place.mirror)
-        for path in self.place.on_disk():
-            if path.name not in there or path == self.place.on_disk()[-1]:
+        there, here = self.place.mirrored(), self.place.on_disk()
+        newest = here[-1]
+        for path in here:
+            if path.name not in there or path == newest:
                 mirror.put(self.place.mirror, path, CHECKSUMS)
-        for name in self.place.too_old(mirror.names(self.place.mirror)):
+        later = [name for name in there if step_of(name) > step_of(newest.name)]
+        for name in {*later, *self.place.too_old({*there, newest.name}.difference(later))}:
             mirror.drop(self.place.mirror, name)
 
     @property

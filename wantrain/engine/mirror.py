@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,11 +27,10 @@ def _opened(url: str) -> Iterator[tuple[Any, str]]:
 
 
 def names(url: str) -> list[str]:
-    """The checkpoints there, by rising step."""
+    """The names of what is there."""
     with _opened(url) as (filesystem, root):
         found = filesystem.ls(root, detail=False) if filesystem.exists(root) else []
-        leaves = [path.rstrip("/").rpartition("/")[2] for path in found]
-    return sorted(leaf for leaf in leaves if re.fullmatch(r"step_\d{6,}", leaf))
+    return [path.rstrip("/").rpartition("/")[2] for path in found]
 
 
 def put(url: str, path: Path, last: str) -> None:
