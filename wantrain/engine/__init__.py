@@ -183,6 +183,9 @@ def peak_memory_gib(device: torch.device) -> float:
     """Peak memory so far in GiB: the device's on an accelerator, else the process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")
+    if status.exists():  # unlike getrusage's, it does not begin with what the launcher had
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**20
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30

@@ -40,7 +40,7 @@ _QUANT_FORMATS = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fn_rowwise", "floa
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _OUTER_KEYS = ("model_state", "state_dict", "model", "module")
 _MAX_HEADER_BYTES = 100_000_000
-_REMAP_BYTES = 1 << 30
+_REMAP_BYTES = 1 << 27
 """A safetensors file is mapped afresh after this many bytes, so that its read pages do not count as our memory."""
 
 

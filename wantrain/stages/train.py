@@ -291,7 +291,8 @@ class Work:
 def report_work(training: Training, work: Work) -> None:
     """`processes.json`, and with several processes a line for each: how much it did, and what it waited for."""
     own = {"tokens": work.tokens, "seconds": work.seconds, "waited_for_clips_s": work.data_wait_s,
-           "waited_for_others_s": training.meeting.waited_s - work.waited_before_s}
+           "waited_for_others_s": training.meeting.waited_s - work.waited_before_s,
+           "peak_memory_gib": engine.peak_memory_gib(training.device)}
     rows = training.meeting.all(own)
     if not training.accelerator.is_main_process:
         return
@@ -299,7 +300,8 @@ def report_work(training: Training, work: Work) -> None:
     write_json(training.recipe.run_dir / "processes.json", named)
     for row in named if len(named) > 1 else ():
         print(f"{row['process']}: {row['tokens']:,} tokens in {row['seconds']:.1f} s, of which it waited "
-              f"{row['waited_for_clips_s']:.1f} s for clips and {row['waited_for_others_s']:.1f} s for other processes")
+              f"{row['waited_for_clips_s']:.1f} s for clips and {row['waited_for_others_s']:.1f} s for others; "
+              f"{row['peak_memory_gib']:.1f} GiB at the most")
 
 
 def batch_maker(training: Training, source: Encode, start: int) -> Callable[[int], list[Batch]]:
