@@ -262,6 +262,8 @@ class Train:
     """auto: go on from the newest checkpoint of the run folder; never: refuse a folder that has one."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time, same numbers."""
+    sequence_parallel: int = 1
+    """Processes that compute a sample together, each a part of its tokens: for clips too long for one."""
 
 
 @dataclass(slots=True)
@@ -419,6 +421,7 @@ class Config:
                             "train.micro_batch_size": train.micro_batch_size, "data.batch_size": data.batch_size,
                             "train.save_every": train.save_every, "train.log_every": train.log_every,
                             "train.keep_checkpoints": train.keep_checkpoints,
+                            "train.sequence_parallel": train.sequence_parallel,
                             "report.num_windows": self.report.num_windows}.items():
             yield number >= 1, key, number, "1 or more"
         yield data.batch_size % train.micro_batch_size == 0, "data.batch_size", data.batch_size, \
@@ -504,8 +507,8 @@ HARMLESS_TO_RESUME = ("run.", "sampler.", "evaluate.", "report.", "export.", "tr
                       "data.cache_dir", "data.heldout", "data.num_workers", "data.timeout_s",
                       "data.allow_drops", "train.num_steps", "train.micro_batch_size",
                       "train.save_every", "train.keep_checkpoints", "train.log_every", "train.resume",
-                      "train.activation_checkpointing", "model.path", "model.parts", "model.experts", "high.", "low.",
-                      "data.trigger")
+                      "train.activation_checkpointing", "train.sequence_parallel", "model.path", "model.parts",
+                      "model.experts", "high.", "low.", "data.trigger")
 """Keys (prefixes) that may differ between a checkpoint and the config that goes on from it."""
 
 

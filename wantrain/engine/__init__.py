@@ -22,16 +22,22 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start(global_batch_size: int, micro_batch_size: int, trackers: Sequence[str], run_dir: Path, max_grad_norm: float
-          ) -> Accelerator:
-    """The Accelerator for this launch. Precision stays ours: see `autocast`.
+def start(global_batch_size: int, micro_batch_size: int, trackers: Sequence[str], run_dir: Path, max_grad_norm: float,
+          *, sequence_parallel: int = 1) -> Accelerator:
+    """The Accelerator for this launch, where so many processes compute each sample. Precision stays ours: see
+    `autocast`.
 
     Raises UserError when the global batch cannot be dealt evenly, or when the launcher started processes that
     accelerate does not join (they would train apart from each other without a word).
     """
-    share = micro_batch_size * world_size()
+    if world_size() % sequence_parallel:
+        raise UserError(f"train.sequence_parallel = {sequence_parallel} does not divide {world_size()} process(es)",
+                        f"launch with --num_processes {sequence_parallel} or a multiple, or set it to 1")
+    num_groups = world_size() // sequence_parallel
+    share = micro_batch_size * num_groups
     if global_batch_size % share:
-        raise UserError(f"data.batch_size = {global_batch_size} cannot be dealt to {world_size()} process(es) of "
+        each = f" group(s) of {sequence_parallel} processes" if sequence_parallel > 1 else " process(es)"
+        raise UserError(f"data.batch_size = {global_batch_size} cannot be dealt to {num_groups}{each} of "
                         f"train.micro_batch_size = {micro_batch_size}",
                         f"set data.batch_size to a multiple of {share}, or change train.micro_batch_size")
     on_cpu = not torch.cuda.is_available()

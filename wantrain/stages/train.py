@@ -25,7 +25,7 @@ from wantrain.data.batches import Draws, Order, Split
 from wantrain.engine import Accelerator, checkpoint, optimizers
 from wantrain.engine.ema import Ema
 from wantrain.files import write_json, write_text
-from wantrain.models import hub
+from wantrain.models import hub, sequence
 from wantrain.models.base import for_expert
 from wantrain.models.encode import predict_velocity
 from wantrain.models.lora_updates import read_adapter
@@ -129,9 +129,11 @@ def train_one(recipe: Opened, cached: Cached | None, another_follows: bool) -> b
 
 def prepare(recipe: Opened) -> Training:
     """Frozen base, injected adapter, optimizer, all handed to the engine that launched us."""
-    config, optim = recipe.config, recipe.config.optim
+    config, optim, num_parts = recipe.config, recipe.config.optim, recipe.config.train.sequence_parallel
+    if num_parts > 1:
+        sequence.check(recipe.variant, num_parts, num_tokens(recipe))
     accelerator = engine.start(config.data.batch_size, config.train.micro_batch_size, config.tracker.names,
-                               recipe.run_dir, config.optim.max_grad_norm)
+                               recipe.run_dir, config.optim.max_grad_norm, sequence_parallel=num_parts)
     optimizers.check(accelerator, optim.name.name)
     transformer = recipe.base.transformer(recipe.dtype, accelerator.device)
     given = None
@@ -142,12 +144,21 @@ def prepare(recipe: Opened) -> Training:
         lora.start_from(transformer, given)
     if config.train.activation_checkpointing:
         transformer.enable_gradient_checkpointing()
+    if num_parts > 1:
+        sequence.share_tokens(transformer, num_parts)
     groups = optimizers.groups(lora.trainable(transformer),
                                lora.lr_factors(transformer, optim.lora_plus, optim.lr_factors))
     model, optimizer = accelerator.prepare(transformer, optimizers.make(
         optim.name.name, groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay))
     ema = None if optim.ema_decay is None else Ema(accelerator, model, optim.ema_decay)
     return Training(recipe, accelerator, model, optimizer, ema, modules)
+
+
+def num_tokens(recipe: Opened) -> set[int]:
+    """The tokens that the transformer sees of each window, a reference before it included."""
+    shapes = [(recipe.variant.latent_THW(p.bucket), "reference" in p.partners)
+              for p in recipe.planned + recipe.heldout]
+    return {(t + has_reference) * h * w // 4 for (t, h, w), has_reference in shapes}
 
 
 def train(training: Training, source: Encode, step: int, stopper: Stopper) -> int:
@@ -184,8 +195,9 @@ def train(training: Training, source: Encode, step: int, stopper: Stopper) -> in
 def batch_maker(training: Training, source: Encode, start: int) -> Callable[[int], list[Batch]]:
     """step -> this process's micro-batches of it, for steps in order from `start`."""
     config, recipe, accelerator = training.config, training.recipe, training.accelerator
-    split = Split(config.data.batch_size, config.train.micro_batch_size, accelerator.num_processes,
-                  accelerator.process_index)
+    num_parts = config.train.sequence_parallel  # of a group of processes all get the same samples
+    split = Split(config.data.batch_size, config.train.micro_batch_size, accelerator.num_processes // num_parts,
+                  accelerator.process_index // num_parts)
     draws = Draws(recipe.density, config.data.caption_dropout, config.data.tag_orders, config.data.first_frame_share)
     order = order_of(recipe)
     if isinstance(source, Encoder):
