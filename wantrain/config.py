@@ -277,6 +277,8 @@ class Train:
     """How long processes wait for one that is gone or stands still before the run ends and names it."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time, same numbers."""
+    sequence_parallel: int = 1
+    """Processes that compute a sample together, each a part of its tokens: for clips too long for one."""
 
 
 @dataclass(slots=True)
@@ -437,6 +439,7 @@ class Config:
                             "train.micro_batch_size": train.micro_batch_size, "data.batch_size": data.batch_size,
                             "train.save_every": train.save_every, "train.log_every": train.log_every,
                             "train.keep_checkpoints": train.keep_checkpoints,
+                            "train.sequence_parallel": train.sequence_parallel,
                             "report.num_windows": self.report.num_windows}.items():
             yield number >= 1, key, number, "1 or more"
         yield data.batch_size % train.micro_batch_size == 0, "data.batch_size", data.batch_size, \
@@ -523,7 +526,8 @@ HARMLESS_TO_RESUME = ("run.", "sampler.", "evaluate.", "report.", "export.", "tr
                       "data.allow_drops", "train.num_steps", "train.micro_batch_size",
                       "train.save_every", "train.keep_checkpoints", "train.keep_every", "train.mirror",
                       "train.log_every", "train.resume", "train.on_nonfinite", "train.max_skips",
-                      "train.stall_timeout_s", "train.activation_checkpointing", "model.path", "model.parts",
+                      "train.stall_timeout_s", "train.activation_checkpointing", "train.sequence_parallel",
+                      "model.path", "model.parts",
                       "model.experts", "high.", "low.", "data.trigger")
 """Keys (prefixes) that may differ between a checkpoint and the config that goes on from it."""
 

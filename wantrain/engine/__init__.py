@@ -24,16 +24,22 @@ def world_size() -> int:
 
 
 def start(global_batch_size: int, micro_batch_size: int, trackers: Sequence[str], run_dir: Path, *,
-          max_grad_norm: float, timeout_s: float) -> Accelerator:
-    """The Accelerator for this launch, whose collectives fail after `timeout_s`. Precision stays ours: see `autocast`.
+          max_grad_norm: float, timeout_s: float, sequence_parallel: int = 1) -> Accelerator:
+    """The Accelerator for this launch, whose collectives fail after `timeout_s`, and where `sequence_parallel`
+    processes compute each sample. Precision stays ours: see `autocast`.
 
     Raises UserError when the global batch cannot be dealt evenly, when the launcher started processes that accelerate
     does not join (they would train apart from each other without a word), or asks for a precision of its own.
     """
     refuse_precision(os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
-    share = micro_batch_size * world_size()
+    if world_size() % sequence_parallel:
+        raise UserError(f"train.sequence_parallel = {sequence_parallel} does not divide {world_size()} process(es)",
+                        f"launch with --num_processes {sequence_parallel} or a multiple, or set it to 1")
+    num_groups = world_size() // sequence_parallel
+    share = micro_batch_size * num_groups
     if global_batch_size % share:
-        raise UserError(f"data.batch_size = {global_batch_size} cannot be dealt to {world_size()} process(es) of "
+        each = f" group(s) of {sequence_parallel} processes" if sequence_parallel > 1 else " process(es)"
+        raise UserError(f"data.batch_size = {global_batch_size} cannot be dealt to {num_groups}{each} of "
                         f"train.micro_batch_size = {micro_batch_size}",
                         f"set data.batch_size to a multiple of {share}, or change train.micro_batch_size")
     on_cpu = not torch.cuda.is_available()
@@ -53,6 +59,9 @@ def start(global_batch_size: int, micro_batch_size: int, trackers: Sequence[str]
     if fsdp and not is_fsdp(accelerator):
         raise UserError("the launch asks for FSDP, which accelerate does not have without a GPU: processes would train "
                         "apart", "launch with launch/zero3.yaml, which shards the base on the CPU too")
+    if fsdp and sequence_parallel > 1:
+        raise UserError(f"train.sequence_parallel = {sequence_parallel} was never tried under FSDP2",
+                        "launch with launch/zero3.yaml, which shards the base as well, or set it to 1")
     if accelerator.num_processes != world_size():
         raise UserError(f"the launcher started {world_size()} processes but accelerate sees "
                         f"{accelerator.num_processes}: they would train apart",

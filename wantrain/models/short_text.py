@@ -17,11 +17,11 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnP
 from wantrain.terms import TEXT_LEN
 
 
-class ShortText:
+class ShortText(WanAttnProcessor):  # type: ignore[misc]
     """diffusers' own processor, with `bias_L` added to the logits of cross-attention."""
 
     def __init__(self) -> None:
-        self._plain = WanAttnProcessor()
+        super().__init__()
         self.bias_L = torch.zeros(1)
 
     def __call__(self, attn: WanAttention, hidden_states: torch.Tensor,
@@ -30,7 +30,7 @@ class ShortText:
         """hidden_states [B, tokens, D], encoder_hidden_states [B, L, D] for cross-attention -> [B, tokens, D]."""
         if encoder_hidden_states is not None:
             attention_mask = self.bias_L.to(hidden_states.dtype).view(1, 1, 1, -1)
-        return self._plain(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
 
 
 def shorten_text(transformer: WanTransformer3DModel) -> None:

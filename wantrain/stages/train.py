@@ -29,7 +29,7 @@ from wantrain.engine.checkpoint import Place, Progress, Writer
 from wantrain.engine.ema import Ema
 from wantrain.engine.meeting import Meeting
 from wantrain.files import write_json, write_text
-from wantrain.models import hub
+from wantrain.models import hub, sequence
 from wantrain.models.base import for_expert
 from wantrain.models.encode import predict_velocity
 from wantrain.models.lora_updates import read_adapter
@@ -181,6 +181,8 @@ def savers(training: Training, tokens: int) -> list[str]:
         "model.dtype=bfloat16    half of the base": config.model.dtype is Dtype.float32,
         f"--config_file launch/zero3.yaml    each of {size} processes keeps 1/{size} of the base":
             size > 1 and engine.zero_stage(accelerator) < 3,
+        "train.sequence_parallel=2    two processes share each clip's tokens: same numbers":
+            size > 1 and config.train.sequence_parallel == 1,
         f"data.max_tokens_per_clip={tokens * 3 // 4}    smaller pictures, in a run of their own": True,
         f"lora.rank={max(1, config.lora.rank // 2)}    half of the adapter and its optimizer, in a run of their own":
             True,
@@ -191,10 +193,12 @@ def savers(training: Training, tokens: int) -> list[str]:
 
 def prepare(recipe: Opened) -> Training:
     """Frozen base, injected adapter, optimizer, all handed to the engine that launched us."""
-    config, optim = recipe.config, recipe.config.optim
+    config, optim, num_parts = recipe.config, recipe.config.optim, recipe.config.train.sequence_parallel
+    if num_parts > 1:
+        sequence.check(recipe.variant, num_parts, num_tokens(recipe))
     accelerator = engine.start(config.data.batch_size, config.train.micro_batch_size, config.tracker.names,
                                recipe.run_dir, max_grad_norm=optim.max_grad_norm,
-                               timeout_s=config.train.stall_timeout_s)
+                               timeout_s=config.train.stall_timeout_s, sequence_parallel=num_parts)
     meeting = Meeting(config.train.stall_timeout_s)
     optimizers.check(accelerator, optim.name.name)
     transformer = recipe.base.transformer(recipe.dtype, engine.loading_device(accelerator),
@@ -207,6 +211,8 @@ def prepare(recipe: Opened) -> Training:
         lora.start_from(transformer, given)
     if config.train.activation_checkpointing:
         transformer.enable_gradient_checkpointing()
+    if num_parts > 1:
+        sequence.share_tokens(transformer, num_parts)
     groups = optimizers.groups(lora.trainable(transformer),
                                lora.lr_factors(transformer, optim.lora_plus, optim.lr_factors))
     meeting.flags(0)  # all have their base
@@ -219,6 +225,13 @@ def prepare(recipe: Opened) -> Training:
                   own.keep_checkpoints, own.keep_every)
     return Training(recipe, accelerator, meeting, model, optimizer, ema, modules, Progress(),
                     Writer(place), fingerprint(recipe))
+
+
+def num_tokens(recipe: Opened) -> set[int]:
+    """The tokens that the transformer sees of each window, a reference before it included."""
+    shapes = [(recipe.variant.latent_THW(p.bucket), "reference" in p.partners)
+              for p in recipe.planned + recipe.heldout]
+    return {(t + has_reference) * h * w // 4 for (t, h, w), has_reference in shapes}
 
 
 def train(training: Training, source: Encode, stopper: Stopper) -> None:
@@ -307,8 +320,9 @@ def report_work(training: Training, work: Work) -> None:
 def batch_maker(training: Training, source: Encode, start: int) -> Callable[[int], list[Batch]]:
     """step -> this process's micro-batches of it, for steps in order from `start`."""
     config, recipe, accelerator = training.config, training.recipe, training.accelerator
-    split = Split(config.data.batch_size, config.train.micro_batch_size, accelerator.num_processes,
-                  accelerator.process_index)
+    num_parts = config.train.sequence_parallel  # of a group of processes all get the same samples
+    split = Split(config.data.batch_size, config.train.micro_batch_size, accelerator.num_processes // num_parts,
+                  accelerator.process_index // num_parts)
     draws = Draws(recipe.density, config.data.caption_dropout, config.data.tag_orders, config.data.first_frame_share)
     order = order_of(recipe)
     if isinstance(source, Encoder):
