@@ -68,7 +68,7 @@ def start(global_batch_size: int, micro_batch_size: int, trackers: Sequence[str]
                         "launch with a file of launch/, e.g. accelerate launch --config_file launch/ddp.yaml ...")
     if deepspeed:
         settings = AcceleratorState().deepspeed_plugin.deepspeed_config
-        settings["train_batch_size"] = global_batch_size
+        settings["train_batch_size"] = global_batch_size * sequence_parallel  # DeepSpeed knows of no groups
         settings["train_micro_batch_size_per_gpu"] = micro_batch_size
         settings["gradient_accumulation_steps"] = global_batch_size // share
         settings["gradient_clipping"] = max_grad_norm
