@@ -2,7 +2,7 @@
 # Slurm: one process a GPU, requeued until it is done.   sbatch --nodes=2 launch/slurm.sh train recipe=anime_14b
 #SBATCH --job-name=wantrain
 #SBATCH --ntasks-per-node=8
-#SBATCH --gpus-per-task=1
+#SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
 #SBATCH --signal=USR1@300
