@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import os
 import shlex
@@ -76,15 +77,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(rest):
         print(_verb_help(verb) if verb in VERBS else _file_verb_help(FILE_VERBS[verb]))
         return 0
+    return _run_and_tell(verb, rest)
+
+
+def _run_and_tell(verb: str, rest: list[str]) -> int:
+    """Run a verb; what ended it is told on the console."""
     process = int(os.environ.get("RANK", "0"))
     try:
         return 0 if process and verb not in SHARED_VERBS else _run(verb, rest)
-    except UserError as error:
-        print(f"error{f' in process {process}' if process else ''}: {error}", file=sys.stderr)
-        return _left(EXIT_STALLED if isinstance(error, Stalled) else EXIT_USER_ERROR)
+    except (UserError, OSError) as error:
+        fault = error
+        if isinstance(error, OSError):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            fault = UserError(f"no room for {error.filename or 'what is written'}: {error.strerror}", "free some disk "
+                              "space, then run the same command again: what was finished is kept")
+        print(f"error{f' in process {process}' if process else ''}: {fault}", file=sys.stderr)
+        return _left(EXIT_STALLED if isinstance(fault, Stalled) else EXIT_USER_ERROR)
     except (KeyboardInterrupt, Interrupted) as stop:
         print(f"\n{stop if str(stop) else 'interrupted; what was finished is kept'}\n  next: "
-              f"{shlex.join(['wantrain', *given])}    goes on from there", file=sys.stderr)
+              f"{shlex.join(['wantrain', verb, *rest])}    goes on from there", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 

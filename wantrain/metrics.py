@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 
+from wantrain.files import write_text
 from wantrain.jobs import progress
 
 
@@ -20,9 +21,7 @@ class Metrics:
         self._log, self._main = log, main
         self._bar = progress(stop, start, "step", main=main)
         if main:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [line for line in _lines(path) if json.loads(line)["step"] <= start]
-            path.write_text("".join(kept))
+            write_text(path, "".join(line for line in _lines(path) if json.loads(line)["step"] <= start))
             self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
