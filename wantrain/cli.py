@@ -102,7 +102,8 @@ def _run_and_tell(verb: str, rest: list[str]) -> int:
 
 def _left(code: int) -> int:
     """The code; but where others wait for this process, it takes no leave of them, which could last."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    distributed = sys.modules.get("torch.distributed")  # which takes seconds to import, where nothing else has
+    if distributed and distributed.is_available() and distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
