@@ -46,14 +46,17 @@ def write_clips(folder: Path, number: int, caption: str, first_seed: int = 0) ->
     return folder
 
 
+def write_style(folder: Path) -> Path:
+    """style/ (6 clips with a trigger), plain/ (2) and heldout/ (2)."""
+    write_clips(folder / "style", 6, "sqstyle, square number {}")
+    write_clips(folder / "plain", 2, "square number {}", 50)
+    write_clips(folder / "heldout", 2, "sqstyle, unseen square {}", 100)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """style/ (6 clips with a trigger), plain/ (2) and heldout/ (2)."""
-    root = tmp_path_factory.mktemp("clips")
-    write_clips(root / "style", 6, "sqstyle, square number {}")
-    write_clips(root / "plain", 2, "square number {}", 50)
-    write_clips(root / "heldout", 2, "sqstyle, unseen square {}", 100)
-    return root
+    return write_style(tmp_path_factory.mktemp("clips"))
 
 
 @pytest.fixture(scope="session")

@@ -1,21 +1,16 @@
 """The cache job killed at any moment and started again ends in the cache of a job that no one disturbed.
 
-Two processes with their decode workers, over gloo. A start takes seconds of imports, so they are forked from a process
-that has imported everything and holds no threads yet: this module, run as a program, is that process.
+Two processes with their decode workers, over gloo, forked (see `forked`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import multiprocessing.forkserver
-import multiprocessing.util
 import os
 import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,11 +18,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 
 from tests import odd_files
+from tests.distributed.forked import LONGEST_RUN_S, ROOT, Forker, in_sessions, kill_session, left_over
 from wantrain import cli
 from wantrain.config import load
 from wantrain.data.cache import LATENTS, describe
@@ -36,15 +32,8 @@ from wantrain.terms import UserError
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 NUM_CLIPS, NUM_KILLS, SEED = 12, 50, 20
 NUM_PROCESSES = 2
-LONGEST_RUN_S = 60.0
-GONE_WITHIN_S = 5.0
-
-MAIN_THREAD = Path("/proc/self/comm").read_text().strip()
-JEMALLOC = "jemalloc_bg_thd"
-"""The thread of pyarrow's allocator, which takes care of forks itself."""
 
 
 # The program that is killed
@@ -62,118 +51,19 @@ class Kill:
     left_over: list[int]
 
 
-def start_forkserver() -> None:
-    """Start multiprocessing's fork server as a fork of this process, which has imported all that it would import."""
-    def fork(path: str, arguments: Sequence[str], pass_fds: Sequence[int]) -> int:
-        if pid := os.fork():
-            return pid
-        try:
-            for number in {int(path.name) for path in Path("/proc/self/fd").iterdir()} - {0, 1, 2, *pass_fds}:
-                with contextlib.suppress(OSError):
-                    os.close(number)  # what keeps the parent's other children from seeing its end
-            multiprocessing.forkserver.main(*pass_fds, preload=[])
-        finally:
-            os._exit(0)
-
-    spawn, multiprocessing.util.spawnv_passfds = multiprocessing.util.spawnv_passfds, fork
-    multiprocessing.forkserver.ensure_running()
-    multiprocessing.util.spawnv_passfds = spawn
-
-
-def be_process(rank: int, port: int, arguments: Sequence[str], log: Path) -> NoReturn:
-    """One process of the job, in a session of its own."""
-    os.setsid()
-    with log.open("ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    start_forkserver()
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(NUM_PROCESSES),
-                   "LOCAL_WORLD_SIZE": str(NUM_PROCESSES), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    try:
-        code = cli.main(["cache", *arguments])
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    multiprocessing.forkserver._forkserver._stop()
-    os._exit(code)
-
-
-def in_sessions(sessions: Sequence[int]) -> list[int]:
-    """Processes of these sessions that live."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
-            if int(session) in sessions and state not in "ZX":
-                found.append(int(stat.parent.name))
-    return found
-
-
-def threads() -> set[str]:
-    return {(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()}
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
-
-
-def start(arguments: Sequence[str], log: Path) -> list[int]:
-    """The process ids of a job's processes."""
-    assert threads() <= {MAIN_THREAD, JEMALLOC}, f"a fork of a process with threads may stand still: {threads()}"
-    port, pids = free_port(), []
-    for rank in range(NUM_PROCESSES):
-        pids.append(os.fork())
-        if not pids[-1]:
-            be_process(rank, port, arguments, log)
-    return pids
-
-
-def wait_for(pids: Sequence[int], until: float) -> dict[int, int]:
-    """Exit codes of those that ended by then."""
-    codes: dict[int, int] = {}
-    while len(codes) < len(pids) and time.monotonic() < until:
-        for pid in set(pids) - codes.keys():
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                codes[pid] = os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
-    return codes
-
-
 def signal_all(how: str, pids: Sequence[int], chance: random.Random) -> None:
     """Kill as told; where one process survives, it is stopped a moment later, as launchers do."""
     hit = list(pids) if how == "both" else [chance.choice(pids)]
     for pid in hit:
-        (os.kill if how == "without its workers" else os.killpg)(pid, signal.SIGKILL)
+        if how == "without its workers":
+            os.kill(pid, signal.SIGKILL)
+        else:
+            kill_session(pid)
     if how != "both":
         time.sleep(chance.uniform(0, 0.3))
         for pid in set(pids) - set(hit):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
-
-
-def left_over(pids: Sequence[int]) -> list[int]:
-    """What of these sessions still lives after a while; it is killed then."""
-    until = time.monotonic() + GONE_WITHIN_S
-    while (alive := in_sessions(pids)) and time.monotonic() < until:
-        time.sleep(0.02)
-    for pid in alive:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    return alive
-
-
-def run_whole(arguments: Sequence[str], log: Path) -> float:
-    """Seconds of a run that no one disturbs. RuntimeError where it fails or leaves a process."""
-    began = time.monotonic()
-    pids = start(arguments, log)
-    codes = wait_for(pids, began + LONGEST_RUN_S)
-    took = time.monotonic() - began
-    if list(codes.values()) != [0] * NUM_PROCESSES or left_over(pids):
-        raise RuntimeError(f"exit codes {codes}\n{log.read_text()[-3000:]}")
-    return took
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -186,34 +76,35 @@ def entries(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in content(folder).items() if name.endswith(".safetensors")}
 
 
-def kill_again_and_again(root: Path, arguments: Sequence[str], num_kills: int, seed: int) -> dict[str, Any]:
+def kill_again_and_again(forker: Forker, root: Path, arguments: Sequence[str], num_kills: int, seed: int
+                         ) -> dict[str, Any]:
     """Kill jobs over one folder until one gets through, compare, begin anew with none; until there were enough kills.
     """
     chance, log, folder = random.Random(seed), root / "log.txt", root / "cache"
-    own = [*arguments, f"data.cache_dir={folder}"]
-    run_whole(own, log)
+    own = ["cache", *arguments, f"data.cache_dir={folder}"]
+    forker.run(own, log)
     shutil.move(folder, root / "undisturbed")
     expected = content(root / "undisturbed")
-    whole_s = run_whole(own, log)  # the first of all has more to warm up
+    whole_s = forker.run(own, log)  # the first of all has more to warm up
     shutil.rmtree(folder)
     kills: list[Kill] = []
     num_compared, unlike = 0, []
     began = time.monotonic()
     while len(kills) < num_kills:
-        before, pids = len(entries(folder)), start(own, log)
+        before, pids = len(entries(folder)), forker.start(own, log)
         how, after_s = chance.choice(["both", "one", "without its workers"]), chance.uniform(0, whole_s)
-        codes = wait_for(pids, time.monotonic() + after_s)
+        codes = forker.wait(pids, after_s)
         if not codes:
             signal_all(how, pids, chance)
-            wait_for(pids, time.monotonic() + LONGEST_RUN_S)
+            forker.wait(pids)
             rest = left_over(pids)
             num_temporary = len(list(folder.rglob(".*")))
             kills.append(Kill(how, round(after_s, 3), before, len(entries(folder)), num_temporary, rest))
             if len(kills) < num_kills:
                 continue
-            run_whole(own, log)
+            forker.run(own, log)
         else:
-            codes |= wait_for(list(set(pids) - codes.keys()), time.monotonic() + LONGEST_RUN_S)
+            codes |= forker.wait([pid for pid in pids if pid not in codes])
             if list(codes.values()) != [0] * NUM_PROCESSES:
                 raise RuntimeError(f"exit codes {codes}\n{log.read_text()[-3000:]}")
         num_compared += 1
@@ -245,13 +136,8 @@ def job(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def outcome(job):
-    root, arguments = job
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", __name__, str(root), str(NUM_KILLS), str(SEED), *arguments], cwd=ROOT,
-                          env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+def outcome(forker, job):
+    found = kill_again_and_again(forker, *job, NUM_KILLS, SEED)
     print({key: value for key, value in found.items() if key != "kills"}, *found["kills"], sep="\n")
     return found
 
@@ -327,8 +213,3 @@ def test_a_damaged_entry_stops_training_and_is_found_taken_away_and_made_again(w
         assert cli.main(["cache", *own]) == 0
         assert "(1 clips and 0 captions made now)" in capsys.readouterr().out
         assert entries(recipe.cache.folder) == before
-
-
-if __name__ == "__main__":
-    place, number, seed, *overrides = sys.argv[1:]
-    print(json.dumps(kill_again_and_again(Path(place), overrides, int(number), int(seed))))
