@@ -90,8 +90,8 @@ def _run_and_tell(verb: str, rest: list[str]) -> int:
         if isinstance(error, OSError):
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            fault = UserError(f"could not write {error.filename or 'a file'}: {error.strerror}", "free some disk space, "
-                              "then run the same command again: what was finished is kept")
+            fault = UserError(f"could not write {error.filename or 'a file'}: {error.strerror}", "free some disk "
+                              "space, then run the same command again: what was finished is kept")
         print(f"error{f' in process {process}' if process else ''}: {fault}", file=sys.stderr)
         return _left(EXIT_STALLED if isinstance(fault, Stalled) else EXIT_USER_ERROR)
     except (KeyboardInterrupt, Interrupted) as stop:

@@ -19,6 +19,10 @@ from wantrain.terms import Stalled
 OF_GLOO = re.compile(r"gloo|monitoredBarrier")
 """In what gloo raises, as a plain RuntimeError, when a process is gone or does not come."""
 
+NAMED = re.compile(r"Ranks? ([\d, ]+) failed to pass")
+CALL = timedelta(seconds=10)
+"""How long those that are left wait to find out who is missing."""
+
 
 class Meeting:
     """Small exchanges of all processes, over a group of their own on the CPU (gloo) that no GPU's queue holds up.
@@ -87,8 +91,16 @@ class Meeting:
                 raise
             raise self._stalled(str(error)) from error
 
+    def _who(self) -> str:
+        """What a short barrier says of who is missing: of a collective that fails gloo tells no more than that."""
+        try:
+            dist.monitored_barrier(self._group, min(self._timeout, CALL), wait_all_ranks=True)
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
     def _stalled(self, message: str) -> Stalled:
-        late = re.search(r"Ranks? ([\d, ]+) failed to pass", message)
+        late = NAMED.search(message) or NAMED.search(self._who())
         names = [self.processes[int(index)] for index in late[1].split(",")] if late else []
         what = " and ".join(names) or ("another process" if "rank 0" not in message else self.processes[0])
         limit = f"{self._timeout.total_seconds():g} s (train.stall_timeout_s)"
