@@ -102,7 +102,7 @@ class Killer:
         pids = self.forker.start(self.command, self.log, engine=self.engine)
         when = chance.choice(["any moment", "a write"])
         codes = (self.forker.wait(pids, chance.uniform(0, longest_s)) if when == "any moment"
-                 else self.wait_for_write(pids, chance.randint(1, STEPS - 1), began_ns))
+                 else self.wait_for_write(pids, chance.randint(1, max(1, STEPS - before)), began_ns))
         if codes:
             codes |= self.forker.wait([pid for pid in pids if pid not in codes])
             assert list(codes.values()) == [0, 0], self.log.read_text()[-3000:]
