@@ -35,7 +35,7 @@ class _Both:
 
 def console() -> TextIO:
     """Where to draw what a log does not want, such as a progress bar."""
-    return getattr(sys.stderr, "console", sys.stderr)
+    return sys.stderr.console if isinstance(sys.stderr, _Both) else sys.stderr
 
 
 def name_of(process: int) -> str:
