@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Several machines that may come and go: the same command on each.
-#   NODES=1:4 GPUS=8 HOST=node0 launch/elastic.sh train recipe=anime_14b
+#   NODES=1:4 GPUS=8 HOST=node0 launch/elastic.sh train recipe=anime_a14b
 # When a machine is lost or joins, torchrun starts all processes anew with those that are there, and wantrain goes on from
 # its newest checkpoint; data.batch_size must be a multiple of micro_batch_size x processes for every number that may occur.
 # The run folder has to be one that every machine sees, since the first process may be another's then.

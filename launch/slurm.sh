@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Slurm: one process a GPU, requeued until it is done.   sbatch --nodes=2 launch/slurm.sh train recipe=anime_14b
+# Slurm: one process a GPU, requeued until it is done.   sbatch --nodes=2 launch/slurm.sh train recipe=anime_a14b
 #SBATCH --job-name=wantrain
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8

@@ -124,6 +124,7 @@ def both(process_index, store):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_loss_and_gradients_of_two_processes_are_those_of_one(tmp_path):
     torch.multiprocessing.spawn(both, (str(tmp_path / "store"),), nprocs=2)
 

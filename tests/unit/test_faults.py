@@ -60,6 +60,7 @@ def test_a_skipped_step_leaves_the_update_out_and_is_counted(trained, poison):  
     assert note["places_in_batch"] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_run_with_a_skipped_step_resumes_bitwise(trained, poison):  # noqa: F811
     """Also the number of updates, by which AdamW corrects its moments."""
     poison(1)
@@ -127,6 +128,7 @@ def test_b2sum_reads_the_checksums(tmp_path):
     assert done.stdout == "training.safetensors: OK\nstate.json: OK\n"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_its_mirror_where_the_folder_is_lost(trained, tmp_path, capsys):  # noqa: F811
     own = [f"train.mirror=file://{tmp_path / 'mirror'}", "train.save_every=1", "train.keep_every=2"]
     whole = trained("whole")
@@ -184,6 +186,7 @@ def test_the_writer_writes_what_was_given_though_training_goes_on(tmp_path):
     assert checkpoint.load(tmp_path / "step_000001", {})[0] == Progress(1, run_id="x")
 
 
+@pytest.mark.slow
 def test_the_trackers_run_goes_on_under_its_id(trained, monkeypatch):  # noqa: F811
     given = []
     monkeypatch.setattr(engine.Accelerator, "init_trackers", lambda self, project, config, kwargs: given.append(kwargs))
