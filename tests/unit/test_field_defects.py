@@ -289,7 +289,7 @@ def steps(tmp_path_factory):
                            "lora.alpha=2", *overrides)
         found = base.find(VARIANTS["tiny_wan"], "embedded", {})
         training = train.prepare(Opened(config, found, [BUCKET], Plan(windows(4), []), [],
-                                        Cache(Path(), "vae", "text", "")))
+                                        Cache(tmp_path_factory.mktemp("cache"), "vae", "text", "")))
         updates = []
 
         def note(optimizer, *_):
