@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
+
+from tests.distributed.test_two_processes import LAUNCH
+from wantrain.engine import checkpoint
 
 pytestmark = pytest.mark.gpu
 
@@ -28,3 +33,26 @@ def test_bfloat16_trains_and_its_loss_is_near_float32(wantrain, tmp_path):
         return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
 
     assert last("bfloat16") == pytest.approx(last("float32"), rel=0.02)
+
+
+@pytest.mark.parametrize("file", ["ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"])
+def test_two_gpus_train_as_one_does_and_resume_bitwise(arguments, cached, tmp_path, file):
+    """Every launch file over NCCL; launch/fsdp2.yaml has no other test that starts it as it is."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+
+    def train(run, *more, launch=()):
+        command = [sys.executable, *launch, "-m", "wantrain", "train", *arguments, f"run.dir={tmp_path / run}",
+                   "model.dtype=float32", "train.micro_batch_size=2", *more]
+        subprocess.run(command, check=True, timeout=600)
+        lines = (tmp_path / run / "metrics.jsonl").read_text().splitlines()
+        progress, tensors = checkpoint.load(checkpoint.steps_on_disk(tmp_path / run / "checkpoints")[-1], None)
+        return progress.step, [json.loads(line)["loss"] for line in lines], tensors
+
+    launch = ("-m", "accelerate.commands.launch", "--config_file", str(LAUNCH / f"{file}.yaml"))
+    whole = train("whole", launch=launch)
+    assert whole[1] == pytest.approx(train("alone")[1], rel=1e-3)
+    train("parts", "train.num_steps=2", launch=launch)
+    parts = train("parts", launch=launch)
+    assert (whole[0], whole[1]) == (parts[0], parts[1])
+    assert all(torch.equal(tensor, parts[2][name]) for name, tensor in whole[2].items())

@@ -35,7 +35,7 @@ class Meeting:
         self.waited_s = 0.0
         self._timeout = timedelta(seconds=timeout_s)
         self._group = None
-        self.processes: list[str] = []
+        self.processes = [f"process {index}" for index in range(dist.get_world_size() if dist.is_initialized() else 1)]
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
         self.processes = [f"process {index} on {host} (pid {pid})" for index, (host, pid) in enumerate(

@@ -134,7 +134,8 @@ def run(config: Config, arguments: Sequence[str]) -> None:
 def train_one(recipe: Opened, cached: Cached | None, another_follows: bool) -> bool:
     """One adapter on one transformer; returns whether this is the main process. Raises Interrupted."""
     training = prepare(recipe)
-    with training.meeting.guarded(), advised_if_memory_ends(training), Stopper() as stopper:
+    with (training.meeting.guarded(), advised_if_memory_ends(recipe, training.accelerator),
+          Stopper() as stopper):
         resume(training)
         start_run(training)
         try:
@@ -149,19 +150,19 @@ def train_one(recipe: Opened, cached: Cached | None, another_follows: bool) -> b
 
 
 @contextlib.contextmanager
-def advised_if_memory_ends(training: Training) -> Iterator[None]:
+def advised_if_memory_ends(recipe: Opened, accelerator: Accelerator) -> Iterator[None]:
     """In the block, running out of memory is a UserError that says how much was used and what needs less."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
             raise
-        peak_gib = engine.peak_memory_gib(training.device)
-        bucket, tokens = largest_bucket(training.recipe)
+        peak_gib = engine.peak_memory_gib(accelerator.device)
+        bucket, tokens = largest_bucket(recipe)
         raise UserError(
             f"out of memory, with {peak_gib:.1f} GiB in use at the most: {str(error).splitlines()[0]}; the largest "
-            f"clips are {bucket} ({tokens:,} tokens), {training.config.train.micro_batch_size} at once",
-            "one of:\n    " + "\n    ".join(savers(training, tokens)[:3])) from error
+            f"clips are {bucket} ({tokens:,} tokens), {recipe.config.train.micro_batch_size} at once",
+            "one of:\n    " + "\n    ".join(savers(recipe.config, accelerator, tokens)[:3])) from error
 
 
 def largest_bucket(recipe: Opened) -> tuple[Bucket, int]:
@@ -170,9 +171,8 @@ def largest_bucket(recipe: Opened) -> tuple[Bucket, int]:
     return max(tokens.items(), key=lambda item: item[1])
 
 
-def savers(training: Training, tokens: int) -> list[str]:
+def savers(config: Config, accelerator: Accelerator, tokens: int) -> list[str]:
     """Settings that need less memory, those that change least first."""
-    config, accelerator = training.config, training.accelerator
     micro, size = config.train.micro_batch_size, accelerator.num_processes
     offers = {
         "train.activation_checkpointing=true    recomputes each block: same numbers, about a third more time":
@@ -199,7 +199,14 @@ def prepare(recipe: Opened) -> Training:
     accelerator = engine.start(config.data.batch_size, config.train.micro_batch_size, config.tracker.names,
                                recipe.run_dir, max_grad_norm=optim.max_grad_norm,
                                timeout_s=config.train.stall_timeout_s, sequence_parallel=num_parts)
-    meeting = Meeting(config.train.stall_timeout_s)
+    with advised_if_memory_ends(recipe, accelerator):
+        return loaded(recipe, accelerator)
+
+
+def loaded(recipe: Opened, accelerator: Accelerator) -> Training:
+    """The rest of `prepare`: all that takes memory."""
+    config, optim, own = recipe.config, recipe.config.optim, recipe.config.train
+    meeting = Meeting(own.stall_timeout_s)
     optimizers.check(accelerator, optim.name.name)
     transformer = recipe.base.transformer(recipe.dtype, engine.loading_device(accelerator),
                                           engine.keeper_of_shards(accelerator))
@@ -211,8 +218,8 @@ def prepare(recipe: Opened) -> Training:
         lora.start_from(transformer, given)
     if config.train.activation_checkpointing:
         transformer.enable_gradient_checkpointing()
-    if num_parts > 1:
-        sequence.share_tokens(transformer, num_parts)
+    if own.sequence_parallel > 1:
+        sequence.share_tokens(transformer, own.sequence_parallel)
     groups = optimizers.groups(lora.trainable(transformer),
                                lora.lr_factors(transformer, optim.lora_plus, optim.lr_factors))
     meeting.flags(0)  # all have their base
@@ -220,7 +227,6 @@ def prepare(recipe: Opened) -> Training:
         model, optimizer = accelerator.prepare(transformer, optimizers.make(
             optim.name.name, groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay))
     ema = None if optim.ema_decay is None else Ema(accelerator, model, optim.ema_decay)
-    own = config.train
     place = Place(recipe.run_dir / "checkpoints", own.mirror and f"{own.mirror.rstrip('/')}/{recipe.base.expert or ''}",
                   own.keep_checkpoints, own.keep_every)
     return Training(recipe, accelerator, meeting, model, optimizer, ema, modules, Progress(),
