@@ -163,7 +163,6 @@ def test_the_warning_saves_and_requeues_and_the_next_run_ends_bitwise(undisturbe
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="process 1 leaves with 130 while process 0 writes, which srun then ends")
 def test_the_last_checkpoint_is_whole_before_any_process_leaves(training, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(SLOW_FSYNC)
     job = training("train.num_steps=1000000", "train.save_every=1000000",

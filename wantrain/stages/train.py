@@ -142,7 +142,8 @@ def train_one(recipe: Opened, cached: Cached | None, another_follows: bool) -> b
             train(training, cached or Encoder(recipe, training.device), stopper)
         finally:
             training.writer.finish()  # whatever happens to this step, the last checkpoint gets written
-    training.writer.close()
+        training.writer.close()
+        training.meeting.flags(0)  # a launcher would end the first process, which may still write, when another leaves
     if training.progress.step < recipe.config.train.num_steps:
         raise Interrupted(f"stopped after step {training.progress.step}; saved in {recipe.run_dir / 'checkpoints'}")
     engine.end(training.accelerator, another_follows)
