@@ -53,7 +53,10 @@ class Machines:
             self.ip("-n", name, "link", "set", "link0", "up")
 
     def remove(self) -> None:
-        for name in self.names:
+        """These, and what a pytest that was killed has left."""
+        found = re.findall(r"^wantrain(\d+)m[01]", self.ip("netns", "list"), re.MULTILINE)
+        left = {f"wantrain{pid}m{i}" for pid in found if not Path("/proc", pid).exists() for i in (0, 1)}
+        for name in {*self.names, *left}:
             self.end(name)
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
             shutil.rmtree(Path("/etc/netns", name), ignore_errors=True)

@@ -243,6 +243,20 @@ def test_one_more_signal_ends_a_step_that_does_not_end():
         assert process.wait(timeout=5) == EXIT_INTERRUPTED
 
 
+def test_nohup_stays_in_force():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with train.Stopper() as stopper:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stopper.asked
+        assert signal.signal(signal.SIGHUP, signal.SIG_DFL) is signal.SIG_IGN
+        with train.Stopper() as stopper:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stopper.asked
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 # Memory, precision
 
 

@@ -53,8 +53,7 @@ NUM_PLOTTED = 20_000
 """Sigmas that the plot of the run folder draws."""
 
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 ONE_PRESS_S = 2.0
 """Launchers pass on what the terminal has sent to all processes already: signals this close are one."""
@@ -62,8 +61,8 @@ ONE_PRESS_S = 2.0
 
 @dataclass(slots=True)
 class Stopper:
-    """Within the block Ctrl-C, SIGTERM and SIGUSR1 (Slurm's warning) ask for a stop after the step at hand; one more
-    ends the process at once, whatever it is doing.
+    """Within the block Ctrl-C, SIGTERM, SIGUSR1 (Slurm's warning) and SIGHUP (a terminal that closes, unless under
+    nohup) ask for a stop after the step at hand; one more ends the process at once, whatever it is doing.
     """
 
     asked: bool = False
@@ -71,7 +70,8 @@ class Stopper:
     _before: dict[int, Any] = field(default_factory=dict)
 
     def __enter__(self) -> Stopper:
-        self._before = {number: signal.signal(number, self._ask) for number in STOPPING}
+        self._before = {number: signal.signal(number, self._ask) for number in STOPPING
+                        if signal.getsignal(number) is not signal.SIG_IGN}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -84,7 +84,8 @@ class Stopper:
             os._exit(EXIT_INTERRUPTED)  # a thread may be writing, a collective may never end
         if not self.asked:
             self.asked, self._asked_at = True, now
-            os.write(2, b"\nstopping after this step; once more stops at once\n")  # print may be what was interrupted
+            with contextlib.suppress(OSError):  # the terminal may be gone; print may be what was interrupted
+                os.write(2, b"\nstopping after this step; once more stops at once\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +143,8 @@ def train_one(recipe: Opened, cached: Cached | None, another_follows: bool) -> b
             train(training, cached or Encoder(recipe, training.device), stopper)
         finally:
             training.writer.finish()  # whatever happens to this step, the last checkpoint gets written
-    training.writer.close()
+        training.writer.close()
+        training.meeting.flags(0)  # a launcher would end the first process, which may still write, when another leaves
     if training.progress.step < recipe.config.train.num_steps:
         raise Interrupted(f"stopped after step {training.progress.step}; saved in {recipe.run_dir / 'checkpoints'}")
     engine.end(training.accelerator, another_follows)
