@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -76,7 +77,8 @@ class Machines:
         root = str(LAUNCH.parent)
         with output.open("wb") as file:
             return subprocess.Popen([*inside, *command], cwd=root, stdout=file, stderr=subprocess.STDOUT, env={
-                **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "GLOO_SOCKET_IFNAME": "link0", **env})
+                **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "GLOO_SOCKET_IFNAME": "link0",
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **env})
 
 
 @pytest.fixture(scope="module")
