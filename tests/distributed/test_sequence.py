@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from datetime import timedelta
 
 import pytest
@@ -14,7 +11,7 @@ from diffusers.models._modeling_parallel import ContextParallelConfig
 from diffusers.models.attention_dispatch import TemplatedUlyssesAttention
 
 from tests.conftest import arguments_for
-from tests.distributed.test_two_processes import LAUNCH, assert_same_training
+from tests.distributed.test_two_processes import assert_same_training
 from tests.parity.test_experts import write_a14b
 from tests.tiny_tasks import CLASSES
 from wantrain import lora
@@ -130,18 +127,13 @@ def test_loss_and_gradients_of_two_processes_are_those_of_one(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def launched(clips, cache_dir, cached, tmp_path_factory):
-    """launched(engine, processes, overrides...) -> the run folder; no processes: without a launcher."""
+def launched(forker, clips, cache_dir, cached, tmp_path_factory):
+    """launched(engine, processes, overrides...) -> the run folder; engine None: one process without a launcher."""
 
-    def call(file, num_processes, *overrides, fails="", run_dir=None):
-        run_dir = run_dir or tmp_path_factory.mktemp(file or "alone") / "run"
-        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(LAUNCH / f"{file}.yaml"),
-                    "--num_processes", str(num_processes)] if num_processes else []
-        done = subprocess.run(
-            [sys.executable, *launcher, "-m", "wantrain", "train", *arguments_for(clips, cache_dir, run_dir),
-             "train.micro_batch_size=2", *overrides],
-            capture_output=True, text=True, timeout=280, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert fails in done.stderr if fails else done.returncode == 0, done.stderr[-3000:]
+    def call(engine, num_processes, *overrides, run_dir=None):
+        run_dir = run_dir or tmp_path_factory.mktemp("sequence") / "run"
+        forker.run(["train", *arguments_for(clips, cache_dir, run_dir), "train.micro_batch_size=2", *overrides],
+                   run_dir.with_suffix(".log"), num_processes, engine)
         return run_dir
 
     return call
@@ -149,20 +141,20 @@ def launched(clips, cache_dir, cached, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(launched):
-    return launched(None, 0)
+    return launched(None, 1)
 
 
 @pytest.mark.slow
 def test_a_training_that_shares_tokens_is_that_of_one_process_and_goes_on_in_one(launched, alone):
     """Steps 1 and 2 by two processes together, 3 and 4 by one alone."""
-    parts = launched("ddp", 2, "train.sequence_parallel=2", "train.num_steps=2")
-    launched(None, 0, run_dir=parts)
+    parts = launched("DDP", 2, "train.sequence_parallel=2", "train.num_steps=2")
+    launched(None, 1, run_dir=parts)
     assert_same_training(alone, parts, rtol=2e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("launch", "num_parts", "rtol"), [
-    (("ddp", 4), 2, 2e-5), (("ddp", 3), 3, 2e-5), (("zero2", 4), 2, 2e-5), (("zero3", 2), 2, 2e-4)])
+    (("DDP", 4), 2, 2e-5), (("DDP", 3), 3, 2e-5), (("ZeRO-2", 4), 2, 2e-5), (("ZeRO-3", 2), 2, 2e-4)])
 def test_sharing_tokens_goes_with_data_parallel_and_zero(launched, alone, launch, num_parts, rtol):
     run = launched(*launch, f"train.sequence_parallel={num_parts}", "train.activation_checkpointing=true")
     assert_same_training(alone, run, rtol)
@@ -171,21 +163,22 @@ def test_sharing_tokens_goes_with_data_parallel_and_zero(launched, alone, launch
 @pytest.mark.slow
 def test_the_base_answers_and_validates_with_shared_tokens(launched):
     own = ["data.sources.regularisation.preserve=true", "validation.every_steps=2", "optim.lr=0.02"]
-    one = launched(None, 0, *own)
-    assert_same_training(one, launched("ddp", 4, *own, "train.sequence_parallel=2"), rtol=2e-5)
+    one = launched(None, 1, *own)
+    assert_same_training(one, launched("DDP", 4, *own, "train.sequence_parallel=2"), rtol=2e-5)
 
 
 @pytest.mark.slow
 def test_both_experts_share_tokens_one_after_the_other(launched, tmp_path):
     own = ["model.variant=tiny_wan_a14b", f"model.path={write_a14b(tmp_path)}"]
-    one, three = launched(None, 0, *own), launched("ddp", 3, *own, "train.sequence_parallel=3")
+    one, three = launched(None, 1, *own), launched("DDP", 3, *own, "train.sequence_parallel=3")
     for expert in ("high", "low"):
         assert_same_training(one / expert, three / expert, rtol=2e-5)
 
 
 @pytest.mark.slow
 def test_more_parts_than_processes_are_refused(launched):
-    launched(None, 0, "train.sequence_parallel=2", fails="train.sequence_parallel = 2 does not divide 1 process(es)")
+    with pytest.raises(RuntimeError, match=r"train.sequence_parallel = 2 does not divide 1 process\(es\)"):
+        launched(None, 1, "train.sequence_parallel=2")
 
 
 @pytest.mark.parametrize(("name", "num_parts", "num_tokens", "says"), [
