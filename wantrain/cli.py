@@ -77,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(rest):
         print(_verb_help(verb) if verb in VERBS else _file_verb_help(FILE_VERBS[verb]))
         return 0
-    return _run_and_tell(verb, rest)
+    with logs.lasting_console():
+        return _run_and_tell(verb, rest)
 
 
 def _run_and_tell(verb: str, rest: list[str]) -> int:

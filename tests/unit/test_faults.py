@@ -229,6 +229,33 @@ def test_two_signals_at_once_are_one_and_the_step_is_saved(stopping, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_console_that_nobody_reads_any_more_costs_no_save(stopping, tmp_path):
+    """As in `wantrain train ... 2>&1 | tee file`: tee ends of the same Ctrl-C."""
+    stopping.stdout.close()
+    stopping.send_signal(signal.SIGINT)
+    assert stopping.wait(timeout=60) == EXIT_INTERRUPTED
+    step, _ = state(tmp_path / "run")
+    assert step == len(lines(tmp_path / "run"))
+
+
+def test_printing_fails_for_a_full_disk_but_not_for_a_reader_that_is_gone():
+    code = ("import os, sys; from wantrain import logs\n"
+            "with logs.lasting_console():\n"
+            "    for _ in range(3): print('told', flush=True)\n"
+            "    os.write(1, b'told')\n"
+            "print('end', file=sys.stderr)")
+    for full in (False, True):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with Path("/dev/full").open("wb") as disk:
+            done = subprocess.run([sys.executable, "-c", code], stdout=disk if full else writer, stderr=subprocess.PIPE,
+                                  text=True, check=False)
+        os.close(writer)
+        assert ("No space left" in done.stderr) is full
+        assert (done.returncode, done.stderr) == (0, "end\n") or full
+
+
+@pytest.mark.slow
 def test_one_more_signal_ends_a_step_that_does_not_end():
     """The handler alone, in a process that hangs."""
     code = ("import time; from wantrain.stages import train; train.ONE_PRESS_S = 0.2\n"
