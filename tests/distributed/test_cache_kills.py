@@ -142,6 +142,7 @@ def outcome(forker, job):
     return found
 
 
+@pytest.mark.long
 def test_kills_at_fifty_moments_end_in_the_undisturbed_cache(outcome):
     """One test, so that no two workers of pytest do the fifty kills each."""
     assert outcome["num_entries"] > 100

@@ -187,6 +187,7 @@ def test_a_cut_link_ends_both_and_the_same_commands_go_on_bitwise(machines, star
     assert all(torch.equal(whole[name], tensors[name]) for name in whole)
 
 
+@pytest.mark.long
 def test_elastic_goes_on_by_itself_after_a_cut(machines, clips, cache_dir, undisturbed, tmp_path):
     """The run folder is common: after a restart another machine's process may be the first."""
     run = tmp_path / "run"

@@ -55,6 +55,7 @@ def test_a_container_trains_as_its_diffusers_folder(wantrain, tmp_path, containe
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("container", [name for name in CONTAINERS if name not in SHOWN])
 def test_every_container_trains_as_its_diffusers_folder(wantrain, tmp_path, container):
     assert_trains_alike(wantrain, tmp_path, container)
