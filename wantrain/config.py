@@ -527,8 +527,7 @@ HARMLESS_TO_RESUME = ("run.", "sampler.", "evaluate.", "report.", "export.", "tr
                       "train.save_every", "train.keep_checkpoints", "train.keep_every", "train.mirror",
                       "train.log_every", "train.resume", "train.on_nonfinite", "train.max_skips",
                       "train.stall_timeout_s", "train.activation_checkpointing", "train.sequence_parallel",
-                      "model.path", "model.parts",
-                      "model.experts", "high.", "low.", "data.trigger")
+                      "model.path", "model.parts", "model.experts", "high.", "low.", "data.trigger")
 """Keys (prefixes) that may differ between a checkpoint and the config that goes on from it."""
 
 

@@ -209,6 +209,11 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`key: old -> new` for each key in which two fingerprints differ."""
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+
+
 def load(path: Path, fingerprint: Mapping[str, Any] | None, defaults: Mapping[str, Any] | None = None
          ) -> tuple[Progress, dict[str, torch.Tensor]]:
     """(progress, tensors) of a checkpoint. Raises Damaged for one that is, UserError where the fingerprint differs.
@@ -227,9 +232,7 @@ def load(path: Path, fingerprint: Mapping[str, Any] | None, defaults: Mapping[st
     if fingerprint is not None:
         known = {key: value for key, value in (defaults or {}).items() if key in fingerprint}
         old = {**known, **state["fingerprint"]}
-        changed = [f"{k}: {old.get(k)} -> {fingerprint.get(k)}" for k in sorted({*old, *fingerprint})
-                   if old.get(k) != fingerprint.get(k)]
-        if changed:
+        if changed := differences(old, fingerprint):
             raise UserError("the config is not the one this run was started with:\n  " + "\n  ".join(changed),
                             "set these back, or start a new run: run.name=ANOTHER")
     tensors, _ = read_tensors(path / TENSORS)

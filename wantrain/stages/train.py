@@ -549,8 +549,7 @@ def resume(training: Training) -> None:
 def agree(training: Training) -> None:
     """Raise UserError where processes were started with other configs, base weights or clips than the first."""
     first = training.meeting.first(training.fingerprint)
-    changed = [f"{key}: {first.get(key)} -> {training.fingerprint.get(key)}" for key in sorted(
-        {*first, *training.fingerprint}) if first.get(key) != training.fingerprint.get(key)]
+    changed = checkpoint.differences(first, training.fingerprint)
     for name, theirs in zip(training.meeting.processes, training.meeting.all(changed), strict=True):
         if theirs:
             raise UserError(f"{name} does not train what {training.meeting.processes[0]} does:\n  "
