@@ -19,12 +19,28 @@ from wantrain.terms import UserError
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file atomically. A full disk is a UserError and leaves nothing half-written."""
+    """Write a safetensors file atomically, the same bytes for the same content.
+
+    A full disk is a UserError and leaves nothing half-written.
+    """
     with atomic_path(path) as temporary:
         try:
             save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary, dict(metadata))
         except SafetensorError as error:
             raise OSError(str(error)) from error
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Bring the metadata into the order of its keys: the library writes them in another order every time."""
+    with path.open("r+b") as file:
+        length, = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= length:  # always, but for metadata that JSON may spell in two ways
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 _SAFETENSORS_WORDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

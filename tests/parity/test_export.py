@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -23,14 +24,15 @@ from wantrain.models.variants import VARIANTS
 from wantrain.terms import UserError
 
 CPU = torch.device("cpu")
+OWN = ("lora.alpha=3", "optim.lr=0.05")
 TINY = base.find(VARIANTS["tiny_wan"], "embedded", {})
 
 
 @pytest.fixture
 def trained(wantrain, tmp_path):
     """A run of a few large steps with alpha unlike rank, exported."""
-    assert wantrain("train", "lora.alpha=3", "optim.lr=0.05") == 0
-    assert wantrain("export", "lora.alpha=3") == 0
+    assert wantrain("train", *OWN) == 0
+    assert wantrain("export", *OWN) == 0
     return tmp_path / "run"
 
 
@@ -77,8 +79,64 @@ def test_the_file_holds_official_names_folded_alpha_and_provenance(trained):
     assert metadata["wantrain.manifest_digest"] == run["manifest_digest"]
 
 
+def test_a_config_that_contradicts_the_checkpoint_is_refused_with_both_values(trained, wantrain, capsys):
+    path = trained / "export" / "demo_anime.safetensors"
+    before = path.read_bytes()
+    for key, old, new in (("lora.rank", "4", "8"), ("lora.alpha", "3.0", "16.0"), ("lora.kind", "lora", "rslora"),
+                          ("lora.targets", "['attn_ffn']", "['attn']"), ("train.seed", "0", "1")):
+        assert wantrain("export", *OWN, f"{key}={new.replace(chr(39), '')}") == 2
+        assert f"\n  {key}: {old} -> {new}\n" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+def test_an_export_needs_the_checkpoint_alone(clips, cache_dir, arguments, tmp_path, capsys):
+    """With base, clips, cache and run folder's other files gone, even from the mirror alone, the bytes are the same."""
+    shutil.copytree(base.EMBEDDED, tmp_path / "base")
+    shutil.copytree(clips, tmp_path / "clips")
+    own = [a.replace(str(clips), str(tmp_path / "clips")) for a in arguments]
+    own += [f"model.path={tmp_path / 'base'}", f"train.mirror={tmp_path / 'mirror'}", "train.num_steps=1",
+            "optim.ema_decay=0.5", f"data.cache_dir={tmp_path / 'cache'}"]
+    assert cli.main(["cache", *own]) == 0
+    assert cli.main(["train", *own]) == 0
+    assert cli.main(["export", *own]) == 0
+    files = [tmp_path / "run" / "export" / f"demo_anime{what}.safetensors" for what in ("", "_ema")]
+    first = [file.read_bytes() for file in files]
+    for gone in ("base", "clips", "cache", "run"):
+        shutil.rmtree(tmp_path / gone)
+    assert cli.main(["export", *own]) == 0
+    assert [file.read_bytes() for file in files] == first
+    assert "against the checkpoint" in capsys.readouterr().out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "loha", "lokr"])
+def test_what_is_read_back_is_compared_with_peft_itself(tmp_path, kind):
+    """The comparison says 0 for a right file and the true error for a wrong one, by what PEFT makes of the weights."""
+    transformer = TINY.transformer(torch.float32, CPU)
+    lora.inject(transformer, [r"blocks\.0\..*"], lora.Spec(4, 3, kind), seed=0)
+    for parameter in lora.trainable(transformer).values():
+        parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+    state = lora.adapter_state(lora.trainable(transformer), lora.scales(transformer))
+    pairs, extras = lora_updates.from_adapter(state)
+    path, form = tmp_path / "x.safetensors", {"lora": "universal", "rslora": "universal", "dora": "diffusers"}.get(kind)
+    lora_formats.write_lora(path, pairs, form or "kohya", {}, dtype=torch.float32, extras=extras)
+    assert lora_updates.refuse_difference(path, state, "float32") < 1e-6
+    module = "blocks.0.ffn.net.2"
+    state.scales[module] *= 1.01
+    with pytest.raises(UserError, match=rf"the delta of {module} differs from the checkpoint's by 9\.9e-03"):
+        lora_updates.refuse_difference(path, state, "float32")
+    state.scales[module] /= 1.01
+    layer = transformer.get_submodule(module)
+    want = layer.get_delta_weight("default") if kind != "dora" else layer.scaling["default"] * (
+        layer.lora_B["default"].weight @ layer.lora_A["default"].weight)
+    leaves = state.tensors[module]
+    got = state.scales[module] * (leaves["lora_B"] @ leaves["lora_A"] if "lora_A" in leaves
+                                  else lora_updates._product(leaves).float())
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
 def test_bfloat16_is_refused_where_folding_alpha_would_round(trained, wantrain, capsys):
-    assert wantrain("export", "lora.alpha=3", "export.dtype=bfloat16") == 2
+    assert wantrain("export", *OWN, "export.dtype=bfloat16") == 2
     assert "alpha/rank" in capsys.readouterr().err
 
 
@@ -90,7 +148,7 @@ def test_an_export_that_reads_back_wrong_is_an_error(trained, wantrain, capsys, 
         write(path, {m: lora_formats.LoraPair(p.a, p.b, p.rank) for m, p in pairs.items()}, *rest, **options)
 
     monkeypatch.setattr(lora_updates, "write_lora", losing)
-    assert wantrain("export", "lora.alpha=3") == 2
+    assert wantrain("export", *OWN) == 2
     assert "read back, the delta of" in capsys.readouterr().err
 
 
@@ -98,7 +156,7 @@ def test_every_format_of_the_config_reads_back_as_what_was_trained(trained, want
     """The universal file is held against the checkpoint in the tests above, and the others against it."""
     files = {}
     for form in LoraFormat:
-        assert wantrain("export", "lora.alpha=3", f"export.format={form.name}") == 0
+        assert wantrain("export", *OWN, f"export.format={form.name}") == 0
         name = "demo_anime_peft" if form is LoraFormat.peft else "demo_anime.safetensors"
         files[form.name] = lora_formats.read_lora(trained / "export" / name)
         assert files[form.name].format == form.name
@@ -111,7 +169,7 @@ def test_other_formats_load_in_diffusers_with_the_same_effect(trained, wantrain,
     pipeline = WanPipeline.from_pretrained(base.EMBEDDED, dtype=torch.float32)
     pipeline.load_lora_weights(str(trained / "export" / "demo_anime.safetensors"))
     universal = pipeline.transformer(**inputs())[0]
-    assert wantrain("export", "lora.alpha=3", f"export.format={form}") == 0
+    assert wantrain("export", *OWN, f"export.format={form}") == 0
     pipeline = WanPipeline.from_pretrained(base.EMBEDDED, dtype=torch.float32)
     pipeline.load_lora_weights(str(trained / "export" / "demo_anime.safetensors"))
     torch.testing.assert_close(pipeline.transformer(**inputs())[0], universal, atol=1e-4, rtol=1e-4)
@@ -138,10 +196,11 @@ def test_a_merged_transformer_computes_what_base_and_lora_do(trained, tmp_path, 
 @pytest.mark.parametrize("form", ["universal", "kohya"])
 def test_training_starts_from_an_exported_lora(trained, wantrain, tmp_path, capsys, form):
     """With a larger rank and another alpha the first loss is that of the LoRA, and step 0 exports its deltas."""
-    assert wantrain("export", "lora.alpha=3", f"export.format={form}") == 0
+    assert wantrain("export", *OWN, f"export.format={form}") == 0
     given = trained / "export" / "demo_anime.safetensors"
     more = [f"run.dir={tmp_path / 'more'}", f"lora.start_from={given}", "lora.rank=6", "lora.alpha=12"]
-    assert wantrain("train", *more, "train.num_steps=1", "optim.lr=1e-12", "optim.weight_decay=0") == 0
+    more += ["train.num_steps=1", "optim.lr=1e-12", "optim.weight_decay=0"]
+    assert wantrain("train", *more) == 0
     assert wantrain("export", *more) == 0
     old, new = (lora_formats.read_lora(run / "export" / "demo_anime.safetensors")
                 for run in (trained, tmp_path / "more"))
@@ -237,7 +296,7 @@ def test_training_on_top_of_a_merged_lora(trained, wantrain, tmp_path, capsys):
 
 
 def test_a_peft_export_is_a_folder_that_samples_and_merges(trained, wantrain):
-    assert wantrain("export", "lora.alpha=3", "export.format=peft") == 0
+    assert wantrain("export", *OWN, "export.format=peft") == 0
     folder = trained / "export" / "demo_anime_peft"
     assert (folder / "adapter_config.json").is_file()
     assert wantrain("check", f"model.merge=['{folder}=0.5']") == 0

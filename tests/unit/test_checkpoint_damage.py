@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from wantrain.engine import checkpoint
-from wantrain.engine.checkpoint import CHECKSUMS, STATE, TENSORS, Damaged, Place, Progress
+from wantrain.engine.checkpoint import CHECKSUMS, STATE, TENSORS, Damaged, Place, Progress, Record
 from wantrain.terms import UserError
 
 FINGERPRINT = {"train.seed": 0, "optim.lr": 1e-3, "data.trigger": "sqstyle", "(base weights)": "0f3a"}
@@ -29,7 +29,7 @@ def written(tmp_path_factory) -> Place:
     """Steps 1 to 3."""
     place = Place(tmp_path_factory.mktemp("run") / "checkpoints", keep=3)
     for step in (1, 2, 3):
-        checkpoint.save(place, Progress(step), tensors_of(step), FINGERPRINT)
+        checkpoint.save(place, Progress(step), tensors_of(step), Record(FINGERPRINT))
     return place
 
 
@@ -123,12 +123,12 @@ def test_a_write_that_fails_loses_nothing_older_and_leaves_nothing(place: Place,
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
     try:
         with pytest.raises(UserError, match=r"could not write .*step_000004") as raised:
-            checkpoint.save(place, Progress(4), tensors_of(4), FINGERPRINT)
+            checkpoint.save(place, Progress(4), tensors_of(4), Record(FINGERPRINT))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "free some disk space" in raised.value.next_step
     assert_whole(place, 1, 2, 3)
-    checkpoint.save(place, Progress(4), tensors_of(4), FINGERPRINT)
+    checkpoint.save(place, Progress(4), tensors_of(4), Record(FINGERPRINT))
     assert_whole(place, 2, 3, 4)
 
 
@@ -137,7 +137,7 @@ def test_a_damaged_one_takes_no_place_of_those_that_stay(place: Place, keep: int
     """A run that went on from step 1 and saves step 2 again does not count the damaged step 3 as the newest."""
     shutil.rmtree(place.folder / "step_000002")
     (place.folder / "step_000003" / TENSORS).unlink()
-    checkpoint.save(place._replace(keep=keep), Progress(2), tensors_of(2), FINGERPRINT)
+    checkpoint.save(place._replace(keep=keep), Progress(2), tensors_of(2), Record(FINGERPRINT))
     found = checkpoint.newest_whole(place, FINGERPRINT)
     assert found is not None
     assert found.progress.step == 2

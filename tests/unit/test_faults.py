@@ -21,7 +21,7 @@ from wantrain.config import load
 from wantrain.data.cache import LATENTS, TEXT
 from wantrain.data.plan import num_tokens
 from wantrain.engine import checkpoint
-from wantrain.engine.checkpoint import Place, Progress, Writer
+from wantrain.engine.checkpoint import Place, Progress, Record, Writer
 from wantrain.stages import cache, opened, train
 from wantrain.terms import EXIT_INTERRUPTED, Bucket, Clip, Found, PlannedClip, UserError
 
@@ -106,7 +106,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_update_out(trained, wantrain, 
 
 def saved(place: Place, *steps: int) -> None:
     for step in steps:
-        checkpoint.save(place, Progress(step), {"a|value": torch.full((2,), float(step))}, {})
+        checkpoint.save(place, Progress(step), {"a|value": torch.full((2,), float(step))}, Record({}))
 
 
 def test_the_newest_and_every_so_many_stay(tmp_path):
@@ -145,7 +145,7 @@ def test_the_mirror_stands_in_for_a_damaged_checkpoint(tmp_path):
     place = Place(tmp_path / "run", str(tmp_path / "mirror"), keep=2)
     writer = Writer(place)
     for step in (1, 2):
-        writer.write(Progress(step), {"a|value": torch.full((2,), float(step))}, {})
+        writer.write(Progress(step), {"a|value": torch.full((2,), float(step))}, Record({}))
     writer.close()
     (place.folder / "step_000002" / checkpoint.TENSORS).write_bytes(b"cut")
     found = checkpoint.newest_whole(place, {})
@@ -160,14 +160,14 @@ def test_a_mirror_that_cannot_be_written_is_told_and_caught_up(tmp_path):
     blocked.write_text("a file where a folder should be")
     writer = Writer(Place(tmp_path / "run", str(blocked), keep=3))
     tensors = {"a|value": torch.zeros(2)}
-    writer.write(Progress(1), tensors, {})
+    writer.write(Progress(1), tensors, Record({}))
     writer.finish()
     assert "train.mirror" in writer.news()
     assert writer.news() == ""
     with pytest.raises(UserError, match=r"train\.mirror"):
         writer.close()
     blocked.unlink()
-    writer.write(Progress(2), tensors, {})
+    writer.write(Progress(2), tensors, Record({}))
     writer.close()
     assert sorted(p.name for p in blocked.iterdir()) == ["step_000001", "step_000002"]
 
@@ -180,7 +180,7 @@ def test_an_address_that_no_file_system_knows_is_refused(tmp_path):
 def test_the_writer_writes_what_was_given_though_training_goes_on(tmp_path):
     writer, tensors = Writer(Place(tmp_path, keep=9)), {"a|value": torch.ones(3)}
     progress = Progress(1, run_id="x")
-    writer.write(progress, tensors, {})
+    writer.write(progress, tensors, Record({}))
     progress.step = 2
     writer.finish()
     assert checkpoint.load(tmp_path / "step_000001", {})[0] == Progress(1, run_id="x")

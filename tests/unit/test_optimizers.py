@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from wantrain import engine, lora
 from wantrain.config import defaults, load
 from wantrain.engine import checkpoint, optimizers, states
-from wantrain.engine.checkpoint import Place, Progress
+from wantrain.engine.checkpoint import Place, Progress, Record
 from wantrain.engine.ema import Ema, decay_at
 from wantrain.engine.optimizers import OPTIMIZERS, Kind
 from wantrain.models import base
@@ -104,7 +104,8 @@ def test_n_steps_are_k_and_resume_and_the_rest_bitwise(learner, tmp_path, name, 
     settings = {"factors": None if name == "prodigy" else FACTORS,
                 "ema_decay": None if name == "schedule_free" else 0.5}
     whole = learner(name, **settings).train(range(MANY)).tensors()
-    saved = checkpoint.save(Place(tmp_path), Progress(k), learner(name, **settings).train(range(k)).tensors(), {})
+    part = learner(name, **settings).train(range(k)).tensors()
+    saved = checkpoint.save(Place(tmp_path), Progress(k), part, Record({}))
     progress, tensors = checkpoint.load(saved, {})
     going_on = learner(name, **settings).restore(tensors, progress.step)
     assert same_bits(going_on.tensors(), tensors)
@@ -344,7 +345,7 @@ def refused(name, stage, offloads=False):
 
 def test_a_checkpoint_of_a_version_without_a_key_goes_on_where_the_key_is_at_its_default(tmp_path):
     now = {"optim.name": "adamw", "optim.lora_plus": 1.0, "lora.rank": 4}
-    path = checkpoint.save(Place(tmp_path), Progress(1), {"a|value": torch.zeros(1)}, {"lora.rank": 4})
+    path = checkpoint.save(Place(tmp_path), Progress(1), {"a|value": torch.zeros(1)}, Record({"lora.rank": 4}))
     assert checkpoint.load(path, now, defaults())[0] == Progress(1)
     with pytest.raises(UserError, match=r"optim\.lora_plus: 1\.0 -> 16\.0"):
         checkpoint.load(path, now | {"optim.lora_plus": 16.0}, defaults())

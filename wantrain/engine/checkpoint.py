@@ -1,8 +1,9 @@
 """Checkpoints that belong to no engine and no number of processes.
 
 Per trainable tensor: its float32 value and what the optimizer keeps for it, by name (AdamW: two moments). With the
-step, the number of skipped ones and the config's fingerprint that is all, because order, sigma, noise and learning rate
-are functions of (seed, step): the process's own RNG decides nothing.
+step, the number of skipped ones and the config's fingerprint that is all that training needs, because order, sigma,
+noise and learning rate are functions of (seed, step): the process's own RNG decides nothing. What an export needs as
+well (Record) is in it too.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -126,6 +128,21 @@ class Progress:
     run_id: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What a checkpoint says of its training besides tensors, so that nothing else is asked again.
+
+    `fingerprint` is what a resume compares. `kind`, `scales` (the factor on each module's product) and `metadata` (what
+    a LoRA file says of itself) are what an export needs; `saved_at` is the moment of writing, ISO 8601.
+    """
+
+    fingerprint: Mapping[str, Any]
+    kind: str = ""
+    scales: Mapping[str, float] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    saved_at: str = ""
+
+
 class Damaged(UserError):
     """A checkpoint that is not what was written."""
 
@@ -165,7 +182,7 @@ def steps_on_disk(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("step_*") if step_of(p.name) >= 0), key=lambda path: step_of(path.name))
 
 
-def save(place: Place, progress: Progress, tensors: Mapping[str, torch.Tensor], fingerprint: Mapping[str, Any]) -> Path:
+def save(place: Place, progress: Progress, tensors: Mapping[str, torch.Tensor], record: Record) -> Path:
     """Write `step_NNNNNN/` under a temporary name, with all bytes on the disk before it is renamed; then drop old ones.
 
     `checksums`, written last, is what `b2sum -l 128 -c checksums` reads: without it a checkpoint is incomplete.
@@ -177,7 +194,8 @@ def save(place: Place, progress: Progress, tensors: Mapping[str, torch.Tensor], 
     try:
         temporary.mkdir(parents=True)
         write_tensors(temporary / TENSORS, tensors, {"step": str(progress.step)})
-        write_json(temporary / STATE, {**asdict(progress), "fingerprint": dict(fingerprint)})
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        write_json(temporary / STATE, asdict(progress) | asdict(replace(record, saved_at=now)))
         write_text(temporary / CHECKSUMS, checksums(temporary))
         _sync(temporary)
         temporary.rename(final)
@@ -214,12 +232,23 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
 
 
+def refuse_another_config(old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise UserError where the fingerprint of now differs from a checkpoint's.
+
+    A key that the checkpoint's version did not know yet counts as its default: the default of a new key is what was
+    done before there was one.
+    """
+    known = {key: value for key, value in defaults.items() if key in new}
+    if changed := differences({**known, **old}, new):
+        raise UserError("the config is not the one this run was started with:\n  " + "\n  ".join(changed),
+                        "set these back, or start a new run: run.name=ANOTHER")
+
+
 def load(path: Path, fingerprint: Mapping[str, Any] | None, defaults: Mapping[str, Any] | None = None
          ) -> tuple[Progress, dict[str, torch.Tensor]]:
     """(progress, tensors) of a checkpoint. Raises Damaged for one that is, UserError where the fingerprint differs.
 
-    `fingerprint` None skips the comparison (export needs none). A key that the checkpoint's version did not know yet
-    counts as its default in `defaults`: the default of a new key is what was done before there was one.
+    `fingerprint` None skips the comparison; `defaults` as for `refuse_another_config`.
     """
     try:
         intact = (path / CHECKSUMS).read_bytes() == checksums(path).encode()
@@ -228,15 +257,24 @@ def load(path: Path, fingerprint: Mapping[str, Any] | None, defaults: Mapping[st
     if not intact:
         raise Damaged(f"checkpoint {path} is damaged: its files are not those that were written",
                       f"rm -r {path}, and start again")
-    state = json.loads((path / STATE).read_text())
     if fingerprint is not None:
-        known = {key: value for key, value in (defaults or {}).items() if key in fingerprint}
-        old = {**known, **state["fingerprint"]}
-        if changed := differences(old, fingerprint):
-            raise UserError("the config is not the one this run was started with:\n  " + "\n  ".join(changed),
-                            "set these back, or start a new run: run.name=ANOTHER")
+        refuse_another_config(record_of(path).fingerprint, fingerprint, defaults or {})
     tensors, _ = read_tensors(path / TENSORS)
-    return Progress(**{field.name: state[field.name] for field in fields(Progress)}), tensors
+    return _state(path, Progress), tensors
+
+
+def record_of(path: Path) -> Record:
+    """What a whole checkpoint says of its training."""
+    return _state(path, Record)
+
+
+T = TypeVar("T", Progress, Record)
+
+
+def _state(path: Path, made: type[T]) -> T:
+    """One of the two parts of a checkpoint's state; fields of a version before keep their defaults."""
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    return made(**{field.name: state[field.name] for field in fields(made) if field.name in state})
 
 
 class Found(NamedTuple):
@@ -286,13 +324,13 @@ class Writer:
         self._mirror_fault: UserError | None = None
         self._is_told = True
 
-    def write(self, progress: Progress, tensors: Mapping[str, torch.Tensor], fingerprint: Mapping[str, Any]) -> None:
+    def write(self, progress: Progress, tensors: Mapping[str, torch.Tensor], record: Record) -> None:
         """Begin to write, once the one before is written. Raises what that one met."""
         self.finish()
-        self._writing = self._pool.submit(self._write, replace(progress), tensors, fingerprint)
+        self._writing = self._pool.submit(self._write, replace(progress), tensors, record)
 
-    def _write(self, progress: Progress, tensors: Mapping[str, torch.Tensor], fingerprint: Mapping[str, Any]) -> None:
-        save(self.place, progress, tensors, fingerprint)
+    def _write(self, progress: Progress, tensors: Mapping[str, torch.Tensor], record: Record) -> None:
+        save(self.place, progress, tensors, record)
         self._mirror_fault = None
         try:
             self._copy()

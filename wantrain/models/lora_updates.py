@@ -209,6 +209,9 @@ def low_rank(difference: torch.Tensor, rank: int) -> tuple[LoraPair, float]:
     return LoraPair((v[:, :rank] * root).T.contiguous(), u[:, :rank] * root, rank), min(kept, 1.0)
 
 
+_BUG = "report this as a bug; what it was made from is untouched"
+
+
 def write_proven(path: Path, lora: LoraFile, format: str, metadata: Mapping[str, str], storage: str) -> float:
     """Write a LoRA, read it back, and return the largest relative error of anything that it does.
 
@@ -219,9 +222,48 @@ def write_proven(path: Path, lora: LoraFile, format: str, metadata: Mapping[str,
     write_lora(path, lora.pairs, format, metadata, dtype=dtype, extras=lora.extras)
     worst, where = worst_difference(lora, read_lora(path))
     if not worst <= allowed:
-        raise UserError(f"{path}: read back, the delta of {where} differs by {worst:.1e}", "report this as a bug; what "
-                        "it was made from is untouched")
+        raise UserError(f"{path}: read back, the delta of {where} differs by {worst:.1e}", _BUG)
     return worst
+
+
+def refuse_difference(path: Path, trained: AdapterState, storage: str) -> float:
+    """Read a LoRA file as the sampler does, and return the largest relative L2 error of its effect on any module
+    against the trained tensors and factors themselves.
+
+    Raises UserError above what the storage (a word of STORAGE) may cost.
+    """
+    written = to_adapter(read_lora(path))
+    if only := sorted(written.tensors.keys() ^ trained.tensors.keys()):
+        raise UserError(f"{path}: {only[0]} is only in one of file and checkpoint", _BUG)
+    errors = {module: _effect_error(leaves, trained.scales[module], written.tensors[module], written.scales[module])
+              for module, leaves in trained.tensors.items()}
+    where = max(errors, key=lambda module: errors[module])
+    if not errors[where] <= STORAGE[storage][1]:
+        raise UserError(f"{path}: read back, the delta of {where} differs from the checkpoint's by {errors[where]:.1e}",
+                        _BUG)
+    return errors[where]
+
+
+def _effect_error(trained: Mapping[str, torch.Tensor], scale: float, written: Mapping[str, torch.Tensor],
+                  written_scale: float) -> float:
+    """The relative L2 error of one module's product, and of its DoRA magnitudes."""
+    if "lora_A" not in trained:
+        wanted, found = (factor * _product(leaves) for leaves, factor in ((trained, scale), (written, written_scale)))
+        return _relative(wanted, found)
+    own, theirs = (LoraPair(leaves["lora_A"], factor * leaves["lora_B"].double(), len(leaves["lora_A"]))
+                   for leaves, factor in ((trained, scale), (written, written_scale)))
+    magnitude = [leaves[MAGNITUDE] for leaves in (trained, written) if MAGNITUDE in leaves]
+    return max(_pair_difference(own, theirs), _relative(*magnitude) if len(magnitude) == 2 else 0.0)
+
+
+def _product(leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The product of a LoHa or LoKr without its factor, float64 (LyCORIS, Yeh et al. 2023)."""
+    own = {leaf: tensor.double() for leaf, tensor in leaves.items()}
+    if "hada_w1_a" in own:
+        return (own["hada_w1_a"] @ own["hada_w1_b"]) * (own["hada_w2_a"] @ own["hada_w2_b"])
+    left = own["lokr_w1"] if "lokr_w1" in own else own["lokr_w1_a"] @ own["lokr_w1_b"]
+    right = own["lokr_w2"] if "lokr_w2" in own else own["lokr_w2_a"] @ own["lokr_w2_b"]
+    return torch.einsum("ab,cd->acbd", left, right).reshape(left.shape[0] * right.shape[0], -1)
 
 
 def worst_difference(one: LoraFile, other: LoraFile) -> tuple[float, str]:

@@ -18,6 +18,7 @@ from wantrain.config import for_expert as for_expert_config
 from wantrain.data import batches, decode, manifest, media, plan
 from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Cache, Conditioning, Entry, describe
 from wantrain.data.plan import Plan, num_tokens
+from wantrain.engine.checkpoint import Place
 from wantrain.files import digest_text
 from wantrain.jobs import in_workers
 from wantrain.lora import Spec
@@ -71,14 +72,14 @@ class Opened:
 
     def trainings(self) -> list[Opened]:
         """This recipe, or one for each expert that is asked for: two trainings over one cache, high noise first."""
-        asked = self.config.model.experts.name
+        asked = experts_of(self.config)
         return [replace(self, base=base, config=for_expert_config(self.config, base.expert))
-                for base in self.base.each() if asked in ("both", base.expert)]
+                for base in self.base.each() if base.expert in asked]
 
     @property
     def run_dir(self) -> Path:
         """The run's folder; an expert's training has its own inside."""
-        return Path(self.config.run.dir) / (self.base.expert or "")
+        return run_dir(self.config, self.base.expert)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -87,18 +88,8 @@ class Opened:
 
     @property
     def export_path(self) -> Path:
-        """Where `export` writes and where `sample` and `evaluate` look first; a PEFT adapter is a folder."""
-        return self._export_path("")
-
-    @property
-    def ema_export_path(self) -> Path:
-        """Where `export` writes the adapter's average."""
-        return self._export_path("_ema")
-
-    def _export_path(self, what: str) -> Path:
-        noise = f"_{self.base.expert}_noise" if self.base.expert else ""
-        suffix = "_peft" if self.config.export.format is LoraFormat.peft else ".safetensors"
-        return Path(self.config.run.dir) / "export" / f"{self.config.run.name}{what}{noise}{suffix}"
+        """Where `export` writes and where `sample` and `evaluate` look first."""
+        return export_path(self.config, self.base.expert)
 
     @property
     def sigmas(self) -> tuple[float, float]:
@@ -128,6 +119,31 @@ class Opened:
             return flow.Density(own.distribution.name, tuple(own.shape), shift, self.sigmas)
         except ValueError as error:
             raise UserError(f"sigma: {error}", "widen sigma.range, or choose another sigma.distribution") from error
+
+
+def experts_of(config: Config) -> list[Expert | None]:
+    """The experts whose LoRAs the config asks for, high noise first; [None] where there is one transformer."""
+    experts: Sequence[Expert | None] = variant_of(config).experts or (None,)
+    return [expert for expert in experts if expert is None or config.model.experts.name in ("both", expert)]
+
+
+def run_dir(config: Config, expert: Expert | None) -> Path:
+    """The run's folder; an expert's training has its own inside."""
+    return Path(config.run.dir) / (expert or "")
+
+
+def checkpoints_of(config: Config, expert: Expert | None) -> Place:
+    """Where a training's checkpoints are."""
+    own = config.train
+    mirror = own.mirror and f"{own.mirror.rstrip('/')}/{expert or ''}"
+    return Place(run_dir(config, expert) / "checkpoints", mirror, own.keep_checkpoints, own.keep_every)
+
+
+def export_path(config: Config, expert: Expert | None, what: str = "") -> Path:
+    """Where `export` writes the adapter, or `what` of it; a PEFT adapter is a folder."""
+    noise = f"_{expert}_noise" if expert else ""
+    suffix = "_peft" if config.export.format is LoraFormat.peft else ".safetensors"
+    return Path(config.run.dir) / "export" / f"{config.run.name}{what}{noise}{suffix}"
 
 
 def spec_of(config: Config) -> Spec:

@@ -10,7 +10,7 @@ import secrets
 import shlex
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -25,7 +25,7 @@ from wantrain.config import Config, DataMode, Dtype, OnNonfinite, Optimizer, Res
 from wantrain.data import batches, plan
 from wantrain.data.batches import Draws, Order, Split
 from wantrain.engine import Accelerator, checkpoint, optimizers
-from wantrain.engine.checkpoint import Place, Progress, Writer
+from wantrain.engine.checkpoint import Progress, Record, Writer
 from wantrain.engine.ema import Ema
 from wantrain.engine.meeting import Meeting
 from wantrain.files import write_json, write_text
@@ -40,6 +40,7 @@ from wantrain.stages import (
     Encoder,
     Opened,
     Streamed,
+    checkpoints_of,
     heldout_samples,
     manifest_digest,
     num_workers,
@@ -47,7 +48,7 @@ from wantrain.stages import (
     sample_of,
     spec_of,
 )
-from wantrain.terms import EXIT_INTERRUPTED, Batch, Bucket, Interrupted, Sample, UserError
+from wantrain.terms import EXIT_INTERRUPTED, NUM_TIMESTEPS, Batch, Bucket, Interrupted, Sample, UserError
 
 NUM_PLOTTED = 20_000
 """Sigmas that the plot of the run folder draws."""
@@ -91,7 +92,7 @@ class Stopper:
 @dataclass(frozen=True, slots=True)
 class Training:
     """What the loop works with: the recipe, the engine and where its processes meet, the adapted transformer, its
-    optimizer and its average, how far it is, what writes its checkpoints (in the first process), and its fingerprint.
+    optimizer and its average, how far it is, what writes its checkpoints (in the first process), and what these say.
     """
 
     recipe: Opened
@@ -103,7 +104,7 @@ class Training:
     modules: list[str]
     progress: Progress
     writer: Writer
-    fingerprint: Mapping[str, Any]
+    record: Record
 
     @property
     def config(self) -> Config:
@@ -218,6 +219,7 @@ def loaded(recipe: Opened, accelerator: Accelerator) -> Training:
     modules = lora.inject(transformer, config.lora.targets, spec_of(config), config.train.seed)
     if given:
         lora.start_from(transformer, given)
+    record = Record(fingerprint(recipe), config.lora.kind.name, lora.scales(transformer), metadata(recipe))
     if config.train.activation_checkpointing:
         transformer.enable_gradient_checkpointing()
     if own.sequence_parallel > 1:
@@ -229,10 +231,8 @@ def loaded(recipe: Opened, accelerator: Accelerator) -> Training:
         model, optimizer = accelerator.prepare(transformer, optimizers.make(
             optim.name.name, groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay))
     ema = None if optim.ema_decay is None else Ema(accelerator, model, optim.ema_decay)
-    place = Place(recipe.run_dir / "checkpoints", own.mirror and f"{own.mirror.rstrip('/')}/{recipe.base.expert or ''}",
-                  own.keep_checkpoints, own.keep_every)
-    return Training(recipe, accelerator, meeting, model, optimizer, ema, modules, Progress(),
-                    Writer(place), fingerprint(recipe))
+    writer = Writer(checkpoints_of(config, recipe.base.expert))
+    return Training(recipe, accelerator, meeting, model, optimizer, ema, modules, Progress(), writer, record)
 
 
 def num_tokens(recipe: Opened) -> set[int]:
@@ -517,6 +517,33 @@ def fingerprint(recipe: Opened) -> dict[str, Any]:
             "(clips and captions)": manifest_digest(recipe)}
 
 
+def metadata(recipe: Opened) -> dict[str, str]:
+    """What a LoRA file of this training says of itself: the field's keys (ss_*, modelspec.*) and its origin."""
+    config, variant = recipe.config, recipe.variant
+    shift = variant.shift if config.sigma.shift is None else config.sigma.shift
+    own = {
+        "version": __version__, "trigger": config.data.trigger, "variant": variant.name,
+        "config_digest": schema.digest(config), "manifest_digest": manifest_digest(recipe),
+        "base_digest": recipe.base.digest("transformer", recipe.cache.memo),
+        "merged": " ".join(f"{path}={strength:g}" for path, strength in recipe.base.merged),
+        "expert": recipe.base.expert or "", "sigmas": " ".join(f"{sigma:g}" for sigma in recipe.sigmas),
+        "targets": " ".join(config.lora.targets), "num_heldout": str(len(recipe.heldout)),
+    }
+    return {
+        "software": f"wantrain {__version__}", "ss_output_name": config.run.name, "ss_base_model_version": "wan",
+        "ss_network_module": f"wantrain.lora ({config.lora.kind.name})", "ss_network_dim": str(config.lora.rank),
+        "ss_network_alpha": str(config.lora.alpha), "ss_learning_rate": str(config.optim.lr),
+        "ss_seed": str(config.train.seed), "ss_num_train_items": str(len(recipe.planned)),
+        "ss_discrete_flow_shift": str(shift), "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "wan2.1/lora",
+        "modelspec.implementation": "https://github.com/Wan-Video/Wan2.1", "modelspec.title": config.run.name,
+        "modelspec.timestep_range": ",".join(f"{NUM_TIMESTEPS * sigma:g}" for sigma in recipe.sigmas),
+        "modelspec.resolution": "x".join(map(str, reversed(config.data.resolutions[0]))),
+        "modelspec.trigger_phrase": config.data.trigger,
+        **{f"wantrain.{key}": value for key, value in own.items()},
+    }
+
+
 def resume(training: Training) -> None:
     """Go on from the newest whole checkpoint, put back under this engine, if there is one.
 
@@ -530,7 +557,7 @@ def resume(training: Training) -> None:
     found: checkpoint.Found | UserError | None = None
     if training.accelerator.is_main_process:
         try:
-            found = checkpoint.newest_whole(place, training.fingerprint, schema.defaults())
+            found = checkpoint.newest_whole(place, training.record.fingerprint, schema.defaults())
         except UserError as error:
             found = error
     found = meeting.first(found)
@@ -548,8 +575,8 @@ def resume(training: Training) -> None:
 
 def agree(training: Training) -> None:
     """Raise UserError where processes were started with other configs, base weights or clips than the first."""
-    first = training.meeting.first(training.fingerprint)
-    changed = checkpoint.differences(first, training.fingerprint)
+    first = training.meeting.first(training.record.fingerprint)
+    changed = checkpoint.differences(first, training.record.fingerprint)
     for name, theirs in zip(training.meeting.processes, training.meeting.all(changed), strict=True):
         if theirs:
             raise UserError(f"{name} does not train what {training.meeting.processes[0]} does:\n  "
@@ -560,7 +587,7 @@ def save(training: Training) -> None:
     """Begin to write a checkpoint; every process must call it."""
     tensors = checkpoint.gather(training.accelerator, training.model, training.optimizer, training.kind, training.ema)
     if training.accelerator.is_main_process:
-        training.writer.write(training.progress, tensors, training.fingerprint)
+        training.writer.write(training.progress, tensors, training.record)
 
 
 def start_run(training: Training) -> None:
