@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -203,8 +203,8 @@ def opened(config: Config, recipe_arguments: Sequence[str], refuse: bool = True)
         raise UserError(f"none of {placed.num_found} clips can be used", "wantrain check says why; look at data.limits")
     recipe = Opened(config, base, list(rules.buckets), Plan(_weighted(placed.used, config), placed.dropped), apart.used,
                     cache)
-    if refuse and config.loss.class_words:
-        styled(recipe)  # without a trigger to replace, the class words would preserve nothing
+    if refuse and config.loss.class_words and not holding_trigger(recipe):
+        raise without_trigger(recipe)  # without one to replace, the class words would preserve nothing
     return recipe
 
 
@@ -248,13 +248,43 @@ def num_workers(config: Config) -> int:
     return config.data.num_workers or max(1, (os.cpu_count() or 1) // shares)
 
 
-def styled(recipe: Opened) -> list[PlannedClip]:
-    """The windows to train on with the trigger in a caption. Raises UserError where there is none."""
+def holding_trigger(recipe: Opened) -> list[PlannedClip]:
+    """The windows to train on with the trigger in a caption."""
     trigger = recipe.config.data.trigger
-    found = [p for p in recipe.planned if any(trigger in text for text in (p.clip.caption, *p.clip.more_captions))]
-    if not found:
-        raise UserError(f"no training caption holds the trigger {trigger!r}", "set data.trigger to the words in them")
-    return found
+    return [p for p in recipe.planned if any(trigger in text for text in (p.clip.caption, *p.clip.more_captions))]
+
+
+def without_trigger(recipe: Opened) -> UserError:
+    """What to say where no caption holds the trigger."""
+    return UserError(f"no training caption holds the trigger {recipe.config.data.trigger!r}",
+                     "set data.trigger to the words in them")
+
+
+def training_faults(recipe: Opened) -> Iterator[UserError]:
+    """What keeps one training from its first or from its last step: `train` and `check` raise the first of these."""
+    config = recipe.config
+    if config.validation.every_steps and not validation_sigmas(recipe):
+        low, high = recipe.sigmas
+        yield UserError(f"validation.sigmas = {config.validation.sigmas}: none is in [{low:g}, {high:g}), the sigmas "
+                        f"that {'this expert' if recipe.base.expert else 'sigma.range'} leaves to train at",
+                        f"add one, e.g. validation.sigmas=[{(low + high) / 2:g}], or validation.every_steps=0")
+
+
+def validation_sigmas(recipe: Opened) -> list[float]:
+    """Those of validation.sigmas at which this transformer is trained."""
+    low, high = recipe.sigmas
+    return [sigma for sigma in recipe.config.validation.sigmas if low <= sigma < high or sigma == high == 1]
+
+
+def evaluation_faults(recipe: Opened) -> Iterator[UserError]:
+    """What keeps `evaluate` from its report, besides a LoRA that is not trained yet; `check` tells the first."""
+    config = recipe.config
+    wanted = {"evaluate.prompts": config.evaluate.prompts, "data.trigger": config.data.trigger,
+              "data.heldout": recipe.heldout}
+    if lacking := [key for key, value in wanted.items() if not value]:
+        yield UserError(f"evaluate needs {' and '.join(lacking)}", "set them in the recipe; demo_anime shows how")
+    elif not holding_trigger(recipe):
+        yield without_trigger(recipe)
 
 
 def _without_faults(placed: Plan, cache: Cache) -> Plan:

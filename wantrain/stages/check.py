@@ -10,13 +10,15 @@ from wantrain import config as schema
 from wantrain import flow, lora
 from wantrain.config import Config
 from wantrain.data.plan import cropped, enlarged, num_tokens, trimmed_s
-from wantrain.stages import Opened, counted, opened, spec_of
+from wantrain.stages import Opened, counted, evaluation_faults, opened, spec_of, training_faults
 
 
 def run(config: Config, arguments: Sequence[str]) -> None:
     """Print clips, buckets, tokens, steps, trainable parameters and files."""
     recipe = opened(config, arguments)
     trainings = recipe.trainings()
+    for fault in (fault for own in trainings for fault in training_faults(own)):
+        raise fault
     total = sum(p.numel() for p in trainings[0].base.meta_transformer().parameters())
     everything = recipe.planned + recipe.heldout
     missing = recipe.cache.missing(everything, recipe.captions)
@@ -35,6 +37,8 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     for own in trainings:
         print(f"checkpoints  every {config.train.save_every} steps in {own.run_dir / 'checkpoints'}")
         print(f"export       {own.export_path}")
+    for fault in evaluation_faults(recipe):
+        print(f"evaluate     not yet: {fault.message}")
     print(f"trackers     {', '.join(['jsonl', *config.tracker.names])} (wandb {schema.wandb_mode()})")
     print(f"next: wantrain {'cache' if missing else 'train'} {' '.join(arguments)}")
 

@@ -20,15 +20,16 @@ from wantrain.models.lora_formats import read_lora
 from wantrain.stages import (
     Cached,
     Opened,
+    evaluation_faults,
     heldout_samples,
+    holding_trigger,
     inputs_of,
     lora_files,
     opened,
     sampler_of,
     sampler_settings,
-    styled,
 )
-from wantrain.terms import NUM_TIMESTEPS, PlannedClip, UserError
+from wantrain.terms import NUM_TIMESTEPS, PlannedClip
 
 CONDITIONS = ("base", "lora_with_trigger", "lora_without_trigger")
 
@@ -46,17 +47,18 @@ class Trio:
 def run(config: Config, arguments: Sequence[str]) -> None:
     """Measure and show what the LoRA does: with its trigger, without it, and against the base."""
     recipe = opened(config, arguments)
-    if not (config.evaluate.prompts and config.data.trigger and recipe.heldout):
-        raise UserError("evaluate needs evaluate.prompts, data.trigger and data.heldout",
-                        "set them in the recipe; demo_anime shows how")
+    for fault in evaluation_faults(recipe):
+        raise fault
+    cached = Cached(recipe)
     loras = lora_files(recipe, arguments)
+    inputs = inputs_of(recipe, len(config.evaluate.prompts))
     sampler = sampler_of(recipe, loras)
     trainings = {one.base.expert or "": one.run_dir for one in recipe.trainings()}
-    trios = sample_trios(recipe, sampler)
+    trios = sample_trios(recipe, sampler, inputs)
     distances = style_distances(recipe, trios)
     numbers = {
         "style_distance": distances,
-        "validation_loss": validation_losses(recipe, sampler),
+        "validation_loss": validation_losses(recipe, sampler, cached),
         "settings": schema.flat(config),
         "run": {expert: json.loads((run_dir / "run.json").read_text()) for expert, run_dir in trainings.items()
                 if (run_dir / "run.json").exists()},
@@ -76,10 +78,9 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     print(f"style distance: {shown}\nreport: {folder / 'report.html'} and {recipe.run_dir / 'report.json'}")
 
 
-def sample_trios(recipe: Opened, sampler: sampling.Sampler) -> list[Trio]:
+def sample_trios(recipe: Opened, sampler: sampling.Sampler, inputs: Sequence[sampling.Inputs]) -> list[Trio]:
     """Every evaluation prompt and seed in the three conditions, from the same noise and the same inputs."""
     config, settings = recipe.config, sampler_settings(recipe)
-    inputs = inputs_of(recipe, len(config.evaluate.prompts))
     jobs = [(prompt, seed, given) for prompt, given in zip(config.evaluate.prompts, inputs, strict=True)
             for seed in config.evaluate.seeds]
     trios = []
@@ -103,7 +104,7 @@ def style_distances(recipe: Opened, trios: Sequence[Trio]) -> dict[str, object]:
     The style set is the training clips whose caption holds the trigger. `nearer_to_base` compares the samples
     without trigger with the base's samples and with the style set.
     """
-    wanted = style.describe(_frames(recipe, styled(recipe)))
+    wanted = style.describe(_frames(recipe, holding_trigger(recipe)))
     samples = {c: style.describe([t.videos[c] for t in trios]) for c in CONDITIONS}
     parts = {c: style.distance(described, wanted) for c, described in samples.items()}
     parts["floor"] = style.distance(style.describe(_frames(recipe, recipe.heldout)), wanted)
@@ -120,10 +121,10 @@ def _frames(recipe: Opened, planned: Sequence[PlannedClip]) -> list[torch.Tensor
     return [decode.read_window(p) for p in planned]
 
 
-def validation_losses(recipe: Opened, sampler: sampling.Sampler) -> dict[str, object]:
+def validation_losses(recipe: Opened, sampler: sampling.Sampler, cached: Cached) -> dict[str, object]:
     """Held-out loss of the base and of the LoRA, mean and at each sigma."""
     sigmas = recipe.config.validation.sigmas
-    samples = heldout_samples(recipe, Cached(recipe))
+    samples = heldout_samples(recipe, cached)
     device = next(sampler.transformers[0].parameters()).device
     found: dict[str, object] = {"sigmas": sigmas}
     for name, strength in (("base", 0.0), ("lora", 1.0)):

@@ -47,6 +47,8 @@ from wantrain.stages import (
     opened,
     sample_of,
     spec_of,
+    training_faults,
+    validation_sigmas,
 )
 from wantrain.terms import EXIT_INTERRUPTED, NUM_TIMESTEPS, Batch, Bucket, Interrupted, Sample, UserError
 
@@ -124,6 +126,8 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     recipe = opened(config, arguments)
     cached = Cached(recipe) if config.data.mode is DataMode.cache else None  # says at once if entries are missing
     trainings = recipe.trainings()
+    for fault in (fault for own in trainings for fault in training_faults(own)):
+        raise fault
     for number, own in enumerate(trainings):
         another_follows = number + 1 < len(trainings)
         is_main = train_one(own, cached, another_follows)
@@ -503,8 +507,7 @@ def place_weight(batch: Batch, inside: float, outside: float) -> torch.Tensor | 
 
 def validate(training: Training, heldout: Sequence[Sample]) -> float:
     """Mean held-out loss at those of the config's sigmas at which this transformer works."""
-    low, high = training.recipe.sigmas
-    sigmas = [sigma for sigma in training.config.validation.sigmas if low <= sigma < high or sigma == high == 1]
+    sigmas = validation_sigmas(training.recipe)
     with (optimizers.at_average(training.accelerator, training.model, training.optimizer, training.kind),
           engine.autocast(training.device, training.recipe.dtype)):
         losses = validation.losses(training.model, heldout, sigmas, training.device)
