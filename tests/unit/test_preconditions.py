@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import shlex
 
+import pytest
+import torch
+
+from wantrain import cli, config
+from wantrain.engine import checkpoint
+from wantrain.engine.checkpoint import Record
 from wantrain.models.base import Base
 
 
@@ -41,3 +47,18 @@ def test_evaluate_without_a_cache_or_a_lora_says_so_before_anything_is_loaded(wa
     assert "the cache lacks" in capsys.readouterr().err
     assert wantrain("evaluate") == 2
     assert "no LoRA file" in capsys.readouterr().err
+
+
+def test_exporting_an_expert_that_was_not_trained_names_the_one_that_was(arguments, tmp_path, capsys):
+    own = [*arguments, "model.variant=tiny_wan_a14b"]
+    fingerprint = config.fingerprint(config.for_expert(config.load(own), "low"))
+    record = Record(fingerprint, "lora", {"blocks.0.attn1.to_q": 1.0})
+    pair = {f"blocks.0.attn1.to_q.lora_{x}.default.weight|value": torch.ones(size) for x, size in
+            (("A", (4, 96)), ("B", (96, 4)))}
+    checkpoint.save(checkpoint.Place(tmp_path / "run" / "low" / "checkpoints"), checkpoint.Progress(1), pair, record)
+    assert cli.main(["export", *own]) == 2
+    said = capsys.readouterr().err
+    assert f"no checkpoint in {tmp_path / 'run' / 'high' / 'checkpoints'}" in said
+    next_command = shlex.split(said.partition("next: wantrain ")[2].partition("    for the low noise expert alone")[0])
+    assert cli.main(next_command) == 0
+    assert (tmp_path / "run" / "export" / "demo_anime_low_noise.safetensors").exists()
