@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import importlib
 import os
@@ -66,39 +67,75 @@ def main(arguments: Sequence[str] | None = None) -> int:
     interrupted; 1 is for our own faults.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or given[0] in ("-h", "--help"):
-        print(_help())
-        return 0
-    verb, rest = given[0], given[1:]
-    if verb not in (*VERBS, *FILE_VERBS):
-        print(f"error: no verb {verb!r}; there are {', '.join((*VERBS, *FILE_VERBS))}\n  next: wantrain --help",
-              file=sys.stderr)
-        return EXIT_USER_ERROR
-    if {"-h", "--help"} & set(rest):
-        print(_verb_help(verb) if verb in VERBS else _file_verb_help(FILE_VERBS[verb]))
-        return 0
     with logs.lasting_console():
+        if not given or given[0] in ("-h", "--help", "help"):
+            print(_help())
+            return 0
+        verb, rest = given[0], given[1:]
+        if verb not in (*VERBS, *FILE_VERBS):
+            close = difflib.get_close_matches(verb, (*VERBS, *FILE_VERBS), 1)
+            print(f"error: no verb {verb!r}; there are {', '.join((*VERBS, *FILE_VERBS))}\n  next: "
+                  f"{shlex.join(['wantrain', *close, *rest]) if close else 'wantrain --help'}", file=sys.stderr)
+            return EXIT_USER_ERROR
+        if {"-h", "--help"} & set(rest):
+            print(_verb_help(verb) if verb in VERBS else _file_verb_help(FILE_VERBS[verb]))
+            return 0
         return _run_and_tell(verb, rest)
 
 
 def _run_and_tell(verb: str, rest: list[str]) -> int:
     """Run a verb; what ended it is told on the console."""
-    process = int(os.environ.get("RANK", "0"))
+    process = 0
     try:
+        process = _process(verb)
         return 0 if process and verb not in SHARED_VERBS else _run(verb, rest)
     except (UserError, OSError) as error:
-        fault = error
-        if isinstance(error, OSError):
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            fault = UserError(f"could not write {error.filename or 'a file'}: {error.strerror}", "free some disk "
-                              "space, then run the same command again: what was finished is kept")
+        fault = _of_system(error) if isinstance(error, OSError) else error
         print(f"error{f' in process {process}' if process else ''}: {fault}", file=sys.stderr)
         return _left(EXIT_STALLED if isinstance(fault, Stalled) else EXIT_USER_ERROR)
     except (KeyboardInterrupt, Interrupted) as stop:
         print(f"\n{stop if str(stop) else 'interrupted; what was finished is kept'}\n  next: "
               f"{shlex.join(['wantrain', verb, *rest])}    goes on from there", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _process(verb: str) -> int:
+    """This process's place among those of the launch; 0 without one.
+
+    RANK without MASTER_ADDR is left over in a shell: no launcher sets one without the other.
+    """
+    rank, size = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE"))
+    if rank is None and size is None:
+        return 0
+    for name, value in (("RANK", rank), ("WORLD_SIZE", size)):
+        if value is not None and not value.isdecimal():
+            raise UserError(f"{name}={value} is set, and is no number", f"unset {name}")
+    if "MASTER_ADDR" in os.environ:
+        return int(rank or 0)
+    left = " and ".join(f"{name}={value}" for name, value in (("RANK", rank), ("WORLD_SIZE", size)) if value)
+    if verb in SHARED_VERBS and int(size or 1) > 1:
+        absent = [str(other) for other in range(int(size or 1)) if other != int(rank or 0)]
+        raise Stalled(f"{left} and no MASTER_ADDR: {'processes' if len(absent) > 1 else 'process'} "
+                      f"{', '.join(absent[:4])}{', ...' if len(absent) > 4 else ''} of {size} cannot be met",
+                      "unset RANK WORLD_SIZE    if they are left over; else start all with accelerate launch")
+    print(f"note: {left} in the environment, and no MASTER_ADDR: left over, so this is taken as the only process",
+          file=sys.stderr)
+    for name in ("RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
+    return 0
+
+
+def _of_system(error: OSError) -> UserError:
+    """What the system refused, with the path that it was about. Raises the error where it was about none."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if not full and error.filename is None:
+        raise error
+    if full:
+        return UserError(f"could not write {error.filename or 'a file'}: {error.strerror}", "free some disk "
+                         "space, then run the same command again: what was finished is kept")
+    return UserError(f"{os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename}: "
+                     f"{error.strerror or type(error).__name__}", "mend the path or its rights, then run the same "
+                     "command again: what was finished is kept")
 
 
 def _left(code: int) -> int:
@@ -115,16 +152,7 @@ def _run(verb: str, rest: list[str]) -> int:
     if verb in FILE_VERBS:
         importlib.import_module(f"wantrain.stages.{verb}").run(rest)
         return 0
-    config_dir = None
-    if "--config-dir" in rest:
-        place = rest.index("--config-dir")
-        if place + 1 == len(rest) or not Path(rest[place + 1]).is_dir():
-            raise UserError("--config-dir needs an existing folder",
-                            "wantrain check --config-dir my_configs recipe=mine")
-        config_dir = Path(rest[place + 1])
-    overrides = [a for i, a in enumerate(rest) if a != "--config-dir" and rest[i - 1 : i] != ["--config-dir"]]
-    if flags := [a for a in overrides if a.startswith("-")]:
-        raise UserError(f"unknown option(s) {', '.join(flags)}", f"wantrain {verb} --help")
+    config_dir, overrides = _config_dir(rest)
     # The libraries behind a verb take seconds to import, so help and faults of the config come first.
     config = importlib.import_module("wantrain.config").load(overrides, config_dir)
     process = int(os.environ.get("RANK", "0"))
@@ -133,6 +161,27 @@ def _run(verb: str, rest: list[str]) -> int:
     with log:
         importlib.import_module(f"wantrain.stages.{verb}").run(config, rest)
     return 0
+
+
+def _config_dir(rest: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The folder of the user's own groups, and the other arguments. The folder `recipe` inside it is understood."""
+    overrides: list[str] = []
+    given, words = None, list(rest)
+    while words:
+        word = words.pop(0)
+        if word == "--config-dir" and words:
+            word = f"--config-dir={words.pop(0)}"
+        if word.startswith("--config-dir"):
+            given = word.removeprefix("--config-dir").removeprefix("=")
+        else:
+            overrides.append(word)
+    if given is None:
+        return None, overrides
+    folder = Path(given).expanduser()
+    if not given or not folder.is_dir():
+        raise UserError(f"--config-dir needs an existing folder, not {given!r}",
+                        "wantrain check --config-dir my_configs recipe=mine")
+    return folder.parent if folder.name == "recipe" and not (folder / "recipe").is_dir() else folder, overrides
 
 
 def _help() -> str:

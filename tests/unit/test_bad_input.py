@@ -128,6 +128,7 @@ def test_export_and_sample_before_training_name_the_next_command(wantrain, capsy
 
 def test_a_batch_that_cannot_be_dealt(wantrain, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
     assert "cannot be dealt to 3 process" in failing(wantrain, capsys, "train")
 
 
@@ -174,5 +175,6 @@ def test_a_stop_in_training_saves_and_goes_on(clips, cache_dir, cached, tmp_path
 
 def test_a_verb_for_one_process_runs_in_the_first_only(wantrain, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
     assert wantrain("check") == 0
     assert capsys.readouterr().out == ""

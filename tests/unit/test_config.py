@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from enum import Enum
 
 import pytest
 import yaml
@@ -35,7 +36,7 @@ def vars_of(composed):
 
 
 def plain(value):
-    return value.name if isinstance(value, config.Enum) else value
+    return value.name if isinstance(value, Enum) else value
 
 
 @pytest.mark.parametrize(("override", "said"), [
@@ -72,7 +73,7 @@ def test_dictionaries_of_the_users_own_keys():
 
 
 def test_a_mistyped_key_gets_a_suggestion():
-    with pytest.raises(UserError, match="did you mean 'warmup_steps'"):
+    with pytest.raises(UserError, match=r"did you mean optim\.warmup_steps\?"):
         config.load(["recipe=demo_anime", "optim.warmup_step=1"])
 
 
@@ -100,16 +101,6 @@ def test_help_needs_no_heavy_library():
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "evaluate" in shown
     assert shown.splitlines()[-1] == "[]"
-
-
-def test_the_1b3_recipes_differ_only_in_model_sizes_steps_and_data():
-    for style in ("anime", "architecture"):
-        demo, real = (config.flat(config.load([f"recipe={r}"])) for r in (f"demo_{style}", f"{style}_1b3"))
-        different = {key for key in demo if demo[key] != real.get(key)}
-        allowed = ("run.", "model.", "data.", "train.num_steps", "train.micro_batch_size", "train.save_every",
-                   "train.activation_checkpointing", "optim.lr", "optim.warmup_steps", "validation.every_steps",
-                   "sampler.", "evaluate.")
-        assert {key for key in different if not key.startswith(allowed)} == set()
 
 
 def test_fingerprint_holds_what_changes_the_numbers_only():

@@ -72,9 +72,9 @@ class Opened:
 
     def trainings(self) -> list[Opened]:
         """This recipe, or one for each expert that is asked for: two trainings over one cache, high noise first."""
-        asked = experts_of(self.config)
+        asked = self.config.model.experts.name
         return [replace(self, base=base, config=for_expert_config(self.config, base.expert))
-                for base in self.base.each() if base.expert in asked]
+                for base in self.base.each() if asked in ("both", base.expert)]
 
     @property
     def run_dir(self) -> Path:
@@ -165,7 +165,24 @@ def variant_of(config: Config) -> Variant:
     for name, own in (("high", config.high), ("low", config.low)):
         if own != ExpertOwn() and not variant.experts:
             raise UserError(f"{name}.* is set, but {variant.name} has one transformer", f"take {name}.* out")
+    refuse_sizes(config, variant)
     return variant
+
+
+def refuse_sizes(config: Config, variant: Variant) -> None:
+    """Say which rank is above every module of the variant, and which size of samples does not divide."""
+    largest = max(variant.architecture.dim, variant.architecture.image_dim or 0)
+    ranks = {"lora.rank": config.lora.rank, "high.rank": config.high.rank, "low.rank": config.low.rank,
+             "lora.rank_pattern": max(config.lora.rank_pattern.values(), default=None)}
+    for key, rank in ranks.items():
+        if rank is not None and rank > largest:
+            raise UserError(f"{key} = {rank} is above what any module of {variant.name} has: {largest}",
+                            f"16 to 128 is usual: {key.removesuffix('_pattern')}=32")
+    size, multiple = config.sampler.resolution, variant.multiple_px
+    if size and any(side % multiple for side in size):
+        near = [max(multiple, round(side / multiple) * multiple) for side in size]
+        raise UserError(f"sampler.resolution = {size}: both must be multiples of {multiple} for {variant.name}",
+                        f"sampler.resolution={str(near).replace(' ', '')}")
 
 
 def clips_of(config: Config) -> tuple[list[Clip], list[Clip]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 
@@ -40,7 +41,7 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     for fault in evaluation_faults(recipe):
         print(f"evaluate     not yet: {fault.message}")
     print(f"trackers     {', '.join(['jsonl', *config.tracker.names])} (wandb {schema.wandb_mode()})")
-    print(f"next: wantrain {'cache' if missing else 'train'} {' '.join(arguments)}")
+    print(f"next: {shlex.join(['wantrain', 'cache' if missing else 'train', *arguments])}")
 
 
 def print_training(recipe: Opened) -> None:

@@ -1,0 +1,325 @@
+"""What people type: each mistake ends at once in words that help, and what can only mean one thing is understood."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+
+import pytest
+
+from wantrain import cli, config
+from wantrain.terms import UserError
+
+RECIPE = "recipe=demo_anime"
+
+# typed after the recipe -> what must be in the message
+MISTAKES = {
+    "optim.lr=1e-4x": ["optim.lr = '1e-4x'", "a number such as 1e-4"],
+    "optim.lr=0,0001": ["optim.lr", "comma", "0.0001"],
+    "optim.lr=": ["optim.lr", "a number"],
+    "optim.lr=nan": ["optim.lr", "finite"],
+    "optim.lr=-1e-4": ["optim.lr", "above 0"],
+    "optim.betas=0.9": ["optim.betas", "two numbers"],
+    "optim.name=adamw8bit": ["optim.name", "adamw_8bit"],
+    "optim.name=AdamW": ["optim.name", "adamw"],
+    "optim.shedule=cosine": ["optim.schedule"],
+    "learning_rate=1e-4": ["unknown config key learning_rate"],
+    "lr=1e-4": ["unknown config key lr", "optim.lr"],
+    "rank=16": ["lora.rank"],
+    "train.steps=100": ["unknown config key train.steps", "train.num_steps"],
+    "train.num_step=100": ["train.num_steps"],
+    "train.num_steps=1.5": ["train.num_steps", "whole number"],
+    "train.num_steps=1000 steps": ["train.num_steps", "whole number"],
+    "data.num_frames=[80]": ["data.num_frames", "4n+1"],
+    "data.num_frames=80": ["data.num_frames", "4n+1"],
+    "data.num_frames=[81": ["data.num_frames", "closing ]"],
+    "data.resolutions=[[64]]": ["data.resolutions", "[height, width]"],
+    "data.trigger=": [],
+    "data.mode=streaming": ["data.mode", "stream"],
+    "data.batch_size=0": ["data.batch_size", "1 or more"],
+    "data.caption_dropout=10": ["data.caption_dropout", "[0, 1]"],
+    "data.cache_dir=/etc/hostname": ["data.cache_dir", "/etc/hostname", "a folder"],
+    "run.dir=/etc/hostname/run": ["run.dir", "a folder"],
+    "data.source.style.path=x": ["data.sources"],
+    "data.sources.style.paht=x": ["data.sources.style.paht"],
+    "model.dtype=fp16": ["model.dtype", "bfloat16", "65,504"],
+    "model.dtype=bf16": ["model.dtype", "bfloat16"],
+    "model=wan2.1_t2v_1.3b": ["did you mean model=wan21_t2v_1b3"],
+    "model=Wan21-T2V-14B": ["did you mean model=wan21_t2v_14b"],
+    "tracker=wandb2": ["did you mean tracker=wandb"],
+    "tracker.names=mlflow": ["tracker.names", "tensorboard, wandb"],
+    "recipe=demo_anmie": ["did you mean recipe=demo_anime?"],
+    "train.resume=true": ["train.resume", "auto is what true would mean"],
+    "train.resume=no": ["train.resume", "never is what no would mean"],
+    "train.activation_checkpointing=maybe": ["train.activation_checkpointing", "true or false"],
+    "train.seed=2**64": ["train.seed", "whole number"],
+    "train.seed=18446744073709551616": ["train.seed", "below 2^63"],
+    "train.seed=-1": ["train.seed", "below 2^63"],
+    "sampler.seeds=[9223372036854775808]": ["sampler.seeds", "below 2^63"],
+    "sampler.seeds=[]": ["sampler.seeds", "at least one"],
+    "export.format=comfyui": ["export.format", "universal is what ComfyUI loads"],
+    "+lora.dropout=0.1": ["unknown config key lora.dropout"],
+    "++lora.ranks=4": ["lora.rank"],
+    "lora.kind=locon": ["lora.kind", "lokr"],
+    "lora.targets=[]": ["lora.targets", "at least one"],
+    "lora.rank_pattern={attn: much}": ["lora.rank_pattern", "whole number"],
+    "lora.rank_pattern={attn}": ["lora.rank_pattern", "KEY: VALUE"],
+    "lora.rank_pattern=4": ["lora.rank_pattern", "a dictionary"],
+    "lora.rank=32,16": ["lora.rank", "whole number"],
+    "run.name=": ["run.name", "a name is needed"],
+    "run.name=a/b": ["run.name", "run.dir"],
+    "sigma.range=[0,1000]": ["sigma.range", "[0, 1]", "timesteps"],
+    "sigma.range=[0.5,0.5]": ["sigma.range"],
+    "validation.sigmas=[500]": ["validation.sigmas", "timesteps"],
+    "validation.sigmas=[0.5,0.5]": ["validation.sigmas", "each once"],
+    "sampler.resolution=[65]": ["sampler.resolution", "[height, width]"],
+    "sampler.num_steps=0": ["sampler.num_steps", "1 or more"],
+    "sampler.num_steps=-3": ["sampler.num_steps", "1 or more"],
+    "sampler.shift=0": ["sampler.shift", "above 0"],
+    "sampler.guidance=nan": ["sampler.guidance", "finite"],
+    "sampler.num_frames=16": ["sampler.num_frames", "4n+1"],
+    "sampler.strengths=[]": ["sampler.strengths", "at least one"],
+    "sampler.strengths=[1,inf]": ["sampler.strengths", "finite"],
+    "sampler.strength=2": ["sampler.strength", "(0, 1]"],
+    "sampler.prompts=['']": ["sampler.prompts", "not empty"],
+    "sampler.inputs=[{frist: a.png}]": ["sampler.inputs", "first"],
+    "data.trigger=a\0b": ["data.trigger", "NUL"],
+    "~optim.lr": ["~optim.lr", "dictionary"],
+    "--fast": ["unknown option --fast"],
+    "--lora.rank=4": ["options are key=value", "lora.rank=4"],
+    "style": ["'style' is no key=value"],
+    "anime_1b4": ["did you mean recipe=anime_1b3"],
+    "optim.lr": ["'optim.lr' is no key=value", "optim.lr=..."],
+    "hydra.run.dir=x": ["unknown config key hydra.run.dir"],
+    "lora.alpha=1e999": ["lora.alpha", "finite"],
+    "loss.kind=l2": ["loss.kind"],
+    "data.timeout_s=1e300": ["data.timeout_s", "1e8"],
+    "data.limits={motion: 3}": ["data.limits.motion", "[low, high]"],
+}
+
+
+@pytest.mark.parametrize("typed", MISTAKES)
+def test_a_mistake_says_key_value_and_what_is_allowed(typed, capsys):
+    words = MISTAKES[typed]
+    if not words:
+        config.load([RECIPE, typed])
+        return
+    with pytest.raises(UserError) as caught:
+        config.load([RECIPE, typed])
+    for word in words:
+        assert word in str(caught.value)
+    assert caught.value.next_step
+    assert "hydra" not in str(caught.value).replace("hydra.run.dir", "").lower(), "its words are passed on"
+
+
+# typed after the recipe -> key, value
+UNDERSTOOD = {
+    "tracker.names=wandb": ("tracker.names", ["wandb"]),
+    "model.merge=/loras/a.safetensors": ("model.merge", ["/loras/a.safetensors"]),
+    "model.merge=[/loras/a.safetensors=0.8]": ("model.merge", ["/loras/a.safetensors=0.8"]),
+    "model.merge=[/l/{expert}.safetensors, b=0.5]": ("model.merge", ["/l/{expert}.safetensors", "b=0.5"]),
+    "sampler.lora=/loras/{expert}, new [v2].safetensors": ("sampler.lora", "/loras/{expert}, new [v2].safetensors"),
+    "lora.start_from=epoch=1-step=500.ckpt": ("lora.start_from", "epoch=1-step=500.ckpt"),
+    "data.heldout=/in/a=b": ("data.heldout", "/in/a=b"),
+    "data.heldout=/in/a,b": ("data.heldout", "/in/a,b"),
+    "data.heldout=/in/my clips (2026)": ("data.heldout", "/in/my clips (2026)"),
+    "data.heldout=/in/été/日本": ("data.heldout", "/in/été/日本"),
+    "data.heldout=C:\\Users\\me\\clips": ("data.heldout", "C:\\Users\\me\\clips"),
+    "data.heldout=/in/it's": ("data.heldout", "/in/it's"),
+    "data.heldout='/in/a b'": ("data.heldout", "/in/a b"),
+    "data.trigger=日本スタイル": ("data.trigger", "日本スタイル"),
+    "data.trigger=my style, v2": ("data.trigger", "my style, v2"),
+    "data.trigger=123": ("data.trigger", "123"),
+    "data.trigger=true": ("data.trigger", "true"),
+    "data.trigger=100%: new!": ("data.trigger", "100%: new!"),
+    "run.name=my run": ("run.name", "my run"),
+    "optim.betas=0.9,0.95": ("optim.betas", [0.9, 0.95]),
+    "optim.lr=5E-5": ("optim.lr", 5e-5),
+    "train.num_steps=1e3": ("train.num_steps", 1000),
+    "train.num_steps=1_000": ("train.num_steps", 1000),
+    "train.activation_checkpointing=True": ("train.activation_checkpointing", True),
+    "data.num_frames=17": ("data.num_frames", [17]),
+    "data.num_frames=1,17": ("data.num_frames", [1, 17]),
+    "data.resolutions=64x96": ("data.resolutions", [[64, 96]]),
+    "data.resolutions=[[64,96],[96,64]]": ("data.resolutions", [[64, 96], [96, 64]]),
+    "sampler.resolution=64x96": ("sampler.resolution", [64, 96]),
+    "sampler.prompts=a house": ("sampler.prompts", ["a house"]),
+    "sampler.prompts=a house, standing still": ("sampler.prompts", ["a house, standing still"]),
+    "sampler.prompts=['a house, still', \"it's red\"]": ("sampler.prompts", ["a house, still", "it's red"]),
+    "sampler.prompts=[a house: red (old), b]": ("sampler.prompts", ["a house: red (old)", "b"]),
+    "lora.targets=[blocks\\.[0-3]\\.attn1\\.(to_q|to_k)]": ("lora.targets", ["blocks\\.[0-3]\\.attn1\\.(to_q|to_k)"]),
+    "lora.targets=blocks\\.\\d{1,2}\\..*": ("lora.targets", ["blocks\\.\\d{1,2}\\..*"]),
+    "lora.rank_pattern={attn:2}": ("lora.rank_pattern", {"attn": 2}),
+    "lora.rank_pattern={'blocks\\.0\\..*': 4, attn: 2}": ("lora.rank_pattern", {"blocks\\.0\\..*": 4, "attn": 2}),
+    "lora.rank_pattern.attn=2": ("lora.rank_pattern", {"attn": 2}),
+    "data.limits={motion: [0.1, null]}": ("data.limits", {"motion": [0.1, None]}),
+    "sampler.inputs=[{video: 'my, film.mp4'}]": ("sampler.inputs", [{"video": "my, film.mp4"}]),
+    "sampler.guidance=null": ("sampler.guidance", None),
+    "train.mirror=s3://bucket/a=b": ("train.mirror", "s3://bucket/a=b"),
+    "+train.seed=3": ("train.seed", 3),
+    "data.sources.style={path: /a b, repeats: 2}": ("data.sources.style.path", "/a b"),
+    "model.parts.vae=/x y.safetensors": ("model.parts", {"vae": "/x y.safetensors"}),
+}
+
+
+def at(composed, key):
+    for part in key.split("."):
+        composed = composed[part] if isinstance(composed, dict) else getattr(composed, part)
+    return composed
+
+
+def test_what_is_typed_is_understood_without_quotes_of_ours():
+    """As many in one command line as have different keys: composing costs most of the time."""
+    rounds: list[dict[str, str]] = []
+    for typed, (key, _) in UNDERSTOOD.items():
+        free = next((one for one in rounds if key not in one), None)
+        if free is None:
+            rounds.append(free := {})
+        free[key] = typed
+    for one in rounds:
+        composed = config.load([RECIPE, *one.values()])
+        for key, typed in one.items():
+            assert at(composed, key) == UNDERSTOOD[typed][1], typed
+    with pytest.raises(UserError, match=r"sampler\.inputs"):
+        config.load([RECIPE, "sampler.inputs=[{first: my, pic.png}]"])
+
+
+def test_sources_on_the_command_line():
+    for typed in (["+data.sources.mine={path: /my clips, repeats: 2}"], ["data.sources.mine.path=/my clips",
+                                                                         "data.sources.mine.repeats=2"]):
+        sources = config.load([RECIPE, *typed]).data.sources
+        assert list(sources) == ["style", "regularisation", "mine"]
+        assert (sources["mine"].path, sources["mine"].repeats) == ("/my clips", 2.0)
+    assert list(config.load([RECIPE, "~data.sources.regularisation"]).data.sources) == ["style"]
+    with pytest.raises(UserError, match=r"data\.sources\.mine\.path"):
+        config.load([RECIPE, "data.sources.mine.repeats=2"])
+
+
+def test_a_bare_recipe_name_is_understood_and_other_words_are_told():
+    assert config.load(["demo_anime", "lora.rank=4"]).run.name == "demo_anime"
+    for typed, said in ((["recipe", "demo_anime"], "did you mean recipe=demo_anime?"),
+                        (["--recipe=demo_anime"], "this one is recipe=demo_anime"),
+                        (["--recipe", "demo_anime"], "recipe=demo_anime"), ([], "recipe=")):
+        with pytest.raises(UserError, match="recipe") as caught:
+            config.load(typed)
+        assert said in str(caught.value)
+
+
+def test_a_comma_that_splits_prompts_is_told_with_what_would_not(capsys):
+    config.load([RECIPE, "sampler.prompts=[a red house, standing still]"])
+    said = capsys.readouterr().err
+    assert "a comma splits prompts" in said
+    whole = shlex.split(said.partition("For one prompt: ")[2])[0]
+    assert config.load([RECIPE, whole]).sampler.prompts == ["a red house, standing still"]
+
+
+RECIPES = {
+    "train:\n\tnum_steps: 5\n": (":5: a tab is no indentation in YAML", "sed -i"),
+    "train: {num_steps: 5\n": (":4: ", "mend that line"),
+    "train: {num_steps: 5}\noptim: {lr: 1}\ntrain: {seed: 1}\n": (":6: train stands twice, first in line 4",),
+    "train:\n  num_step: 5\n": (":5: unknown config key train.num_step; did you mean train.num_steps",),
+    "train:\n  num_steps: many\n": (":5: train.num_steps = 'many' is not allowed: a whole number",),
+    "train:\nnum_steps: 5\n": (":4: train holds keys of its own",),
+    "lora: {kind: locon}\n": (":4: lora.kind = 'locon'", "lokr"),
+    "data:\n  sources:\n    style: {paht: x}\n": (":6: unknown config key data.sources.style.paht",),
+    "sampler: {prompts: 3: 4}\n": (":4: ",),
+    "- a\n- b\n": ("mend that line",),
+}
+
+
+@pytest.mark.parametrize("text", RECIPES)
+def test_a_recipe_with_a_fault_is_named_with_its_line(tmp_path, text):
+    (tmp_path / "recipe").mkdir()
+    path = tmp_path / "recipe" / "mine.yaml"
+    path.write_text("# @package _global_\ndefaults:\n  - demo_anime\n" + text)
+    with pytest.raises(UserError) as caught:
+        config.load(["recipe=mine"], tmp_path)
+    assert str(path) in str(caught.value)
+    for words in RECIPES[text]:
+        assert words in str(caught.value)
+
+
+def test_a_recipe_without_its_package_line_or_with_a_base_that_is_not_there(tmp_path):
+    (tmp_path / "recipe").mkdir()
+    path = tmp_path / "recipe" / "mine.yaml"
+    path.write_text("defaults:\n  - demo_anime\n  - _self_\ntrain: {num_steps: 5}\n")
+    with pytest.raises(UserError, match="the first line must be # @package _global_") as caught:
+        config.load(["recipe=mine"], tmp_path)
+    assert str(path) in caught.value.next_step
+    path.write_text("# @package _global_\ndefaults:\n  - demo_anmie\n")
+    with pytest.raises(UserError, match=r":3: recipe = 'demo_anmie' is not there; did you mean recipe=demo_anime\?"):
+        config.load(["recipe=mine"], tmp_path)
+    path.write_bytes(b"# @package _global_\nrun: {name: \xe9}\n")
+    with pytest.raises(UserError, match="cannot be read"):
+        config.load(["recipe=mine"], tmp_path)
+    path.write_text("# @package _global_\ndefaults: [demo_anime, _self_]\nrun: {name: own}\noptim: {lr: 5e-5}\n")
+    for folder in ("--config-dir=" + str(tmp_path), "--config-dir=" + str(tmp_path / "recipe")):
+        given, others = cli._config_dir([folder, "recipe=mine"])
+        assert config.load(others, given).optim.lr == 5e-5
+
+
+def test_the_recipes_for_real_wan_take_the_samplers_numbers_from_the_variants_table():
+    names = config.recipes()
+    assert len(names) == 13
+    for name in names:
+        composed = config.load([f"recipe={name}"])
+        own = composed.sampler
+        assert own.prompts, name
+        assert all(prompt.startswith(f"{composed.data.trigger}, ") for prompt in own.prompts), name
+        assert composed.evaluate.prompts, name
+        assert not any(composed.data.trigger in prompt for prompt in composed.evaluate.prompts), name
+        if name.startswith("demo_"):
+            continue
+        assert (own.num_steps, own.guidance, own.shift, own.num_frames, own.resolution) == (None,) * 5, name
+        text = (config.configs_folder() / "recipe" / f"{name}.yaml").read_text()
+        assert "celanime" not in text
+        assert "blueprnt" not in text
+        assert "demo_" not in text, "a toy's numbers would come along"
+        own_trigger = config.load([f"recipe={name}", "data.trigger=other words"]).sampler.prompts
+        assert all(prompt.startswith("other words, ") for prompt in own_trigger)
+
+
+def test_left_over_variables_of_a_launcher(monkeypatch, capsys):
+    for name in ("MASTER_ADDR", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["inspect"]) == 2
+    assert "note: RANK=1 in the environment, and no MASTER_ADDR" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["train", RECIPE]) == 75
+    said = capsys.readouterr().err
+    assert "process 1 of 2 cannot be met" in said
+    assert "unset RANK WORLD_SIZE" in said
+    monkeypatch.setenv("RANK", "one")
+    assert cli.main(["check", RECIPE]) == 2
+    assert "RANK=one is set, and is no number" in capsys.readouterr().err
+
+
+def test_the_words_of_wandb_mode(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    config.load([RECIPE])
+    with pytest.raises(UserError, match="WANDB_MODE = 'ofline' is not allowed: online, offline or disabled"):
+        config.load([RECIPE, "tracker=wandb"])
+
+
+def test_a_rank_above_every_module_and_a_size_that_does_not_divide(wantrain, capsys):
+    for typed, said in (("lora.rank=100000", "lora.rank = 100000 is above what any module of tiny_wan has: 192"),
+                        ("sampler.resolution=[65,97]", "sampler.resolution = [65, 97]: both must be multiples of 16")):
+        assert wantrain("check", typed) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_help_ends_quietly_when_nobody_reads_on_and_its_defaults_are_yaml(monkeypatch, capsys):
+    assert cli.main(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for line in ("  train.activation_checkpointing = false", "  train.mirror = null", "  optim.betas = [0.9, 0.99]",
+                 "  model.dtype = bfloat16", "  lora.targets = [attn_ffn]", "  optim.eps = 1e-08",
+                 "  data.trigger = ''"):
+        assert f"{line}\n" in shown
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with os.fdopen(theirs, "w") as nobody:
+        monkeypatch.setattr(sys, "stdout", nobody)
+        assert cli.main(["train", "--help"]) == 0

@@ -1,0 +1,143 @@
+"""A config as dotted keys: what each means, its values, and which of them fix a training's numbers."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import fields, is_dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+
+from wantrain.config.schema import Config, ExpertOwn, Schedule, Source
+from wantrain.files import digest_text
+
+HARMLESS_TO_RESUME = ("run.", "sampler.", "evaluate.", "report.", "export.", "tracker.", "validation.", "data.mode",
+                      "data.cache_dir", "data.heldout", "data.num_workers", "data.timeout_s",
+                      "data.allow_drops", "train.num_steps", "train.micro_batch_size",
+                      "train.save_every", "train.keep_checkpoints", "train.keep_every", "train.mirror",
+                      "train.log_every", "train.resume", "train.on_nonfinite", "train.max_skips",
+                      "train.stall_timeout_s", "train.activation_checkpointing", "train.sequence_parallel",
+                      "model.path", "model.parts", "model.experts", "high.", "low.", "data.trigger")
+"""Keys (prefixes) that may differ between a checkpoint and the config that goes on from it."""
+
+
+def value_at(config: Config, key: str) -> Any:
+    """The value of a dotted key."""
+    return functools.reduce(getattr, key.split("."), config)
+
+
+def leaf_values(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every value, those inside lists and dictionaries under the key of these."""
+    if is_dataclass(section):
+        for entry in fields(section):
+            yield from leaf_values(getattr(section, entry.name), f"{prefix}.{entry.name}" if prefix else entry.name)
+    elif isinstance(section, Mapping):
+        for name, value in section.items():
+            yield from leaf_values(value, f"{prefix}.{name}")
+    elif isinstance(section, list):
+        for value in section:
+            yield from leaf_values(value, prefix)
+    else:
+        yield prefix, section
+
+
+def described() -> dict[str, tuple[str, str]]:
+    """Every config key -> (default as YAML, its sentence), read from the dataclasses of the schema."""
+    return dict(_described(Config, ""))
+
+
+def _described(schema: type, prefix: str) -> Iterator[tuple[str, tuple[str, str]]]:
+    sentences = _sentences(schema)
+    for entry in fields(schema):
+        factory = entry.default_factory
+        if isinstance(factory, type) and is_dataclass(factory):
+            yield from _described(factory, f"{prefix}{entry.name}.")
+            continue
+        default = entry.default if factory is NO_DEFAULT else factory()
+        yield f"{prefix}{entry.name}", (_as_yaml(default), sentences[entry.name])
+        if prefix + entry.name == "data.sources":
+            yield from _described(Source, "data.sources.NAME.")
+
+
+def _sentences(schema: type) -> dict[str, str]:
+    """The string below each field."""
+    body = ast.parse(inspect.getsource(schema)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    return {statement.target.id: str(following.value.value) for statement, following in
+            zip(body.body, body.body[1:], strict=False)
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
+            and isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)}
+
+
+def _as_yaml(default: Any) -> str:
+    if default == MISSING:
+        return "required"
+    plain = default.name if isinstance(default, Enum) else default
+    return f"{plain:g}" if isinstance(plain, float) else str(yaml.safe_dump(
+        plain, default_flow_style=True, width=1000)).removesuffix("...\n").strip()
+
+
+def to_yaml(config: Config) -> str:
+    """The whole resolved config as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Dotted key -> plain value, for trackers, provenance and the fingerprint."""
+    return _flat(config)
+
+
+def defaults() -> dict[str, Any]:
+    """The same of the keys that have a default."""
+    return {key: value for key, value in _flat(Config).items() if value != MISSING}
+
+
+def _flat(config: Config | type[Config]) -> dict[str, Any]:
+    def walk(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield from walk(inner, f"{prefix}.{key}" if prefix else str(key))
+        else:
+            yield prefix, value.name if isinstance(value, Enum) else value
+    container = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    return dict(walk(container, ""))
+
+
+def fingerprint(config: Config) -> dict[str, Any]:
+    """The keys that fix the training's numbers; a resume refuses when one differs."""
+    keys = {k: v for k, v in flat(config).items() if not k.startswith(HARMLESS_TO_RESUME)}
+    if config.optim.schedule is not Schedule.constant:
+        keys["train.num_steps"] = config.train.num_steps
+    if config.loss.class_words:
+        keys["data.trigger"] = config.data.trigger
+    return keys
+
+
+def for_expert(config: Config, expert: str | None) -> Config:
+    """The config with what `high` or `low` says of this expert in its places; another rank alone keeps alpha / rank."""
+    own = {"high": config.high, "low": config.low}.get(expert or "", ExpertOwn())
+    lora, optim, train = config.lora, config.optim, config.train
+    rank = own.rank or lora.rank
+    return replace(config, lora=replace(lora, rank=rank, alpha=own.alpha or lora.alpha * rank / lora.rank),
+                   optim=replace(optim, lr=own.lr or optim.lr),
+                   train=replace(train, num_steps=own.num_steps or train.num_steps))
+
+
+def digest(config: Config) -> str:
+    """A digest of the whole config."""
+    return digest_text(to_yaml(config))
+
+
+def wandb_mode() -> str:
+    """`online` only when the user is logged in, else `offline`; WANDB_MODE wins."""
+    netrc = Path("~/.netrc").expanduser()
+    logged_in = "WANDB_API_KEY" in os.environ or (netrc.exists() and "api.wandb.ai" in netrc.read_text())
+    return os.environ.get("WANDB_MODE", "online" if logged_in else "offline")

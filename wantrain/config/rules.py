@@ -1,0 +1,206 @@
+"""What values of a config are right: each rule is (whether it holds, key, value, what is allowed).
+
+Cheap rules come first: the last one alone needs torch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from wantrain.config.keys import leaf_values, value_at
+from wantrain.config.schema import Config, DataMode, Extract, LoraKind, Optim, Optimizer, Schedule
+from wantrain.terms import UserError
+
+Rule = tuple[bool, str, object, str]
+
+
+def refuse_faults(config: Config) -> None:
+    """Raise UserError for the first rule that does not hold."""
+    for ok, key, value, allowed in _rules(config):
+        if not ok:
+            raise UserError(f"{key} = {value!r} is not allowed: {allowed}",
+                            f"give {key} another value, on the command line or in the recipe: {key}=...")
+
+
+ABOVE_0 = ("lora.alpha", "loss.delta", "loss.min_snr_gamma", "loss.class_weight", "optim.lr", "optim.max_grad_norm",
+           "optim.lora_plus", "optim.eps", "sampler.shift", "sigma.shift", "high.alpha", "high.lr", "low.alpha",
+           "low.lr")
+AT_LEAST_0 = ("optim.weight_decay", "optim.warmup_steps", "data.tag_orders", "train.max_skips", "loss.mask_preserve",
+              "validation.every_steps", "sampler.guidance")
+AT_LEAST_1 = ("lora.rank", "train.num_steps", "train.micro_batch_size", "data.batch_size", "train.save_every",
+              "train.log_every", "train.keep_checkpoints", "train.keep_every", "train.sequence_parallel",
+              "report.num_windows", "data.max_tokens_per_clip", "data.max_tokens_per_batch", "data.num_workers",
+              "sampler.num_steps", "high.rank", "high.num_steps", "low.rank", "low.num_steps")
+SHARES = ("data.caption_dropout", "data.first_frame_share", "loss.mask_background")
+SECONDS = ("data.timeout_s", "train.stall_timeout_s")
+"""Keys by what their numbers may be; null passes where the schema allows it."""
+
+NUMBERS = ((ABOVE_0, 0, False, math.inf, "above 0"), (AT_LEAST_0, 0, True, math.inf, "0 or more"),
+           (AT_LEAST_1, 1, True, math.inf, "1 or more"), (SHARES, 0, True, 1, "a share in [0, 1]"),
+           (SECONDS, 0, False, 1e8, "seconds, above 0 and at most 1e8"))
+"""(keys, lower bound, whether that is allowed itself, upper bound, the same in words)."""
+
+NAME_BYTES = 200
+TRACKERS = ("tensorboard", "wandb")
+WANDB_MODES = ("online", "offline", "disabled", "shared", "dryrun")
+
+
+def _rules(config: Config) -> Iterator[Rule]:
+    for key, value in leaf_values(config):
+        yield from _rules_of_type(key, value)
+    for keys, low, is_allowed_itself, high, allowed in NUMBERS:
+        for key in keys:
+            value = value_at(config, key)
+            yield value is None or (low <= value <= high and (is_allowed_itself or value > low)), key, value, allowed
+    yield from _run_rules(config)
+    yield from _data_rules(config)
+    yield from _adapter_rules(config)
+    yield from _optim_rules(config.optim, config.lora.kind)
+    yield from _sampler_rules(config)
+    yield from _sigma_rules(config)
+
+
+def _rules_of_type(key: str, value: object) -> Iterator[Rule]:
+    """What holds for every number and every text, wherever it stands."""
+    if isinstance(value, float):
+        yield math.isfinite(value), key, value, "a finite number"
+    elif isinstance(value, int) and not key.endswith(("seed", "seeds")):
+        yield abs(value) < 2**31, key, value, f"between {1 - 2**31} and {2**31 - 1}"
+    elif isinstance(value, str):
+        yield "\0" not in value, key, value, "text without a NUL byte"
+        yield value.encode("utf-8", "replace").decode() == value, key, value, "text that is UTF-8"
+
+
+def _run_rules(config: Config) -> Iterator[Rule]:
+    run, train = config.run, config.train
+    yield bool(run.name.strip()), "run.name", run.name, "a name is needed; the exported file has it too"
+    yield run.name not in (".", "..") and not set(run.name) & set("/\\"), "run.name", run.name, \
+        "a name, not a path; run.dir is the folder"
+    yield len(run.name.encode()) <= NAME_BYTES, "run.name", run.name, f"at most {NAME_BYTES} bytes"
+    for key, folder in {"run.dir": run.dir, "data.cache_dir": config.data.cache_dir}.items():
+        yield bool(folder), key, folder, "the path of a folder"
+        yield _may_be_folder(folder), key, folder, "a folder, or a path where one can be made; this is a file"
+    for key, seeds in (("train.seed", [train.seed]), ("sampler.seeds", config.sampler.seeds),
+                       ("evaluate.seeds", config.evaluate.seeds)):
+        yield bool(seeds), key, seeds, "at least one"
+        for seed in seeds:
+            yield 0 <= seed < 2**63, key, seed, "a whole number from 0, below 2^63"
+    for name in config.tracker.names:
+        yield name in TRACKERS, "tracker.names", name, ", ".join(TRACKERS)
+    mode = os.environ.get("WANDB_MODE")
+    yield "wandb" not in config.tracker.names or mode is None or mode in WANDB_MODES, "WANDB_MODE", mode, \
+        "online, offline or disabled"
+
+
+def _may_be_folder(path: str) -> bool:
+    """False where a file is in the place of the folder or of one above it."""
+    try:
+        return all(above.is_dir() for above in (Path(path), *Path(path).parents) if above.exists())
+    except OSError:
+        return True  # whoever makes the folder says why it cannot
+
+
+def _data_rules(config: Config) -> Iterator[Rule]:
+    data, train = config.data, config.train
+    yield bool(data.num_frames), "data.num_frames", data.num_frames, "at least one length"
+    lengths = [("data.num_frames", frames) for frames in data.num_frames]
+    for key, frames in [*lengths, ("sampler.num_frames", config.sampler.num_frames)]:
+        yield frames is None or (frames >= 1 and frames % 4 == 1), key, frames, "each must be 4n+1: 1, 5, ..., 81"
+    yield bool(data.resolutions), "data.resolutions", data.resolutions, "at least one [height, width]"
+    for size in data.resolutions:
+        yield len(size) == 2 and min(size) > 0, "data.resolutions", size, "two positive numbers, [height, width]"
+    yield bool(data.sources), "data.sources", data.sources, "at least one source"
+    for name, source in data.sources.items():
+        yield bool(source.path), f"data.sources.{name}.path", source.path, "a folder, a manifest or a URL"
+        yield source.repeats > 0, f"data.sources.{name}.repeats", source.repeats, "above 0"
+        yield source.weight is None or source.weight > 0, f"data.sources.{name}.weight", source.weight, "above 0"
+        yield source.speed > 0, f"data.sources.{name}.speed", source.speed, "above 0"
+    weighted = [name for name, source in data.sources.items() if source.weight is not None]
+    yield len(weighted) in (0, len(data.sources)), "data.sources.*.weight", weighted, "all sources, or none"
+    for column, limit in data.limits.items():
+        yield _is_range(limit), f"data.limits.{column}", limit, "[low, high] with null for no bound"
+    yield data.extract is not Extract.random or data.mode is DataMode.stream, "data.extract", "random", \
+        "only with data.mode=stream; uniform or sliding give more than the head from a cache"
+    yield data.batch_size % train.micro_batch_size == 0, "data.batch_size", data.batch_size, \
+        f"a multiple of train.micro_batch_size ({train.micro_batch_size})"
+    sigmas = config.validation.sigmas
+    yield bool(sigmas) and all(0 < s <= 1 for s in sigmas), "validation.sigmas", sigmas, \
+        "in (0, 1]: sigma, and not timesteps"
+    yield len(set(sigmas)) == len(sigmas), "validation.sigmas", sigmas, "each once"
+    yield config.validation.every_steps == 0 or data.heldout is not None, "validation.every_steps", \
+        config.validation.every_steps, "0 when data.heldout is not set"
+
+
+def _adapter_rules(config: Config) -> Iterator[Rule]:
+    own, loss = config.lora, config.loss
+    numbers = [("lora.rank_pattern", value) for value in own.rank_pattern.values()]
+    for key, value in [*numbers, *(("lora.alpha_pattern", value) for value in own.alpha_pattern.values())]:
+        yield value > 0, key, value, "positive numbers"
+    yield bool(own.targets) and all(own.targets), "lora.targets", own.targets, "at least one preset or pattern"
+    yield not loss.class_words or bool(config.data.trigger), "loss.class_words", loss.class_words, \
+        "only with data.trigger, in whose place they stand"
+
+
+def _sampler_rules(config: Config) -> Iterator[Rule]:
+    own = config.sampler
+    yield bool(own.strengths), "sampler.strengths", own.strengths, "at least one"
+    yield len(set(own.strengths)) == len(own.strengths), "sampler.strengths", own.strengths, "each once"
+    if own.resolution is not None:
+        yield len(own.resolution) == 2 and min(own.resolution) > 0, "sampler.resolution", own.resolution, \
+            "two positive numbers, [height, width]"
+    for key, prompts in {"sampler.prompts": own.prompts, "evaluate.prompts": config.evaluate.prompts}.items():
+        yield all(prompt.strip() for prompt in prompts), key, prompts, "prompts that are not empty"
+    for given in own.inputs:
+        yield set(given) <= set(SAMPLER_INPUTS), "sampler.inputs", given, ", ".join(SAMPLER_INPUTS)
+    yield len(own.inputs) in (0, 1, len(own.prompts)), "sampler.inputs", len(own.inputs), \
+        "one for all prompts, or one for each"
+    yield 0 < own.strength <= 1, "sampler.strength", own.strength, "in (0, 1]"
+
+
+def _sigma_rules(config: Config) -> Iterator[Rule]:
+    own = config.sigma
+    yield len(own.range) == 2 and 0 <= own.range[0] < own.range[1] <= 1, "sigma.range", own.range, \
+        "[low, high] in [0, 1]: sigma, and not timesteps (sigma = timestep / 1000)"
+    from wantrain.flow import Density  # torch takes seconds to import: every other rule comes first
+
+    try:
+        Density(own.distribution.name, tuple(own.shape), 1.0 if own.shift is None else own.shift,
+                (own.range[0], own.range[1]))
+    except ValueError as error:
+        yield False, "sigma", {"shape": own.shape, "shift": own.shift, "range": own.range}, str(error)
+
+
+SAMPLER_INPUTS = ("first", "last", "control", "control_mask", "reference", "face", "video")
+
+
+def _optim_rules(optim: Optim, kind: LoraKind) -> Iterator[Rule]:
+    yield all(f > 0 for f in optim.lr_factors.values()), "optim.lr_factors", optim.lr_factors, "positive numbers"
+    yield len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas), "optim.betas", optim.betas, \
+        "two numbers in [0, 1)"
+    yield optim.ema_decay is None or 0 < optim.ema_decay < 1, "optim.ema_decay", optim.ema_decay, \
+        "between 0 and 1, e.g. 0.999, or null"
+    yield optim.lora_plus == 1 or kind in (LoraKind.lora, LoraKind.rslora, LoraKind.dora), "optim.lora_plus", \
+        optim.lora_plus, f"1 with lora.kind={kind.name}, which has no B matrices"
+    if optim.name is Optimizer.prodigy:
+        yield 0.1 <= optim.lr <= 10, "optim.lr", optim.lr, \
+            "optim.name=prodigy multiplies it with the learning rate that it finds: take 1.0, or from 0.1 to 10"
+        for key, value, alone in (("optim.lora_plus", optim.lora_plus, 1), ("optim.lr_factors", optim.lr_factors, {})):
+            yield value == alone, key, value, f"{alone} with optim.name=prodigy, which finds one learning rate for all"
+    if optim.name is Optimizer.schedule_free:
+        yield optim.schedule is Schedule.constant, "optim.schedule", optim.schedule.name, \
+            "constant with optim.name=schedule_free, whose average takes the schedule's place; warmup_steps is allowed"
+        yield optim.ema_decay is None, "optim.ema_decay", optim.ema_decay, \
+            "null with optim.name=schedule_free, which exports an average already"
+        yield optim.betas[0] > 0, "optim.betas", optim.betas, "a first number above 0 with optim.name=schedule_free"
+
+
+def _is_range(limit: object) -> bool:
+    """Whether this is [low, high] of numbers or null, and not both null."""
+    if not (isinstance(limit, list) and len(limit) == 2):
+        return False
+    bounds = [bound for bound in limit if bound is not None]
+    numbers = all(isinstance(bound, int | float) for bound in bounds)
+    return numbers and bool(bounds) and bounds == sorted(bounds)
