@@ -219,8 +219,9 @@ def _fill(module: str, own: Mapping[str, torch.Tensor], theirs: Mapping[str, tor
                                     f"set lora.rank={rank} and lora.alpha={rank}")
                 target = target[:rank] if leaf == "lora_A" else target[:, :rank]
             if target.shape != value.shape:
-                raise UserError(f"{module}.{leaf}: {list(value.shape)} does not fit our {list(target.shape)}",
-                                "set lora.rank to the file's, or fold the file in with model.merge")
+                raise UserError(f"{module}.{leaf}: {list(value.shape)} does not fit our {list(target.shape)}: factored "
+                                "otherwise, or of another rank", "set lora.rank to the file's, or fold the file in "
+                                "with model.merge")
             target.copy_(value * factor if leaf == scaled else value)
 
 
