@@ -31,7 +31,7 @@ def parse(arguments: Sequence[str], usage: str, options: Mapping[str, Sequence[s
         elif key in options:
             chosen[key] = _checked(key, value, options[key], usage)
         elif word.startswith("--") or (equals and not _is_file(word)):
-            raise UserError(f"{word} is no file and no option; there are {', '.join(options) or 'no options'}", usage)
+            raise UserError(f"{word} is not known; there are {', '.join(options) or 'no options'}", usage)
         else:
             files.append(word)
     return files, chosen

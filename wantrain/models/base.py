@@ -109,12 +109,12 @@ class Base:
         return self._detected(open_container(self.parts["transformer"]))
 
     def _detected(self, container: Container) -> str:
-        detection = detect(container.shapes(), str(self.parts["transformer"]), container.config)
-        detection.resolve(self.variant.name)
         named = expert_named(self.parts["transformer"])
         if self.expert and named not in (None, self.expert):
             raise UserError(f"{self.parts['transformer']} is named as the {named} noise expert, but is "
                             f"given as the {self.expert} one", "exchange model.parts.high and model.parts.low")
+        detection = detect(container.shapes(), str(self.parts["transformer"]), container.config)
+        detection.resolve(self.variant.name)
         kinds = sorted({container.dtype_of(name) for name in container.names()})
         return f"{detection.message}; {container.kind}, {detection.layout} names, {', '.join(kinds)}"
 

@@ -92,6 +92,9 @@ def _check_factor(raw: Container, module: str, factor: str, leaves: Tensors, *, 
     if (a is None or b is None) and (factor not in leaves or not may_be_whole):
         raise ContainerError(raw.path, f"{module} lacks {factor} or a half of it", "an interrupted export, or "
                              "tensors filtered by name")
+    if factor in leaves and len(parts) > 1:
+        raise ContainerError(raw.path, f"{module} has {factor} whole and in halves", "two files merged into one",
+                             "use one of the two")
     if odd := [list(part.shape) for part in parts if part.ndim != 2]:
         raise ContainerError(raw.path, f"{module}: {factor} is {odd[0]}, and wantrain reads those of Linears", "an "
                              "adapter of convolutions", "apply it with the tool that made it")

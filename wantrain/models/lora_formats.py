@@ -434,6 +434,8 @@ def write_lora(path: Path, pairs: Pairs, format: str, metadata: Mapping[str, str
     for name, tensor in extras.items():
         module, suffix = split_extra(name)
         tensors[f"{_spell(grammar, module)}.{suffix}"] = tensor
+    if lost := [name for name, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]:
+        raise UserError(f"{lost[0]} is not finite in {dtype}", "choose bfloat16 or float32; nothing was written")
     header = {"format": "pt", **metadata, DIGEST_KEY: digest_tensors(tensors)}
     if grammar.id == "peft":
         path.mkdir(parents=True, exist_ok=True)

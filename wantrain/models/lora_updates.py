@@ -238,7 +238,7 @@ def to_adapter(lora: LoraFile) -> AdapterState:
                              f"{f' and {len(foreign) - 3} more' if len(foreign) > 3 else ''}", "a distilled or "
                              "extracted model", instead_of_adapter(lora.path))
     kinds = {kind: module for module, leaves in tensors.items() for kind in [_kind_of(leaves)]}
-    if len(kinds) > 1:
+    if len(kinds) > 1 or any(" with " in kind for kind in kinds):
         raise ContainerError(lora.path, "holds several kinds of adapter: "
                              + ", ".join(f"{kind} ({module})" for kind, module in kinds.items()),
                              "tools that choose one by the module", instead_of_adapter(lora.path))

@@ -45,9 +45,6 @@ def check_folder(out: Path, name: str, sort: Sort, inputs: Iterable[Path], usage
     """The file `name` in the folder to write, which holds no other weights. Raises UserError as `check_file` does."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file, and a folder is to be written", f"{usage}, with the name of a new folder")
-    if out.suffix in SUFFIXES and not out.exists():
-        raise UserError(f"{out} is named as a file, and a folder is to be written",
-                        f"{usage}, e.g. {shlex.quote(str(out.with_suffix('')))}")
     others = [p for p in sorted(out.glob("*")) if p.name != name and (p.suffix in SUFFIXES or p.match("*.index.json"))]
     if others:
         raise UserError(f"{out} holds other weights: {others[0].name}", "name a new folder")
@@ -59,6 +56,9 @@ def check_folder(out: Path, name: str, sort: Sort, inputs: Iterable[Path], usage
 def check_lora_output(out: Path, format: str, inputs: Iterable[Path], usage: str) -> None:
     """`check_file` for a LoRA, or `check_folder` where the format is a folder."""
     if format == "peft":
+        if out.suffix in SUFFIXES and not out.exists():
+            raise UserError(f"{out} is named as a file, and a folder is to be written",
+                            f"{usage}, e.g. {shlex.quote(str(out.with_suffix('')))}")
         check_folder(out, PEFT_WEIGHTS, "LoRA", inputs, usage)
     else:
         check_file(out, "LoRA", inputs, usage)

@@ -439,13 +439,12 @@ def expert_named(path: Path) -> Expert | None:
 
     In diffusers' folders `transformer` is the high noise expert where `transformer_2`, the low one, stands beside it.
     """
-    for depth, part in enumerate(reversed(path.absolute().parts[-3:])):
-        text = _CAMEL.sub("_", part).lower()
+    for part in (path.absolute(), *path.absolute().parents[:2]):
+        text = _CAMEL.sub("_", part.name).lower()
         said = set(_NOISE.findall(text)) or set(_LAST_EXPERT.findall(text))
-        folder = path.absolute().parents[depth]
-        if part == "transformer_2":
+        if part.name == "transformer_2":
             return "low"
-        if part == "transformer" and (folder / "transformer_2").is_dir():
+        if part.name == "transformer" and part.with_name("transformer_2").is_dir():
             return "high"
         if said:
             return "high" if said == {"high"} else "low" if said == {"low"} else None

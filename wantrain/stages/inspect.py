@@ -67,7 +67,8 @@ def _lora(lora: LoraFile, every_norm: bool) -> None:
     sizes = {module: (pair.b.shape[0], pair.a.shape[1]) for module, pair in lora.pairs.items() if pair.a.ndim == 2}
     sizes |= {module: product_size(leaves) for module, leaves in made.items()}
     suffixes = {split_extra(name)[1] for name in lora.extras}
-    ranks = Counter([*(pair.rank for pair in lora.pairs.values()), *map(inner_rank, made.values())])
+    ranks = Counter([*(pair.rank for pair in lora.pairs.values()),
+                     *(inner_rank(leaves) or "whole factors" for leaves in made.values())])
     scales = Counter(f"{pair.alpha:g} on rank {pair.rank}" for pair in lora.pairs.values())
     tools, note = loads_in(lora.format, suffixes)
     print(f"file      {lora.path}: {_kind(lora, suffixes)}, format {lora.format}")
