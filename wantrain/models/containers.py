@@ -89,7 +89,7 @@ class Container:
         """The SentencePiece tokenizer that ComfyUI's text encoder files carry, if this one does."""
         if "spiece_model" not in self._entries:
             return None
-        return bytes(self._entries["spiece_model"].load().numpy())
+        return _bytes(self.path, "spiece_model", self._entries["spiece_model"])
 
     def _scaled(self, name: str, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         if not torch.isfinite(scale).all():
@@ -171,16 +171,26 @@ def _bare(path: Path, entries: dict[str, Entry]) -> tuple[str, dict[str, Entry]]
     return "", entries
 
 
+def _bytes(path: Path, name: str, entry: Entry) -> bytes:
+    """The text that a tensor of bytes holds."""
+    if entry.storage not in ("uint8", "int8", "I8"):
+        raise ContainerError(path, f"{name} is stored as {entry.storage} and not as bytes", "a file cast as a whole")
+    return bytes(entry.load().contiguous().view(torch.uint8).numpy())
+
+
 def _refuse_unreadable(raw: Container) -> None:
     """Refuse quantisation formats whose weights are not weight * scale."""
     path, entries, metadata = raw.path, raw._entries, raw.metadata
     formats = {name: kind for name in entries for suffix, kind in _UNREADABLE_SUFFIXES.items() if name.endswith(suffix)}
     for name, entry in entries.items():
         if name.endswith(".comfy_quant"):
-            formats[name] = str(parse_json(path, name, bytes(entry.load().numpy())).get("format"))
+            formats[name] = str(parse_json(path, name, _bytes(path, name, entry)).get("format"))
     if "_quantization_metadata" in metadata:
         stated = parse_json(path, "_quantization_metadata", metadata["_quantization_metadata"].encode())
-        formats |= {name: str(layer.get("format")) for name, layer in stated.get("layers", {}).items()}
+        layers = stated.get("layers", {})
+        if not isinstance(layers, dict) or not all(isinstance(layer, dict) for layer in layers.values()):
+            raise ContainerError(path, "_quantization_metadata has no layers with a format each", "damaged metadata")
+        formats |= {name: str(layer.get("format")) for name, layer in layers.items()}
     for name, kind in formats.items():
         if kind not in _QUANT_FORMATS:
             raise ContainerError(path, f"{name} says the quantisation format {kind}, wantrain reads "
