@@ -24,8 +24,8 @@ from wantrain.terms import UserError
 
 Tensors = dict[str, torch.Tensor]
 TRANSFORMER = base.EMBEDDED / "transformer"
-WORDS = ("lora_A", "lora_B", "lora_down", "lora_up", "alpha", "diff", "diff_b", "weight", "bias", "default", "dora_scale",
-         "lokr_w1", "hada_w1_a", "blocks", "transformer_2", "head", "modulation", "img_emb", "9" * 30)
+WORDS = ("lora_A", "lora_B", "lora_down", "lora_up", "alpha", "diff", "diff_b", "weight", "bias", "default",
+         "dora_scale", "lokr_w1", "hada_w1_a", "blocks", "transformer_2", "head", "modulation", "img_emb", "9" * 30)
 DTYPES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float64, torch.int8, torch.int64,
           torch.uint8, torch.bool)
 JSON = ("[]", "{}", "1", '"x"', "[" * 5000, '{"transformer.lora_alpha": "x"}', '{"transformer.alpha_pattern": [1]}',

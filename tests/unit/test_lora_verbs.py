@@ -215,8 +215,7 @@ def test_a_page_or_json_is_named_as_that_with_its_first_words(tmp_path: Path, ca
     assert content.decode("utf-8-sig").split()[0].strip("{[")[:8] in shown
 
 
-@pytest.mark.parametrize("name", ["epoch=1-step=500.ckpt", "style=final.safetensors", "v=2.safetensors",
-                                  "x.safetensors=3"])
+@pytest.mark.parametrize("name", ["epoch=1-step=500.ckpt", "style=final.safetensors", "x.safetensors=3"])
 def test_a_file_that_exists_is_a_file_in_every_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     if name.endswith("ckpt"):
@@ -571,6 +570,7 @@ EXPECTED = {  # inspect, convert to comfy_updown, merge to float16, sampler.lora
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CASES.is_dir(), reason="the cases are not at hand")
 @pytest.mark.parametrize("name", EXPECTED)
 def test_the_cases(tmp_path: Path, name: str) -> None:
@@ -585,3 +585,16 @@ def test_the_cases(tmp_path: Path, name: str) -> None:
         except UserError as error:
             codes += "r" if "model.merge" in error.next_step or name == "login_json" else "?"
     assert codes == EXPECTED[name]
+
+
+def test_cache_refuses_a_wrong_variant_before_it_encodes(tmp_path: Path, arguments: list[str],
+                                                         capsys: pytest.CaptureFixture[str],
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("it began to encode")
+
+    monkeypatch.setattr("wantrain.stages.cache.Encoder", never)
+    wrong = saved(tmp_path / "vace.safetensors", tiny.official_transformer(tiny.transformer("vace")))
+    own = [f"data.cache_dir={tmp_path / 'new'}", f"model.parts.transformer={wrong}"]
+    said = refused(capsys, "cache", *arguments, *own)
+    assert "no known variant" in said or "model.variant is tiny_wan" in said
