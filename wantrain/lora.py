@@ -200,9 +200,20 @@ def start_from(transformer: torch.nn.Module, given: AdapterState) -> None:
             raise UserError(f"the LoRA adapts {module}, which lora.targets does not match",
                             "widen lora.targets, e.g. lora.targets=[all_linear]")
         if own[module].keys() != theirs.keys():
+            are_lokr = all(leaf.startswith("lokr") for leaf in (*theirs, *own[module]))
             raise UserError(f"on {module} the LoRA holds {', '.join(theirs)}, our adapter {', '.join(own[module])}",
-                            "set lora.kind to the file's (wantrain inspect FILE), or fold it in with model.merge")
+                            _rank_of(theirs) if are_lokr else "set lora.kind to the file's (wantrain inspect FILE), or "
+                            "fold it in with model.merge")
         _fill(module, own[module], theirs, given.scales[module] / factors[module])
+
+
+_WHOLE = "it is factored otherwise than PEFT does, and no lora.rank fits: fold the file in with model.merge"
+
+
+def _rank_of(theirs: Mapping[str, torch.Tensor]) -> str:
+    """What to set for a product of another rank."""
+    rank = inner_rank(theirs)
+    return _WHOLE if rank is None else f"set lora.rank={rank}, or fold the file in with model.merge"
 
 
 def _fill(module: str, own: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], factor: float) -> None:
@@ -219,8 +230,10 @@ def _fill(module: str, own: Mapping[str, torch.Tensor], theirs: Mapping[str, tor
                                     f"set lora.rank={rank} and lora.alpha={rank}")
                 target = target[:rank] if leaf == "lora_A" else target[:, :rank]
             if target.shape != value.shape:
+                outer = int(leaf.endswith("b"))  # the axis that no rank changes
+                is_cut_otherwise = leaf.startswith("lokr") and value.shape[outer] != target.shape[outer]
                 raise UserError(f"{module}.{leaf}: {list(value.shape)} does not fit our {list(target.shape)}",
-                                "set lora.rank to the file's, or fold the file in with model.merge")
+                                _WHOLE if is_cut_otherwise else _rank_of(theirs))
             target.copy_(value * factor if leaf == scaled else value)
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from tests import tiny_models as tiny
 from tests import weight_table
-from wantrain.models import containers, names
+from wantrain.models import names, weight_files
 from wantrain.models.containers import (
     ContainerError,
     expand_scale,
@@ -372,8 +372,8 @@ def test_a_file_is_mapped_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         opened.append(path)
         return safe_open(path, framework)
 
-    monkeypatch.setattr(containers, "_REMAP_BYTES", 1 << 20)
-    monkeypatch.setattr(containers, "safe_open", counting)
+    monkeypatch.setattr(weight_files, "_REMAP_BYTES", 1 << 20)
+    monkeypatch.setattr(weight_files, "safe_open", counting)
     container = open_container(tiny.bare_file(tmp_path, {f"w{i}": torch.full((300, 1024), float(i)) for i in range(8)}))
     assert len(opened) == 1  # the header
     for i, name in enumerate(container.names()):

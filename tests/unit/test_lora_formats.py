@@ -448,7 +448,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "transposed": (_edit("universal", _transposed), "rank above the module's size .*transposed"),
     "A and B exchanged": (_edit("universal", _exchanged), "rank above the module's size .*transposed|do not multiply"),
     "two ranks": (_edit("universal", _with(f"{Q}.lora_A.weight", torch.ones(5, 32))), "do not multiply .*two LoRAs"),
-    "NaN": (_edit("universal", _with(f"{Q}.lora_A.weight", NAN)), "blocks.0.self_attn.q A is not finite"),
+    "NaN": (_edit("universal", _with(f"{Q}.lora_A.weight", NAN)), r"blocks.0.self_attn.q.lora_A.weight is not finite"),
     "infinite diff": (_edit("comfy_updown", _with(f"{Q}.diff_b", torch.tensor([math.inf]))), "diff_b is not finite"),
     "alpha zero": (_edit("kohya", _with("lora_unet_blocks_0_ffn_0.alpha", torch.tensor(0.0))),
                    "alpha 0.0, so no effect"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,16 +27,24 @@ from wantrain.files import digest_path, digest_text
 from wantrain.models import hub, names, sizes
 from wantrain.models.containers import (
     Container,
-    ContainerError,
     empty_weights,
     find_parts,
     load_into,
     open_container,
 )
-from wantrain.models.lora_formats import read_lora
-from wantrain.models.lora_updates import merged_tensor, plan_merge
+from wantrain.models.lora_names import is_lora, lora_argument, refuse_other_experts_file
+from wantrain.models.lora_updates import merged_tensor, plan_merge, read_given
 from wantrain.models.short_text import shorten_text
-from wantrain.models.variants import Expert, Variant, detect, diffusers_config, is_diffusers_config
+from wantrain.models.variants import (
+    Expert,
+    Variant,
+    detect,
+    diffusers_config,
+    expert_named,
+    is_diffusers_config,
+    stated_vace_layers,
+)
+from wantrain.models.weight_files import ContainerError
 from wantrain.terms import TEXT_LEN, UserError
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny_wan"
@@ -80,7 +89,10 @@ class Base:
     def _transformer_config(self) -> dict[str, Any]:
         path = self.parts["transformer"]
         own = WanTransformer3DModel.load_config(path) if (path / "config.json").is_file() else {}
-        return own if is_diffusers_config(own) else diffusers_config(self.variant)
+        if is_diffusers_config(own):
+            return own
+        stated = stated_vace_layers(own)
+        return diffusers_config(self.variant) | ({"vace_layers": list(stated)} if stated else {})
 
     @property
     def _transformer_class(self) -> Any:
@@ -97,11 +109,12 @@ class Base:
         return self._detected(open_container(self.parts["transformer"]))
 
     def _detected(self, container: Container) -> str:
-        detection = detect(container.shapes(), str(self.parts["transformer"]))
-        detection.resolve(self.variant.name)
-        if self.expert and detection.expert not in (None, self.expert):
-            raise UserError(f"{self.parts['transformer']} is named as the {detection.expert} noise expert, but is "
+        named = expert_named(self.parts["transformer"])
+        if self.expert and named not in (None, self.expert):
+            raise UserError(f"{self.parts['transformer']} is named as the {named} noise expert, but is "
                             f"given as the {self.expert} one", "exchange model.parts.high and model.parts.low")
+        detection = detect(container.shapes(), str(self.parts["transformer"]), container.config)
+        detection.resolve(self.variant.name)
         kinds = sorted({container.dtype_of(name) for name in container.names()})
         return f"{detection.message}; {container.kind}, {detection.layout} names, {', '.join(kinds)}"
 
@@ -124,7 +137,7 @@ class Base:
 
     def _merging(self, container: Container) -> Callable[[str, torch.Tensor], torch.Tensor] | None:
         """What folds the merged LoRAs into the container's tensors as they are read."""
-        loras = [(read_lora(file), strength) for file, strength in self.merged]
+        loras = [(read_given(file, self.expert), strength) for file, strength in self.merged]
         return partial(merged_tensor, plan_merge(container, loras)) if loras else None
 
     def vae(self, device: torch.device) -> AutoencoderKLWan:
@@ -208,9 +221,12 @@ def find(variant: Variant, path: str | None, parts: Mapping[str, str], merge: Se
             raise UserError(f"model.path = {path} holds no {part}, and model.parts.{part} is not set",
                             f"set model.parts.{part}={like}, or model.path to a whole checkpoint, e.g. "
                             "Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
-    return Base(variant, {part: found[part] for part in required},
-                {expert: [lora_argument(for_expert(argument, expert)) for argument in merge]
-                 for expert in variant.experts or (None,)})
+    merges = {expert: [lora_argument(for_expert(argument, expert)) for argument in merge]
+              for expert in variant.experts or (None,)}
+    for expert, loras in merges.items():
+        for file, _ in loras:
+            refuse_other_experts_file(file, expert)
+    return Base(variant, {part: found[part] for part in required}, merges)
 
 
 def _local(key: str, where: str, whole: Callable[[Path], bool] | None = None) -> Path:
@@ -228,22 +244,25 @@ def _is_whole(folder: Path, wanted: Collection[str]) -> bool:
         return False
 
 
-def lora_argument(argument: str) -> tuple[Path, float]:
-    """FILE or FILE=STRENGTH, the file a path or model id. Raises UserError."""
-    where, _, strength = argument.partition("=")
-    try:
-        return hub.local(where), float(strength or 1)
-    except ValueError as error:
-        raise UserError(f"{argument}: the strength {strength!r} is not a number", f"{where}=0.8") from error
-
-
 def open_transformer(where: str) -> Container:
-    """The transformer of a file, of a folder with its shards, or of a whole checkpoint's folder; or a model id's."""
+    """The transformer of a file, of a folder with its shards, or of a whole checkpoint's folder; or a model id's.
+
+    Raises UserError where there are two, or where the tensors are no Wan transformer's.
+    """
     path = hub.local(where)
-    if path.is_file() or any(path.glob("diffusion_pytorch_model*")):
-        return open_container(path)
-    parts = find_parts(path)
-    if "transformer" not in parts:
-        raise UserError(f"{path} holds two transformers, {parts['high'].name} and {parts['low'].name}",
-                        f"say which: {parts['high']}")
-    return open_container(parts["transformer"])
+    if not (path.is_file() or any(path.glob("diffusion_pytorch_model*"))):
+        parts = find_parts(path)
+        if "transformer" not in parts:
+            raise UserError(f"{path} holds two transformers, {parts['high'].name} and {parts['low'].name}",
+                            f"say which: {parts['high']}")
+        path = parts["transformer"]
+    container = open_container(path)
+    if is_lora(container.names()):
+        raise ContainerError(path, "is a LoRA, and a transformer is asked for", "two paths exchanged",
+                             f"wantrain inspect {shlex.quote(str(path))}")
+    try:
+        names.official_names(container.names())
+    except names.UnknownName as error:
+        raise ContainerError(path, f"{error}", "a VAE, a text encoder or another model", "name the transformer's file: "
+                             f"wantrain inspect {shlex.quote(str(path))}") from error
+    return container

@@ -8,29 +8,19 @@ weight * scale in float32, then cast. Layouts: facts/wan-formats.md 1.4 and 1.5.
 from __future__ import annotations
 
 import contextlib
-import json
-import pickle
 import re
-import struct
-import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from wantrain.models.names import Rename, UnknownName
-from wantrain.terms import UserError
-
-Kind = Literal["safetensors", "pth", "gguf"]
+from wantrain.models.weight_files import OPENERS, ContainerError, Entry, Kind, kind_of, parse_json
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-_SUFFIXES: dict[str, Kind] = {".safetensors": "safetensors", ".pth": "pth", ".pt": "pth", ".ckpt": "pth",
-                              ".bin": "pth", ".gguf": "gguf"}
 _SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
 _HIDDEN_SUFFIXES = (*_SCALE_SUFFIXES, ".scale_input", ".input_scale", ".comfy_quant")
 _HIDDEN_NAMES = ("scaled_fp8", "spiece_model")
@@ -38,27 +28,6 @@ _UNREADABLE_SUFFIXES = {".weight_scale_2": "nvfp4", ".pre_quant_scale": "awq_w4a
 _QUANT_FORMATS = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fn_rowwise", "float8_e4m3fn_blockwise",
                   "int8_tensorwise")
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-_OUTER_KEYS = ("model_state", "state_dict", "model", "module")
-_MAX_HEADER_BYTES = 100_000_000
-_REMAP_BYTES = 1 << 27
-"""A safetensors file is mapped afresh after this many bytes, so that its read pages do not count as our memory."""
-
-
-class ContainerError(UserError):
-    """A weight file that cannot be read: `path`, what is wrong with it, and the likely cause."""
-
-    def __init__(self, path: Path, fault: str, cause: str, next_step: str = "download it again") -> None:
-        super().__init__(f"{path}: {fault} (likely cause: {cause})", next_step)
-        self.path, self.fault, self.cause = path, fault, cause
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """A stored tensor: its logical shape, its storage as a word (a torch dtype or GGUF type), and how to get it."""
-
-    shape: tuple[int, ...]
-    storage: str
-    load: Callable[[], torch.Tensor]
 
 
 @dataclass(slots=True)
@@ -74,7 +43,7 @@ class Container:
     metadata: dict[str, str]
     config: dict[str, Any] | None
     prefix: str
-    _entries: dict[str, _Entry] = field(repr=False)
+    _entries: dict[str, Entry] = field(repr=False)
     _scales: dict[str, str] = field(repr=False)
 
     def names(self) -> list[str]:
@@ -104,26 +73,37 @@ class Container:
                                      "such as mxfp8, without the note that says so", "use the fp16, bf16 or "
                                      "tensor-scaled fp8 file of the same model")
             tensor = self._scaled(name, tensor.to(device, torch.float32), scale.to(device, torch.float32))
-        elif tensor.dtype == torch.int8 or (tensor.dtype in _FP8 and self._scales and tensor.ndim > 1):
+        elif tensor.dtype == torch.int8 or (tensor.dtype in _FP8 and tensor.ndim > 1 and self._has_lost_scale(tensor)):
             raise ContainerError(self.path, f"{name} is {tensor.dtype} without a scale, while weights of this kind "
                                  "have one", "the scale was dropped when the file was repackaged")
         return tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
+
+    def _has_lost_scale(self, fp8: torch.Tensor) -> bool:
+        """Whether an fp8 weight without a scale had one: others have, the file says so, or it fills its whole range,
+        which no trained weight does unscaled.
+        """
+        return (bool(self._scales) or "scaled_fp8" in self._entries
+                or float(fp8.float().abs().nan_to_num().max()) > torch.finfo(fp8.dtype).max / 4)
 
     def spiece_model(self) -> bytes | None:
         """The SentencePiece tokenizer that ComfyUI's text encoder files carry, if this one does."""
         if "spiece_model" not in self._entries:
             return None
-        return bytes(self._entries["spiece_model"].load().numpy())
+        return _bytes(self.path, "spiece_model", self._entries["spiece_model"])
 
     def _scaled(self, name: str, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         if not torch.isfinite(scale).all():
             raise ContainerError(self.path, f"the scale of {name} is not finite", "the quantisation overflowed or the "
                                  "file is damaged")
         try:
-            return weight * expand_scale(scale, weight.shape)
+            expanded = expand_scale(scale, weight.shape)
         except ValueError as error:
             raise ContainerError(self.path, f"{name}: {error}", "a quantisation layout that wantrain does not know",
                                  "use an fp16, bf16 or tensor-scaled fp8 file") from error
+        if (scale < 0).any() or ((scale == 0).any() and ((expanded == 0) & (weight != 0)).any()):
+            raise ContainerError(self.path, f"the scale of {name} is {float(scale.min()):g}", "the scales were lost "
+                                 "when the file was repackaged, or underflowed in float16")
+        return weight * expanded
 
 
 def expand_scale(scale: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
@@ -162,13 +142,13 @@ def open_raw(path: Path | str) -> Container:
     """The same, with names and tensors as they stand in the file: no prefix taken off, nothing dequantised."""
     path = Path(path).expanduser()
     files = _weight_files(path) if path.is_dir() else [path]
-    kind = _kind(files[0])
-    entries: dict[str, _Entry] = {}
+    kind = kind_of(files[0])
+    entries: dict[str, Entry] = {}
     metadata: dict[str, str] = {}
     for file in files:
-        if _kind(file) != kind:
-            raise ContainerError(file, f"is {_kind(file)}, its neighbours are {kind}", "two downloads in one folder")
-        found, more = _OPENERS[kind](file)
+        if kind_of(file) != kind:
+            raise ContainerError(file, f"is {kind_of(file)}, its neighbours are {kind}", "two downloads in one folder")
+        found, more = OPENERS[kind](file)
         if twice := sorted(entries.keys() & found.keys()):
             raise ContainerError(file, f"repeats {twice[0]} and {len(twice) - 1} more of another shard",
                                  "two versions of the model in one folder")
@@ -178,7 +158,7 @@ def open_raw(path: Path | str) -> Container:
     return Container(path, kind, metadata, _read_json(config) if config.is_file() else None, "", entries, {})
 
 
-def _bare(path: Path, entries: dict[str, _Entry]) -> tuple[str, dict[str, _Entry]]:
+def _bare(path: Path, entries: dict[str, Entry]) -> tuple[str, dict[str, Entry]]:
     """Strip a prefix that the model's tensors share; refuse a checkpoint that holds several models."""
     named = [name for name in entries if name not in _HIDDEN_NAMES]
     for prefix in PREFIXES:
@@ -191,32 +171,31 @@ def _bare(path: Path, entries: dict[str, _Entry]) -> tuple[str, dict[str, _Entry
     return "", entries
 
 
+def _bytes(path: Path, name: str, entry: Entry) -> bytes:
+    """The text that a tensor of bytes holds."""
+    if entry.storage not in ("uint8", "int8", "I8"):
+        raise ContainerError(path, f"{name} is stored as {entry.storage} and not as bytes", "a file cast as a whole")
+    return bytes(entry.load().contiguous().view(torch.uint8).numpy())
+
+
 def _refuse_unreadable(raw: Container) -> None:
     """Refuse quantisation formats whose weights are not weight * scale."""
     path, entries, metadata = raw.path, raw._entries, raw.metadata
     formats = {name: kind for name in entries for suffix, kind in _UNREADABLE_SUFFIXES.items() if name.endswith(suffix)}
     for name, entry in entries.items():
         if name.endswith(".comfy_quant"):
-            formats[name] = str(parse_json(path, name, bytes(entry.load().numpy())).get("format"))
+            formats[name] = str(parse_json(path, name, _bytes(path, name, entry)).get("format"))
     if "_quantization_metadata" in metadata:
         stated = parse_json(path, "_quantization_metadata", metadata["_quantization_metadata"].encode())
-        formats |= {name: str(layer.get("format")) for name, layer in stated.get("layers", {}).items()}
+        layers = stated.get("layers", {})
+        if not isinstance(layers, dict) or not all(isinstance(layer, dict) for layer in layers.values()):
+            raise ContainerError(path, "_quantization_metadata has no layers with a format each", "damaged metadata")
+        formats |= {name: str(layer.get("format")) for name, layer in layers.items()}
     for name, kind in formats.items():
         if kind not in _QUANT_FORMATS:
             raise ContainerError(path, f"{name} says the quantisation format {kind}, wantrain reads "
                                  f"{', '.join(_QUANT_FORMATS)}", "a file made for inference only",
                                  "use the fp16, bf16 or fp8 file of the same model")
-
-
-def parse_json(path: Path, name: str, text: bytes) -> dict[str, Any]:
-    """A JSON object out of a weight file; `name` is what held it. Raises ContainerError."""
-    try:
-        value = json.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ContainerError(path, f"{name} is not JSON: {error}", "the file is damaged") from error
-    if not isinstance(value, dict):
-        raise ContainerError(path, f"{name} is not a JSON object", "the file is damaged")
-    return value
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -225,7 +204,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _weight_files(folder: Path) -> list[Path]:
     """The files of the one model in a folder: named by its index, a single file, or a whole set of shards."""
-    indices = sorted(folder.glob("*.index.json"))
+    indices = [path for path in sorted(folder.glob("*.index.json")) if path.is_file()]
     if len(indices) > 1:
         raise ContainerError(folder, f"has {len(indices)} indices: {', '.join(p.name for p in indices)}",
                              "two precisions in one folder", "keep one of them, or point at a file")
@@ -260,165 +239,6 @@ def _check_shards(folder: Path, files: Sequence[Path]) -> None:
     if absent := sorted(set(range(1, total + 1)) - {int(m[2]) for m in found if m}):
         raise ContainerError(folder, f"lacks shards {absent[:5]} of {total}", "an interrupted download")
 
-
-def _kind(path: Path) -> Kind:
-    """The kind by suffix, checked against the first bytes."""
-    if not path.is_file():
-        raise ContainerError(path, "does not exist", "a wrong path", "check the path")
-    if path.suffix not in _SUFFIXES:
-        raise ContainerError(path, f"has the suffix {path.suffix!r}; wantrain reads {', '.join(_SUFFIXES)}",
-                             "not a weight file", "point at the weights")
-    said = _SUFFIXES[path.suffix]
-    with path.open("rb") as file:
-        head = file.read(512)
-    looks, cause = _sniff(head)
-    if looks not in (said, "?"):
-        raise ContainerError(path, f"is named {path.suffix} but is {looks}", cause)
-    if said == "safetensors":
-        _check_header_size(path, head)
-    return said
-
-
-_RENAMED = "a renamed file"
-_PICKLE = "a pickle renamed to pass for another format"
-_MAGICS: tuple[tuple[re.Pattern[bytes], str, str], ...] = (
-    (re.compile(rb"\Z"), "empty", "an interrupted download"),
-    (re.compile(rb"GGUF"), "gguf", _RENAMED),
-    (re.compile(rb"PK\x03\x04"), "pth", _PICKLE),
-    (re.compile(rb"version https://git-lfs"), "a git-lfs pointer", "a clone without `git lfs pull`"),
-    (re.compile(rb"(?s).{8}\{"), "safetensors", _RENAMED),
-    (re.compile(rb"\x80"), "pth", _PICKLE),
-    (re.compile(rb"\s*<"), "a web page", "the download answered with a login or error page"),
-)
-"""What a file starts with, what that is, and how it got another suffix; the first that matches counts."""
-
-
-def _sniff(head: bytes) -> tuple[str, str]:
-    return next(((looks, cause) for magic, looks, cause in _MAGICS if magic.match(head)), ("?", ""))
-
-
-def _check_header_size(path: Path, head: bytes) -> None:
-    size = path.stat().st_size
-    claimed = struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else 0
-    if len(head) < 8 or claimed > min(size - 8, _MAX_HEADER_BYTES):
-        raise ContainerError(path, f"its header claims {claimed} bytes, the file has {size}", "not safetensors, or an "
-                             "interrupted download")
-
-
-class _Mapped:
-    """A safetensors file that is mapped while it is read, and let go every _REMAP_BYTES."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.handle: Any = None
-        self.num_bytes = 0
-
-    def load(self, name: str) -> torch.Tensor:
-        try:
-            if self.handle is None or self.num_bytes > _REMAP_BYTES:
-                self.handle, self.num_bytes = safe_open(self.path, framework="pt"), 0
-            tensor: torch.Tensor = self.handle.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ContainerError(self.path, f"{name}: {error}", "the file changed while it was read") from error
-        self.num_bytes += tensor.nbytes
-        return tensor
-
-
-_SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _open_safetensors(path: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
-    mapped = _Mapped(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            slices = {name: file.get_slice(name) for name in file.offset_keys()}
-    except (SafetensorError, OSError) as error:
-        raise ContainerError(path, f"is not readable as safetensors: {error}", "an interrupted download") from error
-    entries = {}
-    for name, piece in slices.items():
-        if piece.get_dtype() not in _SAFETENSORS_DTYPES:
-            raise ContainerError(path, f"{name} is of dtype {piece.get_dtype()}", "a file made for inference only",
-                                 "use the fp16, bf16 or fp8 file of the same model")
-        word = _word(_SAFETENSORS_DTYPES[piece.get_dtype()])
-        entries[name] = _Entry(tuple(piece.get_shape()), word, partial(mapped.load, name))
-    return entries, metadata
-
-
-def _open_pth(path: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
-    try:
-        # Only the zip format can be mapped; the older one is read whole.
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise ContainerError(path, "holds objects other than tensors, which wantrain does not unpickle",
-                             "not a plain state dict", "convert it to safetensors where you trust it") from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ContainerError(path, f"is not readable as a torch file: {error}", "an interrupted download") from error
-    tensors = _state_dict(path, loaded)
-    return {name: _Entry(tuple(tensor.shape), _word(tensor.dtype), partial(_same, tensor))
-            for name, tensor in tensors.items()}, {}
-
-
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
-def _state_dict(path: Path, loaded: object) -> dict[str, torch.Tensor]:
-    """The state dict itself, or the one under a trainer's outer key."""
-    for candidate in (loaded, *(loaded[key] for key in _OUTER_KEYS if isinstance(loaded, dict) and key in loaded)):
-        if isinstance(candidate, Mapping) and candidate and all(
-                isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in candidate.items()):
-            return dict(candidate)
-    holds = f"a dict of {', '.join(map(str, list(loaded)[:4]))}" if isinstance(loaded, dict) else type(loaded).__name__
-    raise ContainerError(path, f"is not a state dict but {holds}", "a whole training checkpoint or another model",
-                         "export its state dict to safetensors")
-
-
-def _open_gguf(path: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
-    try:
-        from gguf import GGUFReader, GGUFValueType
-    except ImportError as error:
-        raise ContainerError(path, "is GGUF, and the package gguf is not installed", "an optional extra",
-                             "pip install gguf") from error
-    try:
-        reader = GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise ContainerError(path, f"is not readable as GGUF: {error}", "an interrupted download") from error
-    text = {name: str(value.contents()) for name, value in reader.fields.items()
-            if value.types == [GGUFValueType.STRING]}
-    entries = {}
-    for tensor in reader.tensors:
-        stated = reader.fields.get(f"comfy.gguf.orig_shape.{tensor.name}")
-        # GGML lists the axes innermost first; ComfyUI-GGUF notes the real shape of what it had to flatten.
-        shape = tuple(map(int, stated.contents() if stated else reversed(tensor.shape.tolist())))
-        entries[tensor.name] = _Entry(shape, tensor.tensor_type.name, partial(_dequantised, path, tensor, shape))
-    return entries, text
-
-
-def _dequantised(path: Path, tensor: Any, shape: tuple[int, ...]) -> torch.Tensor:
-    """A GGUF tensor as float32 (float16 and integers as they are), by the gguf package's own dequantiser."""
-    from gguf import quants
-
-    plain = {"F32", "F16", "F64", "I8", "I16", "I32", "I64"}
-    try:
-        array = tensor.data if tensor.tensor_type.name in plain else quants.dequantize(tensor.data, tensor.tensor_type)
-        return torch.from_numpy(array.copy()).reshape(shape)
-    except (NotImplementedError, ValueError, RuntimeError) as error:
-        raise ContainerError(path, f"{tensor.name} ({tensor.tensor_type.name}): {error}", "a quantisation that the "
-                             "gguf package does not read", "use a Q8_0 or K-quant file") from error
-
-
-_OPENERS: dict[Kind, Callable[[Path], tuple[dict[str, _Entry], dict[str, str]]]] = {
-    "safetensors": _open_safetensors, "pth": _open_pth, "gguf": _open_gguf,
-}
 
 _PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("high", ("high_noise_model", "transformer")),
@@ -553,7 +373,7 @@ def _plan(container: Container, rename: Rename, targets: Mapping[str, tuple[int,
     if missing or unexpected or faults:
         raise ContainerError(container.path, _misfit(missing, unexpected, faults),
                              _cause(missing, unexpected, faults, len(targets)),
-                             "check model.variant and the path, or download the file again")
+                             "check model.variant and the path, or get the file again")
     return plan
 
 

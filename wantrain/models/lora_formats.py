@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,15 +20,23 @@ import torch
 
 from wantrain.files import write_json
 from wantrain.lora import MAGNITUDE
-from wantrain.models.containers import Container, ContainerError, open_raw, parse_json
+from wantrain.models.containers import Container, open_raw
+from wantrain.models.lora_checks import (
+    check_pair,
+    check_products,
+    check_values,
+    config_alpha,
+    one_number,
+    product_size,
+)
+from wantrain.models.lora_names import PEFT_CONFIG, PEFT_WEIGHTS, is_lora, weights_of
 from wantrain.models.names import TRANSFORMER, NoTwin, UnknownName
 from wantrain.models.variants import Expert
+from wantrain.models.weight_files import ContainerError, parse_json
 from wantrain.tensors import digest_tensors, write_tensors
 from wantrain.terms import UserError
 
 DIGEST_KEY = "wantrain_digest"
-PEFT_CONFIG = "adapter_config.json"
-PEFT_WEIGHTS = "adapter_model.safetensors"
 
 Extras = Mapping[str, torch.Tensor]
 
@@ -62,7 +71,8 @@ class LoraFile:
     """A LoRA file's content.
 
     `extras` are the tensors that are no A/B pair (`.diff`, `.diff_b`, LoHa, LoKr, DoRA magnitudes and the alphas
-    that belong to them), by official stem and suffix.
+    that belong to them), by official stem and suffix; a bias of B is in them as the `.diff_b` that it makes. `ignored`
+    names what the file holds and is no weight.
     """
 
     path: Path
@@ -70,6 +80,7 @@ class LoraFile:
     pairs: dict[str, LoraPair]
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,30 +178,32 @@ def read_lora(path: Path | str, expert: Expert | None = None) -> LoraFile:
     tensor and the likely cause, for files that are damaged, not a LoRA, of unknown names, or whose alpha is lost.
     """
     path = Path(path).expanduser()
-    file = path / PEFT_WEIGHTS if path.is_dir() else path
-    raw = open_raw(file)
+    raw = open_raw(weights_of(path))
+    if not is_lora(raw.names()):
+        raise ContainerError(raw.path, f"{next(iter(raw.names()), 'nothing')} is no tensor of a LoRA", _NO_LORA,
+                             _INSPECT.format(shlex.quote(str(raw.path))))
     tensors = {name: raw.read(name) for name in raw.names()}
     _check_digest(raw, tensors)
-    tensors = _one_expert(raw, tensors, expert)
+    ignored = tuple(name for name, tensor in tensors.items() if _is_buffer(name, tensor))
+    tensors = _one_expert(raw, {name: tensors[name] for name in tensors if name not in ignored}, expert)
     grammar = _grammar(raw, tensors)
     pieces, extras = _parse(raw, tensors, grammar)
-    alphas = {module: float(roles["alpha"]) for module, roles in pieces.items() if "alpha" in roles}
+    check_values(raw, tensors)
     config = _adapter_config(raw, grammar, expert) if grammar.alpha == "config" else {}
     pairs = {}
     for module, roles in pieces.items():
         if roles.keys() <= {"alpha"}:
             extras[f"{module}.alpha"] = roles["alpha"]
             continue
-        _check_pair(raw, module, roles)
-        rank = roles["a"].shape[0]
-        if module not in alphas and grammar.alpha == "tensor":
-            raise ContainerError(raw.path, f"{module} has no alpha, which every {grammar.id} file has",
-                                 "a converter dropped it; without it the LoRA's strength is unknown",
-                                 "convert the original file again")
-        pairs[module] = LoraPair(roles["a"], roles["b"], alphas.get(module, _config_alpha(config, module, rank)))
-    _check_values(raw, pairs, extras)
-    _check_products(raw, extras)
-    return LoraFile(path, grammar.id, pairs, extras, raw.metadata)
+        check_pair(raw, module, roles)
+        pairs[module] = LoraPair(roles["a"], roles["b"], _alpha(raw, module, roles, grammar, config))
+    check_products(raw, products(extras))
+    return LoraFile(path, grammar.id, pairs, _plain_extras(raw, pairs, extras), raw.metadata, ignored)
+
+
+def _is_buffer(name: str, tensor: torch.Tensor) -> bool:
+    """Whether this is a number that a tool keeps among the tensors (`lokr_factor`), and no weight."""
+    return tensor.numel() == 1 and not tensor.is_floating_point() and _KEY.fullmatch(name) is None
 
 
 def _check_digest(raw: Container, tensors: Extras) -> None:
@@ -203,17 +216,23 @@ def _check_digest(raw: Container, tensors: Extras) -> None:
 
 def _one_expert(raw: Container, tensors: dict[str, torch.Tensor], expert: Expert | None) -> dict[str, torch.Tensor]:
     """From a file with both experts' tensors, those of one under the prefix that a single expert has."""
-    if not any(name.startswith(tuple(_EXPERT_PREFIXES["low"])) for name in tensors):
+    halves = {one: {name for name in tensors if name.startswith(tuple(prefixes))}
+              for one, prefixes in _EXPERT_PREFIXES.items()}
+    if not halves["low"] and not any(name.startswith("diffusion_model.transformer_1.") for name in halves["high"]):
         return tensors
-    if expert is None:
-        raise ContainerError(raw.path, "holds a LoRA for each of the two experts", "a combined A14B file",
-                             "say which one to read: high or low")
-    both = tuple(prefix for prefixes in _EXPERT_PREFIXES.values() for prefix in prefixes)
-    if other := [name for name in tensors if not name.startswith(both)]:
+    if other := sorted(tensors.keys() - halves["high"] - halves["low"]):
         raise ContainerError(raw.path, f"{other[0]} belongs to neither expert", "a LoRA that also trains a text "
-                             "encoder")
+                             "encoder", "export it without the text encoder's part")
+    if expert is None and all(halves.values()):
+        raise ContainerError(raw.path, "holds a LoRA for each of the two experts", "a combined A14B file",
+                             "say which: expert=high or expert=low; a file of one: "
+                             f"wantrain convert {shlex.quote(str(raw.path))} high_noise.safetensors expert=high")
+    chosen = expert or ("high" if halves["high"] else "low")
+    if not halves[chosen]:
+        raise ContainerError(raw.path, f"holds no LoRA for the {chosen} noise expert, but one for the other",
+                             "the experts were exchanged", "give it to the other expert")
     return {new + name.removeprefix(old): tensor for name, tensor in tensors.items()
-            for old, new in _EXPERT_PREFIXES[expert].items() if name.startswith(old)}
+            for old, new in _EXPERT_PREFIXES[chosen].items() if name.startswith(old)}
 
 
 def _grammar(raw: Container, names: Iterable[str]) -> Grammar:
@@ -221,14 +240,22 @@ def _grammar(raw: Container, names: Iterable[str]) -> Grammar:
     found = {name: next(g.prefix for g in GRAMMARS.values() if name.startswith(g.prefix)) for name in names}
     prefixes = Counter(found.values())
     if not prefixes:
-        raise ContainerError(raw.path, "holds no tensors", "an interrupted export")
+        raise ContainerError(raw.path, "holds no LoRA and no tensors", "an interrupted export", "export it again")
     if len(prefixes) > 1:
         odd = next(name for name, prefix in found.items() if prefix == prefixes.most_common()[-1][0])
         raise ContainerError(raw.path, f"mixes prefixes: {', '.join(repr(p) for p in prefixes)} (e.g. {odd})",
-                             "two formats in one file, or a LoRA that also trains a text encoder")
+                             "two formats in one file, or a LoRA that also trains a text encoder",
+                             "export it in one format, of the transformer alone")
     words = {key["a"] for name in names if (key := _KEY.fullmatch(name)) and key["a"]}
     rows = [g for g in GRAMMARS.values() if g.prefix == next(iter(prefixes))]
     return next((g for g in rows if g.down in words), rows[0])
+
+
+_NO_LORA = "a base checkpoint, or a kind of adapter that wantrain does not know"
+_INSPECT = "a base goes to model.path or model.parts; what a file holds: wantrain inspect {}"
+_RENAME = "names must begin with one of " + ", ".join(sorted({g.prefix for g in GRAMMARS.values() if g.prefix})) + (
+    " and go on as Wan's own (or, after transformer. and lycoris_, diffusers') module names: rename them so, or export "
+    "again in a format of the list (docs/lora-files.md)")
 
 
 def _parse(raw: Container, tensors: Extras, grammar: Grammar
@@ -239,16 +266,21 @@ def _parse(raw: Container, tensors: Extras, grammar: Grammar
     for name, tensor in tensors.items():
         key = _KEY.fullmatch(name.removeprefix(grammar.prefix))
         if key is None:
-            raise ContainerError(raw.path, f"{name} is no tensor of a LoRA", "a base checkpoint, or a kind of adapter "
-                                 "that wantrain does not know")
+            raise ContainerError(raw.path, f"{name} is no tensor of a LoRA", _NO_LORA,
+                                 _INSPECT.format(shlex.quote(str(raw.path))))
         stem = _official(raw, name, key["stem"], grammar)
         if key["extra"]:
-            extras[f"{stem}.{MAGNITUDE if key['extra'].startswith(MAGNITUDE) else key['extra']}"] = tensor
+            extra = f"{stem}.{MAGNITUDE if key['extra'].startswith(MAGNITUDE) else key['extra']}"
+            if extra in extras:
+                raise ContainerError(raw.path, f"{name}: there are two of {extra}", "two files merged into one",
+                                     "use one of the two")
+            extras[extra] = tensor
             continue
         role = "a" if key["a"] else "b" if key["b"] else "alpha"
         roles = pieces.setdefault(stem, {})
         if role in roles:
-            raise ContainerError(raw.path, f"{name}: {stem} has two tensors for {role}", "two files merged into one")
+            raise ContainerError(raw.path, f"{name}: {stem} has two tensors for {role}", "two files merged into one",
+                                 "use one of the two")
         roles[role] = tensor
     return pieces, extras
 
@@ -260,7 +292,7 @@ def _official(raw: Container, name: str, stem: str, grammar: Grammar) -> str:
     if official is None:
         whose = {"official": "official", "diffusers": "diffusers", "either": "known"}[grammar.naming]
         raise ContainerError(raw.path, f"{name}: {stem!r} is no {whose} module of a Wan transformer", "a wrong "
-                             "prefix, a LoRA of another model, or one that also trains a text encoder")
+                             "prefix, a LoRA of another model, or one that also trains a text encoder", _RENAME)
     return official
 
 
@@ -290,16 +322,20 @@ def _adapter_config(raw: Container, grammar: Grammar, expert: Expert | None) -> 
     return {key.removeprefix(whose): value for key, value in packed.items() if key.startswith(whose)}
 
 
-def _config_alpha(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """Alpha of a module by PEFT's rules: the first pattern that matches its end, else lora_alpha, else the rank."""
-    if not config:
-        return float(rank)
-    alpha = config.get("lora_alpha", rank)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if any(re.match(rf"(.*\.)?({pattern})$", name) for name in (module, _twin(module))):
-            alpha = value
-            break
-    return float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
+def _alpha(raw: Container, module: str, roles: Extras, grammar: Grammar, config: Mapping[str, Any]) -> float:
+    """A pair's alpha: its own tensor, what the config says, or the rank. Raises ContainerError."""
+    if "alpha" not in roles and grammar.alpha == "tensor":
+        raise ContainerError(raw.path, f"{module} has no alpha, which every {grammar.id} file has",
+                             "a converter dropped it; without it the LoRA's strength is unknown",
+                             "convert the original file again")
+    try:
+        alpha = one_number(roles["alpha"]) if "alpha" in roles \
+            else config_alpha(config, (module, _twin(module)), len(roles["a"]))
+    except (ValueError, TypeError, AttributeError, re.error) as error:
+        raise ContainerError(raw.path, f"the alpha of {module} cannot be read: {error}", "damaged metadata") from error
+    if not math.isfinite(alpha) or alpha == 0:
+        raise ContainerError(raw.path, f"{module} has alpha {alpha}, so no effect", "a damaged file")
+    return alpha
 
 
 def _twin(module: str) -> str:
@@ -309,36 +345,37 @@ def _twin(module: str) -> str:
         return module
 
 
-def _check_pair(raw: Container, module: str, roles: Mapping[str, torch.Tensor]) -> None:
-    for role, other in (("a", "b"), ("b", "a")):
-        if role not in roles:
-            raise ContainerError(raw.path, f"{module} has {other.upper()} but no {role.upper()}", "an interrupted "
-                                 "export, or tensors filtered by name")
-    a, b = roles["a"], roles["b"]
-    if a.ndim < 2 or b.ndim < 2 or a.shape[0] != b.shape[1] or math.prod(b.shape[2:]) != 1:
-        transposed = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0] <= min(a.shape[0], b.shape[1])
-        raise ContainerError(raw.path, f"{module}: A {list(a.shape)} and B {list(b.shape)} do not multiply",
-                             "A and B are transposed or exchanged" if transposed else "tensors of two LoRAs were mixed")
-    if a.shape[0] > min(b.shape[0], math.prod(a.shape[1:])):
-        raise ContainerError(raw.path, f"{module}: A {list(a.shape)} and B {list(b.shape)} have a rank above the "
-                             "module's size", "A and B are transposed")
+def _plain_extras(raw: Container, pairs: Pairs, extras: Extras) -> dict[str, torch.Tensor]:
+    """The extras with one spelling for what several tools spell in their own way.
+
+    A bias of B becomes the `.diff_b` that it makes, LyCORIS' `dora_scale` [out, 1] PEFT's magnitudes [out]. Raises
+    ContainerError for a dora_scale that says something else.
+    """
+    found = {}
+    for name, tensor in extras.items():
+        module, suffix = split_extra(name)
+        pair = pairs.get(module)
+        if suffix.startswith("lora_B") and pair is not None:
+            if tensor.numel() != len(pair.b):
+                raise ContainerError(raw.path, f"{name} is {list(tensor.shape)}, B is {list(pair.b.shape)}", "tensors "
+                                     "of two LoRAs were mixed")
+            if f"{module}.diff_b" in extras:
+                raise ContainerError(raw.path, f"{name} and a diff_b change the same bias", "two files merged into one",
+                                     "use one of the two")
+            found[f"{module}.diff_b"] = pair.scale * tensor.float().reshape(-1)
+        elif suffix == "dora_scale":
+            if pair is None or pair.a.ndim > 2 or tuple(tensor.shape) not in {(len(pair.b), 1)}:
+                raise ContainerError(raw.path, f"{name} is {list(tensor.shape)}; wantrain reads DoRA with a magnitude "
+                                     "for each row, [out, 1], on the LoRA of a Linear", "DoRA over columns (LyCORIS "
+                                     "without wd_on_out), of a convolution, or on LoHa or LoKr",
+                                     "fold it into a checkpoint with the tool that made it, then wantrain extract")
+            found[f"{module}.{MAGNITUDE}"] = tensor.reshape(-1)
+        else:
+            found[name] = tensor
+    return found
 
 
-def _check_values(raw: Container, pairs: Pairs, extras: Extras) -> None:
-    if not pairs and not extras:
-        raise ContainerError(raw.path, "holds no LoRA", "an interrupted export")
-    named = [(f"{module} {role}", tensor) for module, pair in pairs.items()
-             for role, tensor in (("A", pair.a), ("B", pair.b))]
-    for name, tensor in (*named, *extras.items()):
-        if not torch.isfinite(tensor.float()).all():
-            raise ContainerError(raw.path, f"{name} is not finite", "the training diverged")
-    for module, pair in pairs.items():
-        if not math.isfinite(pair.alpha) or pair.alpha == 0:
-            raise ContainerError(raw.path, f"{module} has alpha {pair.alpha}, so no effect", "a damaged file")
-
-
-_PRODUCTS = {"hada_w": ("hada_w1", "hada_w2"), "lokr_w": ("lokr_w1", "lokr_w2")}
-PRODUCT = (*_PRODUCTS, "alpha")
+PRODUCT = ("hada_w", "lokr_w", "alpha")
 """What the suffixes of a LoHa's and a LoKr's tensors begin with."""
 
 
@@ -352,25 +389,6 @@ def products(extras: Extras) -> dict[str, dict[str, torch.Tensor]]:
     return found
 
 
-def _check_products(raw: Container, extras: Extras) -> None:
-    """Refuse LoHa and LoKr modules whose factors are not all there or do not multiply, and an alpha of nothing."""
-    for module, leaves in products(extras).items():
-        kind = next((kind for kind in _PRODUCTS if any(leaf.startswith(kind) for leaf in leaves)), None)
-        if kind is None:
-            raise ContainerError(raw.path, f"{module} has an alpha, and nothing that it scales", "an interrupted "
-                                 "export, or tensors filtered by name")
-        for factor in _PRODUCTS[kind]:
-            a, b = leaves.get(f"{factor}_a"), leaves.get(f"{factor}_b")
-            if (a is None or b is None) and (factor not in leaves or kind == "hada_w"):
-                raise ContainerError(raw.path, f"{module} lacks {factor} or a half of it", "an interrupted export, or "
-                                     "tensors filtered by name")
-            if a is not None and b is not None and a.ndim == b.ndim == 2 and a.shape[1] != b.shape[0]:
-                raise ContainerError(raw.path, f"{module}: {factor}_a {list(a.shape)} and {factor}_b {list(b.shape)} "
-                                     "do not multiply", "transposed tensors, or those of two LoRAs mixed")
-        if "alpha" in leaves and (leaves["alpha"].numel() != 1 or not float(leaves["alpha"])):
-            raise ContainerError(raw.path, f"{module} has the alpha {leaves['alpha'].tolist()}", "a damaged file")
-
-
 def check_fit(lora: LoraFile, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse a LoRA whose modules the base does not have in that size.
 
@@ -378,7 +396,7 @@ def check_fit(lora: LoraFile, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """
     for module, pair in lora.pairs.items():
         wanted = shapes.get(f"{module}.weight")
-        made = (pair.b.shape[0], *pair.a.shape[1:])
+        made: tuple[int, ...] = (pair.b.shape[0], *pair.a.shape[1:])
         if wanted is None:
             raise ContainerError(lora.path, f"{module} is not in the base", "a LoRA for another Wan variant",
                                  "use the base that it was trained on")
@@ -386,6 +404,12 @@ def check_fit(lora: LoraFile, shapes: Mapping[str, tuple[int, ...]]) -> None:
             raise ContainerError(lora.path, f"{module} makes an update {list(made)}, the base's weight is "
                                  f"{list(wanted)}", "a LoRA for another Wan variant, or A and B transposed",
                                  "use the base that it was trained on")
+    for module, leaves in products(lora.extras).items():
+        made, wanted = product_size(leaves), shapes.get(f"{module}.weight")
+        if made != wanted:
+            raise ContainerError(lora.path, f"{module} makes an update {list(made)}, the base's weight is "
+                                 f"{list(wanted or ())}", "a LoRA for another Wan variant", "use the base that it was "
+                                 "trained on")
 
 
 def write_lora(path: Path, pairs: Pairs, format: str, metadata: Mapping[str, str], *,
@@ -410,6 +434,8 @@ def write_lora(path: Path, pairs: Pairs, format: str, metadata: Mapping[str, str
     for name, tensor in extras.items():
         module, suffix = split_extra(name)
         tensors[f"{_spell(grammar, module)}.{suffix}"] = tensor
+    if lost := [name for name, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]:
+        raise UserError(f"{lost[0]} is not finite in {dtype}", "choose bfloat16 or float32; nothing was written")
     header = {"format": "pt", **metadata, DIGEST_KEY: digest_tensors(tensors)}
     if grammar.id == "peft":
         path.mkdir(parents=True, exist_ok=True)

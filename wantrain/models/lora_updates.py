@@ -6,14 +6,18 @@ LoHa, LoKr and their alpha as LyCORIS and ComfyUI compute them (facts/wan-format
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+import shlex
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from wantrain.lora import MAGNITUDE, AdapterState, inner_rank
-from wantrain.models.containers import Container, ContainerError
+from wantrain.models.containers import Container
+from wantrain.models.lora_checks import product_size
 from wantrain.models.lora_formats import (
     PRODUCT,
     LoraFile,
@@ -24,7 +28,10 @@ from wantrain.models.lora_formats import (
     split_extra,
     write_lora,
 )
+from wantrain.models.lora_names import instead_of_adapter, refuse_other_expert
 from wantrain.models.names import official_names, transformer_to_diffusers, transformer_to_official
+from wantrain.models.variants import Expert
+from wantrain.models.weight_files import ContainerError
 from wantrain.terms import UserError
 
 Update = Callable[[torch.Tensor], torch.Tensor]
@@ -61,53 +68,57 @@ def updates(lora: LoraFile, strength: float = 1.0) -> dict[str, Update]:
     tensors whose meaning wantrain does not know, and, when an update is called, for one that does not fit.
     """
     magnitudes: dict[str, torch.Tensor] = {}
-    deltas: list[tuple[str, Callable[[], torch.Tensor]]] = []
+    deltas: list[tuple[str, Sequence[int], Callable[[], torch.Tensor]]] = []
     for name, tensor in lora.extras.items():
         stem, suffix = split_extra(name)
         if _is_magnitude(lora, stem, suffix):
             magnitudes[stem] = tensor.float().reshape(-1, 1)
         elif suffix in _DENSE:
             target = stem if stem.endswith(_PARAMETERS) else f"{stem}.{_DENSE[suffix]}"
-            deltas.append((target, tensor.float))
+            deltas.append((target, tensor.shape, tensor.float))
         elif not suffix.startswith(PRODUCT):
-            raise ContainerError(lora.path, f"wantrain does not apply {name}", "an adapter of convolutions or biases, "
-                                 "or a DoRA of another kind", "apply it with the tool that made it")
-    deltas += [(f"{module}.weight", partial(product_delta, leaves)) for module, leaves in products(lora.extras).items()]
-    deltas += [(f"{module}.weight", pair.delta) for module, pair in lora.pairs.items() if module not in magnitudes]
-    found: dict[str, Update] = {f"{module}.weight": _turning(lora.pairs[module], magnitude, strength)
+            raise ContainerError(lora.path, f"wantrain does not apply {name}", "an adapter of convolutions, or a "
+                                 "DoRA of another kind", "apply it with the tool that made it")
+    deltas += [(f"{module}.weight", product_size(leaves), partial(product_delta, leaves))
+               for module, leaves in products(lora.extras).items()]
+    deltas += [(f"{module}.weight", (len(pair.b), *pair.a.shape[1:]), pair.delta)
+               for module, pair in lora.pairs.items() if module not in magnitudes]
+    found: dict[str, Update] = {f"{module}.weight": _turning(lora.path, module, lora.pairs[module], magnitude, strength)
                                 for module, magnitude in magnitudes.items()}
-    for name, delta in deltas:
-        found[name] = _adding(lora.path, name, delta, strength, found.get(name))
+    for name, shape, delta in deltas:
+        checked = partial(_check_same, lora.path, name, shape)
+        found[name] = _adding(checked, delta, strength, found.get(name))
     return found
 
 
 def _is_magnitude(lora: LoraFile, module: str, suffix: str) -> bool:
-    """Whether this is a LoRA module's DoRA vector, one number an output, as PEFT has it and LyCORIS may."""
-    return (suffix in (MAGNITUDE, "dora_scale") and module in lora.pairs
-            and lora.extras[f"{module}.{suffix}"].numel() == lora.pairs[module].b.shape[0])
+    """Whether this is a LoRA module's DoRA vector, one number an output: PEFT's [out], LyCORIS' [out, 1]."""
+    if module not in lora.pairs or suffix not in (MAGNITUDE, "dora_scale"):
+        return False
+    tensor, out = lora.extras[f"{module}.{suffix}"], len(lora.pairs[module].b)
+    return tensor.numel() == out if suffix == MAGNITUDE else tuple(tensor.shape) == (out, 1)
 
 
-def _adding(path: Path, name: str, delta: Callable[[], torch.Tensor], strength: float, before: Update | None
-            ) -> Update:
+def _adding(check: Callable[[torch.Tensor], None], delta: Callable[[], torch.Tensor], strength: float,
+            before: Update | None) -> Update:
     def update(weight: torch.Tensor) -> torch.Tensor:
-        added = delta()
-        if _significant(added.shape) != _significant(weight.shape):
-            raise ContainerError(path, f"its update of {name} is {list(added.shape)}, the base's tensor is "
-                                 f"{list(weight.shape)}", "a LoRA for another Wan variant",
-                                 "use the base that it was trained on")
+        check(weight)  # before anything is multiplied out
         weight = before(weight) if before else weight
-        return weight + strength * added.to(weight.device).reshape(weight.shape)
+        return weight + strength * delta().to(weight.device).reshape(weight.shape)
 
     return update
 
 
-def _significant(shape: Sequence[int]) -> list[int]:
-    """A shape without axes of length 1, which files write or leave out."""
-    return [size for size in shape if size != 1]
+def _check_same(path: Path, name: str, shape: Sequence[int], weight: torch.Tensor) -> None:
+    """Refuse an update of another shape than the weight. Axes of length 1 do not count: files leave them out."""
+    if [size for size in shape if size != 1] != [size for size in weight.shape if size != 1]:
+        raise ContainerError(path, f"its update of {name} is {list(shape)}, the base's tensor is {list(weight.shape)}",
+                             "a LoRA for another Wan variant", "use the base that it was trained on")
 
 
-def _turning(pair: LoraPair, magnitude_O1: torch.Tensor, strength: float) -> Update:
+def _turning(path: Path, module: str, pair: LoraPair, magnitude_O1: torch.Tensor, strength: float) -> Update:
     def update(weight: torch.Tensor) -> torch.Tensor:
+        _check_same(path, f"{module}.weight", (len(pair.b), *pair.a.shape[1:]), weight)
         turned = weight + pair.delta().to(weight.device)
         turned = magnitude_O1.to(weight.device) * turned / torch.linalg.norm(turned, dim=1, keepdim=True)
         return weight + strength * (turned - weight)
@@ -118,12 +129,13 @@ def _turning(pair: LoraPair, magnitude_O1: torch.Tensor, strength: float) -> Upd
 def plan_merge(container: Container, loras: Sequence[tuple[LoraFile, float]]) -> dict[str, list[Update]]:
     """A transformer's tensor names in its file -> what the LoRAs, at their strengths, do to them, in order.
 
-    Raises ContainerError for a LoRA that changes a tensor which this transformer does not have.
+    Parts for image tokens are left out where it has none. Raises ContainerError for a LoRA that changes another tensor
+    which this transformer does not have.
     """
     own = {official: name for name, official in official_names(container.names()).items()}
     plan: dict[str, list[Update]] = {}
     for lora, strength in loras:
-        for official, update in updates(lora, strength).items():
+        for official, update in updates(without_image_parts(lora, own), strength).items():
             if official not in own:
                 raise ContainerError(lora.path, f"changes {official}, which is not in the base", "a LoRA for another "
                                      "Wan variant", "use the base that it was trained on")
@@ -157,17 +169,62 @@ def from_adapter(state: AdapterState) -> tuple[dict[str, LoraPair], dict[str, to
     return pairs, extras
 
 
+_IMAGE_PARTS = re.compile(r"img_emb\..+|blocks\.\d+\.cross_attn\.(k_img|v_img|norm_k_img)(\..+)?")
+
+
+def without_image_parts(lora: LoraFile, names: Collection[str]) -> LoraFile:
+    """The LoRA as a base of these official tensor names can take it: without what it does to CLIP's image tokens, if
+    the base has none, as LoRAs of Wan2.1 image-to-video on Wan2.2. What is left out is told. A LoRA of nothing else
+    stays as it is, and does not fit.
+    """
+    if any(map(_IMAGE_PARTS.fullmatch, names)):
+        return lora
+    pairs = {module: pair for module, pair in lora.pairs.items() if not _IMAGE_PARTS.fullmatch(module)}
+    extras = {name: tensor for name, tensor in lora.extras.items() if not _IMAGE_PARTS.fullmatch(name)}
+    num_left_out = len(lora.pairs) - len(pairs) + len(lora.extras) - len(extras)
+    if not num_left_out or not (pairs or extras):
+        return lora
+    print(f"{lora.path}: left out its {num_left_out} parts for CLIP image tokens (img_emb, k_img, v_img, norm_k_img), "
+          "which this base does not have; the rest is applied")
+    return replace(lora, pairs=pairs, extras=extras)
+
+
+def is_zero(lora: LoraFile) -> bool:
+    """Whether a LoRA changes nothing: in every module a factor is all zeros. A DoRA's magnitudes do change weights."""
+    if any(split_extra(name)[1] in (MAGNITUDE, "dora_scale") for name in lora.extras):
+        return False
+    factors = [[pair.a, pair.b] for pair in lora.pairs.values()]
+    for leaves in products(lora.extras).values():
+        factors.append([tensor for leaf, tensor in leaves.items() if leaf != "alpha"])
+    factors += [[tensor] for name, tensor in lora.extras.items() if not split_extra(name)[1].startswith(PRODUCT)]
+    return all(any(not tensor.any() for tensor in own) for own in factors)
+
+
+def read_given(path: Path, expert: Expert | None = None) -> LoraFile:
+    """A LoRA that a user gives to a transformer, or to one expert: of a file with both, its half.
+
+    Raises UserError as `read_lora` does, for one that says it is the other expert's, and for one that does nothing.
+    """
+    lora = read_lora(path, expert)
+    refuse_other_expert(path, lora.metadata, expert)
+    if is_zero(lora):
+        raise ContainerError(path, "is a LoRA of zeros: it changes nothing", "an export before the first step, or a "
+                             "learning rate of 0", f"train further, or leave it out; look at it: wantrain inspect "
+                             f"{shlex.quote(str(path))}")
+    return lora
+
+
 def to_adapter(lora: LoraFile) -> AdapterState:
     """A LoRA file as an adapter (diffusers names), to train on or to sample with.
 
-    Raises ContainerError, naming them, for tensors that no adapter of ours holds.
+    Raises ContainerError, naming them, for tensors that no adapter of ours holds, and for several kinds in one file.
     """
     tensors: dict[str, dict[str, torch.Tensor]] = {}
     scales: dict[str, float] = {}
     for module, pair in lora.pairs.items():
         tensors[module], scales[module] = {"lora_A": pair.a, "lora_B": pair.b}, pair.scale
     for module, leaves in products(lora.extras).items():
-        tensors[module] = {leaf: tensor for leaf, tensor in leaves.items() if leaf != "alpha"}
+        tensors.setdefault(module, {}).update({leaf: tensor for leaf, tensor in leaves.items() if leaf != "alpha"})
         scales[module] = product_scale(leaves)
     foreign = []
     for name, tensor in lora.extras.items():
@@ -179,19 +236,36 @@ def to_adapter(lora: LoraFile) -> AdapterState:
     if foreign:
         raise ContainerError(lora.path, f"holds more than an adapter: {', '.join(foreign[:3])}"
                              f"{f' and {len(foreign) - 3} more' if len(foreign) > 3 else ''}", "a distilled or "
-                             "extracted model", f"fold it into the base: model.merge='[{lora.path}]'")
+                             "extracted model", instead_of_adapter(lora.path))
+    kinds = {kind: module for module, leaves in tensors.items() for kind in [_kind_of(leaves)]}
+    if len(kinds) > 1 or any(" with " in kind for kind in kinds):
+        raise ContainerError(lora.path, "holds several kinds of adapter: "
+                             + ", ".join(f"{kind} ({module})" for kind, module in kinds.items()),
+                             "tools that choose one by the module", instead_of_adapter(lora.path))
     return AdapterState({transformer_to_diffusers(module): leaves for module, leaves in tensors.items()},
                         {transformer_to_diffusers(module): scale for module, scale in scales.items()})
 
 
-def read_adapter(path: Path, transformer: torch.nn.Module) -> AdapterState:
-    """A LoRA file as an adapter for this diffusers transformer, which has none yet.
+def _kind_of(leaves: Collection[str]) -> str:
+    """LoRA, DoRA, LoHa or LoKr, or all that a module's tensors are of."""
+    found = {"hada": "LoHa", "lokr": "LoKr", "lora": "DoRA" if MAGNITUDE in leaves else "LoRA"}
+    return " with ".join(sorted({found[leaf[:4]] for leaf in leaves}))
 
-    Raises ContainerError for a file that is damaged, of another variant, or more than an adapter.
+
+def read_adapter(path: Path, transformer: torch.nn.Module, expert: Expert | None = None) -> AdapterState:
+    """A LoRA file as an adapter for this diffusers transformer, which has none yet; see `read_given`."""
+    return adapter_for(read_given(path, expert), transformer)
+
+
+def adapter_for(lora: LoraFile, transformer: torch.nn.Module) -> AdapterState:
+    """A LoRA as an adapter for this diffusers transformer, which has none yet.
+
+    Raises ContainerError for one of another variant, or that is more than an adapter.
     """
-    lora = read_lora(path)
     own = {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
-    check_fit(lora, {official: own[name] for name, official in official_names(own).items()})
+    shapes = {official: own[name] for name, official in official_names(own).items()}
+    lora = without_image_parts(lora, shapes)
+    check_fit(lora, shapes)
     return to_adapter(lora)
 
 

@@ -18,9 +18,10 @@ from wantrain import flow, lora
 from wantrain.models import conditioning
 from wantrain.models.conditioning import Encoders, Frames
 from wantrain.models.encode import decode_latents, encode_frames, encode_text, pad_text, predict_velocity
+from wantrain.models.lora_names import instead_of_adapter
 from wantrain.models.lora_updates import read_adapter
-from wantrain.models.variants import Variant
-from wantrain.terms import NUM_TIMESTEPS, Bucket
+from wantrain.models.variants import Expert, Variant
+from wantrain.terms import NUM_TIMESTEPS, Bucket, UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +77,16 @@ class Inputs:
     video: torch.Tensor | None = None
 
 
-def load_lora(transformer: torch.nn.Module, path: Path) -> None:
-    """Put a LoRA file of any format into a transformer, as an adapter that `set_strength` scales.
+def load_lora(transformer: torch.nn.Module, path: Path, expert: Expert | None = None) -> None:
+    """Put a LoRA file of any format into a transformer, or that of an expert, as an adapter that `set_strength` scales.
 
-    Raises UserError for a file that is damaged, of another variant, or more than an adapter.
+    Raises UserError for a file that is damaged, of another variant or expert, or more than an adapter.
     """
-    lora.attach(transformer, read_adapter(path, transformer))
+    given = read_adapter(path, transformer, expert)
+    try:
+        lora.attach(transformer, given)
+    except UserError as error:
+        raise UserError(f"{path}: {error.message}", instead_of_adapter(path)) from error
 
 
 def set_strength(sampler: Sampler, strength: float) -> None:

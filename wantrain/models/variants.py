@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from wantrain.models.names import VaeVersion, transformer_to_diffusers
@@ -281,12 +282,13 @@ class Detection:
         return VARIANTS[stated or self.candidates[0]]
 
 
-def detect(shapes: Shapes, file_name: str | None) -> Detection:
+def detect(shapes: Shapes, file_name: str | None, config: Mapping[str, Any] | None = None) -> Detection:
     """Tell the variant from a transformer's tensor names and shapes (official or diffusers names, bare).
 
     Tensors cannot tell T2V-14B from T2V-A14B, I2V 480p from 720p from Fun-InP, or high from low: those come from
     `file_name` (a name or a whole path) where it is unambiguous; else the candidates are listed and the message says
-    what the config must state. Raises UserError when the tensors are no Wan transformer at all.
+    what the config must state. `config`: the folder's config.json, which says where VACE's blocks attach. Raises
+    UserError when the tensors are no Wan transformer at all.
     """
     layout: Layout = "official" if "head.modulation" in shapes else "diffusers"
     for mark, family in _UNSUPPORTED.items():
@@ -294,10 +296,16 @@ def detect(shapes: Shapes, file_name: str | None) -> Detection:
             return Detection(layout, (), (), False, None, f"this is a {family} transformer (it has {mark}*), which "
                              "wantrain recognises but does not support")
     architecture = read_architecture(shapes, layout)
-    # The number of heads is a size that shapes do not show; those of Animate's encoders are taken on trust.
+    stated = stated_vace_layers(config or {})
+    if stated and len(stated) != len(architecture.vace_layers):
+        raise UserError(f"config.json states {len(stated)} vace_layers, and the transformer has "
+                        f"{len(architecture.vace_layers)} VACE blocks", "take both from one model")
+    # The number of heads is a size that shapes do not show; those of Animate's encoders are taken on trust, and so is
+    # where VACE's blocks attach, if the config states it.
     fitting = tuple(name for name, variant in VARIANTS.items()
                     if variant.architecture == replace(
                         architecture, num_heads=variant.architecture.num_heads,
+                        vace_layers=variant.architecture.vace_layers if stated else architecture.vace_layers,
                         animate=variant.architecture.animate if architecture.animate else None))
     if not fitting:
         return Detection(layout, (), (), False, None, f"a Wan transformer of no known variant's sizes: {architecture}")
@@ -335,13 +343,25 @@ def read_architecture(shapes: Shapes, layout: Layout) -> Architecture:
         freq_dim=shape("time_embedding.0.weight", 2)[1],
         image_dim=shape("img_emb.proj.0.bias", 1)[0] if has("img_emb.proj.0.bias") else None,
         image_tokens=shape("img_emb.emb_pos", 3)[1] if has("img_emb.emb_pos") else None,
-        # Every Wan VACE spreads its blocks evenly over the main ones; the files do not say where they attach.
-        vace_layers=tuple(range(0, num_layers, num_layers // vace)) if vace else (),
+        # The published VACE spread their blocks evenly over the main ones; the weights do not say where they attach.
+        vace_layers=tuple(block * num_layers // vace for block in range(vace)),
         vace_in_channels=shape("vace_patch_embedding.weight", 5)[1] if vace else 96,
         ref_conv="ref_conv.weight" in shapes,
         control_adapter="control_adapter.conv.weight" in shapes,
         animate=AnimateSizes() if any(name.startswith("face_adapter.") for name in shapes) else None,
     )
+
+
+def stated_vace_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Where a transformer folder's config.json (diffusers' or the official one) says that VACE's blocks attach; empty
+    where it does not say so.
+    """
+    stated = config.get("vace_layers") or ()
+    if not isinstance(stated, list | tuple) or not all(isinstance(layer, int) for layer in stated) \
+            or list(stated) != sorted(set(stated)) or (stated and stated[0] != 0):
+        raise UserError(f"config.json: vace_layers = {stated} is not allowed: rising block numbers from 0 on",
+                        "take the config.json that came with the weights")
+    return tuple(stated)
 
 
 def fitting_lora(sizes: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
@@ -368,11 +388,11 @@ def _has_linear(a: Architecture, module: str, size: tuple[int, int]) -> bool:
 
 
 def _count_blocks(shapes: Shapes, prefix: str) -> int:
-    numbers = {int(found[1]) for name in shapes if (found := re.match(rf"{prefix}\.(\d+)\.", name))}
-    if numbers and numbers != set(range(max(numbers) + 1)):
-        absent = sorted(set(range(max(numbers) + 1)) - numbers)
+    numbers = {int(found[1]) for name in shapes if (found := re.match(rf"{prefix}\.([0-9]{{1,9}})\.", name))}
+    if numbers and len(numbers) != max(numbers) + 1:
+        absent = [number for number in range(min(max(numbers), len(numbers) + 5)) if number not in numbers]
         raise UserError(f"{prefix} {absent[:5]} of {max(numbers) + 1} are missing from this transformer",
-                        "download the file again; if it is sharded, point at the folder with all the shards")
+                        "get the file again; if it is sharded, point at the folder with all the shards")
     return len(numbers)
 
 
@@ -381,6 +401,10 @@ _GENERATION = re.compile(r"(?<![a-z0-9])wan[-_ ]?2[._]?([12])(?![0-9])")
 _RESOLUTION = re.compile(r"(?<![0-9])(480p|720p)(?![a-z0-9])")
 _KIND = re.compile(r"(?<![a-z0-9])(t2v|i2v|flf2v|ti2v|vace|inp|control|camera)(?:aint)?(?![a-z0-9])")
 _NOISE = re.compile(r"(?<![a-z])(high|low)[-_. ]?noise")
+_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z][a-z])")
+_LAST_EXPERT = re.compile(r"(?<![a-z])(high|low)(?=(?:[-_. ](?:v?\d\w*|[a-z]{1,5}\d+\w*|noise|model|expert|lora|"
+                          r"comfy|ema|final|safetensors|pth|pt|ckpt|bin|gguf))*$)")
+"""high or low as the last word of a name but for versions, steps, ranks and the suffix; `low_poly` is none."""
 _BARE_EXPERT = re.compile(r"(?<![a-z])(high|low)(?![a-z])")
 _A14B = re.compile(r"(?<![a-z0-9])a14b(?![a-z0-9])")
 _IMPLIED_KINDS = {"inp": {"i2v"}, "camera": {"control"}}
@@ -401,13 +425,30 @@ class _Said:
 def _said_by(part: str) -> _Said:
     text = part.lower()
     generation = {f"wan2{digit}" for digit in _GENERATION.findall(text)} | ({"wan22"} if _A14B.search(text) else set())
-    expert = set(_NOISE.findall(text))
+    expert = set(_NOISE.findall(_CAMEL.sub("_", part).lower()))
     if "wan22" in generation and not expert:
         expert = set(_BARE_EXPERT.findall(text))
     kind = set(_KIND.findall(text))
     for strong, weak in _IMPLIED_KINDS.items():
         kind -= weak if strong in kind else set()
     return _Said(generation | ({"wan22"} if expert else set()), set(_RESOLUTION.findall(text)), kind, expert)
+
+
+def expert_named(path: Path) -> Expert | None:
+    """Which expert a file is, or is for, by the innermost of its own name and two folders' that says high or low.
+
+    In diffusers' folders `transformer` is the high noise expert where `transformer_2`, the low one, stands beside it.
+    """
+    for part in (path.absolute(), *path.absolute().parents[:2]):
+        text = _CAMEL.sub("_", part.name).lower()
+        said = set(_NOISE.findall(text)) or set(_LAST_EXPERT.findall(text))
+        if part.name == "transformer_2":
+            return "low"
+        if part.name == "transformer" and part.with_name("transformer_2").is_dir():
+            return "high"
+        if said:
+            return "high" if said == {"high"} else "low" if said == {"low"} else None
+    return None
 
 
 def _said(file_name: str | None) -> _Said:

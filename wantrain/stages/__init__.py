@@ -24,6 +24,7 @@ from wantrain.jobs import in_workers
 from wantrain.lora import Spec
 from wantrain.models import conditioning, encode, hub, sampling
 from wantrain.models.base import Base, find, for_expert
+from wantrain.models.lora_names import refuse_other_experts_file
 from wantrain.models.variants import VARIANTS, Expert, Variant, trainable
 from wantrain.terms import CLIP, PARTNERS, Bucket, Clip, Dropped, Encoded, PlannedClip, Sample, UserError
 
@@ -363,7 +364,7 @@ def sampler_of(recipe: Opened, loras: Loras) -> sampling.Sampler:
     for base in recipe.base.each():
         transformers.append(base.transformer(recipe.dtype, device))
         if base.expert in loras:
-            sampling.load_lora(transformers[-1], loras[base.expert])
+            sampling.load_lora(transformers[-1], loras[base.expert], base.expert)
     return sampling.Sampler(recipe.variant, transformers, recipe.base.text(recipe.dtype, device),
                             encoders_of(recipe, device), recipe.base.scheduler(sampler_settings(recipe).shift),
                             recipe.dtype)
@@ -458,7 +459,10 @@ def lora_files(recipe: Opened, arguments: Sequence[str]) -> Loras:
     """The LoRA files that the config names, or the run's own exports, of the experts that are asked for."""
     own, trainings = recipe.config.sampler.lora, {one.base.expert: one for one in recipe.trainings()}
     if own:
-        return {expert: hub.local(for_expert(own, expert)) for expert in trainings}
+        found = {expert: hub.local(for_expert(own, expert)) for expert in trainings}
+        for expert, path in found.items():
+            refuse_other_experts_file(path, expert)
+        return found
     paths = {expert: one.export_path for expert, one in trainings.items()}
     if absent := [path for path in paths.values() if not path.exists()]:
         raise UserError(f"no LoRA file {absent[0]}", shlex.join(["wantrain", "export", *arguments]))

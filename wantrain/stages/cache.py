@@ -35,6 +35,8 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     mine = shares(missing, recipe.variant.multiple_px, accelerator.num_processes)[accelerator.process_index]
     faults = []
     if missing:
+        for training in recipe.trainings():
+            training.base.detected()  # as train would, but before hours of encoding
         encoder = Encoder(recipe, accelerator.device)
         encode_texts(recipe, encoder, mine, accelerator.is_main_process)
         faults = encode_windows(recipe, encoder, mine, accelerator.is_main_process)

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import cast
 
 from wantrain.models import hub
-from wantrain.models.lora_formats import DIGEST_KEY, GRAMMARS, read_lora
+from wantrain.models.lora_formats import DIGEST_KEY, GRAMMARS, read_lora, split_extra
+from wantrain.models.lora_names import weights_of
 from wantrain.models.lora_updates import STORAGE, write_proven
+from wantrain.models.outputs import check_lora_output
 from wantrain.models.variants import Expert
 from wantrain.options import parse
 from wantrain.terms import UserError
@@ -22,8 +24,13 @@ def run(arguments: Sequence[str]) -> None:
     files, options = parse(arguments, USAGE, OPTIONS)
     if len(files) != 2:
         raise UserError(f"convert takes an input and an output, got {len(files)}: {', '.join(files)}", USAGE)
-    lora = read_lora(hub.local(files[0]), cast("Expert | None", options["expert"] or None))
-    target = Path(files[1]).expanduser()
+    source, target = hub.local(files[0]), Path(files[1]).expanduser()
+    check_lora_output(target, options["format"], [weights_of(source)], USAGE)
+    lora = read_lora(source, cast("Expert | None", options["expert"] or None))
+    held = tuple(suffix for grammar in GRAMMARS.values() for suffix in grammar.extras)
+    if strange := [name for name in lora.extras if not split_extra(name)[1].startswith(held)]:
+        raise UserError(f"{source}: no format holds {strange[0]}, and wantrain does not apply it",
+                        "fold it into a checkpoint with the tool that made it, then wantrain extract")
     kept = {key: value for key, value in lora.metadata.items() if key not in (DIGEST_KEY, "lora_adapter_metadata")}
     worst = write_proven(target, lora, options["format"], kept, options["dtype"])
     print(f"{lora.path} ({lora.format}) -> {target} ({options['format']}): {len(lora.pairs)} LoRA modules"

@@ -11,10 +11,12 @@ import torch
 from wantrain import __version__
 from wantrain.jobs import progress
 from wantrain.models.base import open_transformer
-from wantrain.models.containers import Container, ContainerError
+from wantrain.models.containers import Container
 from wantrain.models.lora_formats import GRAMMARS, LoraFile, LoraPair
 from wantrain.models.lora_updates import STORAGE, low_rank, write_proven
 from wantrain.models.names import official_names
+from wantrain.models.outputs import check_lora_output
+from wantrain.models.weight_files import ContainerError
 from wantrain.options import parse
 from wantrain.terms import UserError
 
@@ -32,7 +34,8 @@ def run(arguments: Sequence[str]) -> None:
     files, options = parse(arguments, USAGE, OPTIONS)
     if len(files) != 3:
         raise UserError(f"extract takes a tuned transformer, its base and an output, got {len(files)}", USAGE)
-    tuned, base = open_transformer(files[0]), open_transformer(files[1])
+    tuned, base, target = open_transformer(files[0]), open_transformer(files[1]), Path(files[2]).expanduser()
+    check_lora_output(target, options["format"], [tuned.path, base.path], USAGE)
     pairs, energy, rest = differences(tuned, base, int(options["rank"]))
     if not pairs and not rest:
         raise UserError(f"{files[0]} and {files[1]} hold the same weights", "check the two paths")
@@ -40,7 +43,6 @@ def run(arguments: Sequence[str]) -> None:
         raise UserError(f"{len(rest)} changed tensors are no Linear weight: {', '.join(list(rest)[:3])}",
                         "rest=diff format=comfy_updown keeps them (ComfyUI, LightX2V), rest=drop leaves them out")
     extras = rest if options["rest"] == "diff" else {}
-    target = Path(files[2]).expanduser()
     metadata = {"software": f"wantrain {__version__}", "ss_network_dim": options["rank"],
                 "ss_network_alpha": options["rank"], "wantrain.extracted_from": f"{files[0]} - {files[1]}",
                 "wantrain.energy": json.dumps({module: round(kept, 6) for module, kept in energy.items()})}
@@ -71,7 +73,13 @@ def differences(tuned: Container, base: Container, rank: int
             # What is equal in either file's dtype was rounded, not tuned.
             if torch.equal(before.to(after.dtype), after) or torch.equal(after.to(before.dtype), before):
                 continue
+            if after.shape != before.shape:
+                raise ContainerError(tuned.path, f"{official} is {list(after.shape)}, that of the base "
+                                     f"{list(before.shape)}", "two different Wan variants", "use the base that it was "
+                                     "tuned from")
             difference = after.float() - before.float()
+            if not torch.isfinite(difference).all():
+                raise ContainerError(tuned.path, f"{official} or that of the base is not finite", "a damaged file")
             module, _, leaf = official.rpartition(".")
             if leaf == "weight" and difference.ndim == 2:
                 pairs[module], energy[module] = low_rank(difference, rank)

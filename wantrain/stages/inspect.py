@@ -11,14 +11,16 @@ from typing import cast
 
 from wantrain.lora import MAGNITUDE, inner_rank
 from wantrain.models import hub, lora_formats
-from wantrain.models.containers import Container, ContainerError, find_parts, open_container, open_raw
-from wantrain.models.lora_formats import PEFT_WEIGHTS, LoraFile, loads_in, products, split_extra
-from wantrain.models.lora_updates import pair_norm, product_delta
+from wantrain.models.containers import Container, find_parts, open_container, open_raw
+from wantrain.models.lora_checks import product_size
+from wantrain.models.lora_formats import LoraFile, loads_in, products, split_extra
+from wantrain.models.lora_names import PEFT_WEIGHTS, is_lora, is_run, said_expert, weights_of
+from wantrain.models.lora_updates import is_zero, pair_norm, product_delta
 from wantrain.models.variants import Expert, detect, fitting_lora
+from wantrain.models.weight_files import ContainerError
 from wantrain.options import parse
 from wantrain.terms import UserError
 
-LORA_MARKS = (".lora_", ".hada_", ".lokr_", ".diff", ".lora.")
 PART_MARKS = {
     "VAE": ("encoder.conv1.weight", "encoder.conv_in.weight"),
     "umT5 text encoder": ("token_embedding.weight", "shared.weight"),
@@ -39,11 +41,15 @@ def run(arguments: Sequence[str]) -> None:
         for part in parts:
             _weights(part, open_container(part))
         return
-    raw = open_raw(path / PEFT_WEIGHTS if (path / PEFT_WEIGHTS).is_file() else path)
-    if any(mark in name for name in raw.names() for mark in LORA_MARKS):
+    if is_lora(open_raw(_weights_path(path)).names()):
         _lora(lora_formats.read_lora(path, cast("Expert | None", options["expert"] or None)), options["norms"] == "all")
     else:
         _weights(path, open_container(path))
+
+
+def _weights_path(path: Path) -> Path:
+    """The path itself, or the file in a PEFT adapter's folder; refuses a run's folder or checkpoint."""
+    return weights_of(path) if is_run(path) or (path / PEFT_WEIGHTS).is_file() else path
 
 
 def _checkpoint(path: Path) -> list[Path]:
@@ -57,16 +63,23 @@ def _checkpoint(path: Path) -> list[Path]:
 
 
 def _lora(lora: LoraFile, every_norm: bool) -> None:
-    made = {module: product_delta(leaves) for module, leaves in products(lora.extras).items()}
+    made = products(lora.extras)
     sizes = {module: (pair.b.shape[0], pair.a.shape[1]) for module, pair in lora.pairs.items() if pair.a.ndim == 2}
-    sizes |= {module: (delta.shape[0], delta.shape[1]) for module, delta in made.items()}
+    sizes |= {module: product_size(leaves) for module, leaves in made.items()}
     suffixes = {split_extra(name)[1] for name in lora.extras}
-    ranks = Counter([*(pair.rank for pair in lora.pairs.values()), *map(inner_rank, products(lora.extras).values())])
+    ranks = Counter([*(pair.rank for pair in lora.pairs.values()),
+                     *(inner_rank(leaves) or "whole factors" for leaves in made.values())])
     scales = Counter(f"{pair.alpha:g} on rank {pair.rank}" for pair in lora.pairs.values())
     tools, note = loads_in(lora.format, suffixes)
     print(f"file      {lora.path}: {_kind(lora, suffixes)}, format {lora.format}")
     print(f"modules   {len(lora.pairs) + len(made)}"
           + (f", and {len(lora.extras)} other tensors: {', '.join(sorted(suffixes))}" if lora.extras else ""))
+    if lora.ignored:
+        print(f"ignored   {', '.join(lora.ignored)}: no weights")
+    if is_zero(lora):
+        print("effect    none: a LoRA of zeros")
+    if expert := said_expert(lora.path, lora.metadata)[0]:
+        print(f"expert    {expert} noise, by its {said_expert(lora.path, lora.metadata)[1]}")
     print(f"fits      {' or '.join(fitting_lora(sizes)) or 'no variant'} (by its modules' names and sizes)")
     print(f"rank      {', '.join(f'{rank} on {n}' for rank, n in ranks.most_common())}")
     if scales:
@@ -74,7 +87,7 @@ def _lora(lora: LoraFile, every_norm: bool) -> None:
     print(f"loads in  {', '.join(tools) or 'nothing that we measured'}" + (f" ({note})" if note else ""))
     print(f"not in    {', '.join(tool for tool in lora_formats.TOOLS if tool not in tools) or '-'}")
     norms = {module: pair_norm(pair) for module, pair in lora.pairs.items()}
-    _norms(norms | {module: float(delta.norm()) for module, delta in made.items()}, every_norm)
+    _norms(norms | {module: float(product_delta(leaves).norm()) for module, leaves in made.items()}, every_norm)
     for key, value in sorted(lora.metadata.items()):
         print(f"metadata  {key} = {value if len(value) <= 100 else value[:97] + '...'}")
 
@@ -110,5 +123,5 @@ def _weights(path: Path, container: Container) -> None:
     print(f"tensors   {len(shapes)}, {sum(map(math.prod, shapes.values())):,} parameters")
     print(f"stored as {', '.join(f'{k} x {n}' for k, n in Counter(map(container.dtype_of, shapes)).most_common())}")
     part = next((name for name, marks in PART_MARKS.items() if any(mark in shapes for mark in marks)), None)
-    print(f"holds     {part or detect(shapes, str(path)).message}"
+    print(f"holds     {part or detect(shapes, str(path), container.config).message}"
           + (", and its tokenizer" if container.spiece_model() else ""))

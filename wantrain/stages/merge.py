@@ -10,12 +10,20 @@ import torch
 
 from wantrain.files import write_json
 from wantrain.jobs import progress
-from wantrain.models.base import lora_argument, open_transformer
+from wantrain.models.base import open_transformer
 from wantrain.models.containers import Container
-from wantrain.models.lora_formats import read_lora
-from wantrain.models.lora_updates import STORAGE, Update, merged_tensor, plan_merge
+from wantrain.models.lora_names import lora_argument, weights_of
+from wantrain.models.lora_updates import STORAGE, Update, merged_tensor, plan_merge, read_given
 from wantrain.models.names import official_names, transformer_to_diffusers
-from wantrain.models.variants import Expert, detect, diffusers_config, is_diffusers_config
+from wantrain.models.outputs import check_file, check_folder
+from wantrain.models.variants import (
+    Expert,
+    detect,
+    diffusers_config,
+    expert_named,
+    is_diffusers_config,
+    stated_vace_layers,
+)
 from wantrain.options import parse
 from wantrain.tensors import stream_tensors
 from wantrain.terms import UserError
@@ -35,34 +43,43 @@ def run(arguments: Sequence[str]) -> None:
     files, options = parse(arguments, USAGE, OPTIONS)
     if len(files) < 3:
         raise UserError(f"merge takes a base, at least one LoRA and an output, got {len(files)} paths", USAGE)
-    source, *given, out = files
-    container = open_transformer(source)
-    expert = cast("Expert | None", options["expert"] or None)
-    plan = plan_merge(container, [(read_lora(path, expert), strength) for path, strength in map(lora_argument, given)])
-    target = Path(out).expanduser()
+    source, *given, last = files
+    container, loras, out = open_transformer(source), [lora_argument(word) for word in given], Path(last).expanduser()
+    inputs, in_folder = [container.path, *(weights_of(path) for path, _ in loras)], options["layout"] == "diffusers"
+    target = check_folder(out, DIFFUSERS_FILE, "transformer", inputs, USAGE) if in_folder \
+        else check_file(out, "transformer", inputs, USAGE)
     own = official_names(container.names())
-    if options["layout"] == "diffusers":
+    if in_folder:
         config = diffusers_folder_config(container)  # refuses what diffusers has no class for
         own = {name: transformer_to_diffusers(official) for name, official in own.items()}
-        write_json(target / "config.json", config)
-        target = target / DIFFUSERS_FILE
-    elif target.suffix != ".safetensors":
-        raise UserError(f"{out} does not end in .safetensors", USAGE)
-    shapes = container.shapes()
-    stream_tensors(target, {own[name]: shape for name, shape in shapes.items()}, STORAGE[options["dtype"]][0],
-                   merged(container, plan), {"wantrain.merged": " ".join(given)})
+    named = expert_named(container.path)
+    expert = cast("Expert | None", options["expert"] or None) or named
+    if named and expert != named:
+        raise UserError(f"expert={expert}, but {container.path} is named as the {named} noise expert",
+                        f"expert={named}, or the other expert's file")
+    plan = plan_merge(container, [(read_given(path, expert), strength) for path, strength in loras])
+    shapes, dtype = container.shapes(), STORAGE[options["dtype"]][0]
+    stream_tensors(target, {own[name]: shape for name, shape in shapes.items()}, dtype,
+                   merged(container, plan, dtype), {"wantrain.merged": " ".join(given)})
+    if in_folder:
+        write_json(out / "config.json", config)
     print(f"{target}: {len(plan)} of {len(shapes)} tensors changed, {options['layout']} names, {options['dtype']}; "
           "read back equal")
 
 
-def merged(container: Container, plan: dict[str, list[Update]]) -> Iterator[torch.Tensor]:
-    """Every tensor of the file with its updates. Raises UserError where a result is not finite."""
+def merged(container: Container, plan: dict[str, list[Update]], dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Every tensor of the file with its updates, in `dtype`. Raises UserError where one is not finite then."""
     names = container.names()
     with progress(len(names), 0, "tensor", "merge") as bar:
         for name in names:
-            tensor = merged_tensor(plan, name, container.read(name))
-            if name in plan and not torch.isfinite(tensor).all():
-                raise UserError(f"{name} is not finite after merging", "use smaller strengths, or inspect the LoRAs")
+            exact = merged_tensor(plan, name, container.read(name))
+            tensor = exact.to(dtype)
+            if not torch.isfinite(exact).all():
+                raise UserError(f"{name} is not finite " + ("after merging" if name in plan else "in the base"),
+                                "use smaller strengths, or inspect the LoRAs; nothing was written")
+            if not torch.isfinite(tensor).all():
+                raise UserError(f"{name} is not finite in {dtype}: its largest value is {float(exact.abs().max()):.3g}",
+                                "write dtype=bfloat16 or dtype=float32, or use smaller strengths; nothing was written")
             yield tensor
             bar.update()
 
@@ -71,6 +88,8 @@ def diffusers_folder_config(container: Container) -> dict[str, object]:
     """The config.json of the folder: the base's own, or that of the variant which the tensors fit."""
     if is_diffusers_config(container.config or {}):
         return container.config or {}
-    detection = detect(container.shapes(), str(container.path))
+    stated = stated_vace_layers(container.config or {})
+    detection = detect(container.shapes(), str(container.path), container.config)
     variant = detection.resolve(detection.fitting[0] if detection.fitting else None)  # they differ in schedules only
-    return {"_class_name": variant.transformer_class, **diffusers_config(variant)}
+    return {"_class_name": variant.transformer_class, **diffusers_config(variant),
+            **({"vace_layers": list(stated)} if stated else {})}

@@ -32,7 +32,7 @@ from wantrain.files import write_json, write_text
 from wantrain.models import hub, sequence
 from wantrain.models.base import for_expert
 from wantrain.models.encode import predict_velocity
-from wantrain.models.lora_updates import read_adapter
+from wantrain.models.lora_updates import adapter_for, read_given
 from wantrain.plots import density_svg
 from wantrain.stages import (
     Cached,
@@ -215,11 +215,12 @@ def loaded(recipe: Opened, accelerator: Accelerator) -> Training:
     config, optim, own = recipe.config, recipe.config.optim, recipe.config.train
     meeting = Meeting(own.stall_timeout_s)
     optimizers.check(accelerator, optim.name.name)
+    start = None
+    if config.lora.start_from:
+        start = read_given(hub.local(for_expert(config.lora.start_from, recipe.base.expert)), recipe.base.expert)
     transformer = recipe.base.transformer(recipe.dtype, engine.loading_device(accelerator),
                                           engine.keeper_of_shards(accelerator))
-    given = None
-    if config.lora.start_from:
-        given = read_adapter(hub.local(for_expert(config.lora.start_from, recipe.base.expert)), transformer)
+    given = adapter_for(start, transformer) if start else None
     modules = lora.inject(transformer, config.lora.targets, spec_of(config), config.train.seed)
     if given:
         lora.start_from(transformer, given)
