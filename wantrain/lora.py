@@ -183,8 +183,12 @@ def scales(transformer: torch.nn.Module) -> dict[str, float]:
 
 def adapter_state(parameters: Mapping[str, torch.Tensor], factors: Mapping[str, float]) -> AdapterState:
     """The state from named trainable tensors (whole, as `trainable` or the engine's gather gives them) and `scales`."""
+    if strays := [name for name in parameters if not _PARAMETER.fullmatch(name)]:
+        raise UserError(f"{strays[0]} is no tensor of an adapter", "go on from a checkpoint that nobody edited")
     tensors = _by_module({name: tensor.detach().cpu().float().clone() for name, tensor in parameters.items()})
-    assert tensors.keys() == factors.keys(), f"not this adapter's modules: {sorted(tensors.keys() ^ factors.keys())}"
+    if others := sorted(tensors.keys() ^ factors.keys()):
+        raise UserError(f"{others[0]} has a scale and no tensors, or tensors and no scale",
+                        "go on from a checkpoint that nobody edited")
     return AdapterState(tensors, dict(factors))
 
 

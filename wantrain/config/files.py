@@ -33,7 +33,7 @@ def examine(folders: Sequence[Path], group: str, name: str, seen: set[Path]) -> 
         _refuse_other_package(path, text)
     for key, value in _entries(path, root):
         if key.value == "defaults":
-            for other_group, other in _defaults(group, value):
+            for other_group, other in _defaults(path, group, value):
                 examine(folders, other_group, choice(folders, other_group, other, f"{_at(path, value)}: "), seen)
         elif key.value != "hydra":
             _examine_value(path, key.value if group == "recipe" else f"{group}.{key.value}", key, value)
@@ -96,9 +96,11 @@ def _entries(path: Path, node: yaml.MappingNode) -> Iterator[tuple[yaml.ScalarNo
             yield key, value
 
 
-def _defaults(group: str, node: yaml.Node) -> Iterator[tuple[str, str]]:
+def _defaults(path: Path, group: str, node: yaml.Node) -> Iterator[tuple[str, str]]:
     """(group, name) of the files in a defaults list; names alone are of the file's own group."""
-    for entry in node.value if isinstance(node, yaml.SequenceNode) else ():
+    if not isinstance(node, yaml.SequenceNode):
+        raise UserError(f"{_at(path, node)}: defaults is to be a list", "a line each: - NAME, or - override /GROUP: NAME")
+    for entry in node.value:
         if isinstance(entry, yaml.ScalarNode) and entry.value != "_self_":
             yield group, entry.value
         for key, value in entry.value if isinstance(entry, yaml.MappingNode) else ():

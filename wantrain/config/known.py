@@ -47,6 +47,8 @@ def choice(folders: Sequence[Path], group: str, text: str, place: str = "") -> s
     name, known = text.strip().strip("'\"").removesuffix(".yaml"), choices(folders, group)
     if name in known:
         return name
+    if not known:
+        raise UserError(f"{place}{group} is no group of files; there are {', '.join(groups_of(folders))}", HELP)
     close = nearest(name, known)
     others = [other for other in known if other not in close]
     meant = f"did you mean {group}={close[0]}? " if close else ""

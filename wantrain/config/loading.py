@@ -73,6 +73,8 @@ def load(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
             raise UserError(f"no value for {', '.join(missing)}", f"add {missing[0]}=... or choose another recipe: "
                             f"recipe={'|'.join(choices(folders, 'recipe'))}")
         config = OmegaConf.to_object(composed)
+    except RecursionError as error:
+        raise UserError("a value in ${...} refers to itself", "write the value itself in one of the places") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_readable(error), HELP) from error
     assert isinstance(config, Config)

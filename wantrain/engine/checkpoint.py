@@ -9,6 +9,7 @@ well (Record) is in it too.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -257,10 +258,14 @@ def load(path: Path, fingerprint: Mapping[str, Any] | None, defaults: Mapping[st
     if not intact:
         raise Damaged(f"checkpoint {path} is damaged: its files are not those that were written",
                       f"rm -r {path}, and start again")
+    progress, record = _state(path, Progress), record_of(path)
     if fingerprint is not None:
-        refuse_another_config(record_of(path).fingerprint, fingerprint, defaults or {})
-    tensors, _ = read_tensors(path / TENSORS)
-    return _state(path, Progress), tensors
+        refuse_another_config(record.fingerprint, fingerprint, defaults or {})
+    try:
+        tensors, _ = read_tensors(path / TENSORS)
+    except UserError as error:
+        raise Damaged(f"checkpoint {path} is damaged: {error.message}", f"rm -r {path}, and start again") from error
+    return progress, tensors
 
 
 def record_of(path: Path) -> Record:
@@ -272,9 +277,30 @@ T = TypeVar("T", Progress, Record)
 
 
 def _state(path: Path, made: type[T]) -> T:
-    """One of the two parts of a checkpoint's state; fields of a version before keep their defaults."""
-    state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    return made(**{field.name: state[field.name] for field in fields(made) if field.name in state})
+    """One of the two parts of a checkpoint's state; fields of a version before keep their defaults.
+
+    Raises Damaged where its values are not of their kinds.
+    """
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        found = made(**{field.name: state[field.name] for field in fields(made) if field.name in state})
+        if not _is_sound(found):
+            raise ValueError("a value that wantrain never writes")
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise Damaged(f"checkpoint {path} is damaged: {STATE}: {error}", f"rm -r {path}, and start again") from error
+    return found
+
+
+def _is_sound(state: Progress | Record) -> bool:
+    """Whether the values are of their kinds: the checksums may be right and the file edited."""
+    if isinstance(state, Progress):
+        return all(type(count) is int and count >= 0 for count in (state.step, state.skipped)) \
+            and isinstance(state.run_id, str)
+    if state.saved_at:
+        datetime.fromisoformat(state.saved_at)
+    return (isinstance(state.kind, str) and isinstance(state.fingerprint, dict)
+            and all(isinstance(scale, float) and math.isfinite(scale) for scale in state.scales.values())
+            and all(isinstance(text, str) and text.encode() is not None for text in state.metadata.values()))
 
 
 class Found(NamedTuple):

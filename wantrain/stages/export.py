@@ -51,7 +51,7 @@ def newest(config: Config, expert: Expert | None) -> Found | None:
     if found is None:
         return None
     record = checkpoint.record_of(found.path)
-    if not record.scales:
+    if not (record.scales and record.saved_at):
         raise UserError(f"{found.path} was written by an older wantrain and does not say how its adapter is scaled",
                         "train one more step with this version, e.g. train.num_steps="
                         f"{found.progress.step + 1}: its checkpoint does")
