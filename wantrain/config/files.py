@@ -99,7 +99,7 @@ def _entries(path: Path, node: yaml.MappingNode) -> Iterator[tuple[yaml.ScalarNo
 def _defaults(path: Path, group: str, node: yaml.Node) -> Iterator[tuple[str, str]]:
     """(group, name) of the files in a defaults list; names alone are of the file's own group."""
     if not isinstance(node, yaml.SequenceNode):
-        raise UserError(f"{_at(path, node)}: defaults is to be a list", "a line each: - NAME, or - override /GROUP: NAME")
+        raise UserError(f"{_at(path, node)}: defaults is to be a list", "a line for each: - NAME")
     for entry in node.value:
         if isinstance(entry, yaml.ScalarNode) and entry.value != "_self_":
             yield group, entry.value
