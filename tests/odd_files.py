@@ -176,7 +176,8 @@ FINE: dict[str, Made] = {
         lambda p: write_film(p, frames(1, 24, 32, 48)),
         VIDEO | {"width": 48, "height": 32, "reader": "pyav", "reader_reason": "narrower than 64 px"}),
     "stretched.mp4": (
-        lambda p: _through_ffmpeg(p, [], ["-vf", "setsar=4/3", "-c:v", "libx264"]), VIDEO | {"pixel_aspect": 4 / 3}),
+        lambda p: _through_ffmpeg(p, [], ["-vf", "setsar=4/3", "-c:v", "libx264"]),
+        VIDEO | {"pixel_aspect": 4 / 3, "width": WIDTH * 4 // 3}),
     "edit list.mp4": (
         lambda p: _through_ffmpeg(p, ["-ss", "0.25"], ["-c", "copy"]),
         VIDEO | {"num_frames": 18, "num_frames_claimed": 24, "reader": "pyav", "reader_reason": "edit list"}),
