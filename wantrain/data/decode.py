@@ -91,14 +91,14 @@ def _read_decord(path: Path, index_F: np.ndarray, fitted: Fit) -> dict[int, torc
 
 def read_window(planned: PlannedClip) -> torch.Tensor:
     """The frames of a planned window as training sees them: frames_FCHW uint8. Raises UserError."""
-    clip = planned.clip
-    with local(clip.path) as path:
-        try:
+    clip, path = planned.clip, None
+    try:
+        with local(clip.path) as path:
             return read_clip(path, planned.start_s, clip.end_s, planned.fps, planned.bucket,
                              contain=planned.contain)
-        except UserError as error:
-            raise type(error)(f"clip {clip.id}: " + error.message.replace(str(path), str(clip.path)), error.next_step
-                              ) from error
+    except UserError as error:
+        message = error.message.replace(str(path), str(clip.path)) if path else error.message
+        raise type(error)(f"clip {clip.id}: {message}", error.next_step) from error
 
 
 Wanted = tuple[PlannedClip, tuple[str, ...]]

@@ -198,9 +198,7 @@ def _demux(container: av.container.InputContainer, stream: av.VideoStream) -> _D
     seen.shown_s = [pts * tick_s for pts, _, _ in kept if pts is not None]
     seen.decoded_s = [dts * tick_s for _, dts, _ in kept if dts is not None]
     seen.end_s = max(((pts + duration) * tick_s for pts, _, duration in kept if pts is not None), default=Fraction(0))
-    seen.step_s = Fraction(1) / (stream.average_rate or 25)
-    if not seen.shown_s and lasts:  # raw streams have no mean rate
-        seen.step_s = lasts[-1] * tick_s
+    seen.step_s = lasts[-1] * tick_s if lasts else Fraction(1) / (stream.average_rate or 25)
     return seen
 
 
