@@ -47,6 +47,10 @@ TRANSPARENT = "transparent (laid on white)"
 
 NOT_SQUARE = "pixels not square (shown in their true shape)"
 
+LONGEST_PIXEL = 8
+"""Pixels that are said to be further from square than this are a fault of the file; those of tapes and discs are not.
+"""
+
 NARROW_PX = 64
 """decord 0.6 takes the padding of a row for more colour channels below this width (seen: 48 px gave 4 channels)."""
 
@@ -216,6 +220,11 @@ def _probe(container: av.container.InputContainer, path: Path) -> Probe:
         raise ValueError(f"{len(times)} frames in {float(duration_s):.0f} s: its times are broken")
     upright = _upright(seen.first)
     aspect = stream.sample_aspect_ratio or Fraction(1)
+    if not 1 / LONGEST_PIXEL <= aspect <= LONGEST_PIXEL:
+        command = ["ffmpeg", "-i", str(path), "-c", "copy", "-aspect", f"{stream.width}:{stream.height}",
+                   f"{path.with_suffix('')}-square{path.suffix}"]
+        raise ValueError(f"its pixels are said to be {float(aspect):g} times as wide as high; where they are square, "
+                         f"write it anew: {shlex.join(command)}")
     width, height = max(1, round(stream.codec_context.width * aspect)), stream.codec_context.height
     if upright.swaps:
         width, height = height, width
