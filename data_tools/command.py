@@ -78,12 +78,14 @@ def check_openable(path: Path) -> None:
             raise ValueError("a text file, neither a video nor an image")
 
 
-def stamp(path: Path) -> tuple[int, int]:
-    """(size in bytes, time of the last change in ns): a file with the same ones is taken for unchanged."""
+def stamp(path: Path) -> tuple[int, int, int]:
+    """(size in bytes, times of the last change and of the last change of status in ns): a file with the same ones is
+    taken for unchanged. The last tells a file that was given another's time.
+    """
     with contextlib.suppress(OSError):
         status = path.stat()
-        return status.st_size, status.st_mtime_ns
-    return 0, 0
+        return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    return 0, 0, 0
 
 
 def json_line(row: dict[str, Any]) -> str:

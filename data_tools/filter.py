@@ -18,7 +18,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from data_tools.command import absolute, add_job_arguments, answer, json_line, relative, shown, stamp
-from wantrain.data import media
+from wantrain.data import films, media
 from wantrain.files import digest_text, write_text
 from wantrain.jobs import in_workers, progress
 from wantrain.terms import PARTNERS, UserError
@@ -162,38 +162,18 @@ def read_pairs(path: Path, start_s: float, end_s: float | None) -> tuple[np.ndar
     return np.stack([np.stack([pictures[int(i)] for i in pair]) for pair in index_P2]), np.diff(times_s[index_P2])[:, 0]
 
 
-def _decode(path: Path, found: media.Probe, index: np.ndarray) -> dict[int, np.ndarray]:
-    """The grey pictures of these frames: from the keyframe before the first or, where a seek goes too far, from the
-    file's beginning.
-    """
-    wanted = {round(float(found.times_s[i]), 4): int(i) for i in index}
-    kept = _decode_from(path, found, wanted, min(wanted))
-    if len(kept) < len(wanted):
-        kept = _decode_from(path, found, wanted, None)
-    if len(kept) < len(wanted):
-        raise ValueError(f"{len(kept)} of {len(wanted)} frames decode")
-    return kept
-
-
-def _decode_from(path: Path, found: media.Probe, wanted: Mapping[float, int], seek_s: float | None
-                 ) -> dict[int, np.ndarray]:
+def _decode(path: Path, found: films.Probe, index: np.ndarray) -> dict[int, np.ndarray]:
+    """The grey pictures of these frames, as they are shown."""
     kept: dict[int, np.ndarray] = {}
     scaler = VideoReformatter()  # kept, for a frame's own is set up anew each time
-    with media.open_video(path) as container:
-        stream = container.streams.video[0]
-        assert stream.time_base is not None
-        stream.thread_type = "NONE"
-        if seek_s is not None:
-            container.seek(int((float(found.start_s) + seek_s) / stream.time_base), stream=stream)
-        for frame in container.decode(stream):
-            time_s = round(float((frame.pts or 0) * stream.time_base - found.start_s), 4)
-            if time_s in wanted:
-                width, height = _look_size(frame.width, frame.height)
-                how = "AREA" if width < frame.width else "BILINEAR"
-                rgb = scaler.reformat(frame, width, height, "rgb24", interpolation=how).to_ndarray()
-                kept[wanted[time_s]] = np.rot90(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY), frame.rotation // 90 % 4)
-            if len(kept) == len(wanted) or time_s > max(wanted):
-                break
+    for i, frame in films.frames_at(path, found, index):
+        width, height = _look_size(max(1, round(frame.width * found.pixel_aspect)), frame.height)
+        opaque = frame
+        if films.has_alpha(frame):
+            opaque = av.VideoFrame.from_ndarray(films.pixels_of(frame), format="rgb24")
+        how = "AREA" if width < frame.width else "BILINEAR"
+        rgb = scaler.reformat(opaque, width, height, "rgb24", interpolation=how).to_ndarray()
+        kept[i] = found.upright(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY))
     return kept
 
 

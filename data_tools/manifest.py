@@ -177,7 +177,7 @@ def _faulty(clips: Iterable[Path], probed: Path | None) -> tuple[dict[Path, str]
     faults, unknown = {}, []
     for clip in clips:
         found = known.get(clip)
-        if found and (found.size_bytes, found.mtime_ns) == stamp(clip):
+        if found and (found.size_bytes, found.mtime_ns, found.ctime_ns) == stamp(clip):
             if found.fault:
                 faults[clip] = found.fault
             continue

@@ -4,7 +4,7 @@
 
 One JSON line a file, in the fields of `Probed`; paths are relative to the folder of the output. A file is decoded from
 its first frame to its last, in a worker process with a time limit. Nothing is dropped in silence:
-found = probed + faulty + ignored. Times and sizes are those of `wantrain.data.decode`, so what is said here is what
+found = probed + faulty + ignored. Times and sizes are those of `wantrain.data.media`, so what is said here is what
 `wantrain cache` will see. The other tools read the output with `read` or call `probe_files`.
 """
 
@@ -37,8 +37,8 @@ from data_tools.command import (
     shown,
     stamp,
 )
-from wantrain.data import decode
-from wantrain.data.media import PLAYLISTS, open_video
+from wantrain.data import media
+from wantrain.data.films import HDR, NOT_SQUARE, TRANSPARENT, Probe, decoder_of, film_of, has_alpha, opened
 from wantrain.files import remembered, write_text
 from wantrain.jobs import TIME_LIMIT, in_workers, progress
 from wantrain.terms import IMAGE_SUFFIXES, UserError
@@ -47,8 +47,8 @@ EXIF_ORIENTATION = 0x0112
 EXIF_TURNS_DEG = {3: 180, 4: 180, 5: 270, 6: 270, 7: 90, 8: 90}
 """Counter-clockwise turn that shows the picture upright, by Exif orientation (4, 5 and 7 are also mirrored)."""
 
-HDR_TRANSFERS = {16: "pq", 18: "hlg"}
-"""ITU-T H.273 transfer characteristics (SMPTE ST 2084 and ARIB STD-B67)."""
+TRANSFERS = {16: "pq", 18: "hlg"}
+"""Names of those of `HDR`."""
 
 DURATION_IN_HEADER = frozenset({"matroska,webm", "flv", "asf"})
 """Containers whose header tells the duration but not the number of frames; the others tell it or only estimate."""
@@ -61,13 +61,14 @@ class Probed:
     `width`, `height` in pixels as shown, after `rotation_deg` (counter-clockwise). `fps` is the constant rate, or the
     mean one when `is_variable_fps`; 0 for one frame. `min_gap_s`, `max_gap_s` lie between neighbouring frames.
     `num_frames` were decoded, `num_frames_claimed` are in the header (0: it does not say). `pixel_aspect` is not 1
-    where pixels are not square (they are read as if they were). `has_alpha`: some pixel is not opaque.
-    `reader` is decord, pyav or pillow, `reader_reason` why it is not decord.
+    where stored pixels are not square (`width` and `height` are those of the true shape). `has_alpha`: some pixel is
+    not opaque. `reader` is decord, pyav or pillow, `reader_reason` why it is not decord.
     """
 
     path: str
     size_bytes: int = 0
     mtime_ns: int = 0
+    ctime_ns: int = 0
     kind: str = ""
     container: str = ""
     codec: str = ""
@@ -132,11 +133,11 @@ def _probe_image(path: Path, found: Probed) -> Probed:
             has_alpha = image.has_transparency_data and _transparent(np.asarray(image.convert("RGBA")))
             mode = image.mode
     except UnidentifiedImageError as error:
-        with contextlib.suppress(av.FFmpegError), open_video(path) as film:
+        with contextlib.suppress(av.FFmpegError), opened(path) as film:
             if film.streams.video and not _is_picture(film):
                 raise ValueError(f"by its content a film ({film.format.name}): give it the ending of one") from error
         raise ValueError("not an image by its content") from error
-    size = decode.probe(path)
+    size = media.probe(path)
     first_only = f", only the first of its {num_frames} frames is read" if num_frames > 1 else ""
     return dataclasses.replace(
         found, kind="image", container=container.lower(), codec=container.lower(), width=size.width,
@@ -147,18 +148,13 @@ def _probe_image(path: Path, found: Probed) -> Probed:
 
 
 def _probe_video(path: Path, found: Probed) -> Probed:
-    with open_video(path) as container:
-        if container.format.name in PLAYLISTS:
-            raise ValueError(f"a playlist ({container.format.name}), not a film")
+    with opened(path) as container:
         if _is_picture(container):
             raise ValueError(f"by its content an image ({container.format.name.removesuffix('_pipe')}): "
                              "give it the ending of one")
-        pictures = av.stream.Disposition.attached_pic
-        if not container.streams.video or container.streams.video[0].disposition & pictures:
-            raise ValueError("no video in it" + (", only audio" if container.streams.audio else ""))
-        demuxed = decode.probe(path)
-        seen = _decode_all(container)
-        stream = container.streams.video[0]
+        stream = film_of(container)
+        demuxed = media.probe(path)
+        seen = _decode_all(container, stream)
         assert stream.time_base is not None
         names = container.format.name.split(",")
         suffix = path.suffix.lower().removeprefix(".")
@@ -167,12 +163,12 @@ def _probe_video(path: Path, found: Probed) -> Probed:
         return dataclasses.replace(
             found, kind="video", container=suffix if suffix in names else names[0],
             codec=stream.codec_context.codec.canonical_name, width=demuxed.width, height=demuxed.height,
-            rotation_deg=seen.rotation_deg, pixel_aspect=float(stream.sample_aspect_ratio or 1) or 1.0, fps=fps,
+            rotation_deg=seen.rotation_deg, pixel_aspect=demuxed.pixel_aspect, fps=fps,
             is_variable_fps=is_variable, min_gap_s=gaps_s[0], max_gap_s=gaps_s[1], num_frames=seen.num_frames,
             num_frames_claimed=stream.frames, duration_s=round(demuxed.duration_s, 6),
             pixel_format=seen.pixel_format, bit_depth=seen.bit_depth, is_interlaced=seen.is_interlaced,
-            transfer=HDR_TRANSFERS.get(transfer, "" if transfer == 2 else str(transfer)),
-            is_hdr=transfer in HDR_TRANSFERS, has_audio=bool(container.streams.audio),
+            transfer=TRANSFERS.get(transfer, "" if transfer == 2 else str(transfer)),
+            is_hdr=transfer in HDR, has_audio=bool(container.streams.audio),
             has_alpha=seen.has_alpha or stream.metadata.get("alpha_mode") == "1",
             reader="pyav" if demuxed.why_not_decord else "decord", reader_reason=demuxed.why_not_decord,
             fault=_incomplete(container, stream.frames, demuxed, seen))
@@ -198,11 +194,11 @@ class _Seen:
     broken_off: str = ""
 
 
-def _decode_all(container: av.container.InputContainer) -> _Seen:
-    """Decode every frame of the first video stream, keeping none."""
+def _decode_all(container: av.container.InputContainer, stream: av.VideoStream) -> _Seen:
+    """Decode every frame of the stream, keeping none."""
     seen = _Seen()
-    stream = container.streams.video[0]
-    stream.thread_type = "NONE"
+    decoder = decoder_of(stream)
+    decoder.thread_type = "NONE"
     start = Fraction(container.start_time or 0, av.time_base)
     try:
         for packet in container.demux():
@@ -211,8 +207,7 @@ def _decode_all(container: av.container.InputContainer) -> _Seen:
                 seen.end_s = max(seen.end_s, float(end))
             if packet.stream is not stream:
                 continue
-            for frame in packet.decode():
-                assert isinstance(frame, av.VideoFrame)
+            for frame in decoder.decode(packet):
                 _look_at(frame, seen)
     except av.FFmpegError as error:
         seen.broken_off = str(error.strerror)
@@ -227,7 +222,7 @@ def _look_at(frame: av.VideoFrame, seen: _Seen) -> None:
     seen.num_damaged += frame.is_corrupt
     seen.sizes.add((frame.width, frame.height))
     seen.is_interlaced |= frame.interlaced_frame
-    if not seen.has_alpha and (frame.format.has_palette or any(c.is_alpha for c in frame.format.components)):
+    if not seen.has_alpha and has_alpha(frame):
         seen.has_alpha = _transparent(frame.to_ndarray(format="rgba"))
 
 
@@ -235,7 +230,7 @@ def _transparent(rgba_HWC: np.ndarray) -> bool:
     return bool(rgba_HWC[..., 3].min() < 255)
 
 
-def _incomplete(container: av.container.InputContainer, claimed: int, demuxed: decode.Probe, seen: _Seen) -> str:
+def _incomplete(container: av.container.InputContainer, claimed: int, demuxed: Probe, seen: _Seen) -> str:
     """What is wrong with a film that opens, '' if nothing."""
     num_timed = len(demuxed.times_s)
     header_s = (container.duration or 0) / av.time_base if container.format.name in DURATION_IN_HEADER else 0.0
@@ -249,7 +244,7 @@ def _incomplete(container: av.container.InputContainer, claimed: int, demuxed: d
             bool(seen.broken_off),
         f"damaged: {seen.num_damaged} of {seen.num_frames} frames decode with errors": seen.num_damaged > 0,
         f"damaged: {num_timed} frames have a time, {seen.num_frames} decode; write it anew with ffmpeg":
-            seen.num_frames != num_timed,
+            seen.num_frames != num_timed and not demuxed.in_order,  # there, a packet may say "as before"
         f"its frames change their size ({sizes}): cut it there": len(seen.sizes) > 1,
     }
     return next((text for text, found in faults.items() if found), "")
@@ -303,7 +298,7 @@ def run(paths: Sequence[Path], out: Path, jobs: int, timeout_s: float) -> tuple[
     # what ran into the time limit is tried again
     known = {p.path: p for p in (*read(out), *read(journal)) if f": {TIME_LIMIT}" not in p.fault}
     done = {path: p for path in files if (p := known.get(str(path)))
-            and (p.size_bytes, p.mtime_ns) == stamp(path)}
+            and (p.size_bytes, p.mtime_ns, p.ctime_ns) == stamp(path)}
     out.parent.mkdir(parents=True, exist_ok=True)
     with journal.open("a", encoding="utf-8") as file, progress(len(files), len(done), "file", "probe") as bar:
         file.write("\n")  # ends a line that a kill cut off
@@ -324,8 +319,8 @@ def summary(found: Sequence[Probed], ignored: Sequence[Path]) -> str:
     surprises: dict[str, list[Any]] = {
         "variable rate": [p.is_variable_fps for p in fine], "rotated": [p.rotation_deg for p in fine],
         "HDR": [p.is_hdr for p in fine], "more than 8 bit": [p.bit_depth > 8 for p in fine],
-        "interlaced": [p.is_interlaced for p in fine], "transparent (alpha is dropped)": [p.has_alpha for p in fine],
-        "pixels not square (read as square)": [p.pixel_aspect != 1 for p in fine],
+        "interlaced": [p.is_interlaced for p in fine], TRANSPARENT: [p.has_alpha for p in fine],
+        NOT_SQUARE: [p.pixel_aspect != 1 for p in fine],
         "only the first frame is read": [p.kind == "image" and p.num_frames > 1 for p in fine],
     }
     table = {

@@ -43,7 +43,7 @@ from data_tools.command import (
     stamp,
 )
 from wantrain.data import decode
-from wantrain.data.media import COARSE_GRACE_S
+from wantrain.data.films import COARSE_GRACE_S
 from wantrain.files import atomic_path, digest_text, remembered, write_text
 from wantrain.jobs import in_workers, progress
 from wantrain.terms import IMAGE_SUFFIXES, UserError

@@ -42,6 +42,22 @@ def frames(seed: int = 0, num_frames: int = NUM_FRAMES, height: int = HEIGHT, wi
     return np.ascontiguousarray(moving_square(seed, num_frames, height, width).movedim(1, -1).numpy())
 
 
+def numbered(frames_FHWC: np.ndarray) -> np.ndarray:
+    """The frames with their number as eight blocks along the top: lowest bit left, white is 1."""
+    shown = frames_FHWC.copy()
+    block = shown.shape[2] // 8
+    for i, frame in enumerate(shown):
+        for bit in range(8):
+            frame[: shown.shape[1] // 4, bit * block : (bit + 1) * block] = 255 * (i >> bit & 1)
+    return shown
+
+
+def number_of(frame_HWC: np.ndarray) -> int:
+    """The number that a frame carries."""
+    block = frame_HWC.shape[1] // 8
+    return sum(int(frame_HWC[2:8, bit * block + 2 : (bit + 1) * block - 2].mean() > 127) << bit for bit in range(8))
+
+
 def film_of_shots(shots: Sequence[int], height: int = HEIGHT, width: int = WIDTH, seed: int = 0) -> np.ndarray:
     """frames_FHWC uint8: shots of these lengths in frames with hard cuts; each shot has its own noise, which drifts.
 
@@ -147,10 +163,66 @@ def _transparent_picture(path: Path, num_frames: int) -> None:
 def _through_ffmpeg(path: Path, before: Sequence[object] = (), after: Sequence[object] = ()) -> None:
     """A film of NUM_FRAMES at 24 fps, changed by ffmpeg."""
     source = path.with_name(".source.mp4")
-    write_film(source, frames(7), preset="ultrafast", bf="0", g="12")
+    write_film(source, numbered(frames(7)), preset="ultrafast", bf="0", g="12")
     ffmpeg(*before, "-i", source, *after, path)
     source.unlink()
 
+
+def _packed(path: Path, is_packed: bool) -> None:
+    """MPEG-4 as old DivX and Xvid put it into AVI, which has one picture a chunk: a B-frame goes into the chunk of the
+    picture before it, and a picture that says 'as before' takes the place that is left. Not packed: such a picture
+    stands in the middle of the film, which stays for two.
+    """
+    source = path.with_name(".unpacked.avi")
+    _through_ffmpeg(source, [], ["-c:v", "mpeg4", "-bf", "1", "-b_strategy", "0", "-g", "12", "-q:v", "2"])
+    begin, as_before = b"\0\0\1\xb6", b"\0\0\1\xb6" + int("0101000001001111", 2).to_bytes(2, "big")
+    with av.open(str(source)) as whole, av.open(str(path), "w") as container:
+        stream = container.add_stream_from_template(whole.streams.video[0])
+        chunks = [bytes(packet) for packet in whole.demux(video=0) if packet.size]
+        if is_packed:
+            chunks[0] = chunks[0].replace(begin, b"\0\0\1\xb2DivX503b1393p" + begin)
+        else:
+            chunks.insert(12, as_before)
+        for i in range(1, len(chunks)):
+            if is_packed and chunks[i][chunks[i].find(begin) + 4] >> 6 == 2:  # a B-frame
+                chunks[i - 1], chunks[i] = chunks[i - 1] + chunks[i], as_before
+        for i, chunk in enumerate(chunks):
+            packet = av.Packet(chunk)
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, i, i, Fraction(1, 24)
+            container.mux(packet)
+    source.unlink()
+
+
+def _joined(path: Path) -> None:
+    """Two recordings, one after the other."""
+    _through_ffmpeg(path, [], ["-c:v", "mpeg2video", "-q:v", "2", "-bf", "2"])
+    path.write_bytes(path.read_bytes() * 2)
+
+
+def _two_videos(path: Path, *arguments: object) -> None:
+    """A small preview first, which is not what is to be shown."""
+    preview = path.with_name(".preview.mkv")
+    _through_ffmpeg(preview, [], ["-vf", "negate,scale=64:48", "-c:v", "mjpeg"])
+    _through_ffmpeg(path, ["-i", preview], ["-map", "0:v", "-map", "1:v", "-c", "copy", *arguments])
+    preview.unlink()
+
+
+def _stretched_and_turned(path: Path) -> None:
+    source = path.with_name(".stretched.mp4")
+    _through_ffmpeg(source, [], ["-vf", "setsar=4/3", "-c:v", "libx264", "-preset", "ultrafast"])
+    ffmpeg("-display_rotation", 90, "-i", source, "-c", "copy", path)
+    source.unlink()
+
+
+def _hidden_colour(path: Path) -> None:
+    """Red, of which the lower half is transparent, as a cut-out has."""
+    rgba = np.zeros((HEIGHT, WIDTH, 4), np.uint8)
+    rgba[..., 0] = 255
+    rgba[: HEIGHT // 2, :, 3] = 255
+    Image.fromarray(rgba).save(path)
+
+
+B_FRAMES = ("-c:v", "libx264", "-preset", "veryfast", "-bf", "2", "-g", "8", "-crf", "12")
 
 VIDEO = {"kind": "video", "width": WIDTH, "height": HEIGHT, "num_frames": NUM_FRAMES, "is_variable_fps": False}
 PICTURE = {"kind": "image", "width": WIDTH, "height": HEIGHT, "num_frames": 1, "reader": "pillow", "fps": 0.0}
@@ -176,7 +248,8 @@ FINE: dict[str, Made] = {
         lambda p: write_film(p, frames(1, 24, 32, 48)),
         VIDEO | {"width": 48, "height": 32, "reader": "pyav", "reader_reason": "narrower than 64 px"}),
     "stretched.mp4": (
-        lambda p: _through_ffmpeg(p, [], ["-vf", "setsar=4/3", "-c:v", "libx264"]), VIDEO | {"pixel_aspect": 4 / 3}),
+        lambda p: _through_ffmpeg(p, [], ["-vf", "setsar=4/3", "-c:v", "libx264"]),
+        VIDEO | {"pixel_aspect": 4 / 3, "width": WIDTH * 4 // 3}),
     "edit list.mp4": (
         lambda p: _through_ffmpeg(p, ["-ss", "0.25"], ["-c", "copy"]),
         VIDEO | {"num_frames": 18, "num_frames_claimed": 24, "reader": "pyav", "reader_reason": "edit list"}),
@@ -213,6 +286,59 @@ FINE: dict[str, Made] = {
         VIDEO | {"fps": 25.0, "num_frames": 25, "has_alpha": False, "reader": "pyav", "reader_reason": "gif"}),
     "映画 été #1.MP4": (
         lambda p: write_film(p, frames(), 24), VIDEO),
+    "no times.avi": (
+        lambda p: _through_ffmpeg(p, [], [*B_FRAMES, "-x264-params", "open-gop=1"]),
+        VIDEO | {"fps": 24.0, "container": "avi", "reader": "pyav", "reader_reason": "no display times"}),
+    "no times old.avi": (
+        lambda p: _through_ffmpeg(p, [], ["-c:v", "mpeg4", "-bf", "2", "-g", "6", "-q:v", "2"]),
+        VIDEO | {"fps": 24.0, "codec": "mpeg4", "reader_reason": "no display times"}),
+    "packed.avi": (
+        lambda p: _packed(p, is_packed=True),
+        VIDEO | {"fps": 24.0, "codec": "mpeg4", "reader_reason": "no display times"}),
+    "no times.mpg": (
+        lambda p: _through_ffmpeg(p, [], B_FRAMES),
+        VIDEO | {"fps": 24.0, "codec": "h264", "container": "mpeg", "reader_reason": "no display times"}),
+    "pictures only.m2v": (
+        lambda p: _through_ffmpeg(p, [], ["-c:v", "mpeg2video", "-bf", "2", "-g", "6", "-q:v", "2"]),
+        VIDEO | {"fps": 24.0, "container": "mpegvideo", "reader_reason": "no display times, no duration"}),
+    "turned.mkv": (
+        lambda p: _through_ffmpeg(p, ["-display_rotation", 270], ["-c", "copy"]),
+        VIDEO | {"width": HEIGHT, "height": WIDTH, "reader_reason": "turned or mirrored"}),
+    "mirrored.mp4": (
+        lambda p: _through_ffmpeg(p, ["-display_hflip"], ["-c", "copy"]),
+        VIDEO | {"reader_reason": "turned or mirrored"}),
+    "turned and mirrored.mov": (
+        lambda p: _through_ffmpeg(p, ["-display_rotation", 90, "-display_vflip"], ["-c", "copy"]),
+        VIDEO | {"width": HEIGHT, "height": WIDTH, "reader_reason": "turned or mirrored"}),
+    "stretched and turned.mov": (
+        _stretched_and_turned, VIDEO | {"width": HEIGHT, "height": WIDTH * 4 // 3, "pixel_aspect": 4 / 3}),
+    "palette.mov": (
+        lambda p: _through_ffmpeg(p, [], ["-c:v", "smc"]), VIDEO | {"codec": "smc", "reader_reason": "pixels pal8"}),
+    "palette.avi": (
+        lambda p: _through_ffmpeg(p, [], ["-c:v", "rawvideo", "-pix_fmt", "pal8"]),
+        VIDEO | {"pixel_format": "pal8", "reader_reason": "pixels pal8"}),
+    "palette png.mov": (
+        lambda p: _through_ffmpeg(p, [], ["-c:v", "png", "-pix_fmt", "pal8"]),
+        VIDEO | {"pixel_format": "pal8", "reader_reason": "pixels pal8"}),
+    "deep grey.mkv": (
+        lambda p: _through_ffmpeg(p, [], ["-c:v", "ffv1", "-pix_fmt", "gray16le"]),
+        VIDEO | {"bit_depth": 16, "reader_reason": "pixels gray16le"}),
+    "two videos.mp4": (
+        lambda p: _two_videos(p, "-disposition:v:0", "0", "-disposition:v:1", "default"),
+        VIDEO | {"codec": "h264", "reader_reason": "several video streams"}),
+    "cover.mkv": (
+        lambda p: _two_videos(p, "-disposition:v:0", "attached_pic", "-disposition:v:1", "0"),
+        VIDEO | {"codec": "h264", "reader_reason": "several video streams"}),
+    "no duration.webm": (
+        lambda p: _through_ffmpeg(p, [], ["-c:v", "libvpx", "-b:v", "2M", "-cpu-used", "8", "-live", "1"]),
+        VIDEO | {"codec": "vp8", "reader_reason": "no duration"}),
+    "no duration.mkv": (
+        lambda p: _through_ffmpeg(p, [], [*B_FRAMES, "-live", "1"]), VIDEO | {"reader_reason": "no duration"}),
+    "in pieces.mp4": (
+        lambda p: _through_ffmpeg(p, [], [*B_FRAMES, "-movflags", "frag_keyframe+empty_moov"]), VIDEO | {"fps": 24.0}),
+    "clock wraps.ts": (
+        lambda p: _through_ffmpeg(p, [], [*B_FRAMES, "-output_ts_offset", 2**33 / 90000 - 1.9]),
+        VIDEO | {"fps": 24.0, "reader": "pyav"}),
     "still.png": (_picture_of_length_one, PICTURE | {"container": "png", "bit_depth": 8, "has_alpha": False}),
     "still.jpg": (_picture_of_length_one, PICTURE | {"container": "jpeg"}),
     "still.bmp": (_picture_of_length_one, PICTURE | {"container": "bmp"}),
@@ -227,8 +353,14 @@ FINE: dict[str, Made] = {
     "deep.png": (
         lambda p: Image.fromarray(np.arange(64 * 96, dtype=np.uint16).reshape(64, 96)).save(p),
         PICTURE | {"bit_depth": 16}),
+    "hidden colour.png": (_hidden_colour, PICTURE | {"has_alpha": True}),
 }
 """Name, how it is made, and what is true about it."""
+
+HELD: dict[str, Made] = {
+    "as before.avi": (lambda p: _packed(p, is_packed=False), {"kind": "video"}),
+}
+"""Films of which a picture stays for longer than the container's frame, so that fewer decode than have a time."""
 
 FAULTY: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty.mp4": (lambda p: p.touch(), "empty (0 bytes)"),
@@ -237,6 +369,7 @@ FAULTY: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut off.mkv": (_cut_off, "truncated: the header claims 1.00 s"),
     "no index.mp4": (_no_index, "moov atom not found"),
     "no start.ts": (_no_start, "frames have a time"),
+    "joined.mpg": (_joined, "its clock goes back from 0.96 s to 0.00 s; write it anew: ffmpeg -i"),
     "cut off.jpg": (_cut_off_picture, "truncated"),
     "flipped.mp4": (_flipped, "frames decode with errors"),
     "notes.mp4": (_text, "a text file"),
@@ -254,6 +387,6 @@ FAULTY: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 def make(folder: Path, names: Iterable[str]) -> None:
-    """Write these files of FINE and FAULTY into the folder."""
+    """Write these files of FINE, HELD and FAULTY into the folder."""
     for name in names:
-        (FINE | FAULTY)[name][0](folder / name)
+        (FINE | HELD | FAULTY)[name][0](folder / name)

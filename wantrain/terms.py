@@ -127,7 +127,8 @@ class Clip:
 class Found:
     """What looking into a file told: digest of its bytes, length, size as shown, number of frames, and who reads it.
 
-    `why_not_decord` is empty when decord does, "image" for an image. `fault` is empty for a usable file.
+    `why_not_decord` is empty when decord does, "image" for an image. `surprises` is what a person would want to know
+    of its pictures (HDR, interlaced, transparent, ...), or empty. `fault` is empty for a usable file.
     """
 
     digest: str = ""
@@ -136,6 +137,7 @@ class Found:
     height: int = 0
     why_not_decord: str = ""
     num_frames: int = 0
+    surprises: str = ""
     fault: str = ""
 
 

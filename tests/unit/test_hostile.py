@@ -217,7 +217,8 @@ HEADERS = {
     "place of a chunk": (b"stco", 8, MOST),
     "an edit": (b"elst", 8, MOST * 3),
     "no time scale of the film": (b"mvhd", 12, bytes(4)),
-    "size on screen": (b"tkhd", 76, MOST * 2),
+    "size on screen": (b"tkhd", 76, b"\x60\0\0\0\x40\0\0\0"),
+    "shape on screen": (b"tkhd", 76, HIGH + b"\0\1\0\0"),
     "size of the codec": (b"avc1", 24, MOST),
 }
 LONG_HEADERS = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,7 +127,8 @@ class Cache:
 
     def faults(self) -> dict[str, str]:
         """Why windows could not be decoded in an earlier run, by the name of their entry."""
-        return dict(remembered(self._faults, lambda row: (row["entry"], str(row["fault"]))))
+        return dict(remembered(self._faults, lambda row: (row["entry"], f"{row['fault']} (found by an earlier run; to "
+                                                          f"try it again: {shlex.join(['rm', str(self._faults)])})")))
 
     def remember_fault(self, entry: Entry, fault: str) -> None:
         """Note that the window of this entry cannot be decoded, so that the next plan knows."""
@@ -141,9 +143,10 @@ class Cache:
 
 
 def _content(planned: PlannedClip) -> tuple[object, ...]:
-    """What a window's frames depend on."""
-    when = (planned.start_s, planned.fps) if planned.found.duration_s else ()
-    return planned.found.digest, *when, planned.bucket
+    """What a window's frames depend on; how they are read, where that is out of the ordinary."""
+    found = planned.found
+    when = (found.why_not_decord, planned.start_s, planned.fps) if found.duration_s else ()
+    return found.digest, *filter(None, (*when[:1], found.surprises)), *when[1:], planned.bucket
 
 
 def read_entry(path: Path) -> dict[str, torch.Tensor]:

@@ -8,16 +8,15 @@ and readers open and close inside one call, never across a fork.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from fractions import Fraction
+from collections.abc import Callable
 from pathlib import Path
 
-import av
 import decord
 import numpy as np
 import torch
 
-from wantrain.data.media import FINE_GRACE_S, Probe, broken, local, open_video, probe, read_image
+from wantrain.data.films import FINE_GRACE_S, Probe, Unreachable, frames_at, pixels_of
+from wantrain.data.media import local, probe, read_image
 from wantrain.terms import CLIP, Bucket, Found, PlannedClip, UserError
 
 FAR_S = 10.0
@@ -55,24 +54,27 @@ def read_clip(path: Path, start_s: float, end_s: float | None, fps: float, bucke
                         "needed", "lengthen the span, or add a smaller length to data.num_frames")
     index_F = choose_frames(found.times_s, start_s, fps, bucket.num_frames, found.grace_s)
 
+    shown = found.height, found.width
+
     def fitted(frame_HWC: np.ndarray) -> torch.Tensor:  # at once: 81 frames of 4K would be 2 GB
         frame_1CHW = torch.from_numpy(np.ascontiguousarray(frame_HWC)).movedim(-1, 0)[None]
-        return (fit_whole if contain else fit)(frame_1CHW, bucket.height, bucket.width)
+        return (fit_whole if contain else fit)(frame_1CHW, bucket.height, bucket.width, shown)
 
     if found.why_not_decord == "image":
-        return fitted(np.array(read_image(path).convert("RGB")))
-    if found.why_not_decord or start_s > FAR_S:
-        kept = _read_pyav(path, found, index_F, fitted)
-    else:
-        kept = _read_decord(path, index_F, fitted)
+        return fitted(np.array(read_image(path)))
+    kept = None if found.why_not_decord or start_s > FAR_S else _read_decord(path, index_F, fitted)
+    if kept is None:
+        kept = {i: fitted(found.upright(pixels_of(frame))) for i, frame in frames_at(path, found, index_F)}
     return torch.cat([kept[int(i)] for i in index_F])
 
 
 Fit = Callable[[np.ndarray], torch.Tensor]
 
 
-def _read_decord(path: Path, index_F: np.ndarray, fitted: Fit) -> dict[int, torch.Tensor]:
-    """The frames at these indices, decoded in order from the first."""
+def _read_decord(path: Path, index_F: np.ndarray, fitted: Fit) -> dict[int, torch.Tensor] | None:
+    """The frames at these indices, decoded in order from the first; None where decord gives up, which is no proof that
+    a film is broken.
+    """
     wanted = set(map(int, index_F))
     kept = {}
     try:
@@ -82,61 +84,21 @@ def _read_decord(path: Path, index_F: np.ndarray, fitted: Fit) -> dict[int, torc
             if i in wanted:
                 kept[i] = fitted(frame.asnumpy())
         del reader
-    except (decord.DECORDError, RuntimeError, StopIteration) as error:
-        raise broken(path, str(error).strip().splitlines()[-1]) from error
-    return kept
-
-
-def _read_pyav(path: Path, found: Probe, index_F: np.ndarray, fitted: Fit) -> dict[int, torch.Tensor]:
-    """The same through PyAV, by timestamp: from the keyframe before the first, or, where a seek goes too far (transport
-    streams have no index), from the file's beginning.
-    """
-    wanted = {round(float(found.times_s[i]), 4): int(i) for i in index_F}
-    first_s = found.start_s + Fraction(float(min(wanted)))
-    try:
-        kept = _decode_at(path, found.start_s, wanted, first_s, fitted)
-        if len(kept) < len(wanted):
-            kept = _decode_at(path, found.start_s, wanted, None, fitted)
-    except av.FFmpegError as error:
-        raise broken(path, error) from error
-    if len(kept) < len(wanted):
-        raise broken(path, f"{len(kept)} of {len(wanted)} frames decode")
-    return kept
-
-
-def _decode_at(path: Path, start_s: Fraction, wanted: Mapping[float, int], seek_s: Fraction | None, fitted: Fit
-               ) -> dict[int, torch.Tensor]:
-    """The frames at the wanted seconds after `start_s`, by index; those that decode from `seek_s` of the file's clock.
-
-    The file's clock and not the first frame that decodes: a stream that was cut inside a group of pictures begins with
-    frames that have a time and do not.
-    """
-    kept: dict[int, torch.Tensor] = {}
-    with open_video(path) as container:
-        stream = container.streams.video[0]
-        assert stream.time_base is not None
-        if seek_s is not None:
-            container.seek(int(seek_s / stream.time_base), stream=stream)
-        for frame in container.decode(stream):
-            assert frame.pts is not None
-            index = wanted.get(round(float(frame.pts * stream.time_base - start_s), 4))
-            if index is not None:
-                kept[index] = fitted(np.rot90(frame.to_ndarray(format="rgb24"), (frame.rotation // 90) % 4))
-            if len(kept) == len(wanted):
-                break
+    except (decord.DECORDError, RuntimeError, StopIteration):
+        return None
     return kept
 
 
 def read_window(planned: PlannedClip) -> torch.Tensor:
     """The frames of a planned window as training sees them: frames_FCHW uint8. Raises UserError."""
-    clip = planned.clip
-    with local(clip.path) as path:
-        try:
+    clip, path = planned.clip, None
+    try:
+        with local(clip.path) as path:
             return read_clip(path, planned.start_s, clip.end_s, planned.fps, planned.bucket,
                              contain=planned.contain)
-        except UserError as error:
-            raise UserError(f"clip {clip.id}: " + error.message.replace(str(path), str(clip.path)), error.next_step
-                            ) from error
+    except UserError as error:
+        message = error.message.replace(str(path), str(clip.path)) if path else error.message
+        raise type(error)(f"clip {clip.id}: {message}", error.next_step) from error
 
 
 Wanted = tuple[PlannedClip, tuple[str, ...]]
@@ -146,6 +108,8 @@ Wanted = tuple[PlannedClip, tuple[str, ...]]
 def frames_in_worker(wanted: Wanted) -> tuple[dict[str, np.ndarray], str, str]:
     """(frames_FCHW by name, '', '') or ({}, the name of the one that does not decode, why not), in a worker process: as
     arrays, for a tensor would go through shared memory, of which containers have little.
+
+    No name is given of one that cannot be reached: that says nothing about its content.
     """
     torch.set_num_threads(1)
     planned, names = wanted
@@ -154,31 +118,35 @@ def frames_in_worker(wanted: Wanted) -> tuple[dict[str, np.ndarray], str, str]:
         try:
             frames[name] = read_window(planned.part(name)).numpy()
         except UserError as error:
-            return {}, name, error.message if name == CLIP else f"{name} of {error.message}"
+            fault = error.message if name == CLIP else f"{name} of {error.message}"
+            return {}, "" if isinstance(error, Unreachable) else name, fault
     return frames, "", ""
 
 
-def fit(frames_FCHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Resize (antialiased bicubic, aspect kept) until the size is covered, then crop the centre; uint8 to uint8."""
-    _, _, h, w = frames_FCHW.shape
+def fit(frames_FCHW: torch.Tensor, height: int, width: int, shown: tuple[int, int] | None = None) -> torch.Tensor:
+    """Resize (antialiased bicubic) until the size is covered, then crop the centre; uint8 to uint8.
+
+    The aspect is kept, or made that of `shown` (height, width), where pixels are not square.
+    """
+    h, w = shown or frames_FCHW.shape[2:]
     scale = max(height / h, width / w)
     size = (max(height, round(h * scale)), max(width, round(w * scale)))
-    if size != (h, w):
+    if size != tuple(frames_FCHW.shape[2:]):
         resized = torch.nn.functional.interpolate(frames_FCHW.float(), size, mode="bicubic", antialias=True)
         frames_FCHW = resized.round().clamp(0, 255).to(torch.uint8)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     return frames_FCHW[:, :, top : top + height, left : left + width].contiguous()
 
 
-def fit_whole(frames_FCHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Resize (antialiased bicubic, aspect kept) until the whole picture fits, centred on white; uint8 to uint8.
+def fit_whole(frames_FCHW: torch.Tensor, height: int, width: int, shown: tuple[int, int] | None = None) -> torch.Tensor:
+    """Resize (antialiased bicubic) until the whole picture fits, centred on white; uint8 to uint8. `shown` as in `fit`.
 
     How the official VACE shows a reference image.
     """
-    _, _, h, w = frames_FCHW.shape
+    h, w = shown or frames_FCHW.shape[2:]
     scale = min(height / h, width / w)
     size = (min(height, max(1, round(h * scale))), min(width, max(1, round(w * scale))))
     canvas = frames_FCHW.new_full((*frames_FCHW.shape[:2], height, width), 255)
     top, left = (height - size[0]) // 2, (width - size[1]) // 2
-    canvas[:, :, top : top + size[0], left : left + size[1]] = fit(frames_FCHW, *size)
+    canvas[:, :, top : top + size[0], left : left + size[1]] = fit(frames_FCHW, *size, shown)
     return canvas

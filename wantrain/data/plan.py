@@ -195,6 +195,13 @@ def enlarged(bucket: Bucket, found: Found) -> float:
     return max(bucket.height / found.height, bucket.width / found.width)
 
 
+def surprises_of(planned: PlannedClip) -> list[str]:
+    """What a person would want to know of the clip's pictures and of its partners', each with the partner's name."""
+    own = planned.found.surprises
+    return [*filter(None, own.split(", ")), *(f"{what} ({kind})" for kind, one in planned.partners.items()
+                                              for what in one.found.surprises.split(", ") if what)]
+
+
 def trimmed_s(planned: Sequence[PlannedClip]) -> float:
     """Seconds of one clip's span that no window shows; `planned` are its windows."""
     clip, seen, fps = planned[0].clip, planned[0].found, planned[0].fps

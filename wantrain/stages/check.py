@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from wantrain import config as schema
 from wantrain import flow, lora
 from wantrain.config import Config
-from wantrain.data.plan import cropped, enlarged, num_tokens, trimmed_s
+from wantrain.data.plan import cropped, enlarged, num_tokens, surprises_of, trimmed_s
 from wantrain.stages import Opened, counted, evaluation_faults, opened, spec_of, training_faults
 
 
@@ -93,6 +93,8 @@ def print_data(recipe: Opened) -> None:
           + ("; data.extract=uniform misses nothing" if sum(trims) > 0 else ""))
     print(f"cropped      {sum(x > 0.01 for x in lost)} windows, at most {max(lost):.0%} of the picture; enlarged "
           f"{sum(x > 1.01 for x in large)}, at most x {max(large):.2f}")
+    if told := Counter(what for p in {p.clip.id: p for p in used}.values() for what in surprises_of(p)):
+        print("beware       " + ", ".join(f"{what}: {count} clips" for what, count in told.most_common()))
     readers = Counter(p.found.why_not_decord for p in used if p.found.why_not_decord not in ("", "image"))
     if readers:
         print("read by PyAV " + ", ".join(f"{count} ({why})" for why, count in readers.most_common()))

@@ -148,6 +148,9 @@ def surprises(recipe: Opened, count: Callable[[str], int]) -> list[tuple[str, li
             if p.found.duration_s and (fps := p.found.num_frames / p.found.duration_s) < 0.95 * p.fps],
         "speed is changed, as asked": [f"{p.name} x {p.clip.speed:g}" for p in clips.values() if p.clip.speed != 1],
     }
+    for p in clips.values():
+        for what in plan.surprises_of(p):
+            listed.setdefault(what, []).append(p.name)
     return [(what, which) for what, which in listed.items() if which]
 
 
@@ -198,7 +201,8 @@ def media_url(frames_FCHW: np.ndarray, fps: float) -> str:
     height, width = frames.shape[2:]
     scale = min(1.0, SHOWN_PX / max(height, width))
     if scale < 1:
-        frames = decode.fit(frames, *(max(2, 2 * math.floor(side * scale / 2)) for side in (height, width)))
+        height, width = (max(2, 2 * math.floor(side * scale / 2)) for side in (height, width))
+        frames = decode.fit(frames, height, width)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / ("frame.png" if len(frames) == 1 else "clip.mp4")
         if len(frames) == 1:
