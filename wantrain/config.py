@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -689,10 +688,3 @@ def for_expert(config: Config, expert: str | None) -> Config:
 def digest(config: Config) -> str:
     """A digest of the whole config."""
     return digest_text(to_yaml(config))
-
-
-def wandb_mode() -> str:
-    """`online` only when the user is logged in, else `offline`; WANDB_MODE wins."""
-    netrc = Path("~/.netrc").expanduser()
-    logged_in = "WANDB_API_KEY" in os.environ or (netrc.exists() and "api.wandb.ai" in netrc.read_text())
-    return os.environ.get("WANDB_MODE", "online" if logged_in else "offline")

@@ -6,8 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 
-from wantrain import config as schema
-from wantrain import flow, lora
+from wantrain import flow, lora, metrics
 from wantrain.config import Config
 from wantrain.data.plan import cropped, enlarged, num_tokens, trimmed_s
 from wantrain.stages import Opened, counted, opened, spec_of
@@ -35,7 +34,7 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     for own in trainings:
         print(f"checkpoints  every {config.train.save_every} steps in {own.run_dir / 'checkpoints'}")
         print(f"export       {own.export_path}")
-    print(f"trackers     {', '.join(['jsonl', *config.tracker.names])} (wandb {schema.wandb_mode()})")
+    print(f"trackers     {', '.join(['jsonl', *config.tracker.names])} (wandb {metrics.wandb_mode()})")
     print(f"next: wantrain {'cache' if missing else 'train'} {' '.join(arguments)}")
 
 
