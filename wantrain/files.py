@@ -6,24 +6,28 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from wantrain.terms import UserError
+from wantrain.terms import unwritable
 
 T = TypeVar("T")
+
+NAME_MAX = 255
+"""The most bytes of a file's name."""
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
 
-    The name holds the process id, so that several processes may write the same entry at once.
+    The name is drawn, so that processes on any machines may write the same entry at once.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_for(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
@@ -32,13 +36,25 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.chmod(mode)  # safetensors makes files that only their owner may read
         temporary.replace(path)
     except OSError as error:
-        raise UserError(
-            f"could not write {path}: {error.strerror or error}",
-            "free some disk space (or point the folder elsewhere), then run the same command again: "
-            "what was finished is kept",
-        ) from error
+        raise unwritable(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def temporary_for(path: Path) -> Path:
+    """A hidden name beside `path` that no other process has, on no machine, and that is short enough."""
+    own = f".{secrets.token_hex(6)}.tmp"
+    kept = os.fsencode(path.name)[:NAME_MAX - 1 - len(own)]
+    return path.with_name(f".{kept.decode(errors='ignore')}{own}")
+
+
+def leftovers(folder: Path, before_s: float) -> Iterator[Path]:
+    """Temporary files directly in the folder that were not touched since `before_s` (seconds of the epoch)."""
+    for path in folder.glob(".*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.is_file() and path.stat().st_mtime < before_s:
+                yield path
 
 
 def owner(name: str, stems: Container[str]) -> str:

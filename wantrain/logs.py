@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from wantrain.terms import Interrupted, UserError
+from wantrain.terms import Interrupted, UserError, unwritable
 
 
 class _Lasting:
@@ -94,8 +94,13 @@ def kept(run_dir: Path, process: int, command: Sequence[str]) -> Iterator[None]:
     What ends the block with an error is in the log as well.
     """
     path = run_dir / name_of(process)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8", buffering=1) as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log = path.open("a", encoding="utf-8", buffering=1)
+    except OSError as error:
+        fault = unwritable(path, error)
+        raise UserError(f"run.dir = {run_dir}: {fault.message}", fault.next_step) from error
+    with log as file:
         when = time.strftime("%Y-%m-%d %H:%M:%S %z")
         print(f"--- {when} {socket.gethostname()} pid {os.getpid()}: {' '.join(command)}", file=file)
         with _shown(file) if process == 0 else _hidden(file):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +45,31 @@ def data_url(path: Path) -> str:
 
 
 def curve(lines: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Loss over steps as SVG point lists: every step, a running mean, and the validation loss."""
-    trained = [(line["step"], line["loss"]) for line in lines]
-    if len(trained) < 2:
+    """Loss over steps as SVG point lists: every step, a running mean, and the validation loss; a line of text for each
+    piece between values that are not finite. Empty where less than two values are.
+    """
+    trained = [(line["step"], line.get("loss", math.nan)) for line in lines]
+    validated = [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+    shown = [value for _, value in trained + validated if math.isfinite(value)]
+    if len(trained) < 2 or len(shown) < 2:
         return {}
     window = max(1, len(trained) // 20)
-    smooth = [(step, sum(v for _, v in trained[max(0, i - window + 1): i + 1]) / min(i + 1, window))
-              for i, (step, _) in enumerate(trained)]
-    validated = [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
-    low = min(v for _, v in trained + validated)
-    high = max(v for _, v in trained + validated)
+    smooth = [(step, _mean([v for _, v in trained[max(0, i - window + 1): i + 1]])) for i, (step, _) in
+              enumerate(trained)]
+    low, high = min(shown), max(shown)
     first, last = trained[0][0], trained[-1][0]
 
     def points(series: Sequence[tuple[float, float]]) -> str:
-        return " ".join(f"{(s - first) / (last - first) * CURVE_PX[0]:.1f},"
-                        f"{(1 - (v - low) / ((high - low) or 1)) * CURVE_PX[1]:.1f}" for s, v in series)
+        pieces = [list(piece) for finite, piece in groupby(series, lambda one: math.isfinite(one[1])) if finite]
+        return "\n".join(" ".join(f"{(s - first) / (last - first) * CURVE_PX[0]:.1f},"
+                                  f"{(1 - (v - low) / ((high - low) or 1)) * CURVE_PX[1]:.1f}" for s, v in piece)
+                         for piece in pieces)
 
     return {"loss": points(trained), "smooth": points(smooth), "validation": points(validated),
             "low": low, "high": high, "first": first, "last": last}
+
+
+def _mean(values: Sequence[float]) -> float:
+    """The mean of those that are finite, nan where none is."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan

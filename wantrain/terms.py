@@ -6,6 +6,7 @@ B batch, C channels, F pixel frames, T latent frames, H W height and width, L te
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -44,7 +45,26 @@ class UserError(Exception):
 
 
 class Stalled(UserError):
-    """A process is gone or stands still, and the others cannot go on without it."""
+    """A process is gone or stands still, or another has what this one needs: later the same may go through."""
+
+
+ROOM = ("free some disk space (or point the folder elsewhere), then run the same command again: what was finished is "
+        "kept")
+
+
+def unwritable(path: Path, error: OSError) -> UserError:
+    """What to say of a path of the user's that cannot be written."""
+    advice = {
+        errno.ENOSPC: ROOM, errno.EDQUOT: ROOM,
+        errno.ENAMETOOLONG: "give it a shorter name",
+        errno.EROFS: "its disk is read-only: choose another folder",
+        errno.ENOTDIR: "a file is where a folder should be: move it, or choose another folder",
+        errno.EEXIST: "a file is where a folder should be: move it, or choose another folder",
+        errno.EISDIR: "a folder is where a file should be: move it, or choose another name",
+    }
+    return UserError(f"could not write {path}: {error.strerror or error}",
+                     advice.get(error.errno or 0, "allow this user to write there, or choose another folder"))
+
 
 
 class Interrupted(Exception):

@@ -16,12 +16,13 @@ import pytest
 import torch
 
 from tests.unit.test_invariants import lines, losses, same_bits, state, trained  # noqa: F401
-from wantrain import engine, logs
+from wantrain import logs
 from wantrain.config import load
 from wantrain.data.cache import LATENTS, TEXT
 from wantrain.data.plan import num_tokens
 from wantrain.engine import checkpoint
 from wantrain.engine.checkpoint import Place, Progress, Record, Writer
+from wantrain.metrics import Trackers
 from wantrain.stages import cache, opened, train
 from wantrain.terms import EXIT_INTERRUPTED, Bucket, Clip, Found, PlannedClip, UserError
 
@@ -164,11 +165,10 @@ def test_a_mirror_that_cannot_be_written_is_told_and_caught_up(tmp_path):
     writer.finish()
     assert "train.mirror" in writer.news()
     assert writer.news() == ""
-    with pytest.raises(UserError, match=r"train\.mirror"):
-        writer.close()
+    assert "train.mirror" in writer.close()
     blocked.unlink()
     writer.write(Progress(2), tensors, Record({}))
-    writer.close()
+    assert writer.close() == ""
     assert sorted(p.name for p in blocked.iterdir()) == ["step_000001", "step_000002"]
 
 
@@ -189,12 +189,17 @@ def test_the_writer_writes_what_was_given_though_training_goes_on(tmp_path):
 @pytest.mark.slow
 def test_the_trackers_run_goes_on_under_its_id(trained, monkeypatch):  # noqa: F811
     given = []
-    monkeypatch.setattr(engine.Accelerator, "init_trackers", lambda self, project, config, kwargs: given.append(kwargs))
+    class Noting(Trackers):
+        def __init__(self, *names: object, **own: object) -> None:
+            given.append(own)
+            super().__init__(*names, **own)
+
+    monkeypatch.setattr(train, "Trackers", Noting)
     trained("run", "train.num_steps=1")
     trained("run", "train.num_steps=2")
     first, second = given
-    assert first["wandb"]["id"] == second["wandb"]["id"] != ""
-    assert (first["tensorboard"]["purge_step"], second["tensorboard"]["purge_step"]) == (1, 2)
+    assert first["run_id"] == second["run_id"] != ""
+    assert (first["first_step"], second["first_step"]) == (1, 2)
 
 
 # Signals

@@ -5,7 +5,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "wantrain"
 FLOORS = {
-    "terms": 0, "flow": 1, "lora": 1, "files": 0.5, "style": 1, "options": 1, "logs": 0.5, "jobs": 1,
+    "terms": 0, "files": 0.5, "lock": 0.5, "logs": 0.5, "outside": 0.5,
+    "flow": 1, "lora": 1, "style": 1, "options": 1, "jobs": 1,
     "tensors": 1,
     "pictures": 2, "plots": 2, "models": 2, "data": 2,
     "config": 3, "engine": 3, "metrics": 3, "validation": 3, "report": 3, "stages": 4, "cli": 5, "__main__": 6,

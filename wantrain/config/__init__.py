@@ -8,7 +8,6 @@ from wantrain.config.keys import fingerprint as fingerprint
 from wantrain.config.keys import flat as flat
 from wantrain.config.keys import for_expert as for_expert
 from wantrain.config.keys import to_yaml as to_yaml
-from wantrain.config.keys import wandb_mode as wandb_mode
 from wantrain.config.known import asset as asset
 from wantrain.config.known import configs_folder as configs_folder
 from wantrain.config.known import recipes as recipes

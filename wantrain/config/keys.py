@@ -5,12 +5,10 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields, is_dataclass, replace
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -134,10 +132,3 @@ def for_expert(config: Config, expert: str | None) -> Config:
 def digest(config: Config) -> str:
     """A digest of the whole config."""
     return digest_text(to_yaml(config))
-
-
-def wandb_mode() -> str:
-    """`online` only when the user is logged in, else `offline`; WANDB_MODE wins."""
-    netrc = Path("~/.netrc").expanduser()
-    logged_in = "WANDB_API_KEY" in os.environ or (netrc.exists() and "api.wandb.ai" in netrc.read_text())
-    return os.environ.get("WANDB_MODE", "online" if logged_in else "offline")

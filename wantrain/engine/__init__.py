@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator as Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from wantrain.terms import UserError
 
@@ -23,8 +23,13 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start(global_batch_size: int, micro_batch_size: int, trackers: Sequence[str], run_dir: Path, *,
-          max_grad_norm: float, timeout_s: float, sequence_parallel: int = 1) -> Accelerator:
+def is_first() -> bool:
+    """Whether this is the process that reads and writes the run folder, by what the launcher says."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def start(global_batch_size: int, micro_batch_size: int, *, max_grad_norm: float, timeout_s: float,
+          sequence_parallel: int = 1) -> Accelerator:
     """The Accelerator for this launch, whose collectives fail after `timeout_s`, and where `sequence_parallel`
     processes compute each sample. Precision stays ours: see `autocast`.
 
@@ -50,9 +55,8 @@ def start(global_batch_size: int, micro_batch_size: int, trackers: Sequence[str]
     if deepspeed and on_cpu:
         _without_shared_memory_op()
     accelerator = Accelerator(
-        cpu=on_cpu and not deepspeed and not fsdp, mixed_precision="no", log_with=list(trackers) or None,
+        cpu=on_cpu and not deepspeed and not fsdp, mixed_precision="no",
         gradient_accumulation_steps=global_batch_size // share,
-        project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir / "trackers")),
         kwargs_handlers=[InitProcessGroupKwargs("gloo" if on_cpu else "nccl", timeout=timedelta(seconds=timeout_s))]
         if "RANK" in os.environ else [],
     )
@@ -87,13 +91,10 @@ def refuse_precision(asked: str) -> None:
 
 
 def end(accelerator: Accelerator, another_follows: bool) -> None:
-    """Let go of the model and close the trackers; the processes part only when no other training follows in them."""
+    """Let go of the model; the processes part only when no other training follows in them."""
     accelerator.free_memory()
     if not another_follows:
         accelerator.end_training()
-        return
-    for tracker in accelerator.trackers:
-        tracker.finish()
 
 
 def _without_shared_memory_op() -> None:

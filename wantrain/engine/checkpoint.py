@@ -27,9 +27,10 @@ from wantrain.engine import is_deepspeed, mirror
 from wantrain.engine.ema import Ema
 from wantrain.engine.optimizers import Kind, average, beta_of
 from wantrain.engine.states import COUNT, State, inner, is_zero3, link, sharded_like, states, trainable
-from wantrain.files import digest_file, write_json, write_text
+from wantrain.files import digest_file, temporary_for, write_json, write_text
+from wantrain.outside import Outside
 from wantrain.tensors import read_tensors, write_tensors
-from wantrain.terms import UserError
+from wantrain.terms import UserError, unwritable
 
 TENSORS, STATE, CHECKSUMS = "training.safetensors", "state.json", "checksums"
 VALUE, EMA, POINT = "value", "ema", "y"
@@ -189,7 +190,7 @@ def save(place: Place, progress: Progress, tensors: Mapping[str, torch.Tensor], 
     `checksums`, written last, is what `b2sum -l 128 -c checksums` reads: without it a checkpoint is incomplete.
     """
     final = place.folder / f"step_{progress.step:06d}"
-    temporary = place.folder / f".{final.name}.tmp"
+    temporary = temporary_for(final)
     for leftover in (*place.folder.glob(".step_*.tmp"), final):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
@@ -208,9 +209,9 @@ def save(place: Place, progress: Progress, tensors: Mapping[str, torch.Tensor], 
         shutil.rmtree(temporary, ignore_errors=True)  # a full disk gets its space back
     for later in place.on_disk():  # passed over as damaged: this run is about to write them anew
         if step_of(later.name) > progress.step:
-            shutil.rmtree(later)
+            shutil.rmtree(later, ignore_errors=True)
     for name in place.too_old(path.name for path in place.on_disk()):
-        shutil.rmtree(place.folder / name)
+        shutil.rmtree(place.folder / name, ignore_errors=True)  # in use over a network: the next save tries again
     return final
 
 
@@ -316,10 +317,11 @@ def newest_whole(place: Place, fingerprint: Mapping[str, Any] | None, defaults: 
                  ) -> Found | None:
     """The newest checkpoint that is whole, out of the folder or else its mirror; None where there is none at all.
 
-    Raises Damaged where none of them is whole: to begin anew is for the user to say.
+    Raises Damaged where none of them is whole: to begin anew is for the user to say. A mirror that cannot be read is
+    told in `passed`; where the folder has nothing, its fault is raised: it is not known what there is to go on from.
     """
-    passed: list[str] = []
-    mirrored = place.mirrored()
+    mirrored, passed = mirrored_or_told(place)
+    fault: Damaged | None = None
     for name in sorted({*mirrored, *(path.name for path in place.on_disk())}, key=step_of, reverse=True):
         path = place.folder / name
         for fetched in (False, True):
@@ -329,26 +331,67 @@ def newest_whole(place: Place, fingerprint: Mapping[str, Any] | None, defaults: 
                 continue
             try:
                 if fetched:
-                    assert place.mirror is not None
-                    mirror.fetch(place.mirror, path)
+                    _fetch(place, path)
                 return Found(path, *load(path, fingerprint, defaults), passed)
             except Damaged as error:
                 passed.append(error.message)
                 fault = error
-    if passed:
+    if fault is not None:
         raise fault
     return None
 
 
-class Writer:
-    """Writes checkpoints off the training's path: one at a time, in a thread, out of tensors that no step changes."""
+def mirrored_or_told(place: Place) -> tuple[list[str], list[str]]:
+    """(names that the mirror has, why it could not be read). Raises UserError where the folder has no checkpoint."""
+    try:
+        return place.mirrored(), []
+    except UserError as error:
+        if not place.on_disk():
+            raise
+        return [], [error.message]
 
-    def __init__(self, place: Place) -> None:
-        self.place = place
+
+def refuse_unwritable(place: Place) -> list[str]:
+    """Raise UserError where no checkpoint could be written in the folder; what is wrong with the mirror is only told.
+    """
+    try:
+        place.folder.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_for(place.folder / "step")
+        temporary.mkdir()
+        temporary.rmdir()
+    except OSError as error:
+        raise unwritable(place.folder, error) from error
+    if place.mirror is None:
+        return []
+    try:
+        mirror.probe(place.mirror)
+    except UserError as error:
+        return [f"{error.message}\n  the training goes on, and tries again with each checkpoint"]
+    return []
+
+
+def _fetch(place: Place, path: Path) -> None:
+    """Bring a checkpoint from the mirror. Raises Damaged where it does not come."""
+    assert place.mirror is not None
+    try:
+        mirror.fetch(place.mirror, path)
+    except UserError as error:
+        raise Damaged(f"{path.name}: {error.message}", error.next_step) from error
+
+
+class Writer:
+    """Writes checkpoints off the training's path: one at a time, in a thread, out of tensors that no step changes.
+
+    What keeps them from the mirror costs a message, and a mirror that hangs no more than `patience_s` seconds, once.
+    """
+
+    def __init__(self, place: Place, patience_s: float = 300.0) -> None:
+        self.place, self._patience_s = place, patience_s
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
-        self._mirror_fault: UserError | None = None
-        self._is_told = True
+        self._mirror = Outside("the mirror lacks the last checkpoint", "nothing: the training goes on, and its next "
+                               "checkpoint tries again")
+        self._hangs = False
 
     def write(self, progress: Progress, tensors: Mapping[str, torch.Tensor], record: Record) -> None:
         """Begin to write, once the one before is written. Raises what that one met."""
@@ -357,23 +400,23 @@ class Writer:
 
     def _write(self, progress: Progress, tensors: Mapping[str, torch.Tensor], record: Record) -> None:
         save(self.place, progress, tensors, record)
-        self._mirror_fault = None
-        try:
-            self._copy()
-        except UserError as error:  # the run goes on, and the next checkpoint tries again
-            self._mirror_fault, self._is_told = error, False
+        self.copy()
+
+    def copy(self) -> None:
+        """Begin to copy what the mirror lacks, where there is one and it is not still busy."""
+        if self.place.mirror is not None and self._mirror.is_idle:
+            self._mirror.call(self._copy)
 
     def _copy(self) -> None:
         """Bring to the mirror what it lacks, and take away there what need not stay."""
-        if self.place.mirror is None:
-            return
+        assert self.place.mirror is not None
         there, here = self.place.mirrored(), self.place.on_disk()
         newest = here[-1]
         for path in here:
             if path.name not in there or path == newest:
                 mirror.put(self.place.mirror, path, CHECKSUMS)
-        later = [name for name in there if step_of(name) > step_of(newest.name)]
-        for name in {*later, *self.place.too_old({*there, newest.name}.difference(later))}:
+        known = {name for name in there if step_of(name) < step_of(newest.name)}  # later ones will be written anew
+        for name in set(there).intersection(self.place.too_old({*known, newest.name})):
             mirror.drop(self.place.mirror, name)
 
     @property
@@ -383,17 +426,22 @@ class Writer:
 
     def news(self) -> str:
         """What went wrong with the mirror, once."""
-        told, self._is_told = self._is_told, True
-        return "" if told or self._mirror_fault is None else f"{self._mirror_fault}\n  (tried again with the next one)"
+        return self._mirror.news()
 
     def finish(self) -> None:
-        """Wait until what was begun is written. Raises UserError where it could not be."""
+        """Wait until what was begun is written, also for a mirror that is not known to hang. Raises UserError where it
+        could not be.
+        """
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
+        if not self._hangs and not self._mirror.wait(self._patience_s):
+            self._mirror.tell(f"train.mirror = {self.place.mirror} took no checkpoint within {self._patience_s:g} s: "
+                              "the training goes on without waiting for it")
+            self._hangs = True
+        self._hangs = self._hangs and not self._mirror.is_idle
 
-    def close(self) -> None:
-        """`finish`, and raise what kept the last checkpoint from the mirror."""
+    def close(self) -> str:
+        """`finish`; what kept the last checkpoint from the mirror, empty where it is there."""
         self.finish()
-        if self._mirror_fault is not None:
-            raise self._mirror_fault
+        return "it hangs" if self._hangs else self._mirror.fault

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from wantrain.terms import UserError
+from wantrain.files import temporary_for
+from wantrain.outside import Caught, described
+from wantrain.terms import Stalled, UserError
 
 
 @contextlib.contextmanager
 def _opened(url: str) -> Iterator[tuple[Any, str]]:
-    """(filesystem, path) of the URL; what goes wrong in the block is a UserError."""
-    import fsspec  # only where a mirror is asked for
+    """(filesystem, path) of the URL; whatever goes wrong in the block is a UserError, Stalled where it may pass."""
+    with Caught() as caught:
+        import fsspec  # only where a mirror is asked for
 
-    try:
         filesystem, root = fsspec.core.url_to_fs(url)
         filesystem.invalidate_cache()
         yield filesystem, root.rstrip("/")
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"train.mirror = {url}: {type(error).__name__}: {error}", "give a folder or a URL that fsspec "
-                        "can write, e.g. s3://bucket/runs/NAME (pip install s3fs), and check your credentials; "
-                        "checkpoints in the run folder are whole") from error
+    if caught.fault is not None:
+        lasts = isinstance(caught.fault, ValueError | ImportError | PermissionError)
+        raise (UserError if lasts else Stalled)(
+            f"train.mirror = {url}: {described(caught.fault)}", "give a folder or a URL that fsspec can write, e.g. "
+            "s3://bucket/runs/NAME (pip install s3fs), and check your credentials; checkpoints in the run folder are "
+            "whole") from caught.fault
 
 
 def names(url: str) -> list[str]:
@@ -31,6 +36,15 @@ def names(url: str) -> list[str]:
     with _opened(url) as (filesystem, root):
         found = filesystem.ls(root, detail=False) if filesystem.exists(root) else []
     return [path.rstrip("/").rpartition("/")[2] for path in found]
+
+
+def probe(url: str) -> None:
+    """Raise UserError where nothing can be written there."""
+    with _opened(url) as (filesystem, root):
+        filesystem.makedirs(root, exist_ok=True)
+        name = f"{root}/.probe.{uuid.uuid4().hex}"
+        filesystem.pipe_file(name, b"probe")
+        filesystem.rm_file(name)
 
 
 def put(url: str, path: Path, last: str) -> None:
@@ -46,14 +60,16 @@ def put(url: str, path: Path, last: str) -> None:
 
 def fetch(url: str, path: Path) -> None:
     """Copy the checkpoint `path.name` from there into `path`, in place of what is there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    with _opened(url) as (filesystem, root):
-        for file in filesystem.ls(f"{root}/{path.name}", detail=False):
-            filesystem.get_file(file, str(temporary / file.rpartition("/")[2]))
-    shutil.rmtree(path, ignore_errors=True)
-    temporary.rename(path)
+    temporary = temporary_for(path)
+    try:
+        with _opened(url) as (filesystem, root):
+            temporary.mkdir(parents=True)
+            for file in filesystem.ls(f"{root}/{path.name}", detail=False):
+                filesystem.get_file(file, str(temporary / file.rpartition("/")[2]))
+            shutil.rmtree(path, ignore_errors=True)
+            temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def drop(url: str, name: str) -> None:

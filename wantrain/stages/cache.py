@@ -24,8 +24,7 @@ LONGEST_S = 7 * 24 * 3600.0
 def run(config: Config, arguments: Sequence[str]) -> None:
     """Build what is missing of the recipe's cache; with several processes each does its share."""
     began = time.time()
-    accelerator = engine.start(engine.world_size(), 1, [], Path(config.run.dir), max_grad_norm=1.0,
-                               timeout_s=LONGEST_S)
+    accelerator = engine.start(engine.world_size(), 1, max_grad_norm=1.0, timeout_s=LONGEST_S)
     with accelerator.main_process_first():  # it looks into new files, the others read what it noted
         recipe = opened(config, arguments)
     everything = recipe.planned + recipe.heldout

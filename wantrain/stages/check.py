@@ -7,8 +7,7 @@ import shlex
 from collections import Counter
 from collections.abc import Sequence
 
-from wantrain import config as schema
-from wantrain import flow, lora
+from wantrain import flow, lora, metrics
 from wantrain.config import Config
 from wantrain.data.plan import cropped, enlarged, num_tokens, surprises_of, trimmed_s
 from wantrain.stages import Opened, counted, evaluation_faults, opened, spec_of, training_faults
@@ -40,7 +39,7 @@ def run(config: Config, arguments: Sequence[str]) -> None:
         print(f"export       {own.export_path}")
     for fault in evaluation_faults(recipe):
         print(f"evaluate     not yet: {fault.message}")
-    print(f"trackers     {', '.join(['jsonl', *config.tracker.names])} (wandb {schema.wandb_mode()})")
+    print(f"trackers     {', '.join(['jsonl', *config.tracker.names])} (wandb {metrics.wandb_mode()})")
     print(f"next: {shlex.join(['wantrain', 'cache' if missing else 'train', *arguments])}")
 
 

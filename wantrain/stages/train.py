@@ -9,6 +9,7 @@ import platform
 import secrets
 import shlex
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from wantrain import __version__, engine, flow, logs, lora, metrics, validation
+from wantrain import __version__, engine, flow, lock, logs, lora, metrics, validation
 from wantrain import config as schema
 from wantrain.config import Config, DataMode, Dtype, OnNonfinite, Optimizer, Resume
 from wantrain.data import batches, plan
@@ -28,7 +29,8 @@ from wantrain.engine import Accelerator, checkpoint, optimizers
 from wantrain.engine.checkpoint import Progress, Record, Writer
 from wantrain.engine.ema import Ema
 from wantrain.engine.meeting import Meeting
-from wantrain.files import write_json, write_text
+from wantrain.files import leftovers, write_json, write_text
+from wantrain.metrics import Trackers
 from wantrain.models import hub, sequence
 from wantrain.models.base import for_expert
 from wantrain.models.encode import predict_velocity
@@ -57,6 +59,12 @@ NUM_PLOTTED = 20_000
 
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+LEFT_AFTER_S = 600.0
+"""A temporary file of the run folder this old is a killed process's."""
+
+TRACKER_S, STOPPED_TRACKER_S = 45.0, 10.0
+"""What a tracker may take to end: after the last step, and after a signal to stop, when a launcher may be waiting."""
 
 ONE_PRESS_S = 2.0
 """Launchers pass on what the terminal has sent to all processes already: signals this close are one."""
@@ -128,32 +136,88 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     trainings = recipe.trainings()
     for fault in (fault for own in trainings for fault in training_faults(own)):
         raise fault
-    for number, own in enumerate(trainings):
-        another_follows = number + 1 < len(trainings)
-        is_main = train_one(own, cached, another_follows)
-        if is_main and not another_follows:
-            done = " and ".join(f"{one.config.train.num_steps}{f' ({one.base.expert})' * bool(one.base.expert)}"
-                                for one in trainings)
-            print(f"trained {done} steps; next: {shlex.join(['wantrain', 'export', *arguments])}")
+    with held(trainings, arguments):
+        todo = [own for own in trainings if not is_done(own)]
+        for number, own in enumerate(todo):
+            train_one(own, cached, number + 1 < len(todo))
+    if engine.is_first():
+        done = " and ".join(f"{one.config.train.num_steps}{f' ({one.base.expert})' * bool(one.base.expert)}"
+                            for one in trainings)
+        print(f"trained {done} steps; next: {shlex.join(['wantrain', 'export', *arguments])}")
 
 
-def train_one(recipe: Opened, cached: Cached | None, another_follows: bool) -> bool:
-    """One adapter on one transformer; returns whether this is the main process. Raises Interrupted."""
+@contextlib.contextmanager
+def held(trainings: Sequence[Opened], arguments: Sequence[str]) -> Iterator[None]:
+    """In the block, the first process holds the folders of all these trainings, cleared of what killed ones left."""
+    with contextlib.ExitStack() as stack:
+        for own in trainings if engine.is_first() else ():
+            stack.enter_context(lock.held(own.run_dir, ["wantrain", "train", *arguments]))
+            for path in leftovers(own.run_dir, time.time() - LEFT_AFTER_S):
+                path.unlink(missing_ok=True)
+        yield
+
+
+def is_done(recipe: Opened) -> bool:
+    """Whether all steps are done, before anything heavy is loaded. Raises UserError where more are, where the folder or
+    its mirror has a checkpoint that train.resume=never does not want, or where checkpoints could not be written.
+
+    Only the first process knows; of several none leaves, since they start and end together.
+    """
+    if not engine.is_first():
+        return False
+    own, place = recipe.config.train, checkpoints_of(recipe.config, recipe.base.expert)
+    mirrored, told = checkpoint.mirrored_or_told(place)
+    there = [*(path.name for path in place.on_disk()), *mirrored]
+    if own.resume is Resume.never and there:
+        where = place.folder if place.on_disk() else place.mirror
+        raise UserError(f"{where} has {max(there, key=checkpoint.step_of)} and train.resume=never", "start a new run "
+                        "with run.name=ANOTHER, or go on with train.resume=auto")
+    for told_once in [*told, *checkpoint.refuse_unwritable(place)]:
+        print(told_once, file=sys.stderr)
+    if max(map(checkpoint.step_of, there), default=-1) < own.num_steps:
+        return False
+    found = checkpoint.newest_whole(place, fingerprint(recipe), schema.defaults())
+    assert found is not None, "there are checkpoints"
+    if found.progress.step > own.num_steps:
+        raise UserError(f"train.num_steps = {own.num_steps}, and {found.path} has done {found.progress.step} already",
+                        f"set train.num_steps={found.progress.step} or more, or train fewer steps in a run of their "
+                        "own: run.name=ANOTHER")
+    if found.progress.step < own.num_steps or engine.world_size() > 1:
+        return False
+    print("\n".join([*found.passed, f"{found.path}: all {own.num_steps} steps are done already"]))
+    writer = Writer(place)
+    writer.copy()
+    tell_mirror(writer)
+    return True
+
+
+def tell_mirror(writer: Writer) -> None:
+    """Wait for the last checkpoint and its copy, and say loudly where there is no copy."""
+    if fault := writer.close():
+        print(f"WARNING: {writer.place.mirror} lacks the last checkpoint ({fault}). {writer.place.folder} has it whole"
+              "\n  next: start the same command once the mirror can be written: it copies what is there",
+              file=sys.stderr)
+
+
+def train_one(recipe: Opened, cached: Cached | None, another_follows: bool) -> None:
+    """One adapter on one transformer. Raises Interrupted."""
     training = prepare(recipe)
     with (training.meeting.guarded(), advised_if_memory_ends(recipe, training.accelerator),
           Stopper() as stopper):
         resume(training)
-        start_run(training)
+        trackers = start_run(training)
         try:
-            train(training, cached or Encoder(recipe, training.device), stopper)
+            train(training, cached or Encoder(recipe, training.device), stopper, trackers)
         finally:
             training.writer.finish()  # whatever happens to this step, the last checkpoint gets written
-        training.writer.close()
+        tell_mirror(training.writer)
+        limit_s = min(STOPPED_TRACKER_S if stopper.asked else TRACKER_S, recipe.config.train.stall_timeout_s / 4)
+        if told := trackers.close(limit_s):
+            print(told, file=sys.stderr)
         training.meeting.flags(0)  # a launcher would end the first process, which may still write, when another leaves
     if training.progress.step < recipe.config.train.num_steps:
         raise Interrupted(f"stopped after step {training.progress.step}; saved in {recipe.run_dir / 'checkpoints'}")
     engine.end(training.accelerator, another_follows)
-    return training.accelerator.is_main_process
 
 
 @contextlib.contextmanager
@@ -203,9 +267,8 @@ def prepare(recipe: Opened) -> Training:
     config, optim, num_parts = recipe.config, recipe.config.optim, recipe.config.train.sequence_parallel
     if num_parts > 1:
         sequence.check(recipe.variant, num_parts, num_tokens(recipe))
-    accelerator = engine.start(config.data.batch_size, config.train.micro_batch_size, config.tracker.names,
-                               recipe.run_dir, max_grad_norm=optim.max_grad_norm,
-                               timeout_s=config.train.stall_timeout_s, sequence_parallel=num_parts)
+    accelerator = engine.start(config.data.batch_size, config.train.micro_batch_size, sequence_parallel=num_parts,
+                               max_grad_norm=optim.max_grad_norm, timeout_s=config.train.stall_timeout_s)
     with advised_if_memory_ends(recipe, accelerator):
         return loaded(recipe, accelerator)
 
@@ -236,7 +299,7 @@ def loaded(recipe: Opened, accelerator: Accelerator) -> Training:
         model, optimizer = accelerator.prepare(transformer, optimizers.make(
             optim.name.name, groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay))
     ema = None if optim.ema_decay is None else Ema(accelerator, model, optim.ema_decay)
-    writer = Writer(checkpoints_of(config, recipe.base.expert))
+    writer = Writer(checkpoints_of(config, recipe.base.expert), own.stall_timeout_s / 2)  # others wait meanwhile
     return Training(recipe, accelerator, meeting, model, optimizer, ema, modules, Progress(), writer, record)
 
 
@@ -247,7 +310,7 @@ def num_tokens(recipe: Opened) -> set[int]:
     return {(t + has_reference) * h * w // 4 for (t, h, w), has_reference in shapes}
 
 
-def train(training: Training, source: Encode, stopper: Stopper) -> None:
+def train(training: Training, source: Encode, stopper: Stopper, trackers: Trackers) -> None:
     """The loop, to the last step or to where the user stops it; both are saved."""
     config, recipe, progress = training.config, training.recipe, training.progress
     heldout = []
@@ -257,7 +320,7 @@ def train(training: Training, source: Encode, stopper: Stopper) -> None:
     steps = range(progress.step, last)
     ahead = batches.ahead(steps, batch_maker(training, source, progress.step))
     work = Work(training.meeting.waited_s)
-    with metrics.Metrics(recipe.run_dir / "metrics.jsonl", training.accelerator.log, progress.step, last,
+    with metrics.Metrics(recipe.run_dir / "metrics.jsonl", trackers.log, progress.step, last,
                          training.accelerator.is_main_process) as board:
         for _ in steps:
             began = time.perf_counter()
@@ -280,7 +343,7 @@ def train(training: Training, source: Encode, stopper: Stopper) -> None:
             if progress.step % config.train.save_every == 0 or progress.step == last:
                 save(training)
                 saved = progress.step
-            if news := training.writer.news():
+            for news in filter(None, (training.writer.news(), trackers.news())):
                 board.say(news)
     if saved < progress.step:
         save(training)
@@ -553,11 +616,8 @@ def resume(training: Training) -> None:
 
     The first process reads it for all, so that they agree, and machines need no folder in common.
     """
-    own, place, meeting = training.config.train, training.writer.place, training.meeting
+    place, meeting = training.writer.place, training.meeting
     agree(training)
-    if own.resume is Resume.never and (there := place.on_disk()):
-        raise UserError(f"{there[-1]} exists and train.resume=never", "start a new run with run.name=ANOTHER, or "
-                        "go on with train.resume=auto")
     found: checkpoint.Found | UserError | None = None
     if training.accelerator.is_main_process:
         try:
@@ -594,8 +654,9 @@ def save(training: Training) -> None:
         training.writer.write(training.progress, tensors, training.record)
 
 
-def start_run(training: Training) -> None:
-    """Trackers, and the run folder's header: config, versions, digests, adapted modules."""
+def start_run(training: Training) -> Trackers:
+    """The run folder's header: config, versions, digests, adapted modules. Returns the trackers, of the first process.
+    """
     config, recipe, accelerator, progress = training.config, training.recipe, training.accelerator, training.progress
     progress.run_id = progress.run_id or secrets.token_hex(4)
     if accelerator.is_main_process:
@@ -612,11 +673,9 @@ def start_run(training: Training) -> None:
             "num_clips": len(recipe.planned), "modules": training.modules,
         })
         write_densities(recipe)
-    os.environ.setdefault("WANDB_MODE", schema.wandb_mode())
     flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in schema.flat(config).items()}
-    accelerator.init_trackers(config.tracker.project, flat, {
-        "wandb": {"name": config.run.name, "dir": str(recipe.run_dir), "id": progress.run_id, "resume": "allow"},
-        "tensorboard": {"purge_step": progress.step + 1}})
+    return Trackers(config.tracker.names if accelerator.is_main_process else (), recipe.run_dir, config.tracker.project,
+                    run_name=config.run.name, run_id=progress.run_id, first_step=progress.step + 1, settings=flat)
 
 
 def write_densities(recipe: Opened) -> None:

@@ -1,0 +1,94 @@
+"""What is outside a training (trackers, mirrors) and must not end it: an error or a call that hangs is a message."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from types import TracebackType
+
+from wantrain.terms import UserError
+
+MOST_WAITING = 1000
+"""Calls that wait for one that hangs; later ones are left out."""
+
+
+class Caught:
+    """In the block, whatever foreign code raises ends the block and is kept in `fault`. Ctrl-C goes through."""
+
+    fault: BaseException | None = None
+
+    def __enter__(self) -> Caught:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+                 ) -> bool:
+        self.fault = value
+        return not isinstance(value, KeyboardInterrupt | GeneratorExit)
+
+
+def described(fault: BaseException) -> str:
+    """An error of foreign code in one line."""
+    if isinstance(fault, UserError):
+        return fault.message
+    text = " ".join(str(fault).split())
+    return f"{type(fault).__name__}{f': {text[:500]}' if text else ''}"
+
+
+class Outside:
+    """Calls of foreign code, in order, in a thread of their own: the training waits for them only in `wait`."""
+
+    def __init__(self, name: str, advice: str) -> None:
+        self._name, self._advice = name, advice
+        self._calls: queue.Queue[Callable[[], object]] = queue.Queue()
+        self._thread: threading.Thread | None = None
+        self._news: list[str] = []
+        self._told: set[str] = set()
+        self.fault = ""
+        """What the last call ended with; empty where it went well."""
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Call it after those before."""
+        if self._calls.unfinished_tasks >= MOST_WAITING:
+            self._fail("it does not answer any more")
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+            self._thread.start()
+        self._calls.put(function)
+
+    def _work(self) -> None:
+        while True:
+            function = self._calls.get()
+            with Caught() as caught:
+                function()
+            if caught.fault is None:
+                self.fault = ""
+            else:
+                self._fail(described(caught.fault))
+            self._calls.task_done()
+
+    def _fail(self, fault: str) -> None:
+        self.fault = fault
+        self.tell(f"{self._name}: {fault}\n  next: {self._advice}")
+
+    def tell(self, text: str) -> None:
+        """Add to the news what is not among those told before."""
+        if text not in self._told:
+            self._told.add(text)
+            self._news.append(text)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether every call has ended."""
+        return not self._calls.unfinished_tasks
+
+    def wait(self, limit_s: float) -> bool:
+        """Wait until every call has ended; whether they have, within so many seconds."""
+        with self._calls.all_tasks_done:
+            return self._calls.all_tasks_done.wait_for(lambda: self.is_idle, limit_s)
+
+    def news(self) -> str:
+        """What went wrong since it was last asked; nothing is told twice."""
+        told, self._news = self._news, []
+        return "\n".join(told)
