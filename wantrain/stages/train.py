@@ -592,7 +592,7 @@ def write_densities(recipe: Opened) -> None:
     """`sigma_density.svg`: what sigmas are drawn beside those of inference, a plot for each density that buckets have.
     """
     config, variant = recipe.config, recipe.variant
-    densities = {recipe.density(p.bucket): p.bucket for p in recipe.planned}
+    densities = {recipe.density(bucket): bucket for bucket in dict.fromkeys(p.bucket for p in recipe.planned)}
     steps = range(math.ceil(NUM_PLOTTED / config.data.batch_size))
     scheduler = recipe.base.scheduler(variant.shift)
     scheduler.set_timesteps(config.sampler.num_steps or variant.num_steps)
