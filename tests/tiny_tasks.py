@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan, WanAnimateTransformer3DModel
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanAnimateTransformer3DModel
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from tests import tiny_models as tiny
 from tests.conftest import SIZE, moving_square, write_clips
 from wantrain import pictures
 from wantrain.models import sampling
-from wantrain.models.base import EMBEDDED, Base
+from wantrain.models.base import EMBEDDED, Base, set_steps
 from wantrain.models.conditioning import Encoders
 from wantrain.models.variants import VARIANTS, diffusers_config
 
@@ -67,6 +67,22 @@ def write_checkpoint(folder: Path, name: str) -> Path:
                   "image_processor": ["transformers", "CLIPImageProcessor"]}
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
+
+
+class OfficialSteps(UniPCMultistepScheduler):
+    """diffusers' scheduler for its own pipelines, which ask for a number of steps, over the official sigmas."""
+
+    def set_timesteps(self, num_inference_steps: int | None = None, device: torch.device | None = None,
+                      sigmas: object = None, mu: object = None) -> None:
+        if sigmas is None:
+            set_steps(self, num_inference_steps, device)
+        else:
+            super().set_timesteps(sigmas=sigmas, device=device)
+
+
+def official_steps(found: Base, shift: float) -> OfficialSteps:
+    """The base's scheduler for one of diffusers' pipelines."""
+    return OfficialSteps.from_config(found.scheduler(shift).config)
 
 
 def sampler(found: Base) -> sampling.Sampler:

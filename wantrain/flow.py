@@ -37,6 +37,14 @@ def unshift_sigma(sigma: float, shift: float) -> float:
     return sigma / (shift - (shift - 1) * sigma)
 
 
+def inference_sigmas(num_steps: int) -> list[float]:
+    """Where the official sampler takes its steps, before `shift_sigma`: evenly from 0.999 (as float32) down to 0, which
+    is not among them.
+    """
+    highest = float(torch.tensor(1 - 1 / NUM_TIMESTEPS))
+    return torch.linspace(highest, 0, num_steps + 1, dtype=torch.float64)[:-1].tolist()
+
+
 def share(shift: float, low: float, high: float) -> float:
     """The share of the inference schedule, uniform before `shift`, whose sigmas lie in [low, high)."""
     return unshift_sigma(high, shift) - unshift_sigma(low, shift)

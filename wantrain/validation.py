@@ -1,41 +1,114 @@
 """Loss on held-out clips at fixed noise and fixed sigmas: comparable between steps, runs and machines.
 
-Everything random comes from generators keyed by the clip's place, so that validating never moves training.
+Everything random comes from generators keyed by the clip's content and the sigma, so that validating never moves
+training, and no clip and no sigma moves the numbers of the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from wantrain import flow
 from wantrain.models.encode import predict_velocity
-from wantrain.terms import Sample
+from wantrain.terms import PlannedClip, Sample
 
 SEED = "validation"
 
+Row = tuple[int, int]
+"""(place of the clip, place of the sigma)."""
+
+Gather = Callable[[torch.Tensor], torch.Tensor]
+"""Values [N] of each process -> [number of processes, N]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """This process's part of the work: of `num_processes`, which all must call `losses` with the same clips."""
+
+    num_processes: int = 1
+    process_index: int = 0
+    gather: Gather = lambda values_N: values_N[None]
+
+    def of(self, chunks: Sequence[list[Row]]) -> list[list[Row]]:
+        """Its chunks, as many as each other process has: those that lack one repeat the first, which does not count.
+
+        Under ZeRO-3 and FSDP2 every process must call the transformer equally often.
+        """
+        own = list(chunks[self.process_index::self.num_processes])
+        return own + list(chunks[:1]) * (math.ceil(len(chunks) / self.num_processes) - len(own))
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Held-out clips and the sigmas to measure each at, `size` rows of them in one forward. `sample` gives the tensors
+    of a clip by its place; a process asks for those of its share alone.
+    """
+
+    clips: Sequence[PlannedClip]
+    sigmas: Sequence[float]
+    sample: Callable[[int], Sample]
+    size: int
+    share: Share = field(default_factory=Share)
+
+    @property
+    def chunks(self) -> list[list[Row]]:
+        """Every clip at every sigma, at most `size` rows at a time and of one kind; the same in every process."""
+        found = []
+        for kind in dict.fromkeys(p.kind for p in self.clips):
+            rows = [(place, s) for place, p in enumerate(self.clips) if p.kind == kind for s in range(len(self.sigmas))]
+            found += [rows[first : first + self.size] for first in range(0, len(rows), self.size)]
+        return found
+
+    def read(self) -> None:
+        """Ask for all that `losses` will need in this process."""
+        for place in sorted({place for rows in self.share.of(self.chunks) for place, _ in rows}):
+            self.sample(place)
+
 
 @torch.no_grad()
-def losses(transformer: torch.nn.Module, samples: Sequence[Sample], sigmas: Sequence[float], device: torch.device
-           ) -> torch.Tensor:
-    """Loss of every held-out sample at every sigma, float32 [samples, sigmas].
+def losses(transformer: torch.nn.Module, heldout: HeldOut, device: torch.device) -> torch.Tensor:
+    """Loss of every held-out clip at every sigma, float32 [clips, sigmas], the same in every process.
 
-    Latent frames that are given clean do not count. Noise depends on (the sample's place, sigma) only; precision is the
-    caller's (its autocast).
+    Latent frames that are given clean do not count. Precision is the caller's (its autocast).
     """
-    rows = []
-    for place, sample in enumerate(samples):
-        noise = torch.stack([torch.randn(sample.latents_CTHW.shape,
-                                         generator=flow.generator_for(SEED, place, str(sigma))) for sigma in sigmas])
-        latents = sample.latents_CTHW.expand_as(noise)
-        sigma, unknown = torch.tensor(sigmas), None
-        if sample.known_T is not None:
-            sigma = sigma[:, None] * (1 - sample.known_T)
-            unknown = (1 - sample.known_T).view(1, 1, -1, 1, 1).expand(len(sigmas), 1, *latents.shape[2:])
-        text, *condition = (t.to(device).expand(len(sigmas), *t.shape)
-                            for t in (sample.text_LD, *sample.condition.values()))
-        predicted = predict_velocity(transformer, flow.mix(latents, noise, sigma).to(device), sigma.to(device), text,
-                                     dict(zip(sample.condition, condition, strict=True)))
-        rows.append(flow.loss_per_sample(predicted.cpu(), flow.velocity(latents, noise), unknown))
-    return torch.stack(rows)
+    share, chunks = heldout.share, heldout.chunks
+    own = torch.zeros(len(share.of(chunks)), heldout.size)
+    for number, rows in enumerate(share.of(chunks)):
+        own[number, :len(rows)] = _chunk(transformer, [
+            (heldout.clips[place], heldout.sample(place), heldout.sigmas[s]) for place, s in rows], device)
+    found = share.gather(own.flatten()).view(share.num_processes, *own.shape)
+    table = torch.empty(len(heldout.clips), len(heldout.sigmas))
+    for number, rows in enumerate(chunks):
+        round_number, process = divmod(number, share.num_processes)
+        for k, (place, s) in enumerate(rows):
+            table[place, s] = found[process, round_number, k]
+    return table
+
+
+def _chunk(transformer: torch.nn.Module, rows: Sequence[tuple[PlannedClip, Sample, float]], device: torch.device
+           ) -> torch.Tensor:
+    """loss_B of rows of one kind."""
+    samples = [sample for _, sample, _ in rows]
+    latents = torch.stack([sample.latents_CTHW for sample in samples])
+    noise = torch.stack([noise_of(planned, sigma, sample.latents_CTHW.shape) for planned, sample, sigma in rows])
+    sigma, unknown = torch.tensor([sigma for _, _, sigma in rows]), None
+    if samples[0].known_T is not None:
+        known_BT = torch.stack([sample.known_T for sample in samples if sample.known_T is not None])
+        sigma = sigma[:, None] * (1 - known_BT)
+        unknown = (1 - known_BT)[:, None, :, None, None].expand(-1, 1, -1, *latents.shape[3:])
+    condition = {name: torch.stack([sample.condition[name] for sample in samples]).to(device)
+                 for name in samples[0].condition}
+    text_BLD = torch.stack([sample.text_LD for sample in samples]).to(device)
+    predicted = predict_velocity(transformer, flow.mix(latents, noise, sigma).to(device), sigma.to(device), text_BLD,
+                                 condition)
+    return flow.loss_per_sample(predicted.cpu(), flow.velocity(latents, noise), unknown)
+
+
+def noise_of(planned: PlannedClip, sigma: float, shape_CTHW: Sequence[int]) -> torch.Tensor:
+    """The noise of a held-out window at a sigma: a function of its file's content, its place in it, and the sigma."""
+    generator = flow.generator_for(SEED, planned.found.digest, str(planned.start_s), str(sigma))
+    return torch.randn(*shape_CTHW, generator=generator)

@@ -13,7 +13,7 @@ from diffusers import WanPipeline
 from safetensors.torch import load_file
 
 from tests import tiny_models as tiny
-from tests.tiny_tasks import sampler
+from tests.tiny_tasks import official_steps, sampler
 from wantrain import flow
 from wantrain.config import load
 from wantrain.data.cache import Cache
@@ -186,7 +186,7 @@ def test_diffusers_loads_the_pair_and_samples_what_we_sample(wantrain, own, a14b
     one = sampling.sample(ours, "a square", 1, sampling.Settings(4, (low, high), 12.0, sampling.Bucket(5, 32, 48), ""))
     for pipeline, guidance, differs in ((theirs, (high, low), False), (theirs, (low, high), True),
                                         (plain, (high, low), True)):
-        pipeline.scheduler = found.scheduler(12.0)
+        pipeline.scheduler = official_steps(found, 12.0)
         video_BFHWC = pipeline("a square", negative_prompt="", height=32, width=48, num_frames=5, num_inference_steps=4,
                                guidance_scale=guidance[0], guidance_scale_2=guidance[1], output_type="np",
                                generator=torch.Generator().manual_seed(1)).frames

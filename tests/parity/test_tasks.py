@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from tests import tiny_models as tiny
 from tests.conftest import NUM_FRAMES, arguments_for, moving_square
-from tests.tiny_tasks import PIPELINES, TASKS, random, sampler, write_checkpoint, write_set
+from tests.tiny_tasks import PIPELINES, TASKS, official_steps, random, sampler, write_checkpoint, write_set
 from wantrain import cli, pictures
 from wantrain.models import base, conditioning, sampling
 from wantrain.models.variants import VARIANTS
@@ -109,7 +109,7 @@ def sampler_and_pipeline(twin: Twin, exports: dict[str | None, Path] | None):
     ours = sampler(found)
     kind = getattr(diffusers, PIPELINES[twin.variant.task])
     theirs = kind.from_pretrained(twin.path, dtype=torch.float32)
-    theirs.scheduler = found.scheduler(twin.variant.shift)
+    theirs.scheduler = official_steps(found, twin.variant.shift)
     theirs.set_progress_bar_config(disable=True)
     for one, transformer in zip(found.each(), ours.transformers, strict=True):
         if exports:
@@ -183,7 +183,7 @@ def test_video_to_video_is_what_diffusers_pipeline_gives(twins):
     vae = random(diffusers.AutoencoderKLWan(**tiny.VAES["2.1"]), 5)
     ours = replace(sampler(found), encoders=conditioning.Encoders(vae, None))
     theirs = diffusers.WanVideoToVideoPipeline(ours.text.tokenizer, ours.text.text_encoder, ours.transformers[0], vae,
-                                               found.scheduler(3.0))
+                                               official_steps(found, 3.0))
     theirs.set_progress_bar_config(disable=True)
     film = moving_square(3, NUM_FRAMES, 32, 48)
     for strength, steps in ((0.5, 6), (1.0, 3)):

@@ -20,7 +20,7 @@ from wantrain.engine.optimizers import OPTIMIZERS, Kind
 from wantrain.models import base
 from wantrain.models.lora_updates import read_adapter
 from wantrain.models.variants import VARIANTS
-from wantrain.stages import Cached, heldout_samples, opened, train
+from wantrain.stages import Cached, opened, train
 from wantrain.tensors import read_tensors
 from wantrain.terms import UserError
 
@@ -290,8 +290,7 @@ def test_validation_under_schedule_free_is_at_its_average_and_moves_nothing(want
     training = train.prepare(opened(load(arguments), arguments))
     for name, value in checkpoint.values(kept[0]).items():
         training.model.get_parameter(name).data.copy_(value)
-    source = Cached(training.recipe)
-    loss = train.validate(training, heldout_samples(training.recipe, source))
+    loss = train.validate(training, train.heldout_of(training, Cached(training.recipe)))
     told = (tmp_path / "validated" / "metrics.jsonl").read_text().splitlines()[-1]
     assert json.loads(told)["validation_loss"] == loss
 

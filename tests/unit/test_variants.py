@@ -13,7 +13,7 @@ from tests.tiny_models import official_transformer, transformer
 from wantrain.config import Config, load
 from wantrain.data.cache import Cache
 from wantrain.data.plan import Plan
-from wantrain.models.base import Base
+from wantrain.models.base import Base, set_steps
 from wantrain.models.names import VaeVersion, transformer_to_diffusers
 from wantrain.models.sizes import VAES
 from wantrain.models.variants import NATIVE_PX, VARIANTS, Architecture, Shapes, detect, read_architecture
@@ -90,10 +90,10 @@ def test_sampling_takes_the_rows_numbers_unless_told(name: str) -> None:
     settings = sampler_settings(recipe)
     assert (settings.shift, settings.guidance, settings.num_steps) == (shift, guidance, num_steps)
     scheduler = recipe.base.scheduler(settings.shift)
-    scheduler.set_timesteps(num_steps)
-    base = torch.linspace(1, 0.001, num_steps + 1, dtype=torch.float64)[:-1]  # diffusers' grid (facts 4)
+    set_steps(scheduler, num_steps)
+    base = torch.linspace(0.999, 0, num_steps + 1, dtype=torch.float64)[:-1]  # the official grid
     wanted = shift * base / (1 + (shift - 1) * base)
-    torch.testing.assert_close(scheduler.sigmas[:-1].double(), wanted, rtol=0, atol=1e-4)
+    torch.testing.assert_close(scheduler.sigmas[:-1].double(), wanted, rtol=0, atol=1e-6)
 
 
 def test_native_sizes_are_those_of_the_official_scripts() -> None:

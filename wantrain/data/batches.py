@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import bisect
+import heapq
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
+import numpy as np
 import torch
 
 from wantrain.data.plan import num_tokens
@@ -24,9 +28,11 @@ class Order:
     """Which windows make the global batch of each step.
 
     Each bucket (PlannedClip.kind) is an endless row of shuffled epochs, so no clip is dropped or doubled to fill a
-    batch; steps are dealt to buckets in proportion to what they need, the one furthest behind first. A batch has
-    `global_batch_size` samples, times the bucket's factor in `factors`. An epoch shows a clip `repeats` times; of a
-    clip with 0.5, every second epoch. A pure function of (seed, step).
+    batch. Steps are dealt to buckets in proportion to what they need: turn t of a bucket that has a share p of the
+    steps is due at (t + 1/2) / p, and the earliest comes first (Webster's method). A batch has `global_batch_size`
+    samples, times the bucket's factor in `factors`. An epoch shows a clip `repeats` times; of a clip with 0.5, every
+    second epoch. A pure function of (seed, step), at the same cost for every step: O(buckets) and the batch, and once
+    an epoch of a bucket its permutation.
     """
 
     planned: Sequence[PlannedClip]
@@ -34,73 +40,92 @@ class Order:
     seed: int
     factors: Mapping[Bucket, int] = field(default_factory=dict)
     _rows: list[_Row] = field(init=False)
-    _turns: list[tuple[int, int]] = field(init=False, default_factory=list)
+    _shares: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        rows: dict[str, list[int]] = {}
+        kinds: dict[str, list[int]] = {}
         for i, p in enumerate(self.planned):
-            rows.setdefault(p.kind, []).append(i)
-        self._rows = [
-            _Row(number, members, [Fraction(self.planned[i].clip.repeats).limit_denominator(1000) for i in members],
-                 self.global_batch_size * self.factors.get(self.planned[members[0]].bucket, 1), self.seed)
-            for number, (_, members) in enumerate(sorted(rows.items()))]
+            kinds.setdefault(p.kind, []).append(i)
+        self._rows, steps = [], []
+        for number, (_, members) in enumerate(sorted(kinds.items())):
+            size = self.global_batch_size * self.factors.get(self.planned[members[0]].bucket, 1)
+            self._rows.append(_Row(number, np.array(members), [self.planned[i].clip.repeats for i in members], size,
+                                   self.seed))
+            steps.append(self._rows[-1].num_samples / size)
+        denominator = math.lcm(*(share.denominator for share in steps))
+        self._shares = [int(share * denominator) for share in steps]
 
     def samples(self, step: int) -> list[PlannedClip]:
         """The global batch of `step`, all of one bucket."""
-        while len(self._turns) <= step:
-            self._deal()
-        number, turn = self._turns[step]
+        number, turn = self._turn(step)
         return [self.planned[i] for i in self._rows[number].batch(turn)]
 
-    def _deal(self) -> None:
-        step, total = len(self._turns), sum(row.steps for row in self._rows)
-        behind = [row.steps / total * (step + 1) - row.turns for row in self._rows]
-        number = behind.index(max(behind))
-        self._turns.append((number, self._rows[number].turns))
-        self._rows[number].turns += 1
+    def _turn(self, step: int) -> tuple[int, int]:
+        """(the bucket whose turn `step` is, how many it had before)."""
+        whole = sum(self._shares)
+        early = max(0, 2 * step - len(self._shares))  # until early / (2 * whole) at most `step` turns are due
+        turns = [(share * early + whole) // (2 * whole) for share in self._shares]
+        due = [(Fraction(2 * turn + 1, share), row) for row, (turn, share) in
+               enumerate(zip(turns, self._shares, strict=True)) if share]
+        heapq.heapify(due)
+        for _ in range(step - sum(turns)):
+            when, row = due[0]
+            heapq.heapreplace(due, (when + Fraction(2, self._shares[row]), row))
+            turns[row] += 1
+        number = due[0][1]
+        return number, turns[number]
 
 
-@dataclass(slots=True)
 class _Row:
-    """The endless row of one bucket; `members` are places in the plan."""
+    """The endless row of one bucket: `members` [N] are places in the plan, `repeats` how often an epoch has each."""
 
-    number: int
-    members: list[int]
-    repeats: list[Fraction]
-    batch_size: int
-    seed: int
-    turns: int = 0
-    _starts: list[int] = field(default_factory=lambda: [0])
-    _shuffled: dict[int, list[int]] = field(default_factory=dict)
-
-    @property
-    def steps(self) -> Fraction:
-        """Batches that an epoch needs."""
-        return sum(self.repeats, Fraction(0)) / self.batch_size
+    def __init__(self, number: int, members: np.ndarray, repeats: Sequence[float], batch_size: int, seed: int) -> None:
+        self._number, self._members, self._batch_size, self._seed = number, members, batch_size, seed
+        counts = Counter(repeats)
+        exact = [Fraction(value).limit_denominator(1000) for value in counts]
+        place = {value: number for number, value in enumerate(counts)}
+        which = np.array([place[value] for value in repeats])
+        self._above, self._below = (np.array(parts, np.int64)[which] for parts in zip(
+            *((share.numerator, share.denominator) for share in exact), strict=True))
+        self._phase = np.arange(len(members)) % self._below
+        # members of one repeat and phase do the same in every epoch: sums over epochs need one of each
+        _, first, self._num_alike = np.unique(1000 * which + self._phase, return_index=True, return_counts=True)
+        self._alike = self._above[first], self._below[first], self._phase[first]
+        self._shuffled: dict[int, np.ndarray] = {}
+        self.num_samples = sum((share * count for share, count in zip(exact, counts.values(), strict=True)),
+                               Fraction(0))  # of an epoch, the mean over epochs
 
     def batch(self, turn: int) -> list[int]:
-        """The `turn`th batch of the bucket."""
-        first = turn * self.batch_size
-        return [self._at(position) for position in range(first, first + self.batch_size)]
+        """The `turn`th batch of the bucket, as places in the plan."""
+        found: list[int] = []
+        while len(found) < self._batch_size:
+            position = turn * self._batch_size + len(found)
+            epoch = self._epoch_of(position)
+            first = position - self._start(epoch)
+            found += self._epoch(epoch)[first : first + self._batch_size - len(found)].tolist()
+        return found
 
-    def _at(self, position: int) -> int:
-        while self._starts[-1] <= position:
-            self._starts.append(self._starts[-1] + sum(self._counts(len(self._starts) - 1)))
-        epoch = bisect.bisect_right(self._starts, position) - 1
+    def _epoch_of(self, position: int) -> int:
+        """The epoch in which the sample at `position` of the row stands."""
+        limit = 1
+        while self._start(limit) <= position:
+            limit *= 2
+        return bisect.bisect_right(range(limit), position, key=self._start) - 1
+
+    def _start(self, epoch: int) -> int:
+        """How many samples all epochs before this one have."""
+        above, below, phase = self._alike
+        return int(((epoch * above + phase) // below) @ self._num_alike)
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        """The epoch's row, shuffled; of clips with 1/2, one half in one epoch, the others in the next."""
         if epoch not in self._shuffled:
-            row = [i for i, count in zip(self.members, self._counts(epoch), strict=True) for _ in range(count)]
-            generator = generator_for(self.seed, "order", self.number, epoch)
+            before, until = ((e * self._above + self._phase) // self._below for e in (epoch, epoch + 1))
+            row = self._members.repeat(until - before)
+            generator = generator_for(self._seed, "order", self._number, epoch)
             self._shuffled = {e: r for e, r in self._shuffled.items() if abs(e - epoch) < 2}
-            self._shuffled[epoch] = [row[k] for k in torch.randperm(len(row), generator=generator).tolist()]
-        return self._shuffled[epoch][position - self._starts[epoch]]
-
-    def _counts(self, epoch: int) -> list[int]:
-        """How often each member stands in this epoch; of those with 1/2, one half in one epoch, the others in the next.
-        """
-        def until(epoch: int, k: int, share: Fraction) -> int:
-            return (epoch * share.numerator + k % share.denominator) // share.denominator
-
-        return [until(epoch + 1, k, share) - until(epoch, k, share) for k, share in enumerate(self.repeats)]
+            self._shuffled[epoch] = row[torch.randperm(len(row), generator=generator).numpy()]
+        return self._shuffled[epoch]
 
 
 def batch_factors(buckets: Iterable[Bucket], global_batch_size: int, max_tokens: int | None, multiple_px: int

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKLWan,
@@ -24,6 +25,7 @@ from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, T5Tok
 from transformers.utils import logging as transformers_logging
 
 from wantrain.files import digest_path, digest_text
+from wantrain.flow import inference_sigmas
 from wantrain.models import hub, names, sizes
 from wantrain.models.containers import (
     Container,
@@ -181,8 +183,14 @@ class Base:
         return module.requires_grad_(False).eval().to(device)
 
     def scheduler(self, shift: float) -> UniPCMultistepScheduler:
-        """UniPC, the official sampler, with the given timestep shift."""
+        """UniPC, the official sampler, with the given timestep shift; `set_steps` gives it its steps."""
         return UniPCMultistepScheduler.from_config(UNIPC, flow_shift=shift)
+
+
+def set_steps(scheduler: UniPCMultistepScheduler, num_steps: int, device: torch.device | None = None) -> None:
+    """Begin to denoise in `num_steps` at the official sampler's sigmas; diffusers' own grid, from 1 to 0.001, differs.
+    """
+    scheduler.set_timesteps(sigmas=np.array(inference_sigmas(num_steps)), device=device)
 
 
 def required_parts(variant: Variant) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from diffusers import UniPCMultistepScheduler, WanPipeline
 
 from wantrain import flow, lora
 from wantrain.models import conditioning
+from wantrain.models.base import set_steps
 from wantrain.models.conditioning import Encoders, Frames
 from wantrain.models.encode import decode_latents, encode_frames, encode_text, pad_text, predict_velocity
 from wantrain.models.lora_names import instead_of_adapter
@@ -141,7 +142,7 @@ class Given:
 def denoise(sampler: Sampler, settings: Settings, noise_BCTHW: torch.Tensor, given: Given) -> torch.Tensor:
     """Latents from noise by UniPC, or from a video at the settings' strength; known frames stay as they are."""
     scheduler = sampler.scheduler
-    scheduler.set_timesteps(settings.num_steps, device=noise_BCTHW.device)
+    set_steps(scheduler, settings.num_steps, noise_BCTHW.device)
     num_skipped = settings.num_steps - settings.num_steps_from_video if given.from_video else 0
     scheduler.set_begin_index(num_skipped)
     latents = noise_BCTHW

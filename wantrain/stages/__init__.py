@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -584,7 +585,13 @@ def sample_of(recipe: Opened, source: Encode, planned: PlannedClip, caption: str
                   None if words is None else encode.pad_text(source.text(words)))
 
 
-def heldout_samples(recipe: Opened, source: Encode) -> list[Sample]:
-    """The held-out clips, given their first frame where some of the training samples are."""
+def heldout_samples(recipe: Opened, source: Encode) -> Callable[[int], Sample]:
+    """place -> that held-out clip, read once, given its first frame where some of the training samples are."""
     first = recipe.config.data.first_frame_share > 0
-    return [replace(sample_of(recipe, source, p, p.clip.caption, first), class_text_LD=None) for p in recipe.heldout]
+
+    @functools.cache
+    def sample(place: int) -> Sample:
+        planned = recipe.heldout[place]
+        return replace(sample_of(recipe, source, planned, planned.clip.caption, first), class_text_LD=None)
+
+    return sample

@@ -59,7 +59,7 @@ def print_training(recipe: Opened) -> None:
           f"{f', average with decay {optim.ema_decay:g}' if optim.ema_decay else ''}")
     print(f"steps        {expert}{config.train.num_steps} of {config.data.batch_size} samples = {seen / samples:.1f} "
           f"epochs of {samples:g} samples")
-    for density in dict.fromkeys(recipe.density(p.bucket) for p in recipe.planned):
+    for density in dict.fromkeys(map(recipe.density, dict.fromkeys(p.bucket for p in recipe.planned))):
         low, high = density.within
         share = flow.share(recipe.variant.shift, low, high)
         print(f"sigma        {expert}{density}, in [{low:g}, {high:g}]: {share:.1%} of the schedule; timestep = 1000 * "

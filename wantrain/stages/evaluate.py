@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -124,14 +124,15 @@ def _frames(recipe: Opened, planned: Sequence[PlannedClip]) -> list[torch.Tensor
 def validation_losses(recipe: Opened, sampler: sampling.Sampler, cached: Cached) -> dict[str, object]:
     """Held-out loss of the base and of the LoRA, mean and at each sigma."""
     sigmas = recipe.config.validation.sigmas
-    samples = heldout_samples(recipe, cached)
+    heldout = validation.HeldOut(recipe.heldout, sigmas, heldout_samples(recipe, cached),
+                                 recipe.config.train.micro_batch_size)
     device = next(sampler.transformers[0].parameters()).device
     found: dict[str, object] = {"sigmas": sigmas}
     for name, strength in (("base", 0.0), ("lora", 1.0)):
         sampling.set_strength(sampler, strength)
         with engine.autocast(device, recipe.dtype):
-            losses = torch.cat([validation.losses(sampler.at(NUM_TIMESTEPS * sigma)[0], samples, [sigma], device)
-                                for sigma in sigmas], dim=1)
+            losses = torch.cat([validation.losses(sampler.at(NUM_TIMESTEPS * sigma)[0],
+                                                  replace(heldout, sigmas=[sigma]), device) for sigma in sigmas], dim=1)
         found[name] = float(losses.mean())
         found[f"{name}_by_sigma"] = losses.mean(0).tolist()
     return found

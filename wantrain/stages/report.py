@@ -92,13 +92,13 @@ def cache_bytes(recipe: Opened, count: Callable[[str], int]) -> float:
 
 def bucket_table(recipe: Opened) -> list[dict[str, Any]]:
     """A row for each bucket: windows, samples an epoch, tokens, batch."""
-    rows = []
+    rows, factors = [], recipe.factors
     by_bucket: dict[Bucket, list[PlannedClip]] = {}
     for p in recipe.planned:
         by_bucket.setdefault(p.bucket, []).append(p)
     for bucket, members in sorted(by_bucket.items(), key=lambda item: str(item[0])):
         tokens = plan.num_tokens(bucket, recipe.variant.multiple_px)
-        batch = recipe.config.data.batch_size * recipe.factors.get(bucket, 1)
+        batch = recipe.config.data.batch_size * factors.get(bucket, 1)
         samples = float(sum(p.clip.repeats for p in members))
         rows.append({"bucket": str(bucket), "windows": len(members), "samples": f"{samples:g}", "tokens": tokens,
                      "batch": batch, "step_tokens": batch * tokens, "steps": f"{samples / batch:.1f}"})

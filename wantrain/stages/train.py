@@ -32,7 +32,7 @@ from wantrain.engine.meeting import Meeting
 from wantrain.files import leftovers, write_json, write_text
 from wantrain.metrics import Trackers
 from wantrain.models import hub, sequence
-from wantrain.models.base import for_expert
+from wantrain.models.base import for_expert, set_steps
 from wantrain.models.encode import predict_velocity
 from wantrain.models.lora_updates import adapter_for, read_given
 from wantrain.plots import density_svg
@@ -48,11 +48,12 @@ from wantrain.stages import (
     num_workers,
     opened,
     sample_of,
+    sampler_settings,
     spec_of,
     training_faults,
     validation_sigmas,
 )
-from wantrain.terms import EXIT_INTERRUPTED, NUM_TIMESTEPS, Batch, Bucket, Interrupted, Sample, UserError
+from wantrain.terms import EXIT_INTERRUPTED, NUM_TIMESTEPS, Batch, Bucket, Interrupted, UserError
 
 NUM_PLOTTED = 20_000
 """Sigmas that the plot of the run folder draws."""
@@ -313,9 +314,9 @@ def num_tokens(recipe: Opened) -> set[int]:
 def train(training: Training, source: Encode, stopper: Stopper, trackers: Trackers) -> None:
     """The loop, to the last step or to where the user stops it; both are saved."""
     config, recipe, progress = training.config, training.recipe, training.progress
-    heldout = []
-    if config.validation.every_steps:
-        heldout = heldout_samples(recipe, source)
+    heldout = None
+    if config.validation.every_steps and recipe.heldout:
+        heldout = heldout_of(training, source)
     last, saved = config.train.num_steps, progress.step
     steps = range(progress.step, last)
     ahead = batches.ahead(steps, batch_maker(training, source, progress.step))
@@ -569,12 +570,25 @@ def place_weight(batch: Batch, inside: float, outside: float) -> torch.Tensor | 
     return unknown.expand(-1, 1, -1, *batch.latents_BCTHW.shape[3:]) if weight is None else weight * unknown
 
 
-def validate(training: Training, heldout: Sequence[Sample]) -> float:
-    """Mean held-out loss at those of the config's sigmas at which this transformer works."""
-    sigmas = validation_sigmas(training.recipe)
+def heldout_of(training: Training, source: Encode) -> validation.HeldOut:
+    """The held-out clips at those of the config's sigmas at which this transformer works.
+
+    What this process needs of them is read at once: a fault in a later step would keep the others waiting.
+    """
+    recipe, accelerator, num_parts = training.recipe, training.accelerator, training.config.train.sequence_parallel
+    share = validation.Share(accelerator.num_processes // num_parts, accelerator.process_index // num_parts,
+                             lambda values_N: training.meeting.gather(values_N)[::num_parts])
+    heldout = validation.HeldOut(recipe.heldout, validation_sigmas(recipe), heldout_samples(recipe, source),
+                                 training.config.train.micro_batch_size, share)
+    heldout.read()
+    return heldout
+
+
+def validate(training: Training, heldout: validation.HeldOut) -> float:
+    """Mean held-out loss."""
     with (optimizers.at_average(training.accelerator, training.model, training.optimizer, training.kind),
           engine.autocast(training.device, training.recipe.dtype)):
-        losses = validation.losses(training.model, heldout, sigmas, training.device)
+        losses = validation.losses(training.model, heldout, training.device)
     return float(losses.mean())
 
 
@@ -682,15 +696,16 @@ def write_densities(recipe: Opened) -> None:
     """`sigma_density.svg`: what sigmas are drawn beside those of inference, a plot for each density that buckets have.
     """
     config, variant = recipe.config, recipe.variant
-    densities = {recipe.density(p.bucket): p.bucket for p in recipe.planned}
+    densities = {recipe.density(bucket): bucket for bucket in dict.fromkeys(p.bucket for p in recipe.planned)}
     steps = range(math.ceil(NUM_PLOTTED / config.data.batch_size))
-    scheduler = recipe.base.scheduler(variant.shift)
-    scheduler.set_timesteps(config.sampler.num_steps or variant.num_steps)
+    inference = sampler_settings(recipe)
+    scheduler = recipe.base.scheduler(inference.shift)
+    set_steps(scheduler, inference.num_steps)
     for density, bucket in densities.items():
         size = config.data.batch_size
         drawn = torch.cat([flow.draw_sigma(config.train.seed, step, range(size), size, density) for step in steps])
         name = "sigma_density.svg" if len(densities) == 1 else f"sigma_density {bucket}.svg"
         expert = f", {recipe.base.expert} noise expert" if recipe.base.expert else ""
         write_text(recipe.run_dir / name, density_svg(
-            f"{config.run.name}{expert}: sigmas of training", drawn.tolist(), density, inference_shift=variant.shift,
+            f"{config.run.name}{expert}: sigmas of training", drawn.tolist(), density, inference_shift=inference.shift,
             inference_sigmas=scheduler.sigmas[:-1].tolist(), boundary=variant.boundary))
