@@ -21,7 +21,7 @@ from tests import tiny_models as tiny
 from wantrain import cli, lora
 from wantrain.models import base, lora_formats, sampling
 from wantrain.models.lora_names import is_lora, lora_argument
-from wantrain.models.lora_updates import adapter_for, read_given
+from wantrain.models.lora_updates import adapter_for, product_delta, product_norm, read_given
 from wantrain.models.variants import VARIANTS, diffusers_config, expert_named
 from wantrain.terms import UserError
 
@@ -369,6 +369,18 @@ def test_a_dora_of_lycoris_is_converted_with_the_same_numbers(tmp_path: Path, fo
     turned = weights()["blocks.0.attn1.to_q.weight"] + 0.5 * B @ A
     torch.testing.assert_close(merged(tmp_path, path)["blocks.0.self_attn.q.weight"],
                                magnitude[:, None] * turned / turned.norm(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize("names", [
+    ("lokr_w1", "lokr_w2"), ("lokr_w1_a", "lokr_w1_b", "lokr_w2"), ("lokr_w1", "lokr_w2_a", "lokr_w2_b"),
+    ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
+])
+def test_the_norm_of_a_product_is_that_of_its_delta(names: tuple[str, ...]) -> None:
+    sizes = {"lokr_w1": (8, 6), "lokr_w2": (24, 5), "lokr_w1_a": (8, 3), "lokr_w1_b": (3, 6), "lokr_w2_a": (24, 3),
+             "lokr_w2_b": (3, 5), "hada_w1_a": (150, 3), "hada_w1_b": (3, 40), "hada_w2_a": (150, 2),
+             "hada_w2_b": (2, 40)}
+    leaves = {name: random(*sizes[name]) for name in names} | {"alpha": torch.tensor(2.0)}
+    assert product_norm(leaves) == pytest.approx(float(product_delta(leaves).norm()), rel=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(1, 192), (192,), (192, 192), (4, 1)])

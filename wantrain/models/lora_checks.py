@@ -14,7 +14,7 @@ from wantrain.models.weight_files import ContainerError
 
 Tensors = Mapping[str, torch.Tensor]
 
-_MOST_NUMBERS = 1 << 29
+_MOST_NUMBERS = 1 << 28
 """In the largest weight that a LoRA may change; Wan's largest have 160 million."""
 _PRODUCTS = {"hada_w": ("hada_w1", "hada_w2"), "lokr_w": ("lokr_w1", "lokr_w2")}
 

@@ -350,11 +350,16 @@ def worst_difference(one: LoraFile, other: LoraFile) -> tuple[float, str]:
         return math.inf, only[0]
     differences = [(_pair_difference(pair, other.pairs[module]), module) for module, pair in one.pairs.items()]
     theirs = products(other.extras)
-    differences += [(_relative(product_delta(leaves), product_delta(theirs[module])), module)
+    differences += [(0.0 if _same(leaves, theirs[module]) else
+                     _relative(product_delta(leaves), product_delta(theirs[module])), module)
                     for module, leaves in products(one.extras).items()]
     differences += [(_relative(tensor, other.extras[name]), name) for name, tensor in one.extras.items()
                     if not split_extra(name)[1].startswith(PRODUCT)]
     return max(differences, default=(0.0, ""))
+
+
+def _same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    return all(torch.equal(tensor, other[leaf]) for leaf, tensor in one.items())
 
 
 def _relative(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -368,6 +373,19 @@ def _relative(one: torch.Tensor, other: torch.Tensor) -> float:
 def pair_norm(pair: LoraPair) -> float:
     """The L2 norm of a pair's delta, from rank-sized products."""
     return _norm(pair.b.double().flatten(1) * pair.scale, pair.a.double().flatten(1))
+
+
+def product_norm(leaves: Mapping[str, torch.Tensor]) -> float:
+    """The L2 norm of a LoHa's or LoKr's delta, without the memory that the delta takes."""
+    own = {leaf: tensor.double() for leaf, tensor in leaves.items() if leaf != "alpha"}
+    if "hada_w1_a" in own:
+        rows = ((a1 @ own["hada_w1_b"]) * (a2 @ own["hada_w2_b"])
+                for a1, a2 in zip(*(torch.split(own[w], 64) for w in ("hada_w1_a", "hada_w2_a")), strict=True))
+        norm = math.sqrt(sum(float(row.square().sum()) for row in rows))
+    else:
+        norm = math.prod(float(own[w].norm()) if w in own else _norm(own[f"{w}_a"], own[f"{w}_b"])
+                         for w in ("lokr_w1", "lokr_w2"))
+    return abs(product_scale(leaves)) * norm
 
 
 def _pair_difference(pair: LoraPair, other: LoraPair) -> float:

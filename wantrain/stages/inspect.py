@@ -15,7 +15,7 @@ from wantrain.models.containers import Container, find_parts, open_container, op
 from wantrain.models.lora_checks import product_size
 from wantrain.models.lora_formats import LoraFile, loads_in, products, split_extra
 from wantrain.models.lora_names import PEFT_WEIGHTS, is_lora, is_run, said_expert, weights_of
-from wantrain.models.lora_updates import is_zero, pair_norm, product_delta
+from wantrain.models.lora_updates import is_zero, pair_norm, product_norm
 from wantrain.models.variants import Expert, detect, fitting_lora
 from wantrain.models.weight_files import ContainerError
 from wantrain.options import parse
@@ -87,7 +87,7 @@ def _lora(lora: LoraFile, every_norm: bool) -> None:
     print(f"loads in  {', '.join(tools) or 'nothing that we measured'}" + (f" ({note})" if note else ""))
     print(f"not in    {', '.join(tool for tool in lora_formats.TOOLS if tool not in tools) or '-'}")
     norms = {module: pair_norm(pair) for module, pair in lora.pairs.items()}
-    _norms(norms | {module: float(product_delta(leaves).norm()) for module, leaves in made.items()}, every_norm)
+    _norms(norms | {module: product_norm(leaves) for module, leaves in made.items()}, every_norm)
     for key, value in sorted(lora.metadata.items()):
         print(f"metadata  {key} = {value if len(value) <= 100 else value[:97] + '...'}")
 
