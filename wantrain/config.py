@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from wantrain.files import digest_text
 from wantrain.flow import Density
-from wantrain.terms import UserError
+from wantrain.terms import OF_A_PLACE, UserError
 
 
 class Dtype(Enum):
@@ -417,7 +417,8 @@ class Config:
         yield 0 <= data.caption_dropout <= 1, "data.caption_dropout", data.caption_dropout, "a share in [0, 1]"
         yield bool(data.sources), "data.sources", data.sources, "at least one source"
         for name, source in data.sources.items():
-            yield source.repeats > 0, f"data.sources.{name}.repeats", source.repeats, "above 0"
+            yield source.repeats >= 0.001, f"data.sources.{name}.repeats", source.repeats, \
+                "0.001 (once in a thousand epochs) or more"
             yield source.weight is None or source.weight > 0, f"data.sources.{name}.weight", source.weight, "above 0"
             yield source.speed > 0, f"data.sources.{name}.speed", source.speed, "above 0"
         weighted = [name for name, source in data.sources.items() if source.weight is not None]
@@ -668,7 +669,7 @@ def _flat(config: Config | type[Config]) -> dict[str, Any]:
 
 def fingerprint(config: Config) -> dict[str, Any]:
     """The keys that fix the training's numbers; a resume refuses when one differs."""
-    keys = {k: v for k, v in flat(config).items() if not k.startswith(HARMLESS_TO_RESUME)}
+    keys = {k: v for k, v in flat(config).items() if not k.startswith(HARMLESS_TO_RESUME) and not OF_A_PLACE.match(k)}
     if config.optim.schedule is not Schedule.constant:
         keys["train.num_steps"] = config.train.num_steps
     if config.loss.class_words:

@@ -21,9 +21,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     The name holds the process id, so that several processes may write the same entry at once.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
@@ -38,7 +38,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
             "what was finished is kept",
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that cannot be written has none
+            temporary.unlink()
 
 
 def owner(name: str, stems: Container[str]) -> str:
@@ -79,10 +80,11 @@ def digest_text(*parts: object) -> str:
 def digest_file(path: Path, memo: Path | None = None) -> str:
     """A 128-bit hex digest of a file's bytes.
 
-    `memo`, a folder, remembers it under (path, size, mtime), so that gigabytes are hashed once.
+    `memo`, a folder, remembers it under (path, size, times of change), so that gigabytes are hashed once; where it
+    cannot be written, such as on a read-only mount, they are hashed again.
     """
     status = path.stat()
-    note = memo / digest_text(path.resolve(), status.st_size, status.st_mtime_ns) if memo else None
+    note = memo / digest_text(path.resolve(), status.st_size, status.st_mtime_ns, status.st_ctime_ns) if memo else None
     if note and note.exists():
         return note.read_text()
     state = hashlib.blake2b(digest_size=16)
@@ -90,7 +92,8 @@ def digest_file(path: Path, memo: Path | None = None) -> str:
         while block := file.read(1 << 22):
             state.update(block)
     if note:
-        write_text(note, state.hexdigest())
+        with contextlib.suppress(UserError):
+            write_text(note, state.hexdigest())
     return state.hexdigest()
 
 

@@ -56,7 +56,7 @@ def _lines(path: Path) -> list[str]:
     """Whole lines of an earlier part of the run (a line cut off by a crash is left out)."""
     if not path.exists():
         return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
+    return [f"{line}\n" for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line.endswith("}")]
 
 
 def read(path: Path) -> list[dict[str, float]]:
