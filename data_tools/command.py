@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from wantrain.jobs import cores
 from wantrain.terms import EXIT_INTERRUPTED, EXIT_USER_ERROR, IMAGE_SUFFIXES, VIDEO_SUFFIXES, UserError
 
 OTHER_VIDEO_SUFFIXES = frozenset({".wmv", ".asf", ".flv", ".3gp", ".m2ts", ".mts", ".ogv", ".vob", ".mxf", ".m2v"})
@@ -120,7 +121,7 @@ def answer(work: Callable[[], str], command: Sequence[str]) -> int:
 
 def add_job_arguments(parser: argparse.ArgumentParser, timeout_s: float) -> None:
     """--jobs and --timeout-s, alike in every tool that works file by file."""
-    parser.add_argument("--jobs", type=positive(int), default=os.cpu_count() or 1, metavar="N",
+    parser.add_argument("--jobs", type=positive(int), default=cores(), metavar="N",
                         help="files at the same time, a process each (default: the number of cores, %(default)s)")
     parser.add_argument("--timeout-s", type=positive(float), default=timeout_s, metavar="S",
                         help="a file that takes longer is a fault, and the job goes on (default: %(default)g)")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from wantrain.terms import unwritable
+from wantrain.terms import UserError, unwritable
 
 T = TypeVar("T")
 
@@ -95,10 +95,11 @@ def digest_text(*parts: object) -> str:
 def digest_file(path: Path, memo: Path | None = None) -> str:
     """A 128-bit hex digest of a file's bytes.
 
-    `memo`, a folder, remembers it under (path, size, mtime), so that gigabytes are hashed once.
+    `memo`, a folder, remembers it under (path, size, times of change), so that gigabytes are hashed once; where it
+    cannot be written, such as on a read-only mount, they are hashed again.
     """
     status = path.stat()
-    note = memo / digest_text(path.resolve(), status.st_size, status.st_mtime_ns) if memo else None
+    note = memo / digest_text(path.resolve(), status.st_size, status.st_mtime_ns, status.st_ctime_ns) if memo else None
     if note and note.exists():
         return note.read_text()
     state = hashlib.blake2b(digest_size=16)
@@ -106,7 +107,8 @@ def digest_file(path: Path, memo: Path | None = None) -> str:
         while block := file.read(1 << 22):
             state.update(block)
     if note:
-        write_text(note, state.hexdigest())
+        with contextlib.suppress(UserError):
+            write_text(note, state.hexdigest())
     return state.hexdigest()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import multiprocessing
 import os
 import signal
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
@@ -21,8 +23,20 @@ from wantrain import logs
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""`MICROSECONDS PERIOD` that a container may compute, or `max PERIOD`."""
+
 TIME_LIMIT = "not finished after"
 """Begins the reason of an item that ran into the time limit."""
+
+
+def cores() -> int:
+    """How many cores this process may use: by its affinity, which batch systems set, and its container's quota."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no container, or one without a quota
+        quota, period = QUOTA.read_text().split()
+        allowed = min(allowed, math.ceil(int(quota) / int(period)))
+    return max(1, allowed)
 
 
 def progress(total: int, start: int, unit: str, what: str = "", main: bool = True, *, delay_s: float = 0

@@ -7,6 +7,7 @@ B batch, C channels, F pixel frames, T latent frames, H W height and width, L te
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -110,6 +111,9 @@ class Remote:
 
 Media = Path | Remote
 """Where the bytes of a video or image are."""
+
+OF_A_PLACE = re.compile(r"data\.sources\.[^.]*\.(path$|columns(\.|$))")
+"""Keys of a config that say where clips and captions are. What they are is compared itself: they may have moved."""
 
 CLIP = "clip"
 """The name of a window itself among its partners."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import time
 from pathlib import Path
@@ -29,8 +30,8 @@ def cache(tmp_path):
     cache = Cache(tmp_path / "cache", "vae", "text", "wantrain cache recipe=r")
     for number, entry in enumerate([*ONE, *TWO, NO_ONES]):
         cache.write(entry, {"x": torch.full((2, 3), float(number))})
-    cache.claim("one", {cache.path_of(entry): entry for entry in ONE})
-    cache.claim("two/with a slash", {cache.path_of(entry): entry for entry in TWO})
+    cache.claim(Path("runs/one"), "one", {cache.path_of(entry): entry for entry in ONE})
+    cache.claim(Path("runs/two"), "two/with a slash", {cache.path_of(entry): entry for entry in TWO})
     return cache
 
 
@@ -55,8 +56,8 @@ def names(cache, *entries):
 def test_without_delete_nothing_goes_and_what_would_go_is_told(cache, capsys):
     assert gone_after(cache, "one") == set()
     shown = capsys.readouterr().out
-    assert "forgotten  one: 4 entries" in shown
-    assert "needed     two/with a slash: 4 entries" in shown
+    assert f"forgotten  one ({Path('runs/one').resolve()}): 4 entries" in shown
+    assert f"needed     two/with a slash ({Path('runs/two').resolve()}): 4 entries" in shown
     assert "not needed 4 files" in shown
     assert shown.endswith(f"next: wantrain prune {cache.folder} one delete=yes\n")
 
@@ -81,8 +82,24 @@ def test_a_forgotten_run_takes_its_own_entries_and_no_shared_ones(cache, capsys)
 
 
 def test_a_new_claim_takes_the_place_of_the_runs_old_one(cache):
-    cache.claim("one", {cache.path_of(entry): entry for entry in ONE[1:]})
+    cache.claim(Path("runs/one"), "one", {cache.path_of(entry): entry for entry in ONE[1:]})
     assert gone_after(cache, "delete=yes") == names(cache, NO_ONES, ONE[0])
+
+
+def test_two_runs_of_one_name_keep_their_claims_and_are_told_apart_by_their_folders(cache, capsys):
+    cache.claim(Path("elsewhere/one"), "one", {cache.path_of(entry): entry for entry in TWO})
+    assert gone_after(cache, "delete=yes") == names(cache, NO_ONES)
+    assert cli.main(["prune", str(cache.folder), "one"]) == 2
+    assert str(Path("elsewhere/one").resolve()) in capsys.readouterr().err
+    assert names(cache, ONE[0]) < gone_after(cache, "runs/one", "delete=yes")
+
+
+def test_a_claim_of_an_earlier_version_still_counts(cache):
+    note = next((cache.folder / "used_by").iterdir())
+    content = json.loads(note.read_text())
+    del content["folder"]
+    note.write_text(json.dumps(content))
+    assert gone_after(cache, "delete=yes") == names(cache, NO_ONES)
 
 
 def leftover(cache, place, age_s):
@@ -125,7 +142,7 @@ def test_verify_finds_damage_and_delete_takes_it_though_a_run_needs_it(cache, ca
 def test_what_a_run_needs_and_is_not_there_is_no_fault(cache, capsys):
     cache.path_of(ONE[0]).unlink()
     assert gone_after(cache, "delete=yes") == names(cache, NO_ONES)
-    assert "needed     one: 4 entries" in capsys.readouterr().out
+    assert "needed     one (" in capsys.readouterr().out
 
 
 def test_files_that_are_not_ours_are_left_alone(cache):

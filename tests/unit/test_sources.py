@@ -382,7 +382,7 @@ def test_one_id_twice_in_shards_is_named_with_both_places(folder, tmp_path):
         read(tmp_path / "*.tar")
 
 
-LATIN = "Café".encode("latin-1")
+LATIN = "Кадр, снят днём".encode("cp1251")
 
 
 @pytest.mark.parametrize("name", ["m.jsonl", "m.csv", "set"])

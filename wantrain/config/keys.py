@@ -16,6 +16,7 @@ from omegaconf import MISSING, OmegaConf
 
 from wantrain.config.schema import Config, ExpertOwn, Schedule, Source
 from wantrain.files import digest_text
+from wantrain.terms import OF_A_PLACE
 
 HARMLESS_TO_RESUME = ("run.", "sampler.", "evaluate.", "report.", "export.", "tracker.", "validation.", "data.mode",
                       "data.cache_dir", "data.heldout", "data.num_workers", "data.timeout_s",
@@ -111,7 +112,7 @@ def _flat(config: Config | type[Config]) -> dict[str, Any]:
 
 def fingerprint(config: Config) -> dict[str, Any]:
     """The keys that fix the training's numbers; a resume refuses when one differs."""
-    keys = {k: v for k, v in flat(config).items() if not k.startswith(HARMLESS_TO_RESUME)}
+    keys = {k: v for k, v in flat(config).items() if not k.startswith(HARMLESS_TO_RESUME) and not OF_A_PLACE.match(k)}
     if config.optim.schedule is not Schedule.constant:
         keys["train.num_steps"] = config.train.num_steps
     if config.loss.class_words:

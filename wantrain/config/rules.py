@@ -115,7 +115,8 @@ def _data_rules(config: Config) -> Iterator[Rule]:
     yield bool(data.sources), "data.sources", data.sources, "at least one source"
     for name, source in data.sources.items():
         yield bool(source.path), f"data.sources.{name}.path", source.path, "a folder, a manifest or a URL"
-        yield source.repeats > 0, f"data.sources.{name}.repeats", source.repeats, "above 0"
+        yield source.repeats >= 0.001, f"data.sources.{name}.repeats", source.repeats, \
+            "0.001 (once in a thousand epochs) or more"
         yield source.weight is None or source.weight > 0, f"data.sources.{name}.weight", source.weight, "above 0"
         yield source.speed > 0, f"data.sources.{name}.speed", source.speed, "above 0"
     weighted = [name for name, source in data.sources.items() if source.weight is not None]

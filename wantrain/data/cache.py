@@ -136,10 +136,12 @@ class Cache:
         with self._faults.open("a", encoding="utf-8") as file:
             file.write("\n" + json.dumps({"entry": self.path_of(entry).name, "fault": fault}) + "\n")
 
-    def claim(self, name: str, entries: Mapping[Path, Entry]) -> None:
-        """Note that the run `name` needs these entries: `prune` leaves them."""
+    def claim(self, run_dir: Path, name: str, entries: Mapping[Path, Entry]) -> None:
+        """Note that the run of this folder needs these entries: `prune` leaves them."""
         names = sorted(str(path.relative_to(self.folder)) for path in entries)
-        write_json(claims_folder(self.folder) / f"{digest_text(name)}.json", {"run": name, "entries": names})
+        where = str(run_dir.resolve())
+        write_json(claims_folder(self.folder) / f"{digest_text(where)}.json",
+                   {"run": name, "folder": where, "entries": names})
 
 
 def _content(planned: PlannedClip) -> tuple[object, ...]:
@@ -162,17 +164,32 @@ def claims_folder(folder: Path) -> Path:
     return folder / "used_by"
 
 
-def claims(folder: Path) -> dict[str, tuple[Path, list[str]]]:
-    """run -> (its note, the entries that it needs, relative to the cache's folder)."""
-    found = {}
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a run needs of a cache: its name, its folder ('' in notes of old), the note, and entries relative to the
+    cache's folder.
+    """
+
+    run: str
+    folder: str
+    note: Path
+    entries: list[str]
+
+    def __str__(self) -> str:
+        return f"{self.run} ({self.folder})" if self.folder else self.run
+
+
+def claims(folder: Path) -> list[Claim]:
+    """What runs need of the cache in `folder`."""
+    found = []
     for note in sorted(claims_folder(folder).glob("*.json")):
         try:
             content = json.loads(note.read_text(encoding="utf-8"))
-            found[str(content["run"])] = (note, list(content["entries"]))
-        except (ValueError, KeyError, TypeError) as error:
+            found.append(Claim(str(content["run"]), str(content.get("folder", "")), note, list(content["entries"])))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{note}, which says what a run needs, is damaged: {error}", f"rm {note}, and run "
                             "`wantrain cache` of that recipe again") from error
-    return found
+    return sorted(found, key=lambda claim: (claim.run, claim.folder))
 
 
 def entry_files(folder: Path) -> Iterator[Path]:

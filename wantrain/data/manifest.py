@@ -6,11 +6,14 @@ A folder with sidecars; .jsonl, .csv or .parquet; WebDataset shards (.tar); each
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+import os
+import posixpath
+import shlex
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,19 +23,24 @@ import fsspec
 import httpx2
 from pyarrow import parquet
 
+from wantrain.data.folders import Account, read_folder
 from wantrain.data.shards import read_shards
-from wantrain.files import atomic_path, owner
-from wantrain.terms import IMAGE_SUFFIXES, PARTNERS, VIDEO_SUFFIXES, Clip, Media, Remote, UserError
-
-MEDIA = ("video", *PARTNERS)
-COLUMNS = (*MEDIA, "caption", "captions", "id", "start_s", "end_s", "duplicate_of")
-"""What a row may say; every other column is a measurement, and a number."""
-
-SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES
+from wantrain.data.tables import (
+    COLUMNS,
+    CSV_SUFFIXES,
+    JSON_SUFFIXES,
+    MEDIA,
+    SUFFIXES,
+    Row,
+    columns_of,
+    one_line,
+    proposed,
+    rows_of,
+)
+from wantrain.files import atomic_path
+from wantrain.terms import PARTNERS, Clip, Media, Remote, UserError
 
 datasets.disable_progress_bars()
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +48,7 @@ class Source:
     """Where clips come from and how they are used.
 
     `columns` maps our names of columns to those of the source. `fetched` is the folder for media that stand in rows
-    as bytes.
+    as bytes. `key` is the config's key of the path.
     """
 
     name: str
@@ -50,58 +58,132 @@ class Source:
     preserve: bool = False
     columns: Mapping[str, str] = field(default_factory=dict)
     fetched: Path = Path("cache/fetched")
+    key: str = ""
 
     @property
     def is_remote(self) -> bool:
         return "://" in self.path
 
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder of this machine, whatever its name ends in."""
+        return not self.is_remote and self.local.is_dir()
+
+    @property
+    def local(self) -> Path:
+        """The path on this machine, `~` spelled out. ValueError for the home of nobody."""
+        try:
+            return Path(self.path).expanduser()
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
+
+    @property
+    def path_key(self) -> str:
+        return self.key or f"data.sources.{self.name}.path"
+
+    @property
+    def columns_key(self) -> str:
+        """Where columns are renamed; '' where the config has no such key."""
+        return "" if self.key else f"data.sources.{self.name}.columns"
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The clips of a source, and an account of what else is in it."""
+
+    clips: list[Clip]
+    account: Account
+
 
 def read(source: Source) -> list[Clip]:
     """All clips of one source. Every fault of the manifest is reported at once, with its place."""
+    return listed(source).clips
+
+
+def listed(source: Source) -> Listing:
+    """The same, with an account of what else is in it."""
+    account = Account()
+    try:
+        clips, faults = _sorted_out(source, list(_rows(source, account)))
+    except (OSError, ImportError, ValueError, httpx2.HTTPError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"source {source.name!r}: {source.path} cannot be read: {error}",
+                        f"check {source.path_key} and your credentials") from error
+    about = "".join(f"\n  passed over: {line}" for line in account.lines())
+    if faults:
+        raise UserError(f"source {source.name!r} ({source.path}) has {len(faults)} fault(s):\n  " + "\n  ".join(faults)
+                        + about, "mend these places (nothing was dropped or changed), then run the same command again")
+    if not clips:
+        raise UserError(f"source {source.name!r}: no clips in {source.path}{about}", "put videos or images with .txt "
+                        f"captions there; known endings: {', '.join(sorted(SUFFIXES))}. Of folders within folders, "
+                        "wantrain-manifest build makes a manifest")
+    return Listing(clips, account)
+
+
+def _sorted_out(source: Source, rows: Sequence[tuple[str, Row | str]]) -> tuple[list[Clip], list[str]]:
+    """(clips, faults with their places) of the rows."""
     clips: list[Clip] = []
     faults: list[str] = []
-    seen: dict[str, str] = {}
-    try:
-        for place, row in _rows(source):
-            clip, fault = _clip(row, source)
-            if clip is not None and (earlier := seen.setdefault(clip.id, place)) != place:
-                fault = fault or f"duplicate id {clip.id!r} (also {earlier})"
-            if fault or clip is None:
-                faults.append(f"{place}: {fault}")
-            else:
-                clips.append(clip)
-    except (OSError, ImportError, ValueError, csv.Error, httpx2.HTTPError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"source {source.name!r}: {source.path} cannot be read: {error}",
-                        f"check data.sources.{source.name}.path and your credentials") from error
-    if faults:
-        raise UserError(f"source {source.name!r} ({source.path}) has {len(faults)} fault(s):\n  " + "\n  ".join(faults),
-                        "mend these places (nothing was dropped or changed), then run the same command again")
-    if not clips:
-        raise UserError(f"source {source.name!r}: no clips in {source.path}", "put videos or images with .txt captions "
-                        f"there; known endings: {', '.join(sorted(SUFFIXES))}")
-    return clips
+    ids: dict[str, str] = {}
+    files: dict[str, str] = {}
+    for place, row in rows:
+        clip, fault = (None, row) if isinstance(row, str) else _clip(row, source)
+        if clip is not None:
+            if clip.id in ids:
+                fault = fault or f"duplicate id {clip.id!r} (also {ids[clip.id]})"
+            elif isinstance(clip.path, Path) and clip.id.removeprefix(f"{source.name}/") == _name(clip.path, source):
+                file = os.path.normpath(clip.path.absolute())
+                fault = fault or (f"duplicate: {clip.path} is also {files[file]}" if file in files else "")
+                files.setdefault(file, place)
+            ids.setdefault(clip.id, place)
+        if fault or clip is None:
+            faults.append(f"{place}: {fault}")
+        else:
+            clips.append(clip)
+    if faults and not clips:
+        _refuse_columns(source, [row for _, row in rows if not isinstance(row, str)], faults[0])
+    return clips, faults
 
 
-def _rows(source: Source) -> Iterator[tuple[str, Row]]:
-    """(place for error messages, row) of any kind of source."""
-    path, suffix = source.path, PurePosixPath(source.path).suffix
-    if path.startswith("hf://datasets/") and path.count("/") == 4:
+def _refuse_columns(source: Source, rows: Sequence[Row], fault: str) -> None:
+    """Raise UserError where no row has a column for the video, or none for the caption, and say what there is."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    known = {ours for row in rows for ours in columns_of(row, source.columns)}
+    lacking = [ours for ours in ("video", "caption") if not known & {ours, f"{ours}s"}]
+    if not lacking or not names or {*names} <= {*COLUMNS}:
+        return
+    pairs = {**source.columns, **{ours: theirs for ours, theirs in proposed(rows[0]).items() if ours in lacking}}
+    said = "{" + ", ".join(f"{ours}: {theirs}" for ours, theirs in pairs.items()) + "}"
+    raise UserError(f"source {source.name!r}: {source.path} has the columns {', '.join(map(repr, names))}, and none "
+                    f"that is certainly the {' and the '.join(lacking)}:\n  {fault}",
+                    f"say which they are: {shlex.quote(f'{source.columns_key}={said}')}" if source.columns_key else
+                    f"give them these names in the file: {', '.join(lacking)}")
+
+
+def _rows(source: Source, account: Account) -> Iterator[tuple[str, Row | str]]:
+    """(place for error messages, row, or what is wrong there) of any kind of source."""
+    path, suffix = source.path, PurePosixPath(source.path).suffix.lower()
+    if source.is_folder:
+        yield from read_folder(str(source.local), account)
+    elif path.startswith("hf://datasets/") and path.count("/") == 4:
         yield from _table(datasets.load_dataset(path.removeprefix("hf://datasets/"), split="train"), source)
     elif suffix == ".tar":
-        yield from read_shards(path)
-    elif not source.is_remote and not Path(path).expanduser().exists():
-        raise UserError(f"source {source.name!r}: {path} does not exist", f"set data.sources.{source.name}.path to a "
+        yield from read_shards(path, source.columns.values(), account)
+    elif not source.is_remote and not source.local.exists():
+        if source.local.is_symlink():
+            source.local.stat()  # says that it is a loop of links
+        raise UserError(f"source {source.name!r}: {path} does not exist", f"set {source.path_key} to a "
                         "folder of clips with .txt captions, a .jsonl, .csv, .parquet or .tar, or a URL")
-    elif suffix in (".jsonl", ".csv"):
-        yield from _lines(path)
+    elif suffix in (*JSON_SUFFIXES, *CSV_SUFFIXES):
+        with fsspec.open(path, "rb") as file:
+            yield from rows_of(file.read(), suffix, source.columns.values())
     elif suffix == ".parquet":
         if source.is_remote:  # datasets keeps what it fetched, also where it has changed
             with fsspec.open(path, "rb") as file:
                 yield from _table(datasets.Dataset(parquet.read_table(file)), source)
         else:
-            yield from _table(datasets.Dataset.from_parquet(path), source)
-    elif source.is_remote or Path(path).expanduser().is_dir():
-        yield from _folder(path)
+            yield from _table(datasets.Dataset.from_parquet(str(source.local)), source)
+    elif source.is_remote:
+        yield from read_folder(path, account)
     else:
         raise UserError(f"source {source.name!r}: {path} is no folder, .jsonl, .csv, .parquet or .tar",
                         "give a folder with sidecar .txt captions or convert the manifest")
@@ -114,70 +196,25 @@ def _table(table: datasets.Dataset, source: Source) -> Iterator[tuple[str, Row]]
     for name, feature in table.features.items():
         if isinstance(feature, datasets.Video | datasets.Image):
             table = table.cast_column(name, type(feature)(decode=False))
-    known = {*COLUMNS, *source.columns.values()}
+    known = {*COLUMNS, *source.columns.values(), *columns_of(table.features, source.columns).values()}
     for number, row in enumerate(table):
         yield f"row {number}", {k: v for k, v in row.items() if k in known or isinstance(v, int | float)}
 
 
-def _lines(path: str) -> Iterator[tuple[str, Row]]:
-    with fsspec.open(path, "rt", encoding="utf-8-sig", newline="") as file:
-        if path.endswith(".csv"):
-            reader = csv.DictReader(file)
-            yield from ((f"line {reader.line_num}", row) for row in reader)
-            return
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"line {number}", _parsed(line)
-
-
-def _parsed(line: str) -> Row:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        return {"fault": f"not JSON: {error}"}
-    return row if isinstance(row, dict) else {"fault": "expected an object with video and caption"}
-
-
-def _folder(path: str) -> Iterator[tuple[str, Row]]:
-    """Media with their sidecars NAME.txt and NAME.*.txt (further captions), and partners in control/, mask/, ..."""
-    filesystem, root = fsspec.core.url_to_fs(path)
-
-    def names(folder: str) -> list[str]:
-        there = filesystem.ls(folder, detail=False) if filesystem.isdir(folder) else []
-        return sorted(PurePosixPath(name).name for name in there)
-
-    here = names(root)
-    media = {name: PurePosixPath(name).stem for name in here if PurePosixPath(name).suffix.lower() in SUFFIXES}
-    stems, texts = {*media.values()}, dict[str, list[str]]()
-    for name in here:
-        if name.endswith(".txt") and filesystem.isfile(f"{root}/{name}"):
-            stem = owner(name, stems)
-            texts.setdefault(stem, []).insert(0 if name == f"{stem}.txt" else len(texts.get(stem, [])), name)
-    partners = {kind: {PurePosixPath(n).stem: f"{kind}/{n}" for n in names(f"{root}/{kind}")
-                       if PurePosixPath(n).suffix.lower() in SUFFIXES} for kind in PARTNERS}
-    for name, stem in media.items():
-        row = {"video": name, **{kind: by_stem[stem] for kind, by_stem in partners.items() if stem in by_stem}}
-        try:
-            yield name, row | {"captions": [filesystem.cat_file(f"{root}/{text}").decode("utf-8-sig")
-                                            for text in texts.get(stem, [])]}
-        except UnicodeDecodeError as error:
-            yield name, {"fault": f"a caption of it is not UTF-8: {error}"}
-
-
 def _clip(given: Row, source: Source) -> tuple[Clip | None, str]:
     """The row as a clip, and what is wrong with it ('' if nothing)."""
-    row = {**given} | {ours: given.get(theirs) for ours, theirs in source.columns.items()}
-    theirs = {name for ours, name in source.columns.items() if name != ours}
-    video = row.get("video")
-    if not video or row.get("fault"):
-        return None, str(row.get("fault") or "no video")
-    name = _name(video)
     try:
+        theirs = columns_of(given, source.columns)
+        measured = {name: value for name, value in given.items() if name not in {*theirs.values()}}
+        row = {ours: given[name] for ours, name in theirs.items()}
+        if not (video := row.get("video")):
+            return None, "no video"
+        name = _name(video, source)
         name.encode()  # UnicodeEncodeError is a ValueError
-        measures = {str(c): _number(str(c), v) for c, v in row.items() if c not in COLUMNS and c not in theirs}
+        measures = {str(column): _number(str(column), value) for column, value in measured.items()}
         start_s, end_s = _number("start_s", row.get("start_s")) or 0.0, _number("end_s", row.get("end_s"))
         captions, where = _captions(row), {kind: _media(row.get(kind), source) for kind in MEDIA}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return None, str(error)
     clip = Clip(f"{source.name}/{row.get('id') or name}", where["video"] or Path(), captions[0] if captions else "",
                 source.name, source.repeats, start_s, end_s, tuple(captions[1:]),
@@ -193,13 +230,35 @@ def _clip(given: Row, source: Source) -> tuple[Clip | None, str]:
     return clip, ""
 
 
-def _name(media: Any) -> str:
-    """How a row's medium is called."""
+def _name(media: Any, source: Source) -> str:
+    """How a row's medium is called; a path in one spelling, whatever the row's."""
     if isinstance(media, Mapping):
-        return str(media.get("path") or _name(media.get("bytes")))
+        return str(media.get("path") or _name(media.get("bytes"), source))
     if isinstance(media, bytes):
         return hashlib.blake2b(media, digest_size=8).hexdigest()
-    return media.name if isinstance(media, Remote) else str(media)
+    if isinstance(media, Remote):
+        return media.name
+    name = str(media)
+    if "://" in name:
+        return name
+    return posixpath.normpath(name if source.is_remote else _spelled(_folder_of(source), name))
+
+
+def _folder_of(source: Source) -> Path:
+    """Where the paths of a source of this machine begin."""
+    return source.local if source.is_folder else source.local.parent
+
+
+def _spelled(folder: Path, name: str) -> str:
+    """The path as the disk has it: as written, or without blanks around it, with / for the \\ of Windows, or with
+    another form of accents; as written where none is there. ValueError where the disk refuses to look.
+    """
+    names = [name, name.strip(), name.strip().replace("\\", "/")]
+    names += [unicodedata.normalize(form, names[-1]) for form in ("NFC", "NFD")]
+    try:
+        return next((one for one in dict.fromkeys(names) if (folder / one).is_file()), name)
+    except OSError as error:
+        raise ValueError(f"{folder / name}: {error.strerror}") from error
 
 
 def _number(column: str, value: Any) -> float | None:
@@ -208,9 +267,10 @@ def _number(column: str, value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{column} is a number, not {value!r}" if column in COLUMNS else f"unknown column {column!r} "
-                         f"with {value!r}; known: {', '.join(COLUMNS)}; any other holds numbers") from None
+                         f"with {value!r}; known: {', '.join(COLUMNS)}; any other holds numbers (the source's "
+                         "columns={OURS: THEIRS} renames)") from None
     if math.isinf(number):
         raise ValueError(f"{column} is a number, not {value!r}")
     return None if math.isnan(number) else number
@@ -226,7 +286,7 @@ def _captions(row: Row) -> list[str]:
     if not isinstance(row.get("caption"), str | None):
         raise ValueError(f"caption is a text, not {row['caption']!r}")
     first = [] if row.get("caption") is None else [row["caption"]]
-    return list(dict.fromkeys(" ".join(text.split()) for text in [*first, *further]))
+    return list(dict.fromkeys(one_line(text) for text in [*first, *further]))
 
 
 def _media(value: Any, source: Source) -> Media | None:
@@ -252,10 +312,10 @@ def _media(value: Any, source: Source) -> Media | None:
         if not filesystem.isfile(place):
             raise ValueError(f"missing file {remote}")
         return Remote(remote, PurePosixPath(name).name, str(filesystem.ukey(place)))
-    root = Path(source.path).expanduser()
-    path = (root if root.is_dir() else root.parent) / name
+    folder = _folder_of(source)
+    path = folder / _spelled(folder, name)
     if not path.is_file():
-        raise ValueError(f"missing file {path}")
+        raise ValueError(f"missing file {path}" + ("; its \\ is a part of the name here" if "\\" in name else ""))
     return path
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -128,7 +129,8 @@ def look_all(media: Sequence[Media], folder: Path, jobs: int, timeout_s: float) 
     """What each file holds, found out in `jobs` processes with `timeout_s` seconds for each.
 
     What was found is remembered in `folder`, under the file's path, size and times of change (or its `key`), so that
-    another start, or another process, only reads what is new. Faulty files are looked at anew.
+    another start, or another process, only reads what is new. Faulty files are looked at anew, and so is what is new
+    where `folder` cannot be written.
     """
     memory = folder / "sources.jsonl"
     keys = {one: _key(one) for one in media}
@@ -137,7 +139,9 @@ def look_all(media: Sequence[Media], folder: Path, jobs: int, timeout_s: float) 
     unknown = [one for one in keys if one not in found]
     if not unknown:
         return found
-    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    memory = memory if os.access(folder, os.W_OK) else Path(os.devnull)
     with memory.open("a", encoding="utf-8") as file, progress(len(keys), len(found), "file", "look", delay_s=2) as bar:
         file.write("\n")  # ends a line that a kill cut off
         for one, seen, why in in_workers(look, unknown, jobs, timeout_s, "data.timeout_s"):

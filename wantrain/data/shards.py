@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
 
+from wantrain.data.folders import Account
+from wantrain.data.tables import text_of
 from wantrain.terms import IMAGE_SUFFIXES, PARTNERS, VIDEO_SUFFIXES, Remote, UserError
 
 Row = dict[str, Any]
@@ -23,16 +25,17 @@ SMALLEST_END, LARGEST_END = 2 * tarfile.BLOCKSIZE, 1 << 20
 """A tar ends with two empty blocks, which may be filled up with more; one that does not was cut off."""
 
 TEXTS = ("caption", "captions", "id", "start_s", "end_s", "duplicate_of")
-"""What a sample's json may say besides numbers."""
+"""What a sample's json may say besides numbers, under these names."""
 
 LONGEST_TEXT_BYTES = 1 << 20
 
 
-def read_shards(pattern: str) -> Iterator[tuple[str, Row]]:
-    """(place, row) of every sample of the shards that a path or URL names; it may hold wildcards.
+def read_shards(pattern: str, names: Collection[str], account: Account) -> Iterator[tuple[str, Row | str]]:
+    """(place, row, or what is wrong with it) of every sample of the shards that a path or URL names; it may hold
+    wildcards.
 
-    KEY.txt and KEY.*.txt are captions, KEY.json holds columns, KEY.control.mp4, KEY.mask.mp4 and their like are
-    partners, and members of other kinds are left alone.
+    KEY.txt and KEY.*.txt are captions, KEY.json holds columns (of texts those that we know, and `names`),
+    KEY.control.mp4, KEY.mask.mp4 and their like are partners, and members of other kinds are passed over.
     """
     filesystem, _, paths = fsspec.core.get_fs_token_paths(pattern)
     shards = [path for path in sorted(paths) if filesystem.isfile(path)]
@@ -42,14 +45,14 @@ def read_shards(pattern: str) -> Iterator[tuple[str, Row]]:
         with filesystem.open(path, "rb") as file:
             url = filesystem.unstrip_protocol(path) if "://" in pattern else path
             try:
-                rows = _samples(file, url, str(filesystem.ukey(path)))
+                rows = _samples(file, url, str(filesystem.ukey(path)), {*TEXTS, *names}, account)
             except tarfile.TarError as error:
                 raise UserError(f"{url} is not a readable tar: {error}", "make or fetch it again") from error
         yield from ((f"{url} {key}", row) for key, row in rows.items())
 
 
-def _samples(file: Any, url: str, version: str) -> dict[str, Row]:
-    """The rows of one shard by key."""
+def _samples(file: Any, url: str, version: str, texts: Collection[str], account: Account) -> dict[str, Row | str]:
+    """The rows of one shard by key, or what is wrong with them."""
     members: dict[str, list[tuple[str, Any]]] = {}
     end = 0
     with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -58,6 +61,8 @@ def _samples(file: Any, url: str, version: str) -> dict[str, Row]:
             path = PurePosixPath(member.name)
             key, _, kind = path.name.lower().partition(".")
             if not member.isfile() or not key:
+                if not member.isdir():
+                    account.pass_over("no files" if key else "hidden", member.name)
                 continue
             value: Any = None
             if path.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
@@ -67,16 +72,22 @@ def _samples(file: Any, url: str, version: str) -> dict[str, Row]:
                 opened = tar.extractfile(member)
                 assert opened is not None
                 value = opened.read(LONGEST_TEXT_BYTES + 1)
+            else:
+                account.pass_over(path.suffix.lower() or "without an ending", member.name)
             if value is not None:
                 members.setdefault(str(path.with_name(path.name.partition(".")[0])), []).append((kind, value))
     file.seek(end)
     rest = file.read(LARGEST_END + 1)
     if len(rest) < SMALLEST_END or len(rest) > LARGEST_END or any(rest):
         raise tarfile.ReadError(f"its end is not at byte {end}, where its members end: it was cut off or damaged")
-    return {key: {"id": f"{PurePosixPath(url).name}/{key}"} | _row(found) for key, found in members.items()}
+    found: dict[str, Row | str] = {}
+    for key, some in members.items():
+        row = _row(some, texts)
+        found[key] = row if isinstance(row, str) else {"id": f"{PurePosixPath(url).name}/{key}"} | row
+    return found
 
 
-def _row(members: Sequence[tuple[str, Any]]) -> Row:
+def _row(members: Sequence[tuple[str, Any]], texts: Collection[str]) -> Row | str:
     """The columns of a sample; those of its json give way to its members."""
     row: Row = {}
     columns: Row = {}
@@ -87,12 +98,12 @@ def _row(members: Sequence[tuple[str, Any]]) -> Row:
                     raise ValueError(f"there is more than one {kind}")
                 row[kind] = value
             elif kind == "json":
-                columns = _columns(value)
+                columns = _columns(value, texts)
             else:
-                texts = row.setdefault("captions", [])
-                texts.insert(0 if kind == "txt" else len(texts), _text(value))
+                said = row.setdefault("captions", [])
+                said.insert(0 if kind == "txt" else len(said), _text(value))
         except ValueError as error:
-            return {"fault": f"its {kind}: {error}"}
+            return f"its {kind}: {error}"
     further = [*row.get("captions", []), *columns.pop("captions", [])]
     return columns | row | ({"captions": further} if further else {})
 
@@ -100,10 +111,10 @@ def _row(members: Sequence[tuple[str, Any]]) -> Row:
 def _text(data: bytes) -> str:
     if len(data) > LONGEST_TEXT_BYTES:
         raise ValueError(f"longer than {LONGEST_TEXT_BYTES} bytes")
-    return data.decode("utf-8-sig")
+    return text_of(data)
 
 
-def _columns(data: bytes) -> Row:
+def _columns(data: bytes, texts: Collection[str]) -> Row:
     """What the json says that we know, and its numbers: sets that others made have many other texts."""
     given = json.loads(_text(data))
     if not isinstance(given, dict):
@@ -112,4 +123,4 @@ def _columns(data: bytes) -> Row:
         raise ValueError("captions is a list of texts")
     if media := sorted({"video", *PARTNERS} & given.keys()):
         raise ValueError(f"it names a {media[0]}, which is a member of the shard itself")
-    return {k: v for k, v in given.items() if k in TEXTS or isinstance(v, int | float)}
+    return {k: v for k, v in given.items() if k in texts or isinstance(v, int | float)}

@@ -30,7 +30,7 @@ from wantrain.engine.states import COUNT, State, inner, is_zero3, link, sharded_
 from wantrain.files import digest_file, temporary_for, write_json, write_text
 from wantrain.outside import Outside
 from wantrain.tensors import read_tensors, write_tensors
-from wantrain.terms import UserError, unwritable
+from wantrain.terms import OF_A_PLACE, UserError, unwritable
 
 TENSORS, STATE, CHECKSUMS = "training.safetensors", "state.json", "checksums"
 VALUE, EMA, POINT = "value", "ema", "y"
@@ -241,7 +241,8 @@ def refuse_another_config(old: Mapping[str, Any], new: Mapping[str, Any], defaul
     done before there was one.
     """
     known = {key: value for key, value in defaults.items() if key in new}
-    if changed := differences({**known, **old}, new):
+    was = {key: value for key, value in old.items() if not OF_A_PLACE.match(key)}  # earlier versions compared these
+    if changed := differences({**known, **was}, new):
         raise UserError("the config is not the one this run was started with:\n  " + "\n  ".join(changed),
                         "set these back, or start a new run: run.name=ANOTHER")
 

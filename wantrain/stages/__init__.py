@@ -7,7 +7,7 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -18,16 +18,20 @@ from wantrain.config import Config, Dtype, ExpertOwn, Experts, LoraFormat
 from wantrain.config import for_expert as for_expert_config
 from wantrain.data import batches, decode, manifest, media, plan
 from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Cache, Conditioning, Entry, describe
+from wantrain.data.folders import Account
 from wantrain.data.plan import Plan, num_tokens
 from wantrain.engine.checkpoint import Place
 from wantrain.files import digest_text
-from wantrain.jobs import in_workers
+from wantrain.jobs import cores, in_workers
 from wantrain.lora import Spec
 from wantrain.models import conditioning, encode, hub, sampling
 from wantrain.models.base import Base, find, for_expert
 from wantrain.models.lora_names import refuse_other_experts_file
 from wantrain.models.variants import VARIANTS, Expert, Variant, trainable
 from wantrain.terms import CLIP, PARTNERS, Bucket, Clip, Dropped, Encoded, PlannedClip, Sample, UserError
+
+HELDOUT = "held out"
+"""What the clips of data.heldout are called beside the sources."""
 
 TORCH_DTYPE = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
 
@@ -43,6 +47,9 @@ class Opened:
     plan: Plan
     heldout: list[PlannedClip]
     cache: Cache
+    accounts: Mapping[str, Account] = field(default_factory=dict)
+    """What else is in each source, and in data.heldout (HELDOUT)."""
+    heldout_dropped: Sequence[Dropped] = ()
 
     @property
     def planned(self) -> list[PlannedClip]:
@@ -187,14 +194,16 @@ def refuse_sizes(config: Config, variant: Variant) -> None:
                         f"sampler.resolution={str(near).replace(' ', '')}")
 
 
-def clips_of(config: Config) -> tuple[list[Clip], list[Clip]]:
-    """Training and held-out clips of the manifests."""
+def clips_of(config: Config) -> dict[str, manifest.Listing]:
+    """The clips of each source and, as HELDOUT, those never trained on, each with what else is there."""
     fetched = Path(config.data.cache_dir) / "fetched"
-    training = [clip for name, source in config.data.sources.items() for clip in manifest.read(manifest.Source(
-        name, source.path, source.repeats, source.speed, source.preserve, source.columns, fetched))]
-    if not config.data.heldout:
-        return training, []
-    return training, manifest.read(manifest.Source("heldout", config.data.heldout, fetched=fetched))
+    sources = [manifest.Source(name, own.path, own.repeats, own.speed, own.preserve, own.columns, fetched)
+               for name, own in config.data.sources.items()]
+    listed = {source.name: manifest.listed(source) for source in sources}
+    if config.data.heldout:
+        listed[HELDOUT] = manifest.listed(manifest.Source("heldout", config.data.heldout, fetched=fetched,
+                                                          key="data.heldout"))
+    return listed
 
 
 def opened(config: Config, recipe_arguments: Sequence[str], refuse: bool = True) -> Opened:
@@ -205,11 +214,16 @@ def opened(config: Config, recipe_arguments: Sequence[str], refuse: bool = True)
     variant, data = variant_of(config), config.data
     base = find(variant, config.model.path, config.model.parts, config.model.merge)
     cache_dir = Path(data.cache_dir)
+    if cache_dir.exists() and not cache_dir.is_dir():
+        raise UserError(f"data.cache_dir = {data.cache_dir!r} is not a folder",
+                        "data.cache_dir=cache, or another folder")
     memo = cache_dir / "digests"
     text_parts = [base.digest(part, memo) for part in ("text_encoder", "tokenizer")]
     cache = Cache(cache_dir, base.digest("vae", memo), " ".join([*text_parts, config.model.dtype.name]),
                   shlex.join(["wantrain", "cache", *recipe_arguments]), conditioning_of(base, memo))
-    training, heldout = clips_of(config)
+    listed = clips_of(config)
+    training = [clip for name in data.sources for clip in listed[name].clips]
+    heldout = listed[HELDOUT].clips if HELDOUT in listed else []
     refuse_partners(variant, [*training, *heldout])
     found = media.look_all(plan.media_of(training + heldout), cache_dir, num_workers(config), data.timeout_s)
     rules = plan.Rules(plan.buckets(data.num_frames, data.resolutions, variant.multiple_px, data.max_tokens_per_clip),
@@ -221,7 +235,9 @@ def opened(config: Config, recipe_arguments: Sequence[str], refuse: bool = True)
     if not placed.used:
         raise UserError(f"none of {placed.num_found} clips can be used", "wantrain check says why; look at data.limits")
     recipe = Opened(config, base, list(rules.buckets), Plan(_weighted(placed.used, config), placed.dropped), apart.used,
-                    cache)
+                    cache, {name: found.account for name, found in listed.items()}, apart.dropped)
+    if refuse:
+        refuse_undrawn(recipe)
     if refuse and config.loss.class_words and not holding_trigger(recipe):
         raise without_trigger(recipe)  # without one to replace, the class words would preserve nothing
     return recipe
@@ -264,7 +280,7 @@ def face_px(variant: Variant) -> int:
 def num_workers(config: Config) -> int:
     """Processes that look into files and decode: this process's share of the cores unless told."""
     shares = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return config.data.num_workers or max(1, (os.cpu_count() or 1) // shares)
+    return config.data.num_workers or max(1, cores() // shares)
 
 
 def holding_trigger(recipe: Opened) -> list[PlannedClip]:
@@ -275,8 +291,31 @@ def holding_trigger(recipe: Opened) -> list[PlannedClip]:
 
 def without_trigger(recipe: Opened) -> UserError:
     """What to say where no caption holds the trigger."""
-    return UserError(f"no training caption holds the trigger {recipe.config.data.trigger!r}",
+    return UserError(f"no training caption holds the trigger {recipe.config.data.trigger!r}; {first_words(recipe)}",
                      "set data.trigger to the words in them")
+
+
+def first_words(recipe: Opened) -> str:
+    """How the captions begin most often, in as many words as the trigger has."""
+    number = len(recipe.config.data.trigger.split())
+    texts = {text: p.clip.id for p in recipe.planned for text in (p.clip.caption, *p.clip.more_captions)}
+    words = Counter(" ".join(text.split()[:number]).strip(".,;:!")[:40] for text in texts)
+    return "they begin with " + ", ".join(f"{begun!r} ({count})" for begun, count in words.most_common(3))
+
+
+def refuse_undrawn(recipe: Opened) -> None:
+    """Raise UserError where the whole run draws not one sample of a source, for its repeats are too few."""
+    data, planned = recipe.config.data, recipe.planned
+    samples = max(own.config.train.num_steps for own in recipe.trainings()) * data.batch_size * max(
+        [1, *recipe.factors.values()])
+    epoch = sum(p.clip.repeats for p in planned)
+    for name, source in data.sources.items():
+        shares = [p.clip.repeats for p in planned if p.clip.source == name]
+        if shares and max(shares) < 1 and sum(shares) * samples < epoch:
+            key = f"data.sources.{name}.{'repeats' if source.weight is None else 'weight'}"
+            raise UserError(f"{key} = {source.weight or source.repeats:g} is too small: of the run's {samples} samples "
+                            f"{sum(shares) * samples / epoch:.2g} would be of its {len(shares)} windows",
+                            f"raise {key} or train.num_steps, or take the source out")
 
 
 def training_faults(recipe: Opened) -> Iterator[UserError]:

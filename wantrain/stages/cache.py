@@ -41,7 +41,7 @@ def run(config: Config, arguments: Sequence[str]) -> None:
         faults = encode_windows(recipe, encoder, mine, accelerator.is_main_process)
     failed = engine.any_process(accelerator, bool(faults))
     if accelerator.is_main_process:
-        recipe.cache.claim(config.run.name, entries)
+        recipe.cache.claim(Path(config.run.dir), config.run.name, entries)
         for path in leftovers(recipe.cache.folder, began):
             path.unlink(missing_ok=True)
     if failed:

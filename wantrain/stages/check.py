@@ -9,8 +9,19 @@ from collections.abc import Sequence
 
 from wantrain import flow, lora, metrics
 from wantrain.config import Config
+from wantrain.data.folders import Account
 from wantrain.data.plan import cropped, enlarged, num_tokens, surprises_of, trimmed_s
-from wantrain.stages import Opened, counted, evaluation_faults, opened, spec_of, training_faults
+from wantrain.stages import (
+    HELDOUT,
+    Opened,
+    counted,
+    evaluation_faults,
+    first_words,
+    holding_trigger,
+    opened,
+    spec_of,
+    training_faults,
+)
 
 
 def run(config: Config, arguments: Sequence[str]) -> None:
@@ -66,6 +77,27 @@ def print_training(recipe: Opened) -> None:
               "sigma")
 
 
+def print_account(account: Account | None, num_used: int, num_dropped: int) -> None:
+    """Every file of a source that is a folder or shards: used, dropped, or passed over."""
+    if account is None or not (account.passed or account.with_clips):
+        return
+    beside = "".join(f" + {number} {what}" for what, number in sorted(account.with_clips.items()))
+    found = num_used + num_dropped + account.with_clips.total() + account.num_passed
+    print(f"  found      {found} = {num_used} used + {num_dropped} dropped{beside} + {account.num_passed} passed over")
+    for line in account.lines():
+        print(f"  passed over {line}")
+
+
+def print_trigger(recipe: Opened) -> None:
+    """How many clips have the trigger in a caption; where none has, how captions begin."""
+    trigger, clips = recipe.config.data.trigger, {p.clip.id for p in recipe.planned}
+    if not trigger:
+        return
+    holding = {p.clip.id for p in holding_trigger(recipe)}
+    print(f"trigger      {trigger!r} is in captions of {len(holding)} of {len(clips)} clips"
+          + ("" if holding else f": a surprise; {first_words(recipe)}"))
+
+
 def print_data(recipe: Opened) -> None:
     """What becomes of every clip: used, dropped, trimmed, cropped, and by whom it is read."""
     used, dropped = recipe.planned, recipe.plan.dropped
@@ -78,8 +110,14 @@ def print_data(recipe: Opened) -> None:
         repeats = f" x {windows[0].clip.repeats:g}" if windows else ""
         found = len(clips) + sum(gone.values())
         print(f"source       {source}: {found} clips = {len(clips)} used{drops}{repeats}{more}")
-    for one in dropped:
+        print_account(recipe.accounts.get(source), len(clips), sum(gone.values()))
+    for one in (*dropped, *recipe.heldout_dropped):
         print(f"  dropped    {one.clip.id}: {one.reason}")
+    if HELDOUT in recipe.accounts:
+        used_apart, gone_apart = len(recipe.heldout), len(recipe.heldout_dropped)
+        print(f"held out     {used_apart + gone_apart} clips = {used_apart} used + {gone_apart} dropped")
+        print_account(recipe.accounts[HELDOUT], used_apart, gone_apart)
+    print_trigger(recipe)
     factors = recipe.factors
     for bucket, count in sorted(Counter(p.bucket for p in used).items(), key=str):
         size = recipe.config.data.batch_size * factors.get(bucket, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,25 +23,25 @@ YOUNG_S = 3600
 def run(arguments: Sequence[str]) -> None:
     """List what each run needs, and what none does; with delete=yes remove that.
 
-    A RUN that is named no longer counts. verify=yes reads every entry and counts the damaged as not needed, so that
-    the next `wantrain cache` makes them anew.
+    A RUN that is named, or given as its folder, no longer counts. verify=yes reads every entry and counts the damaged
+    as not needed, so that the next `wantrain cache` makes them anew.
     """
     files, options = parse(arguments, USAGE, OPTIONS)
     if not files or not cache.claims_folder(Path(files[0])).is_dir():
         raise UserError(f"{files[0]} is no cache" if files else "no cache folder is given", USAGE)
-    folder, forgotten = Path(files[0]), files[1:]
+    folder = Path(files[0])
     claims = cache.claims(folder)
-    if unknown := sorted(set(forgotten) - set(claims)):
-        raise UserError(f"no run {unknown[0]!r} uses {folder}: {', '.join(claims) or 'none does'}", USAGE)
+    forgotten = [_claim(claims, run, folder) for run in files[1:]]
     entries = list(cache.entry_files(folder))
     damaged = find_damaged(entries) if options["verify"] == "yes" else []
-    needed = {folder / name for run, (_, names) in claims.items() if run not in forgotten for name in names}
-    for name, (_, names) in claims.items():
-        size = sum(path.stat().st_size for path in (folder / n for n in names) if path.exists())
-        print(f"{'forgotten' if name in forgotten else 'needed':10} {name}: {len(names)} entries, {_gib(size)}")
+    needed = {folder / name for claim in claims if claim not in forgotten for name in claim.entries}
+    for claim in claims:
+        size = sum(path.stat().st_size for path in (folder / name for name in claim.entries) if path.exists())
+        word = "forgotten" if claim in forgotten else "needed"
+        print(f"{word:10} {claim}: {len(claim.entries)} entries, {_gib(size)}")
     gone = [path for path in entries if path not in needed or path in damaged]
     gone += cache.leftovers(folder, time.time() - YOUNG_S)
-    gone += [claims[name][0] for name in forgotten]
+    gone += [claim.note for claim in forgotten]
     for path in damaged:
         print(f"damaged    {path}")
     print(f"not needed {len(gone)} files, {_gib(sum(path.stat().st_size for path in gone))}")
@@ -49,7 +50,18 @@ def run(arguments: Sequence[str]) -> None:
             path.unlink(missing_ok=True)
         print("deleted")
     elif gone:
-        print(f"next: wantrain prune {' '.join(arguments)} delete=yes")
+        print(f"next: wantrain prune {shlex.join(arguments)} delete=yes")
+
+
+def _claim(claims: Sequence[cache.Claim], run: str, folder: Path) -> cache.Claim:
+    """The claim of the run of this name or folder. UserError where there is none, or more than one."""
+    found = [claim for claim in claims if run == claim.run or str(Path(run).resolve()) == claim.folder]
+    if not found:
+        raise UserError(f"no run {run!r} uses {folder}: {', '.join(map(str, claims)) or 'none does'}", USAGE)
+    if len(found) > 1:
+        raise UserError(f"{len(found)} runs are called {run!r}: {', '.join(claim.folder for claim in found)}",
+                        f"give the folder: {shlex.join(['wantrain', 'prune', str(folder), found[0].folder])}")
+    return found[0]
 
 
 def find_damaged(entries: Sequence[Path]) -> list[Path]:

@@ -17,10 +17,11 @@ from wantrain import pictures, report
 from wantrain.config import Config
 from wantrain.data import batches, decode, plan
 from wantrain.data.cache import CONDITION, LATENTS, MASK
+from wantrain.data.folders import Account
 from wantrain.files import write_text
 from wantrain.jobs import in_workers, progress
 from wantrain.models import conditioning, encode
-from wantrain.stages import TORCH_DTYPE, Opened, num_workers, opened
+from wantrain.stages import TORCH_DTYPE, Opened, first_words, holding_trigger, num_workers, opened
 from wantrain.terms import CLIP, TEXT_LEN, Bucket, PlannedClip
 
 SHOWN_PX = 416
@@ -112,8 +113,10 @@ def source_table(recipe: Opened) -> list[dict[str, Any]]:
         members = [p for p in recipe.planned if p.clip.source == name]
         dropped = Counter(d.kind for d in recipe.plan.dropped if d.clip.source == name)
         used = len({p.clip.id for p in members})
+        account = recipe.accounts.get(name, Account())
         rows.append({"source": name, "found": used + dropped.total(), "used": used, "windows": len(members),
                      "dropped": ", ".join(f"{n} {kind}" for kind, n in sorted(dropped.items())) or "0",
+                     "passed": "; ".join(account.lines()) or "0",
                      "repeats": f"{members[0].clip.repeats:g}" if members else ""})
     return rows
 
@@ -125,6 +128,7 @@ def surprises(recipe: Opened, count: Callable[[str], int]) -> list[tuple[str, li
     captions = Counter(p.clip.caption for p in clips.values())
     tokens = {caption: count(caption) for p in clips.values() for caption in (p.clip.caption, *p.clip.more_captions)}
     styled = [p for p in clips.values() if trigger and trigger in p.clip.caption]
+    missing = f"no caption holds the trigger ({trigger}); {first_words(recipe)}" if trigger else ""
     without = {p.clip.source for p in styled}
 
     def named(found: Iterable[PlannedClip]) -> list[str]:
@@ -135,6 +139,10 @@ def surprises(recipe: Opened, count: Callable[[str], int]) -> list[tuple[str, li
             p for p in clips.values() if any(tokens[c] > TEXT_LEN for c in (p.clip.caption, *p.clip.more_captions))),
         f"no trigger ({trigger}) in the caption, though others of the source have it": named(
             p for p in clips.values() if trigger and p.clip.source in without and trigger not in p.clip.caption),
+        missing: [] if not trigger or holding_trigger(recipe) else named(clips.values()),
+        **{f"passed over in {source}: {what}": names for source, account in recipe.accounts.items()
+           for what, names in account.passed.items()},
+        "dropped of what is held out": [f"{d.clip.id}: {d.reason}" for d in recipe.heldout_dropped],
         "the same caption as another clip": named(p for p in clips.values() if captions[p.clip.caption] > 1),
         "enlarged: the source is smaller than the bucket": [
             f"{p.name} x {x:.2f}" for p in planned if (x := plan.enlarged(p.bucket, p.found)) > 1.01],
