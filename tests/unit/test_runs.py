@@ -154,7 +154,9 @@ def test_a_call_that_hangs_holds_nobody_up_and_fills_no_memory(monkeypatch):
 
 
 def trackers(names: list[str], folder: Path, **settings: object) -> Trackers:
-    return Trackers(names, folder, "p", run_name="n", run_id="i", first_step=1, settings=settings)
+    found = Trackers()
+    found.open(names, folder, "p", run_name="n", run_id="i", first_step=1, settings=settings)
+    return found
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
