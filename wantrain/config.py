@@ -267,7 +267,7 @@ class Train:
     log_every: int = 1
     """Steps between metrics lines."""
     resume: Resume = Resume.auto
-    """auto: go on from the newest checkpoint of the run folder; never: refuse a folder that has one."""
+    """auto: go on from the newest checkpoint of the run folder; never: refuse a folder, or mirror, that has one."""
     on_nonfinite: OnNonfinite = OnNonfinite.stop
     """When a loss or gradient is not finite: stop before the update, or skip it; both note clips and sigmas."""
     max_skips: int = 10

@@ -495,7 +495,7 @@ def test_wandb_without_network_and_a_broken_tensorboard_cost_no_training(wantrai
     told = "".join(capfd.readouterr())
     assert "tracker tensorboard: ModuleNotFoundError" in told
     assert "it goes on offline" in told
-    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))) == 1
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))) == 1, told
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
 
 

@@ -99,7 +99,8 @@ class Stopper:
 @dataclass(frozen=True, slots=True)
 class Training:
     """What the loop works with: the recipe, the engine and where its processes meet, the adapted transformer, its
-    optimizer and its average, how far it is, what writes its checkpoints (in the first process), its fingerprint and its trackers.
+    optimizer and its average, how far it is, what writes its checkpoints (in the first process), its fingerprint and
+    its trackers.
     """
 
     recipe: Opened
