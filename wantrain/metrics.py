@@ -143,9 +143,12 @@ class Wandb:
 class Trackers:
     """The trackers of one training, each in a thread of its own, so that none can hold it up or end it."""
 
-    def __init__(self, names: Sequence[str], folder: Path, project: str, *, run_name: str, run_id: str, first_step: int,
-                 settings: Mapping[str, Any]) -> None:
+    def __init__(self) -> None:
         self._open: dict[str, tuple[Outside, list[Tracker]]] = {}
+
+    def open(self, names: Sequence[str], folder: Path, project: str, *, run_name: str, run_id: str, first_step: int,
+             settings: Mapping[str, Any]) -> None:
+        """Begin to open these; what they write lies in `folder`."""
         for name in dict.fromkeys(names):
             outside = Outside(f"tracker {name}", "nothing: the training goes on, and its numbers are in metrics.jsonl")
             makers: dict[str, Callable[[], Tracker]] = {

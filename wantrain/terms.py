@@ -56,15 +56,16 @@ ROOM = ("free some disk space (or point the folder elsewhere), then run the same
 def unwritable(path: Path, error: OSError) -> UserError:
     """What to say of a path of the user's that cannot be written."""
     advice = {
-        errno.ENOSPC: ROOM, errno.EDQUOT: ROOM,
-        errno.ENAMETOOLONG: "give it a shorter name",
         errno.EROFS: "its disk is read-only: choose another folder",
+        errno.EACCES: "allow this user to write there, or choose another folder",
+        errno.EPERM: "allow this user to write there, or choose another folder",
+        errno.ENAMETOOLONG: "give it a shorter name",
         errno.ENOTDIR: "a file is where a folder should be: move it, or choose another folder",
         errno.EEXIST: "a file is where a folder should be: move it, or choose another folder",
         errno.EISDIR: "a folder is where a file should be: move it, or choose another name",
     }
     return UserError(f"could not write {path}: {error.strerror or error}",
-                     advice.get(error.errno or 0, "allow this user to write there, or choose another folder"))
+                     advice.get(error.errno or 0, ROOM))
 
 
 

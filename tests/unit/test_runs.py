@@ -154,7 +154,9 @@ def test_a_call_that_hangs_holds_nobody_up_and_fills_no_memory(monkeypatch):
 
 
 def trackers(names: list[str], folder: Path, **settings: object) -> Trackers:
-    return Trackers(names, folder, "p", run_name="n", run_id="i", first_step=1, settings=settings)
+    found = Trackers()
+    found.open(names, folder, "p", run_name="n", run_id="i", first_step=1, settings=settings)
+    return found
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
@@ -493,7 +495,7 @@ def test_wandb_without_network_and_a_broken_tensorboard_cost_no_training(wantrai
     told = "".join(capfd.readouterr())
     assert "tracker tensorboard: ModuleNotFoundError" in told
     assert "it goes on offline" in told
-    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))) == 1
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))) == 1, told
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
 
 

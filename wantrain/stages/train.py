@@ -103,7 +103,8 @@ class Stopper:
 @dataclass(frozen=True, slots=True)
 class Training:
     """What the loop works with: the recipe, the engine and where its processes meet, the adapted transformer, its
-    optimizer and its average, how far it is, what writes its checkpoints (in the first process), and what these say.
+    optimizer and its average, how far it is, what writes its checkpoints (in the first process), what these say, and
+    its trackers.
     """
 
     recipe: Opened
@@ -116,6 +117,7 @@ class Training:
     progress: Progress
     writer: Writer
     record: Record
+    trackers: Trackers
 
     @property
     def config(self) -> Config:
@@ -206,14 +208,14 @@ def train_one(recipe: Opened, cached: Cached | None, another_follows: bool) -> N
     with (training.meeting.guarded(), advised_if_memory_ends(recipe, training.accelerator),
           Stopper() as stopper):
         resume(training)
-        trackers = start_run(training)
+        start_run(training)
         try:
-            train(training, cached or Encoder(recipe, training.device), stopper, trackers)
+            train(training, cached or Encoder(recipe, training.device), stopper)
         finally:
             training.writer.finish()  # whatever happens to this step, the last checkpoint gets written
         tell_mirror(training.writer)
         limit_s = min(STOPPED_TRACKER_S if stopper.asked else TRACKER_S, recipe.config.train.stall_timeout_s / 4)
-        if told := trackers.close(limit_s):
+        if told := training.trackers.close(limit_s):
             print(told, file=sys.stderr)
         training.meeting.flags(0)  # a launcher would end the first process, which may still write, when another leaves
     if training.progress.step < recipe.config.train.num_steps:
@@ -301,7 +303,8 @@ def loaded(recipe: Opened, accelerator: Accelerator) -> Training:
             optim.name.name, groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay))
     ema = None if optim.ema_decay is None else Ema(accelerator, model, optim.ema_decay)
     writer = Writer(checkpoints_of(config, recipe.base.expert), own.stall_timeout_s / 2)  # others wait meanwhile
-    return Training(recipe, accelerator, meeting, model, optimizer, ema, modules, Progress(), writer, record)
+    return Training(recipe, accelerator, meeting, model, optimizer, ema, modules, Progress(), writer, record,
+                    Trackers())
 
 
 def num_tokens(recipe: Opened) -> set[int]:
@@ -311,7 +314,7 @@ def num_tokens(recipe: Opened) -> set[int]:
     return {(t + has_reference) * h * w // 4 for (t, h, w), has_reference in shapes}
 
 
-def train(training: Training, source: Encode, stopper: Stopper, trackers: Trackers) -> None:
+def train(training: Training, source: Encode, stopper: Stopper) -> None:
     """The loop, to the last step or to where the user stops it; both are saved."""
     config, recipe, progress = training.config, training.recipe, training.progress
     heldout = None
@@ -321,7 +324,7 @@ def train(training: Training, source: Encode, stopper: Stopper, trackers: Tracke
     steps = range(progress.step, last)
     ahead = batches.ahead(steps, batch_maker(training, source, progress.step))
     work = Work(training.meeting.waited_s)
-    with metrics.Metrics(recipe.run_dir / "metrics.jsonl", trackers.log, progress.step, last,
+    with metrics.Metrics(recipe.run_dir / "metrics.jsonl", training.trackers.log, progress.step, last,
                          training.accelerator.is_main_process) as board:
         for _ in steps:
             began = time.perf_counter()
@@ -344,7 +347,7 @@ def train(training: Training, source: Encode, stopper: Stopper, trackers: Tracke
             if progress.step % config.train.save_every == 0 or progress.step == last:
                 save(training)
                 saved = progress.step
-            for news in filter(None, (training.writer.news(), trackers.news())):
+            for news in filter(None, (training.writer.news(), training.trackers.news())):
                 board.say(news)
     if saved < progress.step:
         save(training)
@@ -668,9 +671,8 @@ def save(training: Training) -> None:
         training.writer.write(training.progress, tensors, training.record)
 
 
-def start_run(training: Training) -> Trackers:
-    """The run folder's header: config, versions, digests, adapted modules. Returns the trackers, of the first process.
-    """
+def start_run(training: Training) -> None:
+    """Trackers, and the run folder's header: config, versions, digests, adapted modules."""
     config, recipe, accelerator, progress = training.config, training.recipe, training.accelerator, training.progress
     progress.run_id = progress.run_id or secrets.token_hex(4)
     if accelerator.is_main_process:
@@ -688,8 +690,9 @@ def start_run(training: Training) -> Trackers:
         })
         write_densities(recipe)
     flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in schema.flat(config).items()}
-    return Trackers(config.tracker.names if accelerator.is_main_process else (), recipe.run_dir, config.tracker.project,
-                    run_name=config.run.name, run_id=progress.run_id, first_step=progress.step + 1, settings=flat)
+    training.trackers.open(config.tracker.names if accelerator.is_main_process else (), recipe.run_dir,
+                           config.tracker.project, run_name=config.run.name, run_id=progress.run_id,
+                           first_step=progress.step + 1, settings=flat)
 
 
 def write_densities(recipe: Opened) -> None:
