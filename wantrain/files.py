@@ -79,10 +79,11 @@ def digest_text(*parts: object) -> str:
 def digest_file(path: Path, memo: Path | None = None) -> str:
     """A 128-bit hex digest of a file's bytes.
 
-    `memo`, a folder, remembers it under (path, size, mtime), so that gigabytes are hashed once.
+    `memo`, a folder, remembers it under (path, size, times of change), so that gigabytes are hashed once.
     """
     status = path.stat()
-    note = memo / digest_text(path.resolve(), status.st_size, status.st_mtime_ns) if memo else None
+    stamp = status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    note = memo / digest_text(path.resolve(), *stamp) if memo else None
     if note and note.exists():
         return note.read_text()
     state = hashlib.blake2b(digest_size=16)
