@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -15,7 +16,7 @@ from tests.conftest import SIZE, moving_square, write_clips
 from wantrain import cli, pictures
 from wantrain.config import load
 from wantrain.data import decode
-from wantrain.stages import opened, report
+from wantrain.stages import check, opened, report
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,16 @@ def test_the_page_accounts_for_every_clip_and_says_every_surprise(odd_set, page)
     assert "&lt;b&gt;two&lt;/b&gt;" in page
     assert {p.clip.id for p in recipe.planned} == {f"style/{n}.mp4" for n in ("clip_0", "clip_1", "clip_2", "slow",
                                                                               "tall")}
+
+
+def test_what_the_look_told_of_pictures_is_said_by_check_and_report(odd_set, capsys):
+    recipe = opened(load(odd_set), odd_set, refuse=False)
+    one = recipe.plan.used[0]
+    recipe.plan.used[0] = replace(one, found=replace(one.found, surprises="HDR (PQ), interlaced"))
+    told = dict(report.surprises(recipe, lambda c: len(c.split())))
+    assert told["HDR (PQ)"] == told["interlaced"] == [one.name]
+    check.print_data(recipe)
+    assert "\nbeware       HDR (PQ): 1 clips, interlaced: 1 clips\n" in capsys.readouterr().out
 
 
 def test_the_clips_on_the_page_are_the_frames_of_training(odd_set, page):

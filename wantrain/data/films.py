@@ -4,7 +4,6 @@ decord, so that worker processes start at once.)
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import shlex
@@ -164,19 +163,20 @@ def decoder_of(stream: av.VideoStream) -> av.video.codeccontext.VideoCodecContex
 
 @dataclass(slots=True)
 class _Demuxed:
-    """What the packets of a film told: the first frame that decodes, which came out `delay` packets late; in the order
-    of the packets, `shown_s` their pts and `decoded_s` their dts; the end of the last one shown; what a frame lasts.
+    """What the packets of a film told, in ticks of `tick_s`: the first frame that decodes, which came out `delay`
+    packets late; in the order of the packets, `shown` their pts and `decoded` their dts; the end of the last one shown;
+    what a frame lasts.
     """
 
     first: av.VideoFrame
     delay: int
     tick_s: Fraction
-    shown_s: list[Fraction] = dataclasses.field(default_factory=list)
-    decoded_s: list[Fraction] = dataclasses.field(default_factory=list)
-    end_s: Fraction = Fraction(0)
-    step_s: Fraction = Fraction(1, 25)
-    num_packets: int = 0
-    num_discarded: int = 0
+    shown: list[int]
+    decoded: list[int]
+    end: int
+    step: Fraction
+    num_packets: int
+    num_discarded: int
 
 
 def _demux(container: av.container.InputContainer, stream: av.VideoStream) -> _Demuxed:
@@ -198,24 +198,22 @@ def _demux(container: av.container.InputContainer, stream: av.VideoStream) -> _D
     tick_s = stream.time_base
     kept = [(pts, dts, duration) for pts, dts, duration, is_discarded in packets if not is_discarded]
     lasts = [duration for _, _, duration in kept if duration]
-    seen = _Demuxed(first, delay, tick_s, num_packets=len(packets), num_discarded=len(packets) - len(kept))
-    seen.shown_s = [pts * tick_s for pts, _, _ in kept if pts is not None]
-    seen.decoded_s = [dts * tick_s for _, dts, _ in kept if dts is not None]
-    seen.end_s = max(((pts + duration) * tick_s for pts, _, duration in kept if pts is not None), default=Fraction(0))
-    seen.step_s = lasts[-1] * tick_s if lasts else Fraction(1) / (stream.average_rate or 25)
-    return seen
+    return _Demuxed(first, delay, tick_s, [pts for pts, _, _ in kept if pts is not None],
+                    [dts for _, dts, _ in kept if dts is not None],
+                    max((pts + duration for pts, _, duration in kept if pts is not None), default=0),
+                    Fraction(lasts[-1]) if lasts else 1 / ((stream.average_rate or 25) * tick_s),
+                    len(packets), len(packets) - len(kept))
 
 
 def _probe(container: av.container.InputContainer, path: Path) -> Probe:
     stream = film_of(container)
     seen = _demux(container, stream)
-    fps = stream.guessed_rate or 1 / seen.step_s
-    _refuse_joined(seen.decoded_s or seen.shown_s, container.format.name, fps, path)
+    _refuse_joined(seen, container.format.name, stream.guessed_rate or 1 / (seen.step * seen.tick_s), path)
     num_kept = seen.num_packets - seen.num_discarded
-    in_order = 2 * len(seen.shown_s) < num_kept or (container.format.name in NO_DISPLAY_TIMES and seen.delay > 0)
-    is_counted = in_order and len(seen.decoded_s) < num_kept
-    times, end_s = _times(seen, in_order, is_counted)
-    duration_s = end_s - times[0]
+    in_order = 2 * len(seen.shown) < num_kept or (container.format.name in NO_DISPLAY_TIMES and seen.delay > 0)
+    is_counted = in_order and len(seen.decoded) < num_kept
+    times, end = _times(seen, in_order, is_counted)
+    duration_s = (end - times[0]) * seen.tick_s
     if duration_s > LONGEST_FRAME_S * len(times):
         raise ValueError(f"{len(times)} frames in {float(duration_s):.0f} s: its times are broken")
     upright = _upright(seen.first)
@@ -228,23 +226,25 @@ def _probe(container: av.container.InputContainer, path: Path) -> Probe:
     width, height = max(1, round(stream.codec_context.width * aspect)), stream.codec_context.height
     if upright.swaps:
         width, height = height, width
-    return Probe(np.array([float(time_s - times[0]) for time_s in times]), float(duration_s), width, height,
-                 _why_not_decord(container, stream, seen, in_order, upright), times[0], seen.tick_s, stream.index,
-                 upright, float(aspect), in_order, seeks=not (seen.first.format.has_palette or is_counted),
-                 surprises=_surprises(seen.first, aspect))
+    num, den = seen.tick_s.as_integer_ratio()
+    return Probe(np.array([float((time - times[0]) * num / den) for time in times]), float(duration_s), width, height,
+                 _why_not_decord(container, stream, seen, in_order, upright), times[0] * seen.tick_s, seen.tick_s,
+                 stream.index, upright, float(aspect), in_order,
+                 seeks=not (seen.first.format.has_palette or is_counted), surprises=_surprises(seen.first, aspect))
 
 
-def _times(seen: _Demuxed, in_order: bool, is_counted: bool) -> tuple[list[Fraction], Fraction]:
-    """(when each frame is shown, when the last ends) on the file's clock."""
+def _times(seen: _Demuxed, in_order: bool, is_counted: bool) -> tuple[Sequence[Fraction | int], Fraction | int]:
+    """(when each frame is shown, when the last ends) in ticks of the file's clock."""
+    times: Sequence[Fraction | int]
     if is_counted:
-        times = [i * seen.step_s for i in range(seen.num_packets - seen.num_discarded)]
+        times = [i * seen.step for i in range(seen.num_packets - seen.num_discarded)]
     elif in_order:  # one comes out with each packet, `delay` packets late: so ffmpeg dates them
-        times = seen.decoded_s[seen.delay :] + [seen.decoded_s[-1] + (i + 1) * seen.step_s for i in range(seen.delay)]
+        times = [*seen.decoded[seen.delay :], *(seen.decoded[-1] + (i + 1) * seen.step for i in range(seen.delay))]
     else:
-        times = sorted(seen.shown_s)
-        if seen.end_s > times[-1]:
-            return times, seen.end_s
-    return times, times[-1] + seen.step_s
+        times = sorted(seen.shown)
+        if seen.end > times[-1]:
+            return times, seen.end
+    return times, times[-1] + seen.step
 
 
 def _surprises(first: av.VideoFrame, aspect: Fraction) -> str:
@@ -262,8 +262,8 @@ def _why_not_decord(container: av.container.InputContainer, stream: av.VideoStre
     """What decord fails on, or reads wrongly without a word; empty for a film that it may read."""
     name, pixels = container.format.name, seen.first.format.name
     num_told = seen.num_packets
-    if name == "avi" and seen.decoded_s:  # an empty chunk shows the picture before it once more, and is no packet
-        num_told = max(num_told, int(seen.decoded_s[-1] / seen.tick_s) + 1)
+    if name == "avi" and seen.decoded:  # an empty chunk shows the picture before it once more, and is no packet
+        num_told = max(num_told, seen.decoded[-1] + 1)
     unsafe = {
         "edit list": seen.num_discarded > 0,
         name: name in ("mpegts", "gif"),
@@ -280,18 +280,18 @@ def _why_not_decord(container: av.container.InputContainer, stream: av.VideoStre
     return ", ".join(reason for reason, found in unsafe.items() if found)
 
 
-def _refuse_joined(times_s: Sequence[Fraction], format_name: str, fps: Fraction, path: Path) -> None:
+def _refuse_joined(seen: _Demuxed, format_name: str, fps: Fraction, path: Path) -> None:
     """ValueError where the clock (in the order of packets) begins anew: nothing says how the parts follow each other.
     """
-    longest = LONGEST_FRAME_S if format_name in JUMPY else math.inf
-    for before, after in itertools.pairwise(times_s):
-        if after - before < -FALLS_BACK_S or after - before > longest:
+    clock = seen.decoded or seen.shown
+    back, ahead = -FALLS_BACK_S / seen.tick_s, LONGEST_FRAME_S / seen.tick_s if format_name in JUMPY else math.inf
+    for before, after in itertools.pairwise(clock):
+        if not back <= after - before <= ahead:
+            from_s, to_s = (float((time - clock[0]) * seen.tick_s) for time in (before, after))
             command = ["ffmpeg", "-i", str(path), "-an", "-vf", f"setpts=N/({fps})/TB", "-r", str(fps), "-crf", "12",
                        f"{path.with_suffix('')}-joined.mp4"]
-            raise ValueError(
-                f"recordings joined end to end: its clock {'goes back' if after < before else 'jumps'} from "
-                f"{float(before - times_s[0]):.2f} s to {float(after - times_s[0]):.2f} s; write it anew: "
-                + shlex.join(command))
+            raise ValueError(f"recordings joined end to end: its clock {'goes back' if after < before else 'jumps'} "
+                             f"from {from_s:.2f} s to {to_s:.2f} s; write it anew: {shlex.join(command)}")
 
 
 def _upright(frame: av.VideoFrame) -> Upright:
