@@ -6,7 +6,8 @@ Cuts are found by PySceneDetect's AdaptiveDetector: a frame differs from the one
 neighbours do. On the 150 s of shared/footage it finds all 27 hard cuts and no other, also at 0.4 of the brightness or
 half the contrast, where ContentDetector at its default of 27 misses 1 and 2; only with 5 of 6 frames taken out is it
 the worse one (1 missed, 1 false; none). Neither sees a dissolve (one in that film): `--detector transnetv2` sees most,
-and leaves their frames out. Times are on the clock of `wantrain.data.decode`, and `end_s` is so placed that no frame of
+and leaves their frames out. Animation shows each drawing for several frames: detectors are shown only the first frame
+of such a hold (see `Held`), and their cuts are carried back to the film's frames. Times are on the clock of `wantrain.data.decode`, and `end_s` is so placed that no frame of
 the next shot is read at any fps.
 """
 
@@ -28,7 +29,6 @@ from typing import Any, Protocol
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
-from scenedetect import AdaptiveDetector, ContentDetector, FrameTimecode
 
 from data_tools import transnet
 from data_tools.command import (
@@ -59,6 +59,17 @@ MOTION_GAP_S = 0.25
 
 WINDOW = 2
 """Frames on either side that a frame is held against."""
+
+HOLD_S, HOLD_FRAMES = 0.21, 4
+"""A drawing of an animation is held as long as the longer of these: five frames at 24 fps. What stands for longer is a
+still, and is judged frame by frame."""
+
+HOLD_SHARE, HOLD_CHANGE = 0.2, 2.0
+"""A repeat changes the picture by less than this share of what the drawings around it do, for coding is never exact;
+and drawings change it by at least so much (mean of 0..255): less never looks like a cut."""
+
+VERSION = 1
+"""Raise this when shots are found otherwise: what is remembered of another version is found again."""
 
 FLASH_LEVEL = 40.0
 """A change of the whole picture by this (hue, saturation and value, mean of 0..255) is a cut whatever its neighbours
@@ -128,34 +139,100 @@ Transitions = list[tuple[int, int]]
 
 
 class Detector(Protocol):
-    """What finds shots: it is shown every frame of a film in order, and the same at LOOK_PX."""
+    """What finds shots: it is shown pictures of a film's frames in order, each made of a frame and it at LOOK_PX."""
 
-    def see(self, frame: av.VideoFrame, small: av.VideoFrame) -> None: ...
+    def picture(self, frame: av.VideoFrame, small: av.VideoFrame) -> np.ndarray: ...
+
+    def see(self, picture_HWC: np.ndarray) -> None: ...
 
     def transitions(self) -> Transitions: ...
 
 
 class Adaptive:
-    """Cuts by PySceneDetect, in a film of `num_frames` frames."""
+    """Cuts by PySceneDetect."""
 
-    def __init__(self, threshold: float, num_frames: int) -> None:
+    def __init__(self, threshold: float) -> None:
+        from scenedetect import AdaptiveDetector, ContentDetector
+
         self.detectors = (AdaptiveDetector(adaptive_threshold=threshold, min_scene_len=1, window_width=WINDOW),
                           ContentDetector(threshold=FLASH_LEVEL, min_scene_len=0))
-        self.num_frames, self.num_seen, self.num_shown = num_frames, 0, 0
+        self.num_shown = 0
+        self.last_HWC: np.ndarray | None = None
         self.cuts: set[int] = set()
 
-    def see(self, frame: av.VideoFrame, small: av.VideoFrame) -> None:
-        look = small.to_ndarray()
-        # The detectors are blind to the first and the last WINDOW frames of what they are shown.
-        for _ in range(1 + WINDOW * ((self.num_seen == 0) + (self.num_seen == self.num_frames - 1))):
-            timecode = FrameTimecode(self.num_shown, 25.0)  # any rate will do
-            self.cuts |= {cut.frame_num - WINDOW for detector in self.detectors
-                          for cut in detector.process_frame(timecode, look)}
-            self.num_shown += 1
-        self.num_seen += 1
+    def picture(self, frame: av.VideoFrame, small: av.VideoFrame) -> np.ndarray:
+        return small.to_ndarray()
+
+    def see(self, picture_HWC: np.ndarray) -> None:
+        self._show(picture_HWC, 1 if self.num_shown else 1 + WINDOW)
+        self.last_HWC = picture_HWC
 
     def transitions(self) -> Transitions:
+        if self.last_HWC is not None:
+            self._show(self.last_HWC, WINDOW)
         return [(cut, cut) for cut in sorted(self.cuts) if cut > 0]
+
+    def _show(self, look_HWC: np.ndarray, times: int) -> None:
+        """The detectors are blind to the first and the last WINDOW frames of what they are shown: these come again."""
+        from scenedetect import FrameTimecode
+
+        for _ in range(times):
+            timecode = FrameTimecode(self.num_shown, 25.0)  # any rate will do
+            self.cuts |= {cut.frame_num - WINDOW for detector in self.detectors
+                          for cut in detector.process_frame(timecode, look_HWC)}
+            self.num_shown += 1
+
+
+class Held:
+    """Shows a detector every frame but the repeats of held drawings; its transitions are those of the film's frames.
+
+    `longest` is how many frames a drawing is held at most. Pictures of twice as many are kept, until what follows is
+    known.
+    """
+
+    def __init__(self, detector: Detector, longest: int) -> None:
+        self.detector, self.longest = detector, longest
+        self.change = [math.inf]
+        """How much each frame differs from the one before, at LOOK_PX; a film's ends are changes."""
+        self.waiting: collections.deque[np.ndarray] = collections.deque()
+        self.num_judged, self.shown = 0, list[int]()
+        self.last_HWC: np.ndarray | None = None
+
+    def see(self, frame: av.VideoFrame, small: av.VideoFrame) -> None:
+        """The next frame of the film, and the same at LOOK_PX (bgr24)."""
+        look_HWC = small.to_ndarray().astype(np.int16)
+        if self.last_HWC is not None:
+            self.change.append(float(np.abs(look_HWC - self.last_HWC).mean()))
+        self.last_HWC = look_HWC
+        self.waiting.append(self.detector.picture(frame, small))
+        if len(self.waiting) > 2 * self.longest:
+            self._judge()
+
+    def transitions(self) -> Transitions:
+        self.change.append(math.inf)
+        while self.waiting:
+            self._judge()
+        places = [*self.shown, len(self.change) - 1]
+        return [(places[stop], places[start]) for stop, start in self.detector.transitions()]
+
+    def _judge(self) -> None:
+        picture_HWC = self.waiting.popleft()
+        if not is_repeat(self.change, self.num_judged, self.longest):
+            self.shown.append(self.num_judged)
+            self.detector.see(picture_HWC)
+        self.num_judged += 1
+
+
+def is_repeat(change: Sequence[float], i: int, longest: int) -> bool:
+    """Whether frame `i` repeats a drawing that is held for at most `longest` frames: it lies between two frames that
+    change far more, and so does a third, as near. (Of two alone the shot between them may be a short one.)
+    """
+    level = max(change[i] / HOLD_SHARE, HOLD_CHANGE)
+    first = next((j for j in range(i - 1, max(-1, i - longest), -1) if change[j] >= level), None)
+    stop = next((j for j in range(i + 1, min(len(change), i + longest)) if change[j] >= level), None)
+    if first is None or stop is None or stop - first > longest:
+        return False
+    return max([*change[max(0, first - longest):first], *change[stop + 1:stop + 1 + longest]], default=0) >= level
 
 
 def find_shots(path: Path, times_s: np.ndarray, rules: Rules) -> tuple[Transitions, np.ndarray]:
@@ -163,8 +240,7 @@ def find_shots(path: Path, times_s: np.ndarray, rules: Rules) -> tuple[Transitio
 
     ValueError where not every frame that has a time decodes, or more do.
     """
-    detector: Detector = (transnet.Detector(rules.threshold) if rules.detector == "transnetv2"
-                          else Adaptive(rules.threshold, len(times_s)))
+    detector = Held(make_detector(rules), longest_hold(times_s))
     motion_F = np.full(len(times_s), np.nan)
     scalers = VideoReformatter(), VideoReformatter()  # kept, for a frame's own is set up anew each time
     earlier: collections.deque[tuple[float, np.ndarray]] = collections.deque()
@@ -178,6 +254,20 @@ def find_shots(path: Path, times_s: np.ndarray, rules: Rules) -> tuple[Transitio
             motion_F[i] = np.abs(tiny - earlier[0][1]).mean()
         earlier.append((time_s, tiny))
     return detector.transitions(), motion_F
+
+
+def make_detector(rules: Rules) -> Detector:
+    if rules.detector == "transnetv2":
+        from data_tools import transnet
+
+        return transnet.Detector(rules.threshold)
+    return Adaptive(rules.threshold)
+
+
+def longest_hold(times_s: np.ndarray) -> int:
+    """How many frames of a film with these times a drawing is held at most."""
+    gap_s = float(np.median(np.diff(times_s))) if len(times_s) > 1 else HOLD_S
+    return max(HOLD_FRAMES, round(HOLD_S / max(gap_s, 1e-3)))
 
 
 def _frames(path: Path) -> Iterator[av.VideoFrame]:
@@ -320,7 +410,7 @@ def _jobs(paths: Sequence[Path], films: Sequence[Path], rules: Rules, cut_to: Pa
     for film in films:
         root = next((folder for folder in folders if film.is_relative_to(folder)), film.parent)
         folder = cut_to.absolute() / film.relative_to(root).parent if cut_to else None
-        key = (film, *stamp(film), dataclasses.astuple(rules), folder)
+        key = (VERSION, film, *stamp(film), dataclasses.astuple(rules), folder)
         jobs.append(Job(film, rules, folder, digest_text(*key)))
     named = collections.Counter((job.cut_to, job.path.name) for job in jobs if job.cut_to)
     if clashes := [name for (_, name), number in named.items() if number > 1]:

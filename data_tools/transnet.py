@@ -69,12 +69,15 @@ class Detector:
         self.jumps: list[float] = []
         self.told: list[np.ndarray] = []
 
-    def see(self, frame: av.VideoFrame, small: av.VideoFrame) -> None:
-        """The next frame of the film, at its size as the network was trained; that runs when it has enough of them."""
+    def picture(self, frame: av.VideoFrame, small: av.VideoFrame) -> np.ndarray:
+        """The frame upright, at the size that the network was trained with."""
         turns = frame.rotation // 90 % 4
         width, height = (HEIGHT, WIDTH) if turns % 2 else (WIDTH, HEIGHT)
         tiny = self.scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC")
-        picture_HWC = np.rot90(tiny.to_ndarray(), turns)
+        return np.rot90(tiny.to_ndarray(), turns)
+
+    def see(self, picture_HWC: np.ndarray) -> None:
+        """The next picture; the network runs when it has enough of them."""
         last_HWC = (self.pictures or [picture_HWC])[-1]
         self.jumps.append(float(np.abs(picture_HWC.astype(np.int16) - last_HWC).mean()))
         self.pictures += [picture_HWC] * (1 if self.told or self.pictures else 1 + NUM_CONTEXT)
