@@ -398,16 +398,17 @@ def read_rows(manifest: Path) -> list[Row]:
     rows: list[Row] = []
     faults: list[str] = []
     lines: dict[str, int] = {}
-    for line, given in _lines_of(manifest):
+    for line, given in _readable_lines(manifest):
         try:
             row = json.loads(given) if isinstance(given, str) else given
-            if not isinstance(row, dict) or not isinstance(row.get("video"), str) or not row["video"] or None in row:
+            if not isinstance(row, dict) or not isinstance(row.get("video"), str) or not row["video"] or None in row \
+                    or "\0" in row["video"]:
                 raise ValueError("no row of a manifest with a video")
             _span(row)
             if (earlier := lines.setdefault(identity(row), line)) != line:
                 raise ValueError(f"the id {identity(row)!r} is also that of line {earlier}")
             rows.append(row)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             faults.append(f"line {line}: {error}")
     if not rows and not faults:
         raise UserError(f"{shown(manifest)} has no rows", "make one: python -m data_tools.split --help")
@@ -415,6 +416,14 @@ def read_rows(manifest: Path) -> list[Row]:
         raise UserError(f"{shown(manifest)} has {len(faults)} fault(s):\n  " + "\n  ".join(faults),
                         "mend these lines (nothing was changed), then run the same command again")
     return rows
+
+
+def _readable_lines(manifest: Path) -> list[tuple[int, Any]]:
+    """(line, the row or its text) of all rows. UserError where the file itself cannot be read."""
+    try:
+        return list(_lines_of(manifest))
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{shown(manifest)} cannot be read: {error}", "give a .jsonl or .csv in UTF-8") from error
 
 
 def _lines_of(manifest: Path) -> Iterator[tuple[int, Any]]:

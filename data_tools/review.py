@@ -216,7 +216,7 @@ def _lines(text: str) -> Iterator[Piece]:
         row = line.strip().lstrip("\ufeff")
         try:
             values = json.loads(row) if row else None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield Piece(line, None, f"line {number}: not JSON: {error}")
             continue
         fault = _fault(values) if row else ""

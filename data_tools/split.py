@@ -517,8 +517,9 @@ def _merged(out: Path, films: Collection[str], rows: Sequence[dict[str, Any]]) -
     """
     try:
         old = [json.loads(line) for line in out.read_text(encoding="utf-8").split("\n") if line] if out.exists() else []
-        ours = {row["id"]: row for row in old if "id" in row and shot_of(row["id"]).rpartition("@")[0] in films}
-    except (ValueError, TypeError) as error:
+        ours = {row["id"]: row for row in old
+                if "id" in row and shot_of(str(row["id"])).rpartition("@")[0] in films}
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{out} is there and is no manifest of JSON lines: {error}", "give another --out") from error
     lost = [row["id"] for row in ours.values() if row.get("caption")]
     for row in rows:

@@ -91,7 +91,7 @@ def _row(members: Sequence[tuple[str, Any]]) -> Row:
             else:
                 texts = row.setdefault("captions", [])
                 texts.insert(0 if kind == "txt" else len(texts), _text(value))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return {"fault": f"its {kind}: {error}"}
     further = [*row.get("captions", []), *columns.pop("captions", [])]
     return columns | row | ({"captions": further} if further else {})
