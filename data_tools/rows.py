@@ -137,7 +137,7 @@ def _cell(column: str, text: str | None) -> Any:
     if kind is str or kind == (str, int):
         return text or ""
     for parse in (int, float, json.loads):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             return parse(text or "")
     return text
 
