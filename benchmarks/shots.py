@@ -16,7 +16,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from data_tools import split, transnet
+from data_tools import split
 from wantrain.data import decode
 
 LONGEST = 100
@@ -58,8 +58,8 @@ def faded(shots: list[np.ndarray], length: int) -> tuple[np.ndarray, list[tuple[
 
 
 def told(name: str, threshold: float, frames_FHWC: np.ndarray) -> split.Transitions:
-    detector: split.Detector = (transnet.Detector(threshold) if name == "transnetv2"
-                                else split.Adaptive(threshold, len(frames_FHWC)))
+    rules = split.Rules(threshold, 0.1, 1e9, None, name)
+    detector = split.Held(split.make_detector(rules), split.longest_hold(np.arange(len(frames_FHWC)) / 24))
     for picture in frames_FHWC:
         frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
         detector.see(frame, frame.reformat(format="bgr24"))

@@ -13,11 +13,9 @@ needs. Decoding is greedy and batches are made in the manifest's order, so the s
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import importlib.util
 import itertools
-import json
 import math
 import operator
 import re
@@ -37,16 +35,17 @@ from data_tools.command import (
     add_job_arguments,
     answer,
     check_openable,
+    journal,
     json_line,
+    parsed,
     positive,
     relative,
     shown,
     stamp,
 )
 from data_tools.rows import Row, has, is_url, moved, sound_rows, write_rows
-from wantrain.data import decode
 from wantrain.data.media import probe
-from wantrain.files import digest_text, owner
+from wantrain.files import digest_text, owner, remembered
 from wantrain.jobs import TIME_LIMIT, in_workers, progress
 from wantrain.terms import IMAGE_SUFFIXES, PARTNERS, Bucket, UserError
 
@@ -171,6 +170,8 @@ def _see(job: Job) -> Seen:
         number = min(job.num_frames, 1 + int(later.sum()))
         fps = number / (end_s - start_s)
         start_s += 0.5 / fps
+    from wantrain.data import decode
+
     scale = min(1.0, math.sqrt(job.max_pixels / (found.width * found.height)))
     bucket = Bucket(number, max(1, round(found.height * scale)), max(1, round(found.width * scale)))
     times_s = found.times_s[decode.choose_frames(found.times_s, start_s, fps, number)]
@@ -424,17 +425,13 @@ def _key(row: Row, settings: Settings) -> str:
 def from_model(rows: Sequence[Row], out: Path, settings: Settings, jobs: int, timeout_s: float
                ) -> tuple[list[list[str]], list[str]]:
     """(captions, fault) of every row, from a model. Answers go to a journal beside `out`, batch by batch."""
-    journal = _journal(out)
-    known = _remembered(journal)
+    known = _remembered(_journal(out))
     clips = [job_of(row, settings) for row in rows]
     keys = [_key(row, settings) for row in rows]
     todo = {key: job for key, job, row in zip(keys, clips, rows, strict=True) if key not in known
             and not is_url(row.where("video"))}
     captioner = Captioner(_fetched(settings), settings) if todo else None
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with journal.open("a", encoding="utf-8") as file, progress(len(rows), len(rows) - len(todo), "clip", "caption"
-                                                               ) as bar:
-        file.write("\n")  # ends a line that a kill cut off
+    with journal(_journal(out)) as write, progress(len(rows), len(rows) - len(todo), "clip", "caption") as bar:
         for batch, seen in _seen_ahead(list(todo.items()), settings.batch_size, jobs, timeout_s):
             fine = [(key, job) for key, job in batch if not seen[job].fault]
             said = {key: Answer(fault=seen[job].fault) for key, job in batch if seen[job].fault}
@@ -442,8 +439,7 @@ def from_model(rows: Sequence[Row], out: Path, settings: Settings, jobs: int, ti
                 answers = captioner.ask([job for _, job in fine], [seen[job] for _, job in fine])
                 said |= {key: told for (key, _), told in zip(fine, answers, strict=True)}
             known |= said
-            file.write("".join(json_line({"key": key, **dataclasses.asdict(said[key])}) for key, _ in batch))
-            file.flush()
+            write("".join(json_line({"key": key, **dataclasses.asdict(said[key])}) for key, _ in batch))
             bar.update(len(batch))
     told = [judge(known.get(key, Answer(fault=ELSEWHERE)), settings.max_tokens) for key in keys]
     return [[caption] for caption, _ in told], [fault for _, fault in told]
@@ -491,14 +487,8 @@ def _journal(out: Path) -> Path:
 
 def _remembered(journal: Path) -> dict[str, Answer]:
     """Answers by key; a line cut off by a crash is left out, and what ran into the time limit is tried again."""
-    known = {}
-    for line in journal.read_text(encoding="utf-8").splitlines() if journal.exists() else ():
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            row = json.loads(line)
-            key, told = row.pop("key"), Answer(**row)
-            if f": {TIME_LIMIT}" not in told.fault:
-                known[key] = told
-    return known
+    answers = remembered(journal, lambda row: (row.pop("key"), Answer(**row)))
+    return {key: told for key, told in answers if f": {TIME_LIMIT}" not in told.fault}
 
 
 def _has_caption(row: Row) -> bool:
@@ -541,7 +531,14 @@ def run(source: Path, out: Path, settings: Settings, jobs: int, timeout_s: float
     lines = [_counted(rows, kept, faults) + f", in {shown(out)}"]
     lines += [f"  {len(bare)} of those kept are without the trigger, such as {bare[0]}; --from caption --overwrite "
               "puts it into every caption"] if bare else []
-    return "\n".join(lines + _told(wanted, faults))
+    return _answered(lines + _told(wanted, faults), faults)
+
+
+def _answered(lines: Sequence[str], faults: Sequence[str]) -> str:
+    """The lines; a UserError where not one clip was fine."""
+    if faults and all(faults):
+        raise UserError("\n".join(lines), "mend these clips, or take them out of the manifest")
+    return "\n".join(lines)
 
 
 def preview(source: Path, out: Path, settings: Settings, jobs: int, timeout_s: float) -> str:
@@ -553,8 +550,8 @@ def preview(source: Path, out: Path, settings: Settings, jobs: int, timeout_s: f
         captions, faults = from_texts(wanted, settings.source)
         lines = [f"{row.id}: " + " | ".join(with_trigger(text, settings.trigger, settings.form) for text in texts)
                  for row, texts in zip(wanted, captions, strict=True) if texts]
-    return "\n".join([*lines, _counted(rows, kept, faults) + "; a dry run: nothing was written",
-                      *_told(wanted, faults)])
+    return _answered([*lines, _counted(rows, kept, faults) + "; a dry run: nothing was written",
+                      *_told(wanted, faults)], faults)
 
 
 def _previewed(rows: Sequence[Row], settings: Settings, jobs: int, timeout_s: float) -> tuple[list[str], list[str]]:
@@ -608,7 +605,7 @@ def _settings(args: argparse.Namespace) -> Settings:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code: 0 (also where clips are faulty: they are named), 2, 130."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    args = _parser().parse_args(given)
+    args = parsed(_parser(), given)
 
     def work() -> str:
         out = absolute(args.out or args.manifest)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import contextlib
+import importlib
 import json
 import os
 import shlex
@@ -105,10 +106,100 @@ def shown(path: Path) -> str:
     return os.fsencode(path).decode("utf-8", "replace")
 
 
+SCENEDETECT = "scenedetect-headless>=0.7.2,<0.8"
+"""What pip installs for scenedetect and cv2."""
+
+
+def needed(module: str, what: str, requirement: str, extra: str) -> Any:
+    """The optional module. UserError where it is not there or does not import."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"{what} needs the package {module}: {error}",
+                        f'pip install "wantrain[{extra}]"    (or: pip install "{requirement}")') from error
+
+
+@contextlib.contextmanager
+def journal(path: Path) -> Iterator[Callable[[str], None]]:
+    """What appends lines to a journal at once; a line that a kill cut off is ended first. UserError for a full disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab", buffering=0) as file:
+
+        def write(text: str) -> None:
+            data = text.encode()
+            try:
+                while data:
+                    data = data[file.write(data):]
+            except OSError as error:
+                raise UserError(f"could not write {shown(path)}: {error.strerror}",
+                                "free some disk space, then run the same command again: what was finished is kept"
+                                ) from error
+
+        write("\n")
+        yield write
+
+
+OUTPUTS = ("out", "rejected", "train", "heldout")
+"""Arguments of the tools that name files to be written."""
+
+
+def parsed(parser: argparse.ArgumentParser, given: Sequence[str]) -> argparse.Namespace:
+    """The arguments. Exits with 2 for paths that cannot be, and for outputs that would overwrite media, inputs that are
+    only read, or one another. Help that nobody reads to its end is no fault.
+    """
+    try:
+        args = parser.parse_args(given)
+    except SystemExit:
+        _flush()
+        raise
+    if any("\0" in str(path) for value in vars(args).values() for path in _paths(value)):
+        parser.error("a path cannot hold the character NUL")
+    inputs = [path for name in ("paths", "probe") for path in _paths(getattr(args, name, None))]
+    named = {name: out for name in OUTPUTS for out in _paths(getattr(args, name, None))}
+    for name, out in named.items():
+        if fault := _no_output(out, [*inputs, *(other for key, other in named.items() if key != name)]):
+            parser.error(f"--{name} {shown(out)}: {fault}")
+    return args
+
+
+def _no_output(out: Path, others: Sequence[Path]) -> str:
+    """Why a file must not be written, '' if it may."""
+    try:
+        if out.is_dir():
+            return "this is a folder; give a file"
+    except OSError as error:
+        return str(error.strerror)
+    if out.suffix.lower() in SUFFIXES:
+        return "this is the name of a video or image; give a .jsonl"
+    return ("this is another argument of the command, and would be overwritten"
+            if os.path.realpath(out) in map(os.path.realpath, others) else "")
+
+
+def _paths(value: Any) -> list[Path]:
+    """The paths in an argument's value."""
+    return [path for path in (value if isinstance(value, list) else [value]) if isinstance(path, Path)]
+
+
+def _flush() -> None:
+    """Write out what was printed; where nobody reads it any more, there is nothing to be said."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def answer(work: Callable[[], str], command: Sequence[str]) -> int:
     """Print what a tool's work says; a fault that the user can mend, or Ctrl-C, is one message and an exit code."""
     try:
-        print(work())
+        text = work()
+        with contextlib.suppress(BrokenPipeError):
+            print(text)
+        _flush()
+    except OSError as error:
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+        fault = UserError(f"{where}{error.strerror or error}", "give paths that can be read and written")
+        print(f"error: {fault}", file=sys.stderr)
+        return EXIT_USER_ERROR
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR

@@ -24,14 +24,25 @@ from pathlib import Path
 from typing import Any
 
 import av
-import cv2
 import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
-from data_tools.command import absolute, add_job_arguments, answer, json_line, relative, shown, stamp
+from data_tools.command import (
+    SCENEDETECT,
+    absolute,
+    add_job_arguments,
+    answer,
+    journal,
+    json_line,
+    needed,
+    parsed,
+    relative,
+    shown,
+    stamp,
+)
 from wantrain.data import films, media
-from wantrain.files import digest_text, write_text
+from wantrain.files import digest_text, remembered, write_text
 from wantrain.jobs import in_workers, progress
 from wantrain.terms import PARTNERS, UserError
 
@@ -71,6 +82,9 @@ dark text the other way round), and a line has as many letters."""
 
 NUM_EXTREMES, NUM_SHOWN = 3, 20
 MEDIA = ("video", *PARTNERS)
+
+with contextlib.suppress(ImportError):  # `run` says that it is missing
+    import cv2
 
 Row = dict[str, Any]
 Box = tuple[int, int, int, int]
@@ -364,21 +378,32 @@ def read_rows(manifest: Path) -> list[Row]:
     rows: list[Row] = []
     faults: list[str] = []
     lines: dict[str, int] = {}
-    for line, given in _lines_of(manifest):
+    for line, given in _readable_lines(manifest):
         try:
             row = json.loads(given) if isinstance(given, str) else given
-            if not isinstance(row, dict) or not isinstance(row.get("video"), str) or not row["video"] or None in row:
+            if not isinstance(row, dict) or not isinstance(row.get("video"), str) or not row["video"] or None in row \
+                    or "\0" in row["video"]:
                 raise ValueError("no row of a manifest with a video")
             _span(row)
             if (earlier := lines.setdefault(identity(row), line)) != line:
                 raise ValueError(f"the id {identity(row)!r} is also that of line {earlier}")
             rows.append(row)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             faults.append(f"line {line}: {error}")
+    if not rows and not faults:
+        raise UserError(f"{shown(manifest)} has no rows", "make one: python -m data_tools.split --help")
     if faults:
         raise UserError(f"{shown(manifest)} has {len(faults)} fault(s):\n  " + "\n  ".join(faults),
                         "mend these lines (nothing was changed), then run the same command again")
     return rows
+
+
+def _readable_lines(manifest: Path) -> list[tuple[int, Any]]:
+    """(line, the row or its text) of all rows. UserError where the file itself cannot be read."""
+    try:
+        return list(_lines_of(manifest))
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{shown(manifest)} cannot be read: {error}", "give a .jsonl or .csv in UTF-8") from error
 
 
 def _lines_of(manifest: Path) -> Iterator[tuple[int, Any]]:
@@ -425,6 +450,7 @@ def run(manifest: Path, out: Path, jobs: int, timeout_s: float) -> tuple[list[Ro
     if out.suffix not in (".jsonl", manifest.suffix):
         raise UserError(f"--out {shown(out)}: neither .jsonl nor, as the manifest is, {manifest.suffix}",
                         f"--out {shown(out.with_suffix('.jsonl'))}")
+    needed("cv2", "wantrain-filter", SCENEDETECT, "data")
     memory = out.with_name(out.name + ".measured")
     done = _remembered(memory)
     old = frozenset(done)
@@ -448,27 +474,18 @@ def _job(row: Row, manifest: Path) -> Job:
 def _measure_all(todo: Sequence[Job], done: dict[str, Measured], memory: Path, jobs: int, timeout_s: float) -> None:
     """Measure into `done` what is not in it; what has no fault goes to the memory at once."""
     missing = list({job.key: job for job in todo if job.key not in done}.values())
-    memory.parent.mkdir(parents=True, exist_ok=True)
-    with (memory.open("a", encoding="utf-8") as file,
-          progress(len(todo), len(todo) - len(missing), "clip", "filter") as bar):
-        file.write("\n")  # ends a line that a kill cut off
+    with journal(memory) as write, progress(len(todo), len(todo) - len(missing), "clip", "filter") as bar:
         for job, found, why in in_workers(measure, missing, jobs, timeout_s):
             done[job.key] = found or Measured(fault=f"{shown(job.path)}: {why}")
             if not done[job.key].fault:
-                file.write(json_line({"key": job.key} | dataclasses.asdict(done[job.key])))
-                file.flush()
+                write(json_line({"key": job.key} | dataclasses.asdict(done[job.key])))
             bar.update()
 
 
 def _remembered(memory: Path) -> dict[str, Measured]:
     """Measurements by key; a last line cut off by a crash is left out."""
-    known = {}
-    for line in memory.read_text(encoding="utf-8").splitlines() if memory.exists() else ():
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # a cut line, or fields of another version
-            row = json.loads(line)
-            key = row.pop("key")
-            known[key] = Measured(**row | {"hashes": tuple(row["hashes"])})
-    return known
+    return dict(remembered(memory, lambda row: (
+        row.pop("key"), Measured(**row | {"hashes": tuple(row["hashes"])}))))
 
 
 def _measured_rows(rows: Sequence[Row], found: Sequence[Measured], manifest: Path, out: Path) -> list[Row]:
@@ -549,9 +566,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE",
                         help="where the rows go with their measurements (default: into MANIFEST itself)")
     add_job_arguments(parser, 300)
-    args = parser.parse_args(given)
-    return answer(lambda: summary(*run(args.manifest, args.out or args.manifest, args.jobs, args.timeout_s)),
-                  ["python", "-m", "data_tools.filter", *given])
+    args = parsed(parser, given)
+
+    def work() -> str:
+        rows, found, num_remembered = run(args.manifest, args.out or args.manifest, args.jobs, args.timeout_s)
+        text = summary(rows, found, num_remembered)
+        if all(measured.fault for measured in found):
+            raise UserError(text, "mend these clips, or take them out of the manifest")
+        return text
+
+    return answer(work, ["python", "-m", "data_tools.filter", *given])
 
 
 if __name__ == "__main__":

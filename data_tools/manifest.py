@@ -32,7 +32,9 @@ from data_tools.command import (
     answer,
     check_openable,
     find_files,
+    journal,
     json_line,
+    parsed,
     positive,
     relative,
     shown,
@@ -42,6 +44,7 @@ from data_tools.rows import (
     KINDS,
     MEDIA,
     Row,
+    check_written,
     has,
     is_url,
     moved,
@@ -90,14 +93,12 @@ def look_at(rows: Iterable[Row], memory: Path, jobs: int, timeout_s: float) -> d
     found = {file: known[key] for file, key in keys.items() if key in known}
     if len(found) == len(files):
         return found
-    with memory.open("a", encoding="utf-8") as journal, progress(len(files), len(found), "file", "look") as bar:
-        journal.write("\n")
+    with journal(memory) as write, progress(len(files), len(found), "file", "look") as bar:
         for file, seen, why in in_workers(look, [f for f in files if f not in found], jobs, timeout_s):
             found[file] = seen or (Found(fault=why), 0.0)
             if not found[file][0].fault:  # a fault may be mended without a trace, or be the time limit's
-                journal.write(json_line({"key": keys[file], "found": dataclasses.asdict(found[file][0]),
-                                         "fps": found[file][1]}))
-                journal.flush()
+                write(json_line({"key": keys[file], "found": dataclasses.asdict(found[file][0]),
+                                 "fps": found[file][1]}))
             bar.update()
     return found
 
@@ -108,6 +109,7 @@ def build(paths: Sequence[Path], out: Path, probed: Path | None, partners: Mappi
     Rows that are there stay as they are, and get only what they lack: a caption, a partner (`partners` gives
     the folders of these). A faulty file is named and gets no row, or loses it, unless a caption would be lost with it.
     """
+    check_written(out)
     files, others = find_files(paths)
     folders = [absolute(folder) for some in partners.values() for folder in some]
     clips = [file for file in files if not any(file.is_relative_to(folder) for folder in folders)]
@@ -127,6 +129,10 @@ def build(paths: Sequence[Path], out: Path, probed: Path | None, partners: Mappi
     roots = [absolute(path if path.is_dir() else path.parent) for path in paths]
     for column, some in partners.items():
         notes += _pair(column, some, kept + new, roots) if some else []
+    if not kept + new:
+        found = f"no clip in {', '.join(map(shown, paths))}: {len(files)} videos and images, {len(others)} other files"
+        raise UserError("\n  ".join([found, *(f"fault: {faults[clip]}" for clip in sorted(faults))]),
+                        "give folders of videos and images that can be read: python -m data_tools.probe FOLDER tells")
     write_rows(out, (row.values for row in kept + new))
     sidecars = {text for found in texts.values() for text in found}
     endings = collections.Counter(file.suffix.lower() or "no ending" for file in {*others} - sidecars - {*strays})
@@ -505,6 +511,8 @@ def stats(file: Path, trigger: str, jobs: int, timeout_s: float) -> str:
     from wantrain.data.decode import count_frames
 
     rows, = sound_rows([file])
+    if not rows:
+        raise UserError(f"{shown(file)} has no rows", "python -m data_tools.manifest build FOLDER --out manifest.jsonl")
     found = look_at(rows, file.with_name(file.name + ".looked"), jobs, timeout_s)
     looked = [(row, *found[where]) for row in rows if (where := row.where("video")) in found
               and not found[where][0].fault]
@@ -633,7 +641,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code: 0, 2 (something to mend, also what `check` finds), 130."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    args = parser().parse_args(given)
+    args = parsed(parser(), given)
     return answer(lambda: str(args.work(args)), ["python", "-m", "data_tools.manifest", *given])
 
 

@@ -33,6 +33,7 @@ from data_tools.command import (
     check_openable,
     find_files,
     json_line,
+    parsed,
     relative,
     shown,
     stamp,
@@ -355,7 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("probe.jsonl"), metavar="FILE",
                         help="where the lines go (default: %(default)s)")
     add_job_arguments(parser, 120)
-    args = parser.parse_args(given)
+    args = parsed(parser, given)
     return answer(lambda: summary(*run(args.paths, args.out, args.jobs, args.timeout_s)),
                   ["python", "-m", "data_tools.probe", *given])
 

@@ -45,14 +45,14 @@ from data_tools.command import (
     answer,
     check_openable,
     json_line,
+    parsed,
     positive,
     shown,
     stamp,
 )
-from wantrain.data import decode, media
+from wantrain.data import media
 from wantrain.files import atomic_path, digest_text
 from wantrain.jobs import in_workers
-from wantrain.pictures import write_mp4
 from wantrain.terms import IMAGE_SUFFIXES, Bucket, UserError
 
 EDITED = ("caption", "captions", "keep")
@@ -216,7 +216,7 @@ def _lines(text: str) -> Iterator[Piece]:
         row = line.strip().lstrip("\ufeff")
         try:
             values = json.loads(row) if row else None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield Piece(line, None, f"line {number}: not JSON: {error}")
             continue
         fault = _fault(values) if row else ""
@@ -300,6 +300,9 @@ def write_preview(preview: Preview) -> str:
 
 
 def _write_film(preview: Preview) -> None:
+    from wantrain.data import decode
+    from wantrain.pictures import write_mp4
+
     found = media.probe(preview.source)
     available = decode.count_frames(found, preview.start_s, preview.end_s, preview.fps)
     if available < 1:
@@ -360,10 +363,7 @@ class Review(ThreadingHTTPServer):
             with self.jobs:
                 if is_gone():
                     return None
-                try:
-                    [(_, fault, why)] = in_workers(write_preview, [preview], 1, self.timeout_s)
-                except EOFError:  # as at the end of the server
-                    fault, why = None, "its reader did not start"
+                [(_, fault, why)] = in_workers(write_preview, [preview], 1, self.timeout_s)
                 if fault or why:
                     raise UserError(fault or f"{shown(preview.source)}: {why}", "mend the file or drop the clip")
         return preview.target
@@ -488,6 +488,9 @@ def serve(args: argparse.Namespace) -> str:
     if faults := manifest.content().faults:
         raise UserError(f"{shown(manifest.path)} has {len(faults)} fault(s):\n  " + "\n  ".join(faults),
                         "mend these lines (nothing was changed), then run the same command again")
+    if not manifest.content().places:
+        raise UserError(f"{shown(manifest.path)} has no rows", "python -m data_tools.manifest build FOLDER --out "
+                        "manifest.jsonl")
     previews = args.previews or manifest.path.with_name(f".{manifest.path.name}.previews")
     try:
         server = Review(manifest, previews.absolute(), args.fps, args.trigger, args.port or 0, jobs=args.jobs,
@@ -524,7 +527,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="where previews are kept; may be deleted at any time (default: .MANIFEST.previews beside "
                         "the manifest)")
     add_job_arguments(parser, 60)
-    args = parser.parse_args(given)
+    args = parsed(parser, given)
     return answer(lambda: serve(args), ["python", "-m", "data_tools.review", *given])
 
 

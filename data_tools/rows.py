@@ -121,7 +121,7 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
 def _parsed(line: str) -> dict[str, Any] | str:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         return f"not JSON: {error}"
     return row if isinstance(row, dict) else "not an object with video and caption"
 
@@ -137,7 +137,7 @@ def _cell(column: str, text: str | None) -> Any:
     if kind is str or kind == (str, int):
         return text or ""
     for parse in (int, float, json.loads):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             return parse(text or "")
     return text
 
@@ -150,6 +150,8 @@ def _fault(values: Mapping[str, Any]) -> str:
         value = values.get(column)
         if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
             return f"{column} is {wanted}, not {str(value)[:40]!r}"
+        if column in MEDIA and "\0" in (value or ""):
+            return f"{column}: a path cannot hold the character NUL"
     if not all(isinstance(text, str) for text in values.get("captions") or []):
         return "captions is a list of texts"
     start_s, end_s = Row(Path(), "", dict(values)).span
@@ -170,9 +172,14 @@ def refuse(faults: Sequence[str], next_step: str) -> None:
 
 
 def write_rows(out: Path, rows: Iterable[dict[str, Any]]) -> None:
+    check_written(out)
+    write_text(out, "".join(map(json_line, rows)))
+
+
+def check_written(out: Path) -> None:
+    """UserError for a name that no manifest is written under."""
     if out.suffix != ".jsonl":
         raise UserError(f"{shown(out)}: manifests are written as .jsonl", f"{out.with_suffix('.jsonl')}")
-    write_text(out, "".join(map(json_line, rows)))
 
 
 def new_ids(rows: Iterable[Row], folder: Path, prefix: str = "") -> dict[str, str]:

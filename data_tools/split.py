@@ -6,18 +6,22 @@ Cuts are found by PySceneDetect's AdaptiveDetector: a frame differs from the one
 neighbours do. On the 150 s of shared/footage it finds all 27 hard cuts and no other, also at 0.4 of the brightness or
 half the contrast, where ContentDetector at its default of 27 misses 1 and 2; only with 5 of 6 frames taken out is it
 the worse one (1 missed, 1 false; none). Neither sees a dissolve (one in that film): `--detector transnetv2` sees most,
-and leaves their frames out. Times are on the clock of `wantrain.data.decode`, and `end_s` is so placed that no frame of
-the next shot is read at any fps.
+and leaves their frames out. Animation shows each drawing for several frames: detectors are shown only the first frame
+of such a hold (see `Held`), and their cuts are carried back to the film's frames. Times are on the clock of
+`wantrain.data.decode`, and `end_s` is so placed that no frame of the next shot is read at any fps.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import dataclasses
+import glob
 import itertools
 import json
 import math
+import os
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,21 +32,24 @@ from typing import Any, Protocol
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
-from scenedetect import AdaptiveDetector, ContentDetector, FrameTimecode
 
 from data_tools import transnet
 from data_tools.command import (
+    SCENEDETECT,
     add_job_arguments,
     answer,
     check_openable,
     find_files,
+    journal,
     json_line,
+    needed,
+    parsed,
     positive,
     relative,
     shown,
     stamp,
 )
-from wantrain.data import decode
+from wantrain.data import media
 from wantrain.data.films import COARSE_GRACE_S
 from wantrain.files import atomic_path, digest_text, remembered, write_text
 from wantrain.jobs import in_workers, progress
@@ -60,9 +67,23 @@ MOTION_GAP_S = 0.25
 WINDOW = 2
 """Frames on either side that a frame is held against."""
 
+HOLD_S, HOLD_FRAMES = 0.21, 4
+"""A drawing of an animation is held as long as the longer of these: five frames at 24 fps. What stands for longer is a
+still, and is judged frame by frame."""
+
+HOLD_SHARE, HOLD_CHANGE = 0.2, 2.0
+"""A repeat changes the picture by less than this share of what the drawings around it do, for coding is never exact;
+and drawings change it by at least so much (mean of 0..255): less never looks like a cut."""
+
+VERSION = 1
+"""Raise this when shots are found otherwise: what is remembered of another version is found again."""
+
 FLASH_LEVEL = 40.0
 """A change of the whole picture by this (hue, saturation and value, mean of 0..255) is a cut whatever its neighbours
 do: two cuts within WINDOW frames hide each other from a ratio."""
+
+LONGEST_NAME = 215
+"""Bytes of a film's name to which a span's time and what a temporary file needs can be added: 255 in all."""
 
 TOO_SHORT, STATIC, DISSOLVE = "too short", "static", "dissolve"
 
@@ -106,13 +127,15 @@ class Split:
     path: str
     spans: tuple[Span, ...] = ()
     fault: str = ""
+    unwritten: str = ""
+    """Why its spans could not be written as files."""
 
 
 def split_file(path: Path, rules: Rules) -> Split:
     """Find the shots of one film. A film that cannot be read is told by `fault`, not by an exception."""
     try:
         check_openable(path)
-        found = decode.probe(path)
+        found = media.probe(path)
         transitions, motion_F = find_shots(path, found.times_s, rules)
     except UserError as error:
         return Split(str(path), fault=error.message)
@@ -128,34 +151,98 @@ Transitions = list[tuple[int, int]]
 
 
 class Detector(Protocol):
-    """What finds shots: it is shown every frame of a film in order, and the same at LOOK_PX."""
+    """What finds shots: it is shown pictures of a film's frames in order, each made of a frame and it at LOOK_PX."""
 
-    def see(self, frame: av.VideoFrame, small: av.VideoFrame) -> None: ...
+    def picture(self, frame: av.VideoFrame, small: av.VideoFrame) -> np.ndarray: ...
+
+    def see(self, picture_HWC: np.ndarray) -> None: ...
 
     def transitions(self) -> Transitions: ...
 
 
 class Adaptive:
-    """Cuts by PySceneDetect, in a film of `num_frames` frames."""
+    """Cuts by PySceneDetect."""
 
-    def __init__(self, threshold: float, num_frames: int) -> None:
-        self.detectors = (AdaptiveDetector(adaptive_threshold=threshold, min_scene_len=1, window_width=WINDOW),
-                          ContentDetector(threshold=FLASH_LEVEL, min_scene_len=0))
-        self.num_frames, self.num_seen, self.num_shown = num_frames, 0, 0
+    def __init__(self, threshold: float) -> None:
+        self.library = needed("scenedetect", "--detector adaptive", SCENEDETECT, "data")
+        self.detectors = (self.library.AdaptiveDetector(adaptive_threshold=threshold, min_scene_len=1,
+                                                        window_width=WINDOW),
+                          self.library.ContentDetector(threshold=FLASH_LEVEL, min_scene_len=0))
+        self.num_shown = 0
+        self.last_HWC: np.ndarray | None = None
         self.cuts: set[int] = set()
 
-    def see(self, frame: av.VideoFrame, small: av.VideoFrame) -> None:
-        look = small.to_ndarray()
-        # The detectors are blind to the first and the last WINDOW frames of what they are shown.
-        for _ in range(1 + WINDOW * ((self.num_seen == 0) + (self.num_seen == self.num_frames - 1))):
-            timecode = FrameTimecode(self.num_shown, 25.0)  # any rate will do
-            self.cuts |= {cut.frame_num - WINDOW for detector in self.detectors
-                          for cut in detector.process_frame(timecode, look)}
-            self.num_shown += 1
-        self.num_seen += 1
+    def picture(self, frame: av.VideoFrame, small: av.VideoFrame) -> np.ndarray:
+        return small.to_ndarray()
+
+    def see(self, picture_HWC: np.ndarray) -> None:
+        self._show(picture_HWC, 1 if self.num_shown else 1 + WINDOW)
+        self.last_HWC = picture_HWC
 
     def transitions(self) -> Transitions:
+        if self.last_HWC is not None:
+            self._show(self.last_HWC, WINDOW)
         return [(cut, cut) for cut in sorted(self.cuts) if cut > 0]
+
+    def _show(self, look_HWC: np.ndarray, times: int) -> None:
+        """The detectors are blind to the first and the last WINDOW frames of what they are shown: these come again."""
+        for _ in range(times):
+            timecode = self.library.FrameTimecode(self.num_shown, 25.0)  # any rate will do
+            self.cuts |= {cut.frame_num - WINDOW for detector in self.detectors
+                          for cut in detector.process_frame(timecode, look_HWC)}
+            self.num_shown += 1
+
+
+class Held:
+    """Shows a detector every frame but the repeats of held drawings; its transitions are those of the film's frames.
+
+    `longest` is how many frames a drawing is held at most. Pictures of twice as many are kept, until what follows is
+    known.
+    """
+
+    def __init__(self, detector: Detector, longest: int) -> None:
+        self.detector, self.longest = detector, longest
+        self.change = [math.inf]
+        """How much each frame differs from the one before, at LOOK_PX; a film's ends are changes."""
+        self.waiting: collections.deque[np.ndarray] = collections.deque()
+        self.num_judged, self.shown = 0, list[int]()
+        self.last_HWC: np.ndarray | None = None
+
+    def see(self, frame: av.VideoFrame, small: av.VideoFrame) -> None:
+        """The next frame of the film, and the same at LOOK_PX (bgr24)."""
+        look_HWC = small.to_ndarray().astype(np.int16)
+        if self.last_HWC is not None:
+            self.change.append(float(np.abs(look_HWC - self.last_HWC).mean()))
+        self.last_HWC = look_HWC
+        self.waiting.append(self.detector.picture(frame, small))
+        if len(self.waiting) > 2 * self.longest:
+            self._judge()
+
+    def transitions(self) -> Transitions:
+        self.change.append(math.inf)
+        while self.waiting:
+            self._judge()
+        places = [*self.shown, len(self.change) - 1]
+        return [(places[stop], places[start]) for stop, start in self.detector.transitions()]
+
+    def _judge(self) -> None:
+        picture_HWC = self.waiting.popleft()
+        if not is_repeat(self.change, self.num_judged, self.longest):
+            self.shown.append(self.num_judged)
+            self.detector.see(picture_HWC)
+        self.num_judged += 1
+
+
+def is_repeat(change: Sequence[float], i: int, longest: int) -> bool:
+    """Whether frame `i` repeats a drawing that is held for at most `longest` frames: it lies between two frames that
+    change far more, and so does a third, as near. (Of two alone the shot between them may be a short one.)
+    """
+    level = max(change[i] / HOLD_SHARE, HOLD_CHANGE)
+    first = next((j for j in range(i - 1, max(-1, i - longest), -1) if change[j] >= level), None)
+    stop = next((j for j in range(i + 1, min(len(change), i + longest)) if change[j] >= level), None)
+    if first is None or stop is None or stop - first > longest:
+        return False
+    return max([*change[max(0, first - longest):first], *change[stop + 1:stop + 1 + longest]], default=0) >= level
 
 
 def find_shots(path: Path, times_s: np.ndarray, rules: Rules) -> tuple[Transitions, np.ndarray]:
@@ -163,8 +250,7 @@ def find_shots(path: Path, times_s: np.ndarray, rules: Rules) -> tuple[Transitio
 
     ValueError where not every frame that has a time decodes, or more do.
     """
-    detector: Detector = (transnet.Detector(rules.threshold) if rules.detector == "transnetv2"
-                          else Adaptive(rules.threshold, len(times_s)))
+    detector = Held(make_detector(rules), longest_hold(times_s))
     motion_F = np.full(len(times_s), np.nan)
     scalers = VideoReformatter(), VideoReformatter()  # kept, for a frame's own is set up anew each time
     earlier: collections.deque[tuple[float, np.ndarray]] = collections.deque()
@@ -178,6 +264,18 @@ def find_shots(path: Path, times_s: np.ndarray, rules: Rules) -> tuple[Transitio
             motion_F[i] = np.abs(tiny - earlier[0][1]).mean()
         earlier.append((time_s, tiny))
     return detector.transitions(), motion_F
+
+
+def make_detector(rules: Rules) -> Detector:
+    if rules.detector == "transnetv2":
+        return transnet.Detector(rules.threshold)
+    return Adaptive(rules.threshold)
+
+
+def longest_hold(times_s: np.ndarray) -> int:
+    """How many frames of a film with these times a drawing is held at most."""
+    gap_s = float(np.median(np.diff(times_s))) if len(times_s) > 1 else HOLD_S
+    return max(HOLD_FRAMES, round(HOLD_S / max(gap_s, 1e-3)))
 
 
 def _frames(path: Path) -> Iterator[av.VideoFrame]:
@@ -202,7 +300,7 @@ def _small(scaler: VideoReformatter, frame: av.VideoFrame, longest_px: int, pix_
     return scaler.reformat(frame, width, height, pix_fmt, interpolation="AREA")
 
 
-def judge(found: decode.Probe, transitions: Transitions, motion_F: np.ndarray, rules: Rules) -> Iterator[Span]:
+def judge(found: media.Probe, transitions: Transitions, motion_F: np.ndarray, rules: Rules) -> Iterator[Span]:
     """The spans of all shots, and of what is between them, in order and without a gap: long ones in equal parts, each
     with its reason to go.
     """
@@ -227,7 +325,7 @@ def judge(found: decode.Probe, transitions: Transitions, motion_F: np.ndarray, r
             yield Span(first, stop, start_s, end_s, round(float(times_s[shot]), 6), part, motion, reason)
 
 
-def _end_s(found: decode.Probe, stop: int) -> float:
+def _end_s(found: media.Probe, stop: int) -> float:
     end_s = found.times_s[stop] - GUARD_S if stop < len(found.times_s) else found.duration_s
     return round(float(end_s), 6)
 
@@ -247,7 +345,7 @@ def _inner_edges(times_s: np.ndarray, end_s: float, max_s: float) -> list[int]:
 
 def write_spans(path: Path, targets: Sequence[tuple[Span, Path]]) -> None:
     """Write every span as an mp4 of its own: upright, silent, 8 bit, at the film's size, with its frames' times."""
-    frames, position = _frames(path), 0
+    frames, position = _frames(path) if targets else iter(()), 0
     for span, target in targets:
         with atomic_path(target) as temporary, av.open(str(temporary), "w", format="mp4",
                                                        container_options={"movflags": "faststart"}) as container:
@@ -308,9 +406,25 @@ def do(job: Job) -> Split:
     """Split one film and, if wanted, write its spans as files."""
     found = split_file(job.path, job.rules)
     targets = [(span, target) for span in found.spans if (target := job.target(span))]
-    if targets:
+    try:
         write_spans(job.path, targets)
+    except UserError as error:
+        return dataclasses.replace(found, unwritten=error.message)
+    except (OSError, av.FFmpegError) as error:
+        return dataclasses.replace(found, unwritten=f"could not write into {shown(job.cut_to or Path())}: "
+                                                    f"{error.strerror or error}")
     return found
+
+
+@contextlib.contextmanager
+def _no_half_files(jobs: Sequence[Job]) -> Iterator[None]:
+    """Removes what workers that were ended leave of the files that they were writing."""
+    try:
+        yield
+    finally:
+        for job in jobs:
+            for half in job.cut_to.glob(f".{glob.escape(job.path.name)}@*.tmp") if job.cut_to else ():
+                half.unlink(missing_ok=True)
 
 
 def _jobs(paths: Sequence[Path], films: Sequence[Path], rules: Rules, cut_to: Path | None) -> list[Job]:
@@ -320,8 +434,11 @@ def _jobs(paths: Sequence[Path], films: Sequence[Path], rules: Rules, cut_to: Pa
     for film in films:
         root = next((folder for folder in folders if film.is_relative_to(folder)), film.parent)
         folder = cut_to.absolute() / film.relative_to(root).parent if cut_to else None
-        key = (film, *stamp(film), dataclasses.astuple(rules), folder)
+        key = (VERSION, film, *stamp(film), dataclasses.astuple(rules), folder)
         jobs.append(Job(film, rules, folder, digest_text(*key)))
+    if too_long := [film.name for film in films if cut_to and len(os.fsencode(film.name)) > LONGEST_NAME]:
+        raise UserError(f"--cut-to {cut_to}: names of more than {LONGEST_NAME} bytes leave no room for the time that "
+                        f"is added to them: {', '.join(map(repr, too_long))}", "give these films shorter names")
     named = collections.Counter((job.cut_to, job.path.name) for job in jobs if job.cut_to)
     if clashes := [name for (_, name), number in named.items() if number > 1]:
         raise UserError(f"--cut-to {cut_to}: several films would be cut into files of the same names: "
@@ -336,7 +453,9 @@ def run(paths: Sequence[Path], out: Path, rules: Rules, cut_to: Path | None, *, 
     Rows of other films stay as they are, and a span that was there keeps its caption. What was found is remembered in
     a file beside `out`, so that a killed call goes on and other calls look only at what is new or changed.
     """
-    if rules.detector == "transnetv2":
+    if rules.detector == "adaptive":
+        needed("scenedetect", "--detector adaptive", SCENEDETECT, "data")
+    else:
         transnet.check_installed()
         if rules.threshold >= 1:
             raise UserError(f"--threshold {rules.threshold:g} is no probability below 1, which --detector transnetv2 "
@@ -347,19 +466,24 @@ def run(paths: Sequence[Path], out: Path, rules: Rules, cut_to: Path | None, *, 
                         f"--max-s {2 * rules.min_s:g} or more")
     files, ignored = find_files(paths)
     films = [path for path in files if path.suffix.lower() not in IMAGE_SUFFIXES]
+    if not films:
+        raise UserError(f"no film in {', '.join(map(shown, paths))}: {len(files)} images, {len(ignored)} other files",
+                        "give films, or folders of films")
     todo = _jobs(paths, films, rules, cut_to)
     memory = out.with_name(out.name + ".shots")
     known = _remembered(memory)
     done = {job.path: known[job.key] for job in todo if job.key in known and all(
         target.exists() for span in known[job.key].spans if (target := job.target(span)))}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with memory.open("a", encoding="utf-8") as file, progress(len(films), len(done), "film", "split") as bar:
-        file.write("\n")  # ends a line that a kill cut off
-        for job, found, why in in_workers(do, [job for job in todo if job.path not in done], jobs, timeout_s):
+    missing = [job for job in todo if job.path not in done]
+    with (journal(memory) as write, progress(len(films), len(done), "film", "split") as bar, _no_half_files(missing),
+          contextlib.closing(in_workers(do, missing, jobs, timeout_s)) as answers):
+        for job, found, why in answers:
+            if found and found.unwritten:
+                raise UserError(found.unwritten, "make room, or give another --cut-to, then run the same command "
+                                "again: what was finished is kept")
             done[job.path] = found or Split(str(job.path), fault=f"{shown(job.path)}: {why}")
             if found:
-                file.write(json_line({"key": job.key} | dataclasses.asdict(found)))
-                file.flush()
+                write(json_line({"key": job.key} | dataclasses.asdict(found)))
             bar.update()
     rows = [_row(job, span, out) for job in todo for span in done[job.path].spans if not span.reason]
     write_text(out, "".join(map(json_line, _merged(out, {relative(film, out.parent) for film in films}, rows))))
@@ -393,8 +517,9 @@ def _merged(out: Path, films: Collection[str], rows: Sequence[dict[str, Any]]) -
     """
     try:
         old = [json.loads(line) for line in out.read_text(encoding="utf-8").split("\n") if line] if out.exists() else []
-        ours = {row["id"]: row for row in old if "id" in row and shot_of(row["id"]).rpartition("@")[0] in films}
-    except (ValueError, TypeError) as error:
+        ours = {row["id"]: row for row in old
+                if "id" in row and shot_of(str(row["id"])).rpartition("@")[0] in films}
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{out} is there and is no manifest of JSON lines: {error}", "give another --out") from error
     lost = [row["id"] for row in ours.values() if row.get("caption")]
     for row in rows:
@@ -471,7 +596,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="also write every kept span as an mp4 (silent, crf 14) there, and name these in "
                         "the manifest")
     add_job_arguments(parser, 3600)
-    args = parser.parse_args(given)
+    args = parsed(parser, given)
     rules = Rules(args.threshold or THRESHOLDS[args.detector], args.min_s, args.max_s, args.drop_static, args.detector)
 
     def work() -> str:
@@ -479,6 +604,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                              timeout_s=args.timeout_s)
         if args.rejected:
             write_text(args.rejected, "".join(map(json_line, rejected_rows(found, args.rejected.absolute().parent))))
+        if all(film.fault for film in found):
+            raise UserError(summary(found, ignored, rules), "give films that can be read: python -m data_tools.probe "
+                            "tells what is wrong with these")
         return summary(found, ignored, rules)
 
     return answer(work, ["python", "-m", "data_tools.split", *given])

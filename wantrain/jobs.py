@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import math
 import multiprocessing
+import operator
 import os
+import shlex
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +23,7 @@ from typing import Any, NoReturn, TypeVar
 from tqdm import tqdm
 
 from wantrain import logs
+from wantrain.terms import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -52,8 +57,8 @@ def progress(total: int, start: int, unit: str, what: str = "", main: bool = Tru
 class _Worker:
     """A process that answers one item at a time, and is replaced where it must be killed."""
 
-    def __init__(self, function: Callable[[Any], Any]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[[Any], Any], number: int) -> None:
+        self.function, self.number = function, number
         self.item: tuple[int, Any] | None = None
         self.start()
 
@@ -61,23 +66,42 @@ class _Worker:
         context = multiprocessing.get_context("forkserver")  # never a fork of a process that holds threads or readers
         context.set_forkserver_preload([self.function.__module__])
         self.pipe, there = context.Pipe()
-        self.process = context.Process(target=_serve, args=(self.function, there), daemon=True)
-        self.process.start()
+        self.written = Path(tempfile.mkstemp(prefix="wantrain-worker-")[1])
+        named = self.function.__module__, self.function.__qualname__
+        self.process = context.Process(target=_serve, args=(*named, there, self.written), daemon=True)
+        try:
+            self.process.start()
+        except (EOFError, OSError):  # the server died of what it loads before it forks: the worker shall tell of it
+            context.set_forkserver_preload([])
+            self.process.start()
         there.close()
         self.is_fresh = True
 
     def give(self, item: tuple[int, Any], timeout_s: float) -> None:
         """Send item[1] to the process; item[0] is its number."""
         if self.is_fresh:
-            self.pipe.recv()  # its imports do not count against its first file
+            self._wait()
         try:
             self.pipe.send(item[1])
         except OSError:  # it died while it had nothing to do
             self.end()
             self.start()
-            self.pipe.recv()
+            self._wait()
             self.pipe.send(item[1])
         self.item, self.until, self.is_fresh = item, time.monotonic() + timeout_s, False
+
+    def _wait(self) -> None:
+        """Until its imports are done, which do not count against its first file. UserError where it died of them."""
+        try:
+            self.pipe.recv()
+        except (EOFError, OSError) as error:
+            self.process.join()
+            code, module = self.process.exitcode, self.function.__module__
+            said = self.written.read_text(errors="replace").strip().split("\n")[-1] or "it said nothing"
+            raise UserError(
+                f"worker {self.number} died while it imported {module} (exit code {code}): {said}",
+                "allow fewer processes or more memory: the system ends what takes too much" if code == -signal.SIGKILL
+                else f"{shlex.join([sys.executable, '-c', f'import {module}'])}    shows what is wrong") from error
 
     def take(self, too_long: str) -> tuple[Any, str]:
         """(its result, '') or (None, why there is none)."""
@@ -96,6 +120,7 @@ class _Worker:
         self.process.kill()
         self.process.join()
         self.pipe.close()
+        self.written.unlink(missing_ok=True)
 
 
 def in_workers(
@@ -113,7 +138,7 @@ def in_workers(
     numbered = enumerate(items)
     first = list(itertools.islice(numbered, jobs))
     todo = itertools.chain(first, numbered)
-    workers = [_Worker(function) for _ in first]
+    workers = [_Worker(function, number) for number, _ in enumerate(first, 1)]
     done: dict[int, tuple[Item, Result | None, str]] = {}
     num_given = num_yielded = 0
     try:
@@ -142,14 +167,33 @@ def in_workers(
             worker.end()
 
 
-def _serve(function: Callable[[Item], Result], pipe: Connection) -> None:
-    """A worker's life: results for items until the pipe closes. The parent alone answers to Ctrl-C."""
+def _serve(module: str, name: str, pipe: Connection, written: Path) -> None:
+    """A worker's life: results for items until the pipe closes. The parent alone answers to Ctrl-C.
+
+    While it imports its function, what it says on stderr goes into the file `written`, for the parent to tell.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError, BrokenPipeError):
+        with _stderr_into(written):
+            function = operator.attrgetter(name)(importlib.import_module(module))
         pipe.send("ready")
         while True:
             pipe.send(function(pipe.recv()))
+
+
+@contextlib.contextmanager
+def _stderr_into(path: Path) -> Iterator[None]:
+    """Descriptor 2 is the file until the block ends well; then what is in it goes where it would have gone."""
+    stderr = os.dup(2)
+    with path.open("wb") as file:
+        os.dup2(file.fileno(), 2)
+    yield
+    sys.stderr.flush()
+    os.dup2(stderr, 2)
+    os.close(stderr)
+    with contextlib.suppress(OSError):
+        os.write(2, path.read_bytes())
 
 
 def _die_with_parent() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -117,6 +119,23 @@ def test_a_worker_that_dies_outside_its_function_stops_no_other_item(how):
         time.sleep(0.6)  # as encoding does
     assert [item for item, _ in results] == ["a", how, "b", "c"]
     assert results[-1] == ("c", "c")
+
+
+@pytest.mark.parametrize(("body", "code", "said"), [
+    ("raise RuntimeError('no such device')", 1, "RuntimeError: no such device"),
+    ("import nowhere_to_be_found", 1, "ModuleNotFoundError: No module named 'nowhere_to_be_found'"),
+    ("import os; os._exit(7)", 7, "it said nothing")])
+def test_a_worker_that_dies_while_it_imports_says_why(tmp_path, monkeypatch, body, code, said):
+    """In a worker alone: here its module is sound."""
+    (tmp_path / "frail.py").write_text(f"import multiprocessing\n\n\ndef work(item):\n    return item\n\n\n"
+                                       f"if multiprocessing.parent_process():\n    {body}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "frail", raising=False)
+    frail = importlib.import_module("frail")
+    with pytest.raises(UserError, match=re.escape(
+            f"worker 1 died while it imported frail (exit code {code}): {said}")) as told:
+        list(in_workers(frail.work, [1, 2], 1, 20))
+    assert f"{sys.executable} -c 'import frail'" in told.value.next_step
 
 
 def test_a_pipe_that_no_one_writes_runs_into_the_time_limit(tmp_path):

@@ -1,7 +1,9 @@
 """Shots end where the film cuts: by content, on films whose cuts are known, and every shot is accounted for."""
 
+import dataclasses
 import itertools
 import json
+import math
 import pickle
 import re
 from fractions import Fraction
@@ -87,6 +89,60 @@ def test_the_guard_holds_where_a_wanted_time_falls_just_before_the_cut():
 def test_cuts_beside_the_ends_and_flashes_are_found(tmp_path):
     path = odd_files.write_film(tmp_path / "film.mp4", odd_files.film_of_shots((1, 20, 2, 20, 1), seed=3))
     assert split.find_shots(path, decode.probe(path).times_s, RULES)[0] == [(cut, cut) for cut in (1, 21, 23, 43)]
+
+
+HOLDS = {"twos": (2,), "threes": (3,), "fours": (4,), "mixed": (3, 2, 2, 4, 3), "3:2": (3, 2),
+         "one in five": (1, 1, 1, 2)}
+CODING = {"exact": {"crf": "0"}, "noisy": {"crf": "30"}, "many keys": {"crf": "23", "g": "7"}}
+
+
+@pytest.mark.parametrize("holds", HOLDS.values(), ids=HOLDS)
+@pytest.mark.parametrize("options", CODING.values(), ids=CODING)
+def test_held_drawings_are_cut_where_the_film_cuts(tmp_path, film, holds, options):
+    """Repeats that coding made inexact are repeats, and cuts are the film's frames."""
+    film = film[:58].repeat([*itertools.islice(itertools.cycle(holds), 58)], 0)
+    starts = np.cumsum([0, *itertools.islice(itertools.cycle(holds), 58)])[[20, 51]].tolist()
+    path = odd_files.write_film(tmp_path / "film.mp4", film, preset="veryfast", **options)
+    assert split.find_shots(path, decode.probe(path).times_s, RULES)[0] == [(cut, cut) for cut in starts]
+
+
+def test_a_film_that_stands_still_is_cut_as_before(tmp_path, film):
+    """Stills of seconds, of half a second and of a moment: what stands for long is no held drawing."""
+    lengths = (48, 12, 12, 36, 4, 36)
+    path = odd_files.write_film(tmp_path / "film.mp4", film[[0, 30, 55, 70, 25, 10]].repeat(lengths, 0))
+    starts = np.cumsum(lengths)[:-1].tolist()
+    assert split.find_shots(path, decode.probe(path).times_s, RULES)[0] == [(cut, cut) for cut in starts]
+
+
+def test_a_pan_on_ones_over_a_held_figure_is_one_shot(tmp_path, film):
+    wide = np.concatenate([film[0], film[30], film[55]], 1)
+    pan = np.stack([wide[:, 2 * f:2 * f + 96] for f in range(72)])
+    pan[:, 16:48, 32:64] = film[58:82].repeat(3, 0)[:, 16:48, 32:64]
+    path = odd_files.write_film(tmp_path / "film.mp4", np.ascontiguousarray(pan), crf="28", preset="veryfast")
+    assert split.find_shots(path, decode.probe(path).times_s, RULES)[0] == []
+
+
+END = math.inf
+
+
+@pytest.mark.parametrize(("change", "repeats"), [
+    ([END, 9, 9, 9, 9, END], []),
+    ([END, 0, 0, 20, 0, 0, 20, 0, 0, 20, END], [1, 2, 4, 5, 7, 8]),
+    ([END, 1, 3, 20, 2, 3, 20, 1, 3.9, 20, END], [1, 2, 4, 5, 7, 8]),
+    ([END, 4.1, 20, 4.1, 20, 4.1, 20, END], []),  # a movement that varies
+    ([END, .1, .1, .1, .1, .1, .1, 50, .1, .1, 50, .1, .1, .1, .1, .1, .1, END], []),  # a short shot between two cuts
+    ([END, 0, 0, 0, 0, 20, 0, 0, 0, 0, 0, 0, 20, 0, 20, 0, 20, END], [13, 15]),  # and a still among holds
+    ([END, 0, 1.9, 0, 1.9, 0, 1.9, END], [])])  # so little never looks like a cut
+def test_repeats_lie_between_changes(change, repeats):
+    assert [i for i in range(1, len(change) - 1) if split.is_repeat(change, i, 4)] == repeats
+
+
+def test_the_case_on_threes_is_one_shot():
+    path = Path(__file__).parents[3] / "shared/cases/media/one_shot_on_threes.mp4"
+    if not path.exists():
+        pytest.skip("the cases are elsewhere")
+    span, = split.split_file(path, dataclasses.replace(RULES, min_s=1.0, max_s=10.0)).spans
+    assert (span.end_s - span.start_s, span.reason) == (pytest.approx(3.0, abs=0.01), "")
 
 
 @pytest.mark.parametrize("path", DEMO[:4], ids=lambda p: p.stem)

@@ -54,7 +54,7 @@ def see(detector, reds):
         picture = np.zeros((54, 96, 3), np.uint8)
         picture[..., 0] = red
         frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-        detector.see(frame, frame)
+        detector.see(detector.picture(frame, frame))
 
 
 def test_a_dissolve_that_ratios_miss_is_seen_and_left_out(film, tmp_path, capsys):
@@ -83,7 +83,7 @@ def test_the_windows_are_those_of_the_package(film):
     with av.open(str(film)) as container:
         frames = list(container.decode(video=0))[:60]
     for frame in frames:
-        detector.see(frame, frame)
+        detector.see(detector.picture(frame, frame))
     pictures = [frame.reformat(48, 27, "rgb24", interpolation="BICUBIC").to_ndarray() for frame in frames]
     detector.transitions()
     told = np.concatenate(detector.told)[: len(pictures)]
@@ -112,7 +112,7 @@ def test_turned_films_are_seen_upright(tells_red, tmp_path):
     detector = transnet.Detector(0.5)
     for frame in av.open(str(tmp_path / "turned.mp4")).decode(video=0):
         assert (frame.height, frame.width) == (192, 108)
-        detector.see(frame, frame)
+        detector.see(detector.picture(frame, frame))
     wanted = av.VideoFrame.from_ndarray(upright[0], format="rgb24").reformat(48, 27, interpolation="BICUBIC")
     assert np.abs(detector.pictures[-1].astype(int) - wanted.to_ndarray()).mean() < 3
 

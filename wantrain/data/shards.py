@@ -102,7 +102,7 @@ def _row(members: Sequence[tuple[str, Any]], texts: Collection[str]) -> Row | st
             else:
                 said = row.setdefault("captions", [])
                 said.insert(0 if kind == "txt" else len(said), _text(value))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return f"its {kind}: {error}"
     further = [*row.get("captions", []), *columns.pop("captions", [])]
     return columns | row | ({"captions": further} if further else {})
