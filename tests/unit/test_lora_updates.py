@@ -204,6 +204,10 @@ def test_low_rank_is_the_best_there_is() -> None:
     assert float((full - pair.delta()).norm() ** 2 / full.norm() ** 2) == pytest.approx(1 - kept, abs=1e-5)
     assert torch.equal(pair.a, low_rank(full, 16)[0].a)
     assert low_rank(torch.randn(8, 4), 32)[0].rank == 4
+    for size in (1e-30, 1e36):
+        pair, kept = low_rank(change * size, 5)
+        assert kept == pytest.approx(1, abs=1e-6)
+        assert (pair.delta() / size - change).norm() < 1e-5 * change.norm()
 
 
 def test_worst_difference_sees_every_kind_of_change() -> None:

@@ -275,10 +275,12 @@ def low_rank(difference: torch.Tensor, rank: int) -> tuple[LoraPair, float]:
     Truncated SVD by randomised subspace iteration (Halko et al. 2011), the same numbers at every call.
     """
     rank = min(rank, *difference.shape)
+    scale = 2.0 ** math.frexp(float(difference.abs().max()))[1]  # squares of the largest float32 would overflow
+    difference = difference / scale
     with torch.random.fork_rng():
         torch.manual_seed(0)
         u, s, v = torch.svd_lowrank(difference, q=min(rank + 16, *difference.shape), niter=8)
-    root = s[:rank].sqrt()
+    root = s[:rank].sqrt() * math.sqrt(scale)
     kept = float(s[:rank].double().square().sum() / difference.double().square().sum())
     return LoraPair((v[:, :rank] * root).T.contiguous(), u[:, :rank] * root, rank), min(kept, 1.0)
 
