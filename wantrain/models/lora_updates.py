@@ -15,16 +15,18 @@ import torch
 from wantrain.lora import MAGNITUDE, AdapterState, inner_rank
 from wantrain.models.containers import Container, ContainerError
 from wantrain.models.lora_formats import (
+    GRAMMARS,
     PRODUCT,
     LoraFile,
     LoraPair,
     check_fit,
     products,
     read_lora,
+    refuse_inexpressible,
     split_extra,
     write_lora,
 )
-from wantrain.models.names import official_names, transformer_to_diffusers, transformer_to_official
+from wantrain.models.names import module_to_diffusers, module_to_official, official_names
 from wantrain.terms import UserError
 
 Update = Callable[[torch.Tensor], torch.Tensor]
@@ -143,7 +145,7 @@ def from_adapter(state: AdapterState) -> tuple[dict[str, LoraPair], dict[str, to
     pairs: dict[str, LoraPair] = {}
     extras: dict[str, torch.Tensor] = {}
     for name, leaves in state.tensors.items():
-        module, scale = transformer_to_official(name), state.scales[name]
+        module, scale = module_to_official(name), state.scales[name]
         if "lora_A" in leaves:
             pairs[module] = LoraPair(leaves["lora_A"], leaves["lora_B"], scale * leaves["lora_A"].shape[0])
             if MAGNITUDE in leaves:
@@ -165,7 +167,8 @@ def to_adapter(lora: LoraFile) -> AdapterState:
     tensors: dict[str, dict[str, torch.Tensor]] = {}
     scales: dict[str, float] = {}
     for module, pair in lora.pairs.items():
-        tensors[module], scales[module] = {"lora_A": pair.a, "lora_B": pair.b}, pair.scale
+        rank = _own_rank(pair)
+        tensors[module], scales[module] = {"lora_A": pair.a[:rank], "lora_B": pair.b[:, :rank]}, pair.scale
     for module, leaves in products(lora.extras).items():
         tensors[module] = {leaf: tensor for leaf, tensor in leaves.items() if leaf != "alpha"}
         scales[module] = product_scale(leaves)
@@ -180,8 +183,23 @@ def to_adapter(lora: LoraFile) -> AdapterState:
         raise ContainerError(lora.path, f"holds more than an adapter: {', '.join(foreign[:3])}"
                              f"{f' and {len(foreign) - 3} more' if len(foreign) > 3 else ''}", "a distilled or "
                              "extracted model", f"fold it into the base: model.merge='[{lora.path}]'")
-    return AdapterState({transformer_to_diffusers(module): leaves for module, leaves in tensors.items()},
-                        {transformer_to_diffusers(module): scale for module, scale in scales.items()})
+    return AdapterState({module_to_diffusers(module): leaves for module, leaves in tensors.items()},
+                        {module_to_diffusers(module): scale for module, scale in scales.items()})
+
+
+def _own_rank(pair: LoraPair) -> int:
+    """The rank without the zeros at the end that the writer pads with, at least 1."""
+    used = (pair.a.flatten(1) != 0).any(1) | (pair.b.transpose(0, 1).flatten(1) != 0).any(1)
+    return int(used.nonzero().max()) + 1 if used.any() else 1
+
+
+def refuse_unexportable(state: AdapterState, format: str, storage: str) -> None:
+    """Raise UserError for what a format cannot hold of an adapter, as the writer does, naming those that can.
+
+    `storage`: a word of STORAGE. Only names, shapes and scales count, so an adapter on the meta device will do.
+    """
+    pairs, extras = from_adapter(state)
+    refuse_inexpressible(GRAMMARS[format], pairs, extras, STORAGE[storage][0])
 
 
 def read_adapter(path: Path, transformer: torch.nn.Module) -> AdapterState:
