@@ -476,7 +476,8 @@ def inexpressible(grammar: Grammar, pairs: Pairs, extras: Extras, dtype: torch.d
         "tensors that its readers ignore": [n for n in extras
                                             if not split_extra(n)[1].startswith(grammar.extras or "\n")],
         "convolutions, which its readers refuse": [m for m, p in pairs.items() if p.a.ndim > 2 and not grammar.conv],
-        "modules that diffusers does not have": [m for m in modules if grammar.diffusers_names and _without_twin(m)],
+        "modules that diffusers does not have": [m for m in modules if grammar.diffusers_names
+                                                   and m in TRANSFORMER.without_twin],
         "modules of Wan-Animate, which have no official name here": [
             m for m in modules if not grammar.diffusers_names and ANIMATE.is_module(m)],
         f"an alpha/rank that cannot be folded exactly in {dtype} (it is no power of two)": [
@@ -497,10 +498,6 @@ def refuse_inexpressible(grammar: Grammar, pairs: Pairs, extras: Extras, dtype: 
         raise UserError(f"the format {grammar.id} cannot hold {what}: {', '.join(names[:3])}"
                         f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}",
                         advice + ("; or store float32" if "folded" in what else ""))
-
-
-def _without_twin(module: str) -> bool:
-    return _twin(module) == module and module in TRANSFORMER.without_twin
 
 
 def _peft_config(pairs: Pairs, extras: Extras) -> dict[str, Any]:
