@@ -131,6 +131,12 @@ def loading(lora: LoraFile, task: str = "") -> list[str]:
     return [name for name in LOADERS if name not in wrong]
 
 
+def told(lora: LoraFile, task: str = "") -> str:
+    """Lines for a user: where this file loads, and what each other tool does with it."""
+    return "\n".join([f"loads in  {', '.join(loading(lora, task)) or 'no tool that we know'}",
+                      *(f"not in    {tool}: {why}" for tool, why in not_loading(lora, task))])
+
+
 def _breaks(loader: Loader, format: str, found: Traits) -> str:
     """What keeps a tool from applying such a file rightly; empty when nothing does."""
     if any(f"for {task}" in found for task in loader.lacks):

@@ -12,7 +12,8 @@ from typing import cast
 from wantrain.lora import MAGNITUDE, inner_rank
 from wantrain.models import hub, lora_formats
 from wantrain.models.containers import Container, ContainerError, find_parts, open_container, open_raw
-from wantrain.models.lora_formats import PEFT_WEIGHTS, LoraFile, loads_in, products, split_extra
+from wantrain.models.lora_formats import PEFT_WEIGHTS, LoraFile, products, split_extra
+from wantrain.models.lora_loaders import told
 from wantrain.models.lora_updates import pair_norm, product_delta
 from wantrain.models.variants import Expert, detect, fitting_lora
 from wantrain.options import parse
@@ -63,7 +64,6 @@ def _lora(lora: LoraFile, every_norm: bool) -> None:
     suffixes = {split_extra(name)[1] for name in lora.extras}
     ranks = Counter([*(pair.rank for pair in lora.pairs.values()), *map(inner_rank, products(lora.extras).values())])
     scales = Counter(f"{pair.alpha:g} on rank {pair.rank}" for pair in lora.pairs.values())
-    tools, note = loads_in(lora.format, suffixes)
     print(f"file      {lora.path}: {_kind(lora, suffixes)}, format {lora.format}")
     print(f"modules   {len(lora.pairs) + len(made)}"
           + (f", and {len(lora.extras)} other tensors: {', '.join(sorted(suffixes))}" if lora.extras else ""))
@@ -71,8 +71,7 @@ def _lora(lora: LoraFile, every_norm: bool) -> None:
     print(f"rank      {', '.join(f'{rank} on {n}' for rank, n in ranks.most_common())}")
     if scales:
         print(f"alpha     {', '.join(f'{scale} ({n} modules)' for scale, n in scales.most_common(4))}")
-    print(f"loads in  {', '.join(tools) or 'nothing that we measured'}" + (f" ({note})" if note else ""))
-    print(f"not in    {', '.join(tool for tool in lora_formats.TOOLS if tool not in tools) or '-'}")
+    print(told(lora))
     norms = {module: pair_norm(pair) for module, pair in lora.pairs.items()}
     _norms(norms | {module: float(delta.norm()) for module, delta in made.items()}, every_norm)
     for key, value in sorted(lora.metadata.items()):
