@@ -20,7 +20,7 @@ import torch
 from diffusers import WanAnimateTransformer3DModel
 
 from tests import tiny_models as tiny
-from tests.parity.loaders import CALLED, MODELS_LACKED, RULES, SOURCES, Base, Refused, Tensors, _changed, load, verdict
+from tests.parity.loaders import CALLED, MODELS_LACKED, RULES, SOURCES, Base, Refused, Tensors, changed, load, verdict
 from wantrain import lora
 from wantrain.models.lora_formats import GRAMMARS, LoraFile, read_lora, write_lora
 from wantrain.models.lora_updates import from_adapter
@@ -45,7 +45,6 @@ TARGETS: dict[str, tuple[list[str], dict[str, int]]] = {
     "rank_pattern": (["attn_ffn"], {"attn": 2}),
 }
 KINDS = ("lora", "rslora", "dora", "loha", "lokr")
-NOT_HELD = "—"
 
 
 class Row(NamedTuple):
@@ -80,7 +79,7 @@ def adapted(base: Base, kind: str, targets: str) -> tuple[LoraFile, Tensors]:
     for parameter in lora.trainable(module).values():
         parameter.data = parameter.data + 0.3 * torch.randn(parameter.shape, generator=generator)
     state = lora.adapter_state(lora.trainable(module), lora.scales(module))
-    return LoraFile(Path("trained"), "universal", *from_adapter(state)), _changed(module, base)
+    return LoraFile(Path("trained"), "universal", *from_adapter(state)), changed(module, base)
 
 
 def measured(base: Base, path: Path, wanted: Tensors) -> dict[str, str]:
@@ -104,10 +103,74 @@ def rows(bases: tuple[str, ...] = tuple(BASES), kinds: tuple[str, ...] = KINDS,
                 for target in targets:
                     given, wanted = adapted(base, kind, target)
                     for format in GRAMMARS:
-                        path = Path(folder) / ("-".join((name, kind, target, format)) + ("" if format == "peft" else ".safetensors"))
+                        suffix = "" if format == "peft" else ".safetensors"
+                        path = Path(folder) / ("-".join((name, kind, target, format)) + suffix)
                         try:
                             write_lora(path, given.pairs, format, {}, extras=given.extras)
                         except UserError:
                             yield Row(name, kind, target, format), None, {}
                             continue
                         yield Row(name, kind, target, format), read_lora(path), measured(base, path, wanted)
+
+
+def merged(found: list[tuple[Row, dict[str, str]]], base: str) -> list[tuple[str, str, str, dict[str, str]]]:
+    """(format, kinds, targets, verdicts) of one family: rows that differ in targets or kind alone become one."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    cells = {}
+    for row, verdicts in found:
+        if row.base == base and verdicts:
+            key = (row.format, row.kind, "|".join(verdicts.values()))
+            cells[key[2]] = verdicts
+            groups.setdefault(key, []).append(row.targets)
+    kinds: dict[tuple[str, str, str], list[str]] = {}
+    for (format, kind, key), targets in groups.items():
+        kinds.setdefault((format, ", ".join(targets), key), []).append(kind)
+    return [(format, ", ".join(own), targets, cells[key]) for (format, targets, key), own in kinds.items()]
+
+
+INTRO = """# LoRA files: which tool loads what
+
+Written by `python -m tests.parity.loader_table`; do not edit. Every file was written by `wantrain export`'s writer from
+an adapter made by PEFT, and loaded by each tool's own rules, restated in `tests/parity/loaders.py` (diffusers and PEFT
+are called); right is what PEFT's merge makes of the weights. `wantrain inspect FILE`, `convert` and `export` say the
+same of one file: their table (`wantrain/models/lora_loaders.py`) is held against this matrix by the tests.
+
+- **right**: every module gets the trained change (to 1e-4). **N of M**: the rest silently gets none.
+  **nothing**: loads without an effect. **raises**: an error. **wrong**: another change than the trained one.
+- Where ranks differ (`lora.rank_pattern`), every module is padded with rows and columns of zeros to the largest: the
+  same change, and right also in tools that have one rank for all modules. alpha grows in proportion, or is folded.
+- universal, comfy_updown, diffsynth, diffsynth_pipe and diffusers have alpha/rank folded into B and hold no alpha;
+  kohya, fun and lycoris hold one for every module; peft says it in `adapter_config.json`. `ss_network_dim` and
+  `ss_network_alpha` are those of the tensors (`Dynamic` where modules differ).
+- `export.dtype` and `convert dtype=` hold for A, B, the factors of LoHa and LoKr, and whole differences; alphas and the
+  magnitudes of DoRA stay as they are.
+- A rank above a module's size is wasteful and loads like any other.
+- A row is missing where the format cannot hold the file: `wantrain train` says so before it begins.
+- WanVideoWrapper is shown with LoRAs merged; without merging it also passes over `head`.
+
+Two experts of Wan2.2 A14B are two files.
+"""
+
+
+def document() -> str:
+    """The text of docs/lora-files.md."""
+    found = [(row, verdicts) for row, _, verdicts in rows()]
+    lines = [INTRO, "## Read", "", "| tool | source | version or commits | files |", "| --- | --- | --- | --- |"]
+    called = {"diffusers": diffusers.__version__, "peft": peft.__version__}
+    for tool, source in SOURCES.items():
+        version = f"{called[source.where]}, called" if source.where in called else source.version
+        lines.append(f"| {tool} | {source.where} | {version} | {source.files} |")
+    lines += ["", "Read on 2026-11-29.", "", "## Models that a tool lacks", "", "| tool | no model for |",
+              "| --- | --- |", *(f"| {tool} | {', '.join(tasks)} |" for tool, tasks in MODELS_LACKED.items()),
+              "", "The tables below show what these tools would do with the names."]
+    for base, what in BASES.items():
+        lines += ["", f"## {what}", "", f"| format | kind | targets | {' | '.join(LOADERS)} |",
+                  "| --- " * (3 + len(LOADERS)) + "|"]
+        lines += [f"| {format} | {kinds} | {targets} | {' | '.join(verdicts[tool] for tool in LOADERS)} |"
+                  for format, kinds, targets, verdicts in merged(found, base)]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    DOC.write_text(document())
+    print(f"wrote {DOC}")

@@ -92,8 +92,8 @@ def comfyui(tensors: Tensors, base: Base) -> Tensors:
     weights = [*base.linears, *(name.removesuffix(".weight") for name in base.others if name.endswith(".weight"))]
     for module in weights:
         for stem in (f"lora_unet_{flat(module)}", f"diffusion_model.{module}"):
-            for delta in (pair_delta(tensors, stem, (UP_DOWN, B_A, DOTTED, BARE, DEFAULT)), product_delta(tensors, stem),
-                          tensors.get(f"{stem}.diff")):
+            for delta in (pair_delta(tensors, stem, (UP_DOWN, B_A, DOTTED, BARE, DEFAULT)),
+                          product_delta(tensors, stem), tensors.get(f"{stem}.diff")):
                 if delta is not None:
                     found[f"{module}.weight"] = delta
             if f"{stem}.diff_b" in tensors:
@@ -118,8 +118,9 @@ def _from_fun(name: str) -> str:
 def _standardised(name: str) -> str:
     """The wrapper's rewriting of one name, in its order."""
     if name.startswith("lycoris_blocks_"):
-        for old, new in (("lycoris_blocks_", "blocks."), ("_cross_attn_", ".cross_attn."), ("_self_attn_", ".self_attn."),
-                         ("_ffn_net_0_proj", ".ffn.0"), ("_ffn_net_2", ".ffn.2"), ("to_out_0", "o")):
+        for old, new in (("lycoris_blocks_", "blocks."), ("_cross_attn_", ".cross_attn."),
+                         ("_self_attn_", ".self_attn."), ("_ffn_net_0_proj", ".ffn.0"), ("_ffn_net_2", ".ffn.2"),
+                         ("to_out_0", "o")):
             name = name.replace(old, new)
     for prefix, new in (("transformer.", "diffusion_model."), ("pipe.dit.", "diffusion_model."),
                         ("blocks.", "diffusion_model.blocks."), ("vace_blocks.", "diffusion_model.vace_blocks.")):
@@ -239,7 +240,8 @@ def diffusion_pipe(tensors: Tensors, base: Base) -> Tensors:
     ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith("lora_A.weight")}
     pairs: dict[str, Tensors] = {}
     for name, tensor in tensors.items():
-        key = re.fullmatch(r"(blocks\.\d+\..+)\.lora_([AB])\.weight", re.sub(r"^(transformer|diffusion_model)\.", "", name))
+        bare = re.sub(r"^(transformer|diffusion_model)\.", "", name)
+        key = re.fullmatch(r"(blocks\.\d+\..+)\.lora_([AB])\.weight", bare)
         if key is None or key[1] not in base.linears or len(ranks) > 1:
             raise Refused
         pairs.setdefault(key[1], {})[key[2]] = tensor.float()
@@ -262,7 +264,7 @@ def lycoris(tensors: Tensors, base: Base) -> Tensors:
             for delta in (pair_delta(tensors, stem, (UP_DOWN,)), product_delta(tensors, stem)) if delta is not None}
 
 
-def _changed(module: torch.nn.Module, base: Base) -> Tensors:
+def changed(module: torch.nn.Module, base: Base) -> Tensors:
     """What the adapters in a module make of its weights and biases, by official name."""
     official = {twin: name for name, twin in base.linears.items()}
     found: Tensors = {}
@@ -285,13 +287,13 @@ def by_diffusers(path: Path, base: Base) -> Tensors:
         WanPipeline.load_lora_into_transformer(state, module, metadata=metadata)
     except (ValueError, KeyError, IndexError, RuntimeError, UnboundLocalError, OSError) as error:
         raise Refused from error
-    return _changed(module, base)
+    return changed(module, base)
 
 
 def by_peft(path: Path, base: Base) -> Tensors:
     """peft itself."""
     try:
-        return _changed(PeftModel.from_pretrained(copy.deepcopy(base.module), str(path)), base)
+        return changed(PeftModel.from_pretrained(copy.deepcopy(base.module), str(path)), base)
     except (ValueError, OSError) as error:
         raise Refused from error
 
@@ -317,8 +319,8 @@ SOURCES: dict[str, Source] = {
     "ai-toolkit": Source("ostris/ai-toolkit", "0ef3aa2, a836515", "toolkit/network_mixins.py, "
                          "toolkit/models/wan21/wan_lora_convert.py"),
     "diffusion-pipe": Source("tdrussell/diffusion-pipe", "0467b63, 41fa128", "models/base.py, models/wan/wan.py"),
-    "musubi-tuner": Source("kohya-ss/musubi-tuner", "0bcd20e, 1980694, 51be3dc", "src/musubi_tuner/utils/lora_utils.py, "
-                           "networks/loha.py, wan/configs/__init__.py"),
+    "musubi-tuner": Source("kohya-ss/musubi-tuner", "0bcd20e, 1980694, 51be3dc", "src/musubi_tuner/utils/"
+                           "lora_utils.py, networks/loha.py, wan/configs/__init__.py"),
     "LyCORIS": Source("KohakuBlueleaf/LyCORIS", "4.1.3", "measured by running it"),
 }
 MODELS_LACKED: dict[str, tuple[str, ...]] = {

@@ -30,7 +30,8 @@ FFN, HEAD, Q = "diffusion_model.blocks.0.ffn.0", "diffusion_model.head.head", "d
 FOREIGN: dict[str, tuple[dict[str, torch.Tensor], str, dict[str, str]]] = {
     "an alpha that is kept": ({**pair(FFN, out=64), f"{FFN}.alpha": torch.tensor(2.0)}, "ComfyUI", {
         "diffusers": "", "ai-toolkit": "ignores alpha", "diffusion-pipe": "raises on an alpha"}),
-    "an alpha on the head": ({**pair(HEAD, out=64), **pair(FFN, out=64), f"{HEAD}.alpha": torch.tensor(4.0)}, "ComfyUI", {
+    "an alpha on the head": ({**pair(HEAD, out=64), **pair(FFN, out=64), f"{HEAD}.alpha": torch.tensor(4.0)},
+                             "ComfyUI", {
         "diffusers": "raises: alphas outside the blocks", "ai-toolkit": "applies what is in blocks"}),
     "ranks that differ": ({**pair(FFN, rank=2, out=64), **pair(Q)}, "ComfyUI", {
         "diffusers": "", "ai-toolkit": "has one rank", "diffusion-pipe": "has one rank"}),
@@ -44,12 +45,12 @@ FOREIGN: dict[str, tuple[dict[str, torch.Tensor], str, dict[str, str]]] = {
         {**pair(FFN, UP_DOWN, out=64), f"{FFN}.diff_b": torch.ones(64), "diffusion_model.blocks.0.norm3.diff":
          torch.ones(32)}, "LightX2V", {"ComfyUI": "", "WanVideoWrapper": "", "diffusers": "leaves out",
                                        "DiffSynth-Studio": "low-rank", "diffusion-pipe": "does not know"}),
-    "modulation": ({**pair(FFN, UP_DOWN, out=64), "diffusion_model.blocks.0.diff_m": torch.ones(1, 6, 32)}, "LightX2V", {
-        "ComfyUI": "never applies", "WanVideoWrapper": "never applies"}),
+    "modulation": ({**pair(FFN, UP_DOWN, out=64), "diffusion_model.blocks.0.diff_m": torch.ones(1, 6, 32)},
+                   "LightX2V", {"ComfyUI": "never applies", "WanVideoWrapper": "never applies"}),
     "kohya of one module": ({**pair("lora_unet_blocks_0_ffn_0", UP_DOWN, out=64), "lora_unet_blocks_0_ffn_0.alpha":
                              torch.tensor(2.0)}, "musubi-tuner", {"diffusers": "raises: it wants every"}),
-    "fun without block 0's k": ({**pair("lora_unet__blocks_0_ffn_0", UP_DOWN, out=64), "lora_unet__blocks_0_ffn_0.alpha":
-                                 torch.tensor(2.0)}, "VideoX-Fun", {
+    "fun without block 0's k": ({**pair("lora_unet__blocks_0_ffn_0", UP_DOWN, out=64),
+                                 "lora_unet__blocks_0_ffn_0.alpha": torch.tensor(2.0)}, "VideoX-Fun", {
         "WanVideoWrapper": "", "ComfyUI": "applies nothing: it knows this format"}),
 }
 """Files that others write: its tensors, a tool whose rules apply all of it, and what is said of some others."""
@@ -78,7 +79,8 @@ def test_our_own_files_load_where_the_table_says(base: str, kind: str, targets: 
     for row, file, cells in rows((base,), (kind,), (targets,)):
         if file:
             lacking = {tool for tool, tasks in MODELS_LACKED.items() if base in tasks}
-            assert loading(file, base) == [tool for tool in TABLE if cells[tool] == "right" and tool not in lacking], row
+            right = [tool for tool in TABLE if cells[tool] == "right" and tool not in lacking]
+            assert loading(file, base) == right, row
 
 
 def test_models_that_a_tool_lacks() -> None:

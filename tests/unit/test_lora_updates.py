@@ -136,7 +136,8 @@ def test_a_padded_file_becomes_an_adapter_of_its_own_ranks(tmp_path: Path) -> No
 def test_products_are_stored_in_the_dtype_asked_for(kind: str, storage: str, dtype: torch.dtype, tmp_path: Path
                                                     ) -> None:
     write_proven(tmp_path / "x.safetensors", file_of(adapted(Spec(4, 6, kind), ["attn"])), "kohya", {}, storage)
-    stored = {split_extra(name)[1]: tensor.dtype for name, tensor in read_lora(tmp_path / "x.safetensors").extras.items()}
+    extras = read_lora(tmp_path / "x.safetensors").extras
+    stored = {split_extra(name)[1]: tensor.dtype for name, tensor in extras.items()}
     assert stored.pop("alpha") == torch.float32
     assert set(stored.values()) == {dtype}
 

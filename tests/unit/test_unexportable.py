@@ -1,4 +1,4 @@
-"""What can never be exported is known before training: from an adapter on the meta device, by the writer's own words."""
+"""What can never be exported is known before training: an adapter on the meta device, in the writer's own words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 
 from tests.parity.loader_table import base_of
 from wantrain import lora
-from wantrain.config import LoraFormat
 from wantrain.lora import KINDS, AdapterState, Spec
 from wantrain.models import base as bases
 from wantrain.models.lora_formats import GRAMMARS, LoraFile
@@ -85,12 +84,12 @@ def _assert_alike(family: str, kind: str, preset: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["lora", "rslora"])
 def test_a_scale_that_bfloat16_cannot_fold_is_known_before(kind: str, tmp_path: Path) -> None:
-    for rank, alpha in ((4, 4), (4, 3), (8, 2)):
+    for rank, alpha in ((4, 3), (8, 2)):
         answers = {}
-        for format in LoraFormat:
-            before, after = (state_of(make("t2v"), "attn", kind, rank, alpha) for make in (meta_twin, real_twin))
-            answers[format.name] = refusal(before, format.name, "bfloat16")
-            assert answers[format.name] == written(after, format.name, path_of(tmp_path, format.name), "bfloat16")
+        before, after = (state_of(make("t2v"), "attn", kind, rank, alpha) for make in (meta_twin, real_twin))
+        for format in ("universal", "diffusers", "kohya"):
+            answers[format] = refusal(before, format, "bfloat16")
+            assert answers[format] == written(after, format, path_of(tmp_path, format), "bfloat16")
         scale = alpha / (rank if kind == "lora" else rank**0.5)
         assert bool(answers["universal"]) == bool(answers["diffusers"]) == (scale not in (0.25, 0.5, 1, 2))
         assert not answers["kohya"]
@@ -104,6 +103,7 @@ def test_a_rank_above_a_modules_size_is_exported(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if trainable(variant)])
 def test_real_variants_answer_as_their_tiny_twins(name: str) -> None:
     variant = VARIANTS[name]

@@ -451,10 +451,11 @@ def _network(pairs: Pairs, extras: Extras) -> dict[str, str]:
     """The field's two words for rank and alpha, from the tensors; `Dynamic` where modules differ, as sd-scripts has it.
     """
     scaled = {module: leaves for module, leaves in products(extras).items() if inner_rank(leaves) and "alpha" in leaves}
-    ranks = {pair.rank for pair in pairs.values()} | {inner_rank(leaves) for leaves in scaled.values()}
-    alphas = {pair.alpha for pair in pairs.values()} | {float(leaves["alpha"]) for leaves in scaled.values()}
-    return {key: f"{next(iter(values)):.9g}" if len(values) == 1 else "Dynamic"
-            for key, values in zip(_NETWORK, (ranks, alphas), strict=True) if values}
+    ranks = [*(pair.rank for pair in pairs.values()), *(inner_rank(leaves) for leaves in scaled.values())]
+    alphas = [*(pair.alpha for pair in pairs.values()), *(float(leaves["alpha"]) for leaves in scaled.values())]
+    told = (set(map(str, ranks)), {f"{alpha:.9g}" for alpha in alphas})
+    return {key: words.pop() if len(words) == 1 else "Dynamic"
+            for key, words in zip(_NETWORK, told, strict=True) if words}
 
 
 def split_extra(name: str) -> tuple[str, str]:
