@@ -182,8 +182,12 @@ def scales(transformer: torch.nn.Module) -> dict[str, float]:
 
 
 def adapter_state(parameters: Mapping[str, torch.Tensor], factors: Mapping[str, float]) -> AdapterState:
-    """The state from named trainable tensors (whole, as `trainable` or the engine's gather gives them) and `scales`."""
-    tensors = _by_module({name: tensor.detach().cpu().float().clone() for name, tensor in parameters.items()})
+    """The state from named trainable tensors (whole, as `trainable` or the engine's gather gives them) and `scales`.
+
+    Tensors on the meta device stay there.
+    """
+    tensors = _by_module({name: tensor.detach().float() if tensor.is_meta else tensor.detach().cpu().float().clone()
+                          for name, tensor in parameters.items()})
     assert tensors.keys() == factors.keys(), f"not this adapter's modules: {sorted(tensors.keys() ^ factors.keys())}"
     return AdapterState(tensors, dict(factors))
 
