@@ -182,10 +182,14 @@ def scales(transformer: torch.nn.Module) -> dict[str, float]:
 
 
 def adapter_state(parameters: Mapping[str, torch.Tensor], factors: Mapping[str, float]) -> AdapterState:
-    """The state from named trainable tensors (whole, as `trainable` or the engine's gather gives them) and `scales`."""
+    """The state from named trainable tensors (whole, as `trainable` or the engine's gather gives them) and `scales`.
+
+    Tensors on the meta device stay there.
+    """
     if strays := [name for name in parameters if not _PARAMETER.fullmatch(name)]:
         raise UserError(f"{strays[0]} is no tensor of an adapter", "go on from a checkpoint that nobody edited")
-    tensors = _by_module({name: tensor.detach().cpu().float().clone() for name, tensor in parameters.items()})
+    tensors = _by_module({name: tensor.detach().float() if tensor.is_meta else tensor.detach().cpu().float().clone()
+                          for name, tensor in parameters.items()})
     if others := sorted(tensors.keys() ^ factors.keys()):
         raise UserError(f"{others[0]} has a scale and no tensors, or tensors and no scale",
                         "go on from a checkpoint that nobody edited")

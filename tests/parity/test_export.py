@@ -72,7 +72,7 @@ def test_the_file_holds_official_names_folded_alpha_and_provenance(trained):
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     assert metadata["format"] == "pt"
-    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "3.0")
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "4"), "alpha is in the tensors"
     assert metadata["modelspec.trigger_phrase"] == "sqstyle"
     run = json.loads((trained / "run.json").read_text())
     assert metadata["wantrain.base_digest"] == run["base_digest"]

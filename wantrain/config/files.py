@@ -105,6 +105,8 @@ def _defaults(path: Path, group: str, node: yaml.Node) -> Iterator[tuple[str, st
             yield group, entry.value
         for key, value in entry.value if isinstance(entry, yaml.MappingNode) else ():
             words = str(key.value).split()
+            if isinstance(value, yaml.SequenceNode | yaml.MappingNode):
+                raise UserError(f"{_at(path, value)}: defaults names one file of each group", f"- {key.value}: NAME")
             if words and isinstance(value, yaml.ScalarNode) and value.value not in ("null", "???"):
                 yield words[-1].lstrip("/").partition("@")[0], value.value
 

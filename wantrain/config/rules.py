@@ -112,7 +112,7 @@ def _data_rules(config: Config) -> Iterator[Rule]:
     yield bool(data.resolutions), "data.resolutions", data.resolutions, "at least one [height, width]"
     for size in data.resolutions:
         yield len(size) == 2 and min(size) > 0, "data.resolutions", size, "two positive numbers, [height, width]"
-    yield bool(data.sources), "data.sources", data.sources, "at least one source"
+    yield isinstance(data.sources, dict) and bool(data.sources), "data.sources", data.sources, "at least one source"
     for name, source in data.sources.items():
         yield bool(source.path), f"data.sources.{name}.path", source.path, "a folder, a manifest or a URL"
         yield source.repeats >= 0.001, f"data.sources.{name}.repeats", source.repeats, \

@@ -280,7 +280,10 @@ def _captions(row: Row) -> list[str]:
     """Every caption of the clip, on one line each; empty where the row has none."""
     further = row.get("captions") or []
     if isinstance(further, str) and further.startswith("["):  # a cell of a .csv
-        further = json.loads(further)
+        try:
+            further = json.loads(further)
+        except RecursionError as error:
+            raise ValueError("captions is nested too deep") from error
     if not isinstance(further, list) or not all(isinstance(text, str) for text in further):
         raise ValueError("captions is a list of texts")
     if not isinstance(row.get("caption"), str | None):

@@ -31,9 +31,6 @@ def check_pair(raw: Container, module: str, roles: Tensors) -> None:
         raise ContainerError(raw.path, f"{module}: A {list(a.shape)} and B {list(b.shape)} do not multiply",
                              "A and B are transposed or exchanged" if transposed else "tensors of two LoRAs were mixed")
     out, into = len(b), math.prod(a.shape[1:])
-    if len(a) > 4 * max(out, into):  # a rank above a module's size is wasteful, and not wrong
-        raise ContainerError(raw.path, f"{module}: A {list(a.shape)} and B {list(b.shape)} have a rank above the "
-                             "module's size", "A and B are transposed")
     _check_size(raw, module, out, into)
 
 

@@ -6,12 +6,13 @@ facts/wan-formats.md 2.1 and 2.2.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 import shlex
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from typing import Any, Literal
 import torch
 
 from wantrain.files import write_json
-from wantrain.lora import MAGNITUDE
+from wantrain.lora import MAGNITUDE, inner_rank
 from wantrain.models.containers import Container, open_raw
 from wantrain.models.lora_checks import (
     check_pair,
@@ -30,7 +31,7 @@ from wantrain.models.lora_checks import (
     product_size,
 )
 from wantrain.models.lora_names import PEFT_CONFIG, PEFT_WEIGHTS, is_lora, weights_of
-from wantrain.models.names import TRANSFORMER, NoTwin, UnknownName
+from wantrain.models.names import ANIMATE, TRANSFORMER, NoTwin, UnknownName, module_to_diffusers
 from wantrain.models.variants import Expert
 from wantrain.models.weight_files import ContainerError, parse_json
 from wantrain.tensors import digest_tensors, write_tensors
@@ -71,8 +72,8 @@ class LoraFile:
     """A LoRA file's content.
 
     `extras` are the tensors that are no A/B pair (`.diff`, `.diff_b`, LoHa, LoKr, DoRA magnitudes and the alphas
-    that belong to them), by official stem and suffix; a bias of B is in them as the `.diff_b` that it makes. `ignored`
-    names what the file holds and is no weight.
+    that belong to them), by official stem and suffix; a bias of B is in them as the `.diff_b` that it makes. `names`
+    are those of its tensors as they stand in the file, `ignored` names what the file holds and is no weight.
     """
 
     path: Path
@@ -80,6 +81,7 @@ class LoraFile:
     pairs: dict[str, LoraPair]
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
 
 
@@ -88,9 +90,9 @@ class Grammar:
     """How one format spells a LoRA.
 
     `flat`: underscores for dots in the module path; `naming`: whose module names; `down`, `up`: suffixes of A and B;
-    `alpha`: where it stands (optional: in a tensor or else equal to the rank, folded into B when we write; tensor:
-    one for every module; config: in the metadata or adapter_config.json); `conv`: whether its readers take Conv3d;
-    `extras`: suffixes, beyond the pairs, that its readers apply.
+    `alpha`: where it stands (optional: in a tensor or else equal to the rank; tensor: one for every module; config: in
+    the metadata or adapter_config.json); `conv`: whether its readers take Conv3d; `extras`: suffixes, beyond the
+    pairs, that its readers apply.
     """
 
     id: str
@@ -102,6 +104,16 @@ class Grammar:
     alpha: Literal["optional", "tensor", "config"]
     conv: bool
     extras: tuple[str, ...] = ()
+
+    @property
+    def folds(self) -> bool:
+        """Whether we write alpha/rank into B, since not every reader looks for an alpha."""
+        return self.alpha == "optional" or self.id == "diffusers"
+
+    @property
+    def diffusers_names(self) -> bool:
+        """Whether we write it with the module names of diffusers."""
+        return self.naming == "diffusers" or self.id == "peft"
 
 
 _KRON = ("hada_w", "hada_t", "lokr_w", "lokr_t", "alpha")
@@ -121,40 +133,6 @@ GRAMMARS: dict[str, Grammar] = {g.id: g for g in (
     Grammar("diffsynth", "", False, "either", *_AB_DEFAULT, "optional", False),
 )}
 """In the order in which prefixes are tried: a longer one goes before one that it starts with."""
-
-_COMFY = ("ComfyUI", "WanVideoWrapper")
-_LOADS_IN: dict[str, tuple[tuple[str, ...], str]] = {
-    "universal": ((*_COMFY, "diffusers", "DiffSynth-Studio", "LightX2V", "ai-toolkit", "diffusion-pipe"),
-                  "musubi-tuner after its own convert_lora.py"),
-    "comfy_updown": ((*_COMFY, "diffusers", "DiffSynth-Studio", "LightX2V"), "ai-toolkit ignores an .alpha"),
-    "kohya": (("musubi-tuner", *_COMFY), "diffusers only with all attention and ffn Linears of all blocks"),
-    "fun": (("VideoX-Fun", *_COMFY), "ComfyUI only when block 0 is in it"),
-    "diffusers": (("diffusers",), "WanVideoWrapper applies a part of it"),
-    "peft": (("PEFT",), ""),
-    "lycoris": (("LyCORIS", "SimpleTuner"), ""),
-    "diffsynth": (("DiffSynth-Studio", "LightX2V", "WanVideoWrapper"), ""),
-    "diffsynth_pipe": (("WanVideoWrapper",), "old DiffSynth-Studio"),
-}
-"""Per format: the tools that apply a plain LoRA rightly, and a condition; measured, facts/wan-formats.md 2.2."""
-TOOLS = (*_COMFY, "diffusers", "DiffSynth-Studio", "LightX2V", "ai-toolkit", "diffusion-pipe", "musubi-tuner",
-         "LyCORIS")
-"""Those of which it was measured what they load."""
-
-
-def loads_in(format: str, suffixes: Collection[str]) -> tuple[tuple[str, ...], str]:
-    """The tools that apply a file of this format and with these extra tensors (suffixes) rightly, and a condition."""
-    tools, note = _LOADS_IN[format]
-    if any(suffix.startswith(("hada_", "lokr_")) for suffix in suffixes):
-        tools = {"lycoris": tools}.get(format, (*_COMFY, "musubi-tuner"))
-        note = ""
-    if {MAGNITUDE, "dora_scale"} & set(suffixes):
-        tools = tuple(tool for tool in tools if tool in ("diffusers", "PEFT", "LyCORIS"))
-        note = "ComfyUI divides by the wrong length: fold it in with wantrain merge"
-    if any(suffix.startswith("diff") for suffix in suffixes):
-        tools = tuple(tool for tool in tools if tool in (*_COMFY, "LightX2V"))
-        note = "a change of modulation only in LightX2V" if "diff_m" in suffixes else ""
-    return tools, note
-
 
 _KEY = re.compile(
     r"(?P<stem>.+?)\.(?:"
@@ -197,8 +175,9 @@ def read_lora(path: Path | str, expert: Expert | None = None) -> LoraFile:
             continue
         check_pair(raw, module, roles)
         pairs[module] = LoraPair(roles["a"], roles["b"], _alpha(raw, module, roles, grammar, config))
+    _check_transposed(raw, pairs)
     check_products(raw, products(extras))
-    return LoraFile(path, grammar.id, pairs, _plain_extras(raw, pairs, extras), raw.metadata, ignored)
+    return LoraFile(path, grammar.id, pairs, _plain_extras(raw, pairs, extras), raw.metadata, tuple(tensors), ignored)
 
 
 def _is_buffer(name: str, tensor: torch.Tensor) -> bool:
@@ -298,12 +277,13 @@ def _official(raw: Container, name: str, stem: str, grammar: Grammar) -> str:
 
 def _known(stem: str, flat: bool, other: bool) -> str | None:
     """The official path of a module in either naming, or None; bare parameters (`.diff`, `.diff_m`) count too."""
-    try:
-        if flat:
-            return TRANSFORMER.from_flat(stem, other)
-        if other:
-            return TRANSFORMER.to_official(stem)
-    except UnknownName:
+    for table in (TRANSFORMER, ANIMATE) if other else (TRANSFORMER,):
+        with contextlib.suppress(UnknownName):
+            if flat:
+                return table.from_flat(stem, other)
+            if other:
+                return table.to_official(stem)
+    if flat or other:
         return None
     return stem if TRANSFORMER.is_module(stem) or _PARAMETER_STEM.fullmatch(stem) else None
 
@@ -340,7 +320,7 @@ def _alpha(raw: Container, module: str, roles: Extras, grammar: Grammar, config:
 
 def _twin(module: str) -> str:
     try:
-        return TRANSFORMER.to_other(module)
+        return module_to_diffusers(module)
     except NoTwin:
         return module
 
@@ -373,6 +353,19 @@ def _plain_extras(raw: Container, pairs: Pairs, extras: Extras) -> dict[str, tor
         else:
             found[name] = tensor
     return found
+
+
+def _check_transposed(raw: Container, pairs: Pairs) -> None:
+    """Refuse a file in which every rank is above both sides of its module, unless we wrote it (its digest is right).
+
+    A rank above one side, or above both in some modules, is wasteful and not wrong.
+    """
+    above = [module for module, pair in pairs.items()
+             if pair.rank > max(pair.b.shape[0], math.prod(pair.a.shape[1:]))]
+    if pairs and len(above) == len(pairs) and DIGEST_KEY not in raw.metadata:
+        one = pairs[above[0]]
+        raise ContainerError(raw.path, f"{above[0]}: A {list(one.a.shape)} and B {list(one.b.shape)} have a rank above "
+                             "the module's size, as all modules here", "A and B are transposed")
 
 
 PRODUCT = ("hada_w", "lokr_w", "alpha")
@@ -416,27 +409,28 @@ def write_lora(path: Path, pairs: Pairs, format: str, metadata: Mapping[str, str
                dtype: torch.dtype = torch.float32, extras: Extras | None = None) -> None:
     """Write pairs (official module paths) in a format of GRAMMARS; `peft` makes a folder, the others a file.
 
-    Alpha is folded into B, or kept, as the format wants; the digest of the tensors goes into the metadata. Raises
-    UserError naming what the format cannot express: extras, Conv3d, modules without a diffusers name, and folding
-    that would not be exact in `dtype`.
+    All pairs get one rank, alpha is folded into B or kept, as the format wants; the metadata says the rank and alpha
+    that the tensors have, and their digest. Raises UserError naming what the format cannot express (extras, Conv3d,
+    modules without a name there, folding that would not be exact in `dtype`) and values that overflow `dtype`.
     """
     grammar = GRAMMARS[format]
     extras = extras or {}
-    _refuse_inexpressible(grammar, pairs, extras, dtype)
+    refuse_inexpressible(grammar, pairs, extras, dtype)
+    pairs = _as_written(grammar, pairs)
     tensors: dict[str, torch.Tensor] = {}
     for module, pair in pairs.items():
         stem = _spell(grammar, module)
-        folded = pair.b.float() * pair.scale if grammar.alpha == "optional" else pair.b.float()
         tensors[f"{stem}.{grammar.down}"] = pair.a.float().to(dtype)
-        tensors[f"{stem}.{grammar.up}"] = folded.to(dtype)
+        tensors[f"{stem}.{grammar.up}"] = pair.b.float().to(dtype)
         if grammar.alpha == "tensor":
             tensors[f"{stem}.alpha"] = torch.tensor(pair.alpha, dtype=torch.float32)
     for name, tensor in extras.items():
         module, suffix = split_extra(name)
-        tensors[f"{_spell(grammar, module)}.{suffix}"] = tensor
-    if lost := [name for name, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]:
-        raise UserError(f"{lost[0]} is not finite in {dtype}", "choose bfloat16 or float32; nothing was written")
-    header = {"format": "pt", **metadata, DIGEST_KEY: digest_tensors(tensors)}
+        is_factor = suffix.startswith(_ROUNDED)
+        tensors[f"{_spell(grammar, module)}.{suffix}"] = tensor.float().to(dtype) if is_factor else tensor
+    _refuse_overflow(tensors, dtype)
+    told = {key: value for key, value in metadata.items() if key not in _NETWORK}
+    header = {"format": "pt", **told, **_network(pairs, extras), DIGEST_KEY: digest_tensors(tensors)}
     if grammar.id == "peft":
         path.mkdir(parents=True, exist_ok=True)
         write_json(path / PEFT_CONFIG, _peft_config(pairs, extras))
@@ -448,6 +442,49 @@ def write_lora(path: Path, pairs: Pairs, format: str, metadata: Mapping[str, str
     write_tensors(path, tensors, header)
 
 
+_ROUNDED = ("hada_", "lokr_", "diff")
+"""Extras that are stored in the dtype asked for; rounded magnitudes would round the weight and not its change."""
+
+
+def _as_written(grammar: Grammar, pairs: Pairs) -> Pairs:
+    """The same updates, all with the largest rank (rows and columns of zeros), and alpha folded where we fold it."""
+    rank = max((pair.rank for pair in pairs.values()), default=0)
+    pairs = {module: _padded(pair, rank) for module, pair in pairs.items()}
+    if not grammar.folds:
+        return pairs
+    return {module: LoraPair(pair.a, pair.b.float() * pair.scale, pair.rank) for module, pair in pairs.items()}
+
+
+def _padded(pair: LoraPair, rank: int) -> LoraPair:
+    missing = rank - pair.rank
+    if not missing:
+        return pair
+    a, b = pair.a, pair.b
+    return LoraPair(torch.cat([a, a.new_zeros(missing, *a.shape[1:])]),
+                    torch.cat([b, b.new_zeros(b.shape[0], missing, *b.shape[2:])], 1), pair.scale * rank)
+
+
+def _refuse_overflow(tensors: Extras, dtype: torch.dtype) -> None:
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor.float()).all():
+            raise UserError(f"{name} is not finite in {str(dtype).removeprefix('torch.')}",
+                            "store bfloat16 or float32; if it was not finite before, the training diverged")
+
+
+_NETWORK = ("ss_network_dim", "ss_network_alpha")
+
+
+def _network(pairs: Pairs, extras: Extras) -> dict[str, str]:
+    """The field's two words for rank and alpha, from the tensors; `Dynamic` where modules differ, as sd-scripts has it.
+    """
+    scaled = {module: leaves for module, leaves in products(extras).items() if inner_rank(leaves) and "alpha" in leaves}
+    ranks = [*(pair.rank for pair in pairs.values()), *(inner_rank(leaves) for leaves in scaled.values())]
+    alphas = [*(pair.alpha for pair in pairs.values()), *(float(leaves["alpha"]) for leaves in scaled.values())]
+    told = (set(map(str, ranks)), {f"{alpha:.9g}" for alpha in alphas})
+    return {key: words.pop() if len(words) == 1 else "Dynamic"
+            for key, words in zip(_NETWORK, told, strict=True) if words}
+
+
 def split_extra(name: str) -> tuple[str, str]:
     """The name of an extra tensor as (official stem, suffix)."""
     key = _KEY.fullmatch(name)
@@ -456,28 +493,32 @@ def split_extra(name: str) -> tuple[str, str]:
 
 
 def _spell(grammar: Grammar, module: str) -> str:
-    stem = TRANSFORMER.to_other(module) if grammar.naming == "diffusers" or grammar.id == "peft" else module
+    stem = module_to_diffusers(module) if grammar.diffusers_names else module
     return grammar.prefix + (stem.replace(".", "_") if grammar.flat else stem)
 
 
-def _inexpressible(grammar: Grammar, pairs: Pairs, extras: Extras, dtype: torch.dtype) -> dict[str, list[str]]:
-    """What the format cannot hold -> the names that are of it."""
-    diffusers_names = grammar.naming == "diffusers" or grammar.id == "peft"
+def inexpressible(grammar: Grammar, pairs: Pairs, extras: Extras, dtype: torch.dtype) -> dict[str, list[str]]:
+    """What the format cannot hold -> the names that are of it. Reads no values, so meta tensors will do."""
+    modules = dict.fromkeys([*pairs, *(split_extra(name)[0] for name in extras)])
     faults = {
         "tensors that its readers ignore": [n for n in extras
                                             if not split_extra(n)[1].startswith(grammar.extras or "\n")],
         "convolutions, which its readers refuse": [m for m, p in pairs.items() if p.a.ndim > 2 and not grammar.conv],
-        "modules that diffusers does not have": [m for m in pairs if diffusers_names and _without_twin(m)],
+        "modules that diffusers does not have": [m for m in modules if grammar.diffusers_names
+                                                   and m in TRANSFORMER.without_twin],
+        "modules of Wan-Animate, which have no official name here": [
+            m for m in modules if not grammar.diffusers_names and ANIMATE.is_module(m)],
         f"an alpha/rank that cannot be folded exactly in {dtype} (it is no power of two)": [
-            m for m, p in pairs.items() if grammar.alpha == "optional" and dtype != torch.float32
+            m for m, p in pairs.items() if grammar.folds and dtype != torch.float32
             and abs(math.frexp(p.scale)[0]) != 0.5],
     }
     return {what: names for what, names in faults.items() if names}
 
 
-def _refuse_inexpressible(grammar: Grammar, pairs: Pairs, extras: Extras, dtype: torch.dtype) -> None:
-    for what, names in _inexpressible(grammar, pairs, extras, dtype).items():
-        able = [g.id for g in GRAMMARS.values() if not _inexpressible(g, pairs, extras, dtype)]
+def refuse_inexpressible(grammar: Grammar, pairs: Pairs, extras: Extras, dtype: torch.dtype) -> None:
+    """Raise UserError for the first thing that the format cannot hold, naming the formats that can."""
+    for what, names in inexpressible(grammar, pairs, extras, dtype).items():
+        able = [g.id for g in GRAMMARS.values() if not inexpressible(g, pairs, extras, dtype)]
         advice = f"choose a format that can: {', '.join(able)}" if able else "no format can: fold it into a checkpoint"
         if not set(able) & {"universal", "comfy_updown", "kohya"}:
             advice += ("; for ComfyUI fold it into a checkpoint (wantrain merge BASE LORA OUT), and if it must be a "
@@ -487,21 +528,16 @@ def _refuse_inexpressible(grammar: Grammar, pairs: Pairs, extras: Extras, dtype:
                         advice + ("; or store float32" if "folded" in what else ""))
 
 
-def _without_twin(module: str) -> bool:
-    return _twin(module) == module and module in TRANSFORMER.without_twin
-
-
 def _peft_config(pairs: Pairs, extras: Extras) -> dict[str, Any]:
-    """PEFT's LoraConfig fields: the commonest rank and alpha, patterns with full names for the rest."""
-    rank = Counter(pair.rank for pair in pairs.values()).most_common(1)[0][0]
+    """PEFT's LoraConfig fields: the one rank, the commonest alpha, patterns with full names for the rest."""
     alpha = Counter(pair.alpha for pair in pairs.values()).most_common(1)[0][0]
     return {
         "peft_type": "LORA",
-        "r": rank,
+        "r": next(iter(pairs.values())).rank,
         "lora_alpha": alpha,
-        "target_modules": sorted(TRANSFORMER.to_other(module) for module in pairs),
-        "rank_pattern": {TRANSFORMER.to_other(m): p.rank for m, p in pairs.items() if p.rank != rank},
-        "alpha_pattern": {TRANSFORMER.to_other(m): p.alpha for m, p in pairs.items() if p.alpha != alpha},
+        "target_modules": sorted(module_to_diffusers(module) for module in pairs),
+        "rank_pattern": {},
+        "alpha_pattern": {module_to_diffusers(m): p.alpha for m, p in pairs.items() if p.alpha != alpha},
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,

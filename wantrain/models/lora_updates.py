@@ -19,17 +19,19 @@ from wantrain.lora import MAGNITUDE, AdapterState, inner_rank
 from wantrain.models.containers import Container
 from wantrain.models.lora_checks import product_size
 from wantrain.models.lora_formats import (
+    GRAMMARS,
     PRODUCT,
     LoraFile,
     LoraPair,
     check_fit,
     products,
     read_lora,
+    refuse_inexpressible,
     split_extra,
     write_lora,
 )
 from wantrain.models.lora_names import instead_of_adapter, refuse_other_expert
-from wantrain.models.names import official_names, transformer_to_diffusers, transformer_to_official
+from wantrain.models.names import module_to_diffusers, module_to_official, official_names
 from wantrain.models.variants import Expert
 from wantrain.models.weight_files import ContainerError
 from wantrain.terms import UserError
@@ -155,7 +157,7 @@ def from_adapter(state: AdapterState) -> tuple[dict[str, LoraPair], dict[str, to
     pairs: dict[str, LoraPair] = {}
     extras: dict[str, torch.Tensor] = {}
     for name, leaves in state.tensors.items():
-        module, scale = transformer_to_official(name), state.scales[name]
+        module, scale = module_to_official(name), state.scales[name]
         if "lora_A" in leaves:
             pairs[module] = LoraPair(leaves["lora_A"], leaves["lora_B"], scale * leaves["lora_A"].shape[0])
             if MAGNITUDE in leaves:
@@ -222,7 +224,8 @@ def to_adapter(lora: LoraFile) -> AdapterState:
     tensors: dict[str, dict[str, torch.Tensor]] = {}
     scales: dict[str, float] = {}
     for module, pair in lora.pairs.items():
-        tensors[module], scales[module] = {"lora_A": pair.a, "lora_B": pair.b}, pair.scale
+        rank = _own_rank(pair)
+        tensors[module], scales[module] = {"lora_A": pair.a[:rank], "lora_B": pair.b[:, :rank]}, pair.scale
     for module, leaves in products(lora.extras).items():
         tensors.setdefault(module, {}).update({leaf: tensor for leaf, tensor in leaves.items() if leaf != "alpha"})
         scales[module] = product_scale(leaves)
@@ -242,8 +245,23 @@ def to_adapter(lora: LoraFile) -> AdapterState:
         raise ContainerError(lora.path, "holds several kinds of adapter: "
                              + ", ".join(f"{kind} ({module})" for kind, module in kinds.items()),
                              "tools that choose one by the module", instead_of_adapter(lora.path))
-    return AdapterState({transformer_to_diffusers(module): leaves for module, leaves in tensors.items()},
-                        {transformer_to_diffusers(module): scale for module, scale in scales.items()})
+    return AdapterState({module_to_diffusers(module): leaves for module, leaves in tensors.items()},
+                        {module_to_diffusers(module): scale for module, scale in scales.items()})
+
+
+def _own_rank(pair: LoraPair) -> int:
+    """The rank without the zeros at the end that the writer pads with, at least 1."""
+    used = (pair.a.flatten(1) != 0).any(1) | (pair.b.transpose(0, 1).flatten(1) != 0).any(1)
+    return int(used.nonzero().max()) + 1 if used.any() else 1
+
+
+def refuse_unexportable(state: AdapterState, format: str, storage: str) -> None:
+    """Raise UserError for what a format cannot hold of an adapter, as the writer does, naming those that can.
+
+    `storage`: a word of STORAGE. Only names, shapes and scales count, so an adapter on the meta device will do.
+    """
+    pairs, extras = from_adapter(state)
+    refuse_inexpressible(GRAMMARS[format], pairs, extras, STORAGE[storage][0])
 
 
 def _kind_of(leaves: Collection[str]) -> str:
@@ -275,10 +293,12 @@ def low_rank(difference: torch.Tensor, rank: int) -> tuple[LoraPair, float]:
     Truncated SVD by randomised subspace iteration (Halko et al. 2011), the same numbers at every call.
     """
     rank = min(rank, *difference.shape)
+    scale = 2.0 ** math.frexp(float(difference.abs().max()))[1]  # squares of the largest float32 would overflow
+    difference = difference / scale
     with torch.random.fork_rng():
         torch.manual_seed(0)
         u, s, v = torch.svd_lowrank(difference, q=min(rank + 16, *difference.shape), niter=8)
-    root = s[:rank].sqrt()
+    root = s[:rank].sqrt() * math.sqrt(scale)
     kept = float(s[:rank].double().square().sum() / difference.double().square().sum())
     return LoraPair((v[:, :rank] * root).T.contiguous(), u[:, :rank] * root, rank), min(kept, 1.0)
 

@@ -155,6 +155,9 @@ _TRANSFORMER: list[Row] = [
     ("control_adapter.residual_blocks.0.conv2", None, LINEAR),
 ]
 
+_ANIMATE: list[Row] = [(stem, stem, LINEAR) for stem in (
+    "face_encoder.out_proj", *(f"face_adapter.{{}}.to_{x}" for x in ("q", "k", "v", "out")))]
+
 _RESIDUAL: list[Row] = [
     ("residual.0", "norm1", ("gamma",)),
     ("residual.2", "conv1", LINEAR),
@@ -238,6 +241,8 @@ VAE: dict[VaeVersion, NameMap] = {
     "2.1": NameMap("the official Wan 2.1 VAE", "the diffusers Wan 2.1 VAE", _VAE_21),
     "2.2": NameMap("the official Wan 2.2 VAE", "the diffusers Wan 2.2 VAE", _VAE_22),
 }
+ANIMATE = NameMap("the diffusers Wan-Animate transformer", "the diffusers Wan-Animate transformer", _ANIMATE)
+"""Those Linears of Wan-Animate whose names are diffusers' everywhere here: the official ones are cut otherwise."""
 T5 = NameMap("the official umT5 encoder", "transformers' UMT5EncoderModel", _T5)
 CLIP = NameMap("the official CLIP", "transformers' CLIPVisionModel", _CLIP)
 
@@ -250,6 +255,16 @@ def transformer_to_diffusers(name: str) -> str:
 def transformer_to_official(name: str) -> str:
     """Diffusers tensor name or module path -> official. Raises UnknownName."""
     return TRANSFORMER.to_official(name)
+
+
+def module_to_diffusers(module: str) -> str:
+    """Official module path, or one of Wan-Animate's own -> diffusers. Raises UnknownName, NoTwin."""
+    return module if ANIMATE.is_module(module) else transformer_to_diffusers(module)
+
+
+def module_to_official(module: str) -> str:
+    """Diffusers module path -> official, or that of Wan-Animate's own. Raises UnknownName."""
+    return module if ANIMATE.is_module(module) else transformer_to_official(module)
 
 
 def vae_to_diffusers(name: str, version: VaeVersion) -> str:

@@ -8,6 +8,7 @@ from typing import cast
 
 from wantrain.models import hub
 from wantrain.models.lora_formats import DIGEST_KEY, GRAMMARS, read_lora, split_extra
+from wantrain.models.lora_loaders import told
 from wantrain.models.lora_names import weights_of
 from wantrain.models.lora_updates import STORAGE, write_proven
 from wantrain.models.outputs import check_lora_output
@@ -36,3 +37,4 @@ def run(arguments: Sequence[str]) -> None:
     print(f"{lora.path} ({lora.format}) -> {target} ({options['format']}): {len(lora.pairs)} LoRA modules"
           + (f" and {len(lora.extras)} other tensors" if lora.extras else "")
           + f"; read back, largest relative error of a delta {worst:.1e}")
+    print(told(read_lora(target)))

@@ -13,7 +13,8 @@ from wantrain.lora import MAGNITUDE, inner_rank
 from wantrain.models import hub, lora_formats
 from wantrain.models.containers import Container, find_parts, open_container, open_raw
 from wantrain.models.lora_checks import product_size
-from wantrain.models.lora_formats import LoraFile, loads_in, products, split_extra
+from wantrain.models.lora_formats import LoraFile, products, split_extra
+from wantrain.models.lora_loaders import told
 from wantrain.models.lora_names import PEFT_WEIGHTS, is_lora, is_run, said_expert, weights_of
 from wantrain.models.lora_updates import is_zero, pair_norm, product_norm
 from wantrain.models.variants import Expert, detect, fitting_lora
@@ -70,7 +71,6 @@ def _lora(lora: LoraFile, every_norm: bool) -> None:
     ranks = Counter([*(pair.rank for pair in lora.pairs.values()),
                      *(inner_rank(leaves) or "whole factors" for leaves in made.values())])
     scales = Counter(f"{pair.alpha:g} on rank {pair.rank}" for pair in lora.pairs.values())
-    tools, note = loads_in(lora.format, suffixes)
     print(f"file      {lora.path}: {_kind(lora, suffixes)}, format {lora.format}")
     print(f"modules   {len(lora.pairs) + len(made)}"
           + (f", and {len(lora.extras)} other tensors: {', '.join(sorted(suffixes))}" if lora.extras else ""))
@@ -84,8 +84,7 @@ def _lora(lora: LoraFile, every_norm: bool) -> None:
     print(f"rank      {', '.join(f'{rank} on {n}' for rank, n in ranks.most_common())}")
     if scales:
         print(f"alpha     {', '.join(f'{scale} ({n} modules)' for scale, n in scales.most_common(4))}")
-    print(f"loads in  {', '.join(tools) or 'nothing that we measured'}" + (f" ({note})" if note else ""))
-    print(f"not in    {', '.join(tool for tool in lora_formats.TOOLS if tool not in tools) or '-'}")
+    print(told(lora))
     norms = {module: pair_norm(pair) for module, pair in lora.pairs.items()}
     _norms(norms | {module: product_norm(leaves) for module, leaves in made.items()}, every_norm)
     for key, value in sorted(lora.metadata.items()):
