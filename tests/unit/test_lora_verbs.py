@@ -169,7 +169,7 @@ def test_what_overflows_float16_is_refused_and_what_was_there_stays(tmp_path: Pa
     assert not (tmp_path / "folder" / "config.json").exists()
     loud = saved(tmp_path / "louder.safetensors", PLAIN | {f"{Q}.lora_B.weight": 1e9 * B})
     said = refused(capsys, "convert", loud, tmp_path / "c.safetensors", "dtype=float16")
-    assert "not finite in torch.float16" in said
+    assert "not finite in" in said
     assert not (tmp_path / "c.safetensors").exists()
 
 
