@@ -153,8 +153,8 @@ Two experts of Wan2.2 A14B are two files.
 
 
 UNREAD = (
-    "The stored versions above are those that could be read, not always the newest. Not read but taken from earlier runs",
-    "of the tools: LyCORIS altogether, ComfyUI's table of names, and that ai-toolkit and the LoRA of diffusion-pipe have one",
+    "These are the stored versions, not always the newest. Not read but taken from earlier runs",
+    "of the tools: LyCORIS, the table of names of ComfyUI, and that ai-toolkit and the LoRA of diffusion-pipe have one",
     "rank and ai-toolkit has it in `blocks` alone. The models that ai-toolkit lacks are not read from its source.",
 )
 
