@@ -152,6 +152,13 @@ Two experts of Wan2.2 A14B are two files.
 """
 
 
+UNREAD = (
+    "These are the stored versions, not always the newest. Not read but taken from earlier runs",
+    "of the tools: LyCORIS, the table of names of ComfyUI, and that ai-toolkit and the LoRA of diffusion-pipe have one",
+    "rank and ai-toolkit has it in `blocks` alone. The models that ai-toolkit lacks are not read from its source.",
+)
+
+
 def document() -> str:
     """The text of docs/lora-files.md."""
     found = [(row, verdicts) for row, _, verdicts in rows()]
@@ -160,7 +167,7 @@ def document() -> str:
     for tool, source in SOURCES.items():
         version = f"{called[source.where]}, called" if source.where in called else source.version
         lines.append(f"| {tool} | {source.where} | {version} | {source.files} |")
-    lines += ["", "Read on 2026-11-29.", "", "## Models that a tool lacks", "", "| tool | no model for |",
+    lines += ["", "Read on 2026-11-29.", "", *UNREAD, "", "## Models that a tool lacks", "", "| tool | no model for |",
               "| --- | --- |", *(f"| {tool} | {', '.join(tasks)} |" for tool, tasks in MODELS_LACKED.items()),
               "", "The tables below show what these tools would do with the names."]
     for base, what in BASES.items():

@@ -1,4 +1,4 @@
-"""What each tool does with a LoRA file, in our words, from its own source; diffusers and peft are called.
+"""What each tool does with a LoRA file, in our words; diffusers and peft are called (SOURCES says what was read).
 
 Every function takes the tensors of a file and the Linears of a base (official module paths) and gives the change of
 each official tensor that the tool makes; `Refused` where the tool raises. Nothing here uses wantrain's own reader.
@@ -307,7 +307,7 @@ RULES: dict[str, Rules] = {
 CALLED: dict[str, Callable[[Path, Base], Tensors]] = {"diffusers": by_diffusers, "PEFT": by_peft}
 
 SOURCES: dict[str, Source] = {
-    "ComfyUI": Source("comfyanonymous/ComfyUI", "0.3.64; 0323d87, 179c2d3, 02b5222", "comfy/lora.py, lora_convert.py, "
+    "ComfyUI": Source("comfyanonymous/ComfyUI", "02b5222, 0323d87, 179c2d3", "comfy/lora_convert.py, "
                       "weight_adapter/lora.py, weight_adapter/lokr.py"),
     "WanVideoWrapper": Source("kijai/ComfyUI-WanVideoWrapper", "3317577", "nodes_model_loading.py"),
     "diffusers": Source("diffusers", "called", ""),
@@ -321,14 +321,14 @@ SOURCES: dict[str, Source] = {
     "diffusion-pipe": Source("tdrussell/diffusion-pipe", "0467b63, 41fa128", "models/base.py, models/wan/wan.py"),
     "musubi-tuner": Source("kohya-ss/musubi-tuner", "0bcd20e, 1980694, 51be3dc", "src/musubi_tuner/utils/"
                            "lora_utils.py, networks/loha.py, wan/configs/__init__.py"),
-    "LyCORIS": Source("KohakuBlueleaf/LyCORIS", "4.1.3", "measured by running it"),
+    "LyCORIS": Source("KohakuBlueleaf/LyCORIS", "4.1.3", "run earlier, not read"),
 }
 MODELS_LACKED: dict[str, tuple[str, ...]] = {
     "ai-toolkit": ("vace", "animate", "control", "camera", "flf2v"),
     "diffusion-pipe": ("vace", "animate", "control", "camera"),
     "musubi-tuner": ("vace", "animate", "camera", "ti2v"),
 }
-"""Tasks of which a tool has no model, from the lists in its source."""
+"""Tasks of which a tool has no model: read for diffusion-pipe and musubi-tuner, not for ai-toolkit."""
 
 
 def load(loader: str, path: Path, base: Base) -> Tensors:

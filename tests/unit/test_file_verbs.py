@@ -58,7 +58,8 @@ def test_inspect_says_what_a_lora_is(kohya, capsys):
     assert cli.main(["inspect", str(kohya)]) == 0
     shown = capsys.readouterr().out
     for said in ("format kohya", "modules   8", "rank      4 on 8", "alpha     2 on rank 4 (8 modules)",
-                 "loads in  musubi-tuner", "not in    diffusers", "fits      tiny_wan (",
+                 "loads in  ComfyUI, WanVideoWrapper, VideoX-Fun, musubi-tuner",
+                 "not in    diffusers: raises: it wants", "fits      tiny_wan (",
                  "blocks.*.self_attn.q (largest: blocks.", "ss_output_name = mine"):
         assert said in shown
 
