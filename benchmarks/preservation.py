@@ -183,8 +183,9 @@ def measure_kept(bench: Bench, names: Sequence[str]) -> dict[str, dict[str, floa
     table = {}
     for name in names:
         recipe = bench.trained(name, *bench.kept[name])
-        trios = evaluate.sample_trios(recipe, sampler_of(recipe, lora_files(recipe, ())))
-        distances = evaluate.style_distances(recipe, trios)
+        trios = list(evaluate.sample_trios(recipe, sampler_of(recipe, lora_files(recipe, ()))))
+        distances = evaluate.style_distances(recipe, {c: style.describe(trio.videos[c] for trio in trios)
+                                                      for c in evaluate.CONDITIONS})
         without = [trio.videos["lora_without_trigger"] for trio in trios]
         table[name] = {
             "moved": sum(float(difference(a, trio.videos["base"]).mean())

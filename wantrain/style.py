@@ -8,7 +8,7 @@ that the number needs no weights and never changes. Both lie in [0, 1]; the styl
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,8 @@ NUM_SCALES = 3
 FILTER_PX = 9
 OPPONENT = ((0.299, 0.587, 0.114), (0.5, -0.5, 0.0), (0.25, 0.25, -0.5))
 """Luminance, red-green, yellow-blue."""
+PIXELS_AT_ONCE = 2**18
+"""Of how many pixels the filters' answers are held at once, some 400 bytes each; a frame that is larger goes alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +32,25 @@ class Style:
     gram: torch.Tensor
 
 
-def describe(videos: Sequence[torch.Tensor]) -> Style:
-    """The style of a set of frames_FCHW uint8, each video weighing the same."""
-    histograms, grams = zip(*[(_histogram(v), _gram(v)) for v in videos], strict=True)
-    return Style(torch.stack(histograms).mean(0), torch.stack(grams).mean(0))
+def describe(videos: Iterable[torch.Tensor]) -> Style:
+    """The style of a set of frames_FCHW uint8, each video weighing the same; memory for a few frames of one at a time.
+    """
+    return mean([_of_video(frames_FCHW) for frames_FCHW in videos])
+
+
+def mean(styles: Sequence[Style]) -> Style:
+    """The style of the sets together, each weighing the same."""
+    return Style(torch.stack([s.histogram for s in styles]).mean(0), torch.stack([s.gram for s in styles]).mean(0))
+
+
+def _of_video(frames_FCHW: torch.Tensor) -> Style:
+    """Sums over its frames, of which as many at once as have PIXELS_AT_ONCE."""
+    num_frames, _, height, width = frames_FCHW.shape
+    parts = torch.split(frames_FCHW, max(1, PIXELS_AT_ONCE // (height * width)))
+    histogram = sum((_histogram(part) for part in parts), torch.zeros(BINS**3, dtype=torch.float64))
+    grams = [sum(scale) / num_frames for scale in zip(*(_grams(part) for part in parts), strict=True)]
+    triangles = [gram[tuple(torch.triu_indices(*gram.shape))] for gram in grams]
+    return Style(histogram / histogram.sum(), torch.cat(triangles).sqrt().float())
 
 
 def distance(a: Style, b: Style) -> dict[str, float]:
@@ -44,7 +61,7 @@ def distance(a: Style, b: Style) -> dict[str, float]:
 
 
 def _histogram(frames_FCHW: torch.Tensor) -> torch.Tensor:
-    """Joint RGB histogram with each pixel shared linearly between neighbouring bins, so that it has no cliffs."""
+    """Joint RGB histogram, a sum over pixels: each is shared between neighbouring bins, so that it has no cliffs."""
     position_3N = frames_FCHW.movedim(1, 0).flatten(1).double() / 255 * (BINS - 1)
     low = position_3N.floor().clamp(max=BINS - 2)
     weight_high = position_3N - low
@@ -55,7 +72,7 @@ def _histogram(frames_FCHW: torch.Tensor) -> torch.Tensor:
         weight = torch.where(bits.bool(), weight_high, 1 - weight_high).prod(0)
         flat = (index[0] * BINS + index[1]) * BINS + index[2]
         histogram.scatter_add_(0, flat, weight)
-    return histogram / histogram.sum()
+    return histogram
 
 
 def _filters() -> torch.Tensor:
@@ -74,19 +91,17 @@ def _filters() -> torch.Tensor:
     return torch.stack(bank).unsqueeze(1).float()
 
 
-def _gram(frames_FCHW: torch.Tensor) -> torch.Tensor:
-    """Upper triangles of the Gram matrices of all scales, concatenated."""
+def _grams(frames_FCHW: torch.Tensor) -> list[torch.Tensor]:
+    """The Gram matrix of every scale, float64, a mean over a frame's pixels and a sum over frames."""
     matrix = torch.tensor(OPPONENT)
     opponent = torch.einsum("oc,fchw->fohw", matrix, frames_FCHW.float() / 255)
     bank = _filters()
-    parts = []
+    grams = []
     for _ in range(NUM_SCALES):
         f, o, h, w = opponent.shape
         padded = F.pad(opponent.reshape(f * o, 1, h, w), [FILTER_PX // 2] * 4, mode="replicate")
         pairs = F.conv2d(padded, bank).view(f, o, NUM_ORIENTATIONS, 2, h, w)
         energy_KN = pairs.square().sum(3).sqrt().movedim(0, 2).reshape(o * NUM_ORIENTATIONS, -1)
-        gram = energy_KN @ energy_KN.T / energy_KN.shape[1]
-        rows, columns = torch.triu_indices(*gram.shape)
-        parts.append(gram[rows, columns].sqrt())
+        grams.append((energy_KN @ energy_KN.T).double() / (h * w))
         opponent = F.avg_pool2d(opponent, 2)
-    return torch.cat(parts)
+    return grams

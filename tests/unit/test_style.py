@@ -38,3 +38,21 @@ def test_texture_does_not_see_a_constant_colour():
     flat = [torch.full((1, 3, 32, 48), v, dtype=torch.uint8) for v in (10, 200)]
     assert style.describe(flat[:1]).gram.abs().max() < 1e-3
     assert style.describe(flat[1:]).gram.abs().max() < 1e-3
+
+
+def test_frames_few_at_a_time_give_the_same_numbers(monkeypatch):
+    videos = [torch.cat([moving_square(i, 5, 32, 48), noise(i)]) for i in range(2)]
+    whole = style.describe(videos)
+    monkeypatch.setattr(style, "PIXELS_AT_ONCE", 2 * 32 * 48)
+    parts = style.describe(video for video in videos)
+    torch.testing.assert_close(parts.histogram, whole.histogram, rtol=1e-9, atol=0)
+    torch.testing.assert_close(parts.gram, whole.gram, rtol=1e-5, atol=1e-7)
+
+
+def test_no_more_pixels_are_held_than_the_limit(monkeypatch):
+    held = []
+    grams = style._grams
+    monkeypatch.setattr(style, "_grams", lambda frames: held.append(frames.shape) or grams(frames))
+    monkeypatch.setattr(style, "PIXELS_AT_ONCE", 3 * 32 * 48)
+    style.describe([moving_square(0, 8, 32, 48), moving_square(0, 2, 96, 96)])
+    assert [shape[0] for shape in held] == [3, 3, 2, 1, 1]

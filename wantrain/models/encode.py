@@ -49,10 +49,12 @@ def pool_mask(frames_FCHW: torch.Tensor, bucket: Bucket, spatial_px: int) -> tor
 
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKLWan, latents_CTHW: torch.Tensor) -> torch.Tensor:
-    """Normalised latents of one clip -> frames_FCHW uint8."""
+    """Normalised latents of one clip -> frames_FCHW uint8. FloatingPointError where the VAE's answer is not finite."""
     latents_BCTHW = latents_CTHW.to(vae.device, torch.float32).unsqueeze(0)
     mean, std = _mean_std(vae, latents_BCTHW)
     pixels_BCFHW = vae.decode(latents_BCTHW * std + mean).sample
+    if not pixels_BCFHW.isfinite().all():
+        raise FloatingPointError("the VAE's pixels are not finite, though the latents are")
     return ((pixels_BCFHW[0].movedim(0, 1).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 

@@ -98,7 +98,10 @@ def set_strength(sampler: Sampler, strength: float) -> None:
 
 @torch.no_grad()
 def sample(sampler: Sampler, prompt: str, seed: int, settings: Settings, inputs: Inputs | None = None) -> torch.Tensor:
-    """One video, frames_FCHW uint8. The same seed starts from the same noise on every device."""
+    """One video, frames_FCHW uint8. The same seed starts from the same noise on every device.
+
+    FloatingPointError where the latents, or what the VAE makes of them, are not finite.
+    """
     inputs = inputs or Inputs()
     device = next(sampler.transformers[0].parameters()).device
     bucket, variant = settings.bucket, sampler.variant
@@ -158,6 +161,8 @@ def denoise(sampler: Sampler, settings: Settings, noise_BCTHW: torch.Tensor, giv
         guidance = settings.guidance[0 if is_low else 1]
         velocity = guided(transformer, latents.to(sampler.dtype), sigma, given, guidance)
         latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        if not latents.isfinite().all():
+            raise FloatingPointError(f"the latents are not finite at timestep {int(timestep)} of 1000")
     return given.keep(latents)
 
 

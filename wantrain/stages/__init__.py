@@ -410,6 +410,23 @@ def sampler_of(recipe: Opened, loras: Loras) -> sampling.Sampler:
                             recipe.dtype)
 
 
+def sampled(recipe: Opened, sampler: sampling.Sampler, prompt: str, *, seed: int, strength: float,
+            inputs: sampling.Inputs) -> torch.Tensor:
+    """A video of the config's sampler, frames_FCHW uint8, with the LoRAs at `strength`; 0 computes as the base.
+
+    UserError where its values are not finite: bytes would make a black film of them.
+    """
+    sampling.set_strength(sampler, strength)
+    try:
+        return sampling.sample(sampler, prompt, seed, sampler_settings(recipe), inputs)
+    except FloatingPointError as error:
+        advice = ("lower sampler.strengths, or take an earlier checkpoint" if strength else "look at model.path and "
+                  "model.merge, as no LoRA is heard at strength 0")
+        precise = ", or try model.dtype=float32" if recipe.config.model.dtype is not Dtype.float32 else ""
+        raise UserError(f"no video of prompt {prompt!r}, seed {seed}, LoRA strength {strength:g}: {error}",
+                        f"{advice}{precise}; sampler.guidance and sampler.shift may be too large") from error
+
+
 def encoders_of(recipe: Opened, device: torch.device) -> conditioning.Encoders:
     """The VAE, and the CLIP tower where the variant has one."""
     image = recipe.base.image_encoder(torch.float32, device) if recipe.variant.architecture.image_dim else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,10 +26,10 @@ from wantrain.stages import (
     inputs_of,
     lora_files,
     opened,
+    sampled,
     sampler_of,
-    sampler_settings,
 )
-from wantrain.terms import NUM_TIMESTEPS, PlannedClip
+from wantrain.terms import NUM_TIMESTEPS
 
 CONDITIONS = ("base", "lora_with_trigger", "lora_without_trigger")
 
@@ -54,8 +54,14 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     inputs = inputs_of(recipe, len(config.evaluate.prompts))
     sampler = sampler_of(recipe, loras)
     trainings = {one.base.expert or "": one.run_dir for one in recipe.trainings()}
-    trios = sample_trios(recipe, sampler, inputs)
-    distances = style_distances(recipe, trios)
+    shown, rows = [], []
+    styles: dict[str, list[style.Style]] = {c: [] for c in CONDITIONS}
+    for trio in sample_trios(recipe, sampler):  # of whose videos only one trio is held at once
+        shown.append((trio.prompt, trio.seed, trio.files))
+        rows.append([trio.videos[c][len(trio.videos[c]) // 2] for c in CONDITIONS])
+        for c in CONDITIONS:
+            styles[c].append(style.describe([trio.videos[c]]))
+    distances = style_distances(recipe, {c: style.mean(styles[c]) for c in CONDITIONS})
     numbers = {
         "style_distance": distances,
         "validation_loss": validation_losses(recipe, sampler, cached),
@@ -65,49 +71,46 @@ def run(config: Config, arguments: Sequence[str]) -> None:
         "loras": [{"path": str(path), "metadata": read_lora(path).metadata} for path in loras.values()],
     }
     folder = recipe.run_dir / "report"
-    rows = [[trio.videos[c][len(trio.videos[c]) // 2] for c in CONDITIONS] for trio in trios]
     pictures.contact_sheet(folder / "before_after.png", rows, ["base", f"LoRA, {config.data.trigger!r}",
                                                                "LoRA, no trigger"],
-                           [f"{t.prompt} (seed {t.seed})" for t in trios])
+                           [f"{prompt} (seed {seed})" for prompt, seed, _ in shown])
     write_json(recipe.run_dir / "report.json", numbers)
     page = report.html(config.run.name, config.data.trigger, numbers,
                        {expert: metrics.read(run_dir / "metrics.jsonl") for expert, run_dir in trainings.items()},
-                       [(t.prompt, t.seed, {c: t.files[c] for c in CONDITIONS}) for t in trios])
+                       shown)
     write_text(folder / "report.html", page)
-    shown = ", ".join(f"{k} {v:.3f}" for k, v in distances.items() if isinstance(v, float))
-    print(f"style distance: {shown}\nreport: {folder / 'report.html'} and {recipe.run_dir / 'report.json'}")
+    told = ", ".join(f"{k} {v:.3f}" for k, v in distances.items() if isinstance(v, float))
+    print(f"style distance: {told}\nreport: {folder / 'report.html'} and {recipe.run_dir / 'report.json'}")
 
 
-def sample_trios(recipe: Opened, sampler: sampling.Sampler, inputs: Sequence[sampling.Inputs]) -> list[Trio]:
+def sample_trios(recipe: Opened, sampler: sampling.Sampler) -> Iterator[Trio]:
     """Every evaluation prompt and seed in the three conditions, from the same noise and the same inputs."""
-    config, settings = recipe.config, sampler_settings(recipe)
+    config = recipe.config
+    inputs = inputs_of(recipe, len(config.evaluate.prompts))
     jobs = [(prompt, seed, given) for prompt, given in zip(config.evaluate.prompts, inputs, strict=True)
             for seed in config.evaluate.seeds]
-    trios = []
     with progress(len(jobs) * len(CONDITIONS), 0, "video", "samples") as bar:
         for number, (prompt, seed, given) in enumerate(jobs):
             trio = Trio(prompt, seed, {}, {})
             for condition in CONDITIONS:
-                sampling.set_strength(sampler, 0.0 if condition == "base" else 1.0)
                 text = f"{config.data.trigger}, {prompt}" if condition == "lora_with_trigger" else prompt
-                trio.videos[condition] = sampling.sample(sampler, text, seed, settings, given)
+                trio.videos[condition] = sampled(recipe, sampler, text, seed=seed, inputs=given,
+                                                 strength=0.0 if condition == "base" else 1.0)
                 trio.files[condition] = recipe.run_dir / "report" / f"{number:03d}_{condition}.mp4"
                 pictures.write_mp4(trio.files[condition], trio.videos[condition], recipe.variant.fps)
                 bar.update()
-            trios.append(trio)
-    return trios
+            yield trio
 
 
-def style_distances(recipe: Opened, trios: Sequence[Trio]) -> dict[str, object]:
+def style_distances(recipe: Opened, samples: Mapping[str, style.Style]) -> dict[str, object]:
     """Distance of each condition's samples to the style set, and the floor: held-out clips to the style set.
 
     The style set is the training clips whose caption holds the trigger. `nearer_to_base` compares the samples
     without trigger with the base's samples and with the style set.
     """
-    wanted = style.describe(_frames(recipe, holding_trigger(recipe)))
-    samples = {c: style.describe([t.videos[c] for t in trios]) for c in CONDITIONS}
+    wanted = style.describe(map(decode.read_window, holding_trigger(recipe)))
     parts = {c: style.distance(described, wanted) for c, described in samples.items()}
-    parts["floor"] = style.distance(style.describe(_frames(recipe, recipe.heldout)), wanted)
+    parts["floor"] = style.distance(style.describe(map(decode.read_window, recipe.heldout)), wanted)
     to_base = style.distance(samples["lora_without_trigger"], samples["base"])
     return {
         **{name: part["style"] for name, part in parts.items()},
@@ -117,11 +120,7 @@ def style_distances(recipe: Opened, trios: Sequence[Trio]) -> dict[str, object]:
     }
 
 
-def _frames(recipe: Opened, planned: Sequence[PlannedClip]) -> list[torch.Tensor]:
-    return [decode.read_window(p) for p in planned]
-
-
-def validation_losses(recipe: Opened, sampler: sampling.Sampler, cached: Cached) -> dict[str, object]:
+def validation_losses(recipe: Opened, sampler: sampling.Sampler) -> dict[str, object]:
     """Held-out loss of the base and of the LoRA, mean and at each sigma."""
     sigmas = recipe.config.validation.sigmas
     heldout = validation.HeldOut(recipe.heldout, sigmas, heldout_samples(recipe, cached),

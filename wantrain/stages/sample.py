@@ -8,8 +8,7 @@ from wantrain import pictures
 from wantrain.config import Config
 from wantrain.files import write_json
 from wantrain.jobs import progress
-from wantrain.models import sampling
-from wantrain.stages import Loras, Opened, inputs_of, lora_files, opened, sampler_of, sampler_settings
+from wantrain.stages import Loras, Opened, inputs_of, lora_files, opened, sampled, sampler_of, sampler_settings
 from wantrain.terms import UserError
 
 
@@ -21,7 +20,6 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     loras = lora_files(recipe, arguments) if any(config.sampler.strengths) else {}
     inputs = inputs_of(recipe, len(config.sampler.prompts))
     sampler = sampler_of(recipe, loras)
-    settings = sampler_settings(recipe)
     folder = recipe.run_dir / "samples"
     jobs = [(prompt, seed, given) for prompt, given in zip(config.sampler.prompts, inputs, strict=True)
             for seed in config.sampler.seeds]
@@ -30,9 +28,7 @@ def run(config: Config, arguments: Sequence[str]) -> None:
         for number, (prompt, seed, given) in enumerate(jobs):
             row = []
             for strength in config.sampler.strengths:
-                if loras:
-                    sampling.set_strength(sampler, strength)
-                frames_FCHW = sampling.sample(sampler, prompt, seed, settings, given)
+                frames_FCHW = sampled(recipe, sampler, prompt, seed=seed, strength=strength, inputs=given)
                 pictures.write_mp4(folder / f"{number:03d}_strength_{strength:g}.mp4", frames_FCHW, recipe.variant.fps)
                 row.append(frames_FCHW[len(frames_FCHW) // 2])
                 bar.update()
