@@ -131,6 +131,8 @@ class Wandb:
         if caught.fault is not None:
             tell(f"tracker wandb: {described(caught.fault)}; it goes on offline\n  next: wandb sync "
                  f"{shlex.quote(str(folder / 'wandb'))}/offline-run-*    sends it later")
+            with Caught():
+                wandb.teardown()  # its service holds the id of the run that did not begin
             self._run = start(mode="offline")
 
     def log(self, values: Mapping[str, float], step: int) -> None:

@@ -185,15 +185,16 @@ def test_wandb_goes_on_offline_where_its_server_cannot_be_had(monkeypatch, tmp_p
             raise Odd("no network")
         return SimpleNamespace(log=lambda values, step: logged.append((values, step)), finish=lambda: None)
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Settings=lambda **limits: limits))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Settings=lambda **limits: limits,
+                                                              teardown=lambda: given.append({"mode": "ended"})))
     monkeypatch.setenv("WANDB_MODE", "online")
     found = trackers(["wandb"], tmp_path / "a run", rank=4)
     found.log({"loss": 1.0}, 7)
     told = found.close(5)
     assert "Odd: no network; it goes on offline" in told
     assert f"wandb sync '{tmp_path}/a run/wandb'/offline-run-*" in told
-    assert [how["mode"] for how in given] == ["online", "offline"]
-    assert all(how["settings"]["init_timeout"] <= 30 and how["id"] == "i" for how in given)
+    assert [how["mode"] for how in given] == ["online", "ended", "offline"]
+    assert all(how["settings"]["init_timeout"] <= 30 and how["id"] == "i" for how in given[::2])
     assert logged == [({"loss": 1.0}, 7)]
 
 
