@@ -167,7 +167,7 @@ def advised_if_memory_ends(recipe: Opened, accelerator: Accelerator) -> Iterator
         peak_gib = engine.peak_memory_gib(accelerator.device)
         bucket, tokens = largest_bucket(recipe)
         raise UserError(
-            f"out of memory, with {peak_gib:.1f} GiB in use at the most: {str(error).splitlines()[0]}; the largest "
+            f"out of memory, with {peak_gib:.1f} GiB in use at the most: {(str(error) or 'no memory left').splitlines()[0]}; the largest "
             f"clips are {bucket} ({tokens:,} tokens), {recipe.config.train.micro_batch_size} at once",
             "one of:\n    " + "\n    ".join(savers(recipe.config, accelerator, tokens)[:3])) from error
 
