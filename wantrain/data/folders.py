@@ -110,7 +110,8 @@ def _entries(filesystem: Any, root: str, folder: str, account: Account) -> tuple
         elif name.startswith("."):
             account.pass_over("hidden", f"{folder}{name}{'/' * bool(is_folder)}")
         else:
-            (folders if is_folder else files).append(name)
+            is_like_a_clip = PurePosixPath(name).suffix.lower() in SUFFIXES  # a fault, by its name
+            (folders if is_folder and not is_like_a_clip else files).append(name)
     return sorted(files), sorted(folders)
 
 
