@@ -578,8 +578,10 @@ def test_json_that_is_no_object_or_has_no_list_of_captions_is_a_fault_of_its_sam
 
 @pytest.mark.parametrize("name", ["._k.mp4", ".DS_Store", "README.md", "LICENSE"])
 def test_members_that_belong_to_no_sample_are_left_alone(name, tmp_path):
-    clip, = read(write_tar(tmp_path / "x.tar", [(name, b"other"), ("k.mp4", b"v"), ("k.txt", b"x")]))
-    assert clip.caption == "x"
+    shard = write_tar(tmp_path / "x.tar", [(name, b"other"), ("k.mp4", b"v"), ("k.txt", b"x")])
+    listing = manifest.listed(manifest.Source("s", str(shard)))
+    assert [clip.caption for clip in listing.clips] == ["x"]
+    assert list(listing.account.passed.values()) == [[name]]
 
 
 def test_shards_that_others_made_may_hold_texts_that_nobody_knows(tmp_path):

@@ -104,10 +104,14 @@ def _entries(filesystem: Any, root: str, folder: str, account: Account) -> tuple
             continue  # object stores list a folder's own marker
         name = PurePosixPath(entry["name"]).name
         is_folder = entry["type"] == "directory" or (entry.get("islink") and filesystem.isdir(entry["name"]))
-        if name.startswith("."):
+        is_pipe = name.lower().endswith(".txt") and not is_folder and not filesystem.isfile(entry["name"])
+        if is_pipe:  # or a link to nowhere: to open it could wait for ever
+            account.pass_over("no files", f"{folder}{name}")
+        elif name.startswith("."):
             account.pass_over("hidden", f"{folder}{name}{'/' * bool(is_folder)}")
         else:
-            (folders if is_folder else files).append(name)
+            is_like_a_clip = PurePosixPath(name).suffix.lower() in SUFFIXES  # a fault, by its name
+            (folders if is_folder and not is_like_a_clip else files).append(name)
     return sorted(files), sorted(folders)
 
 

@@ -125,15 +125,18 @@ def _sorted_out(source: Source, rows: Sequence[tuple[str, Row | str]]) -> tuple[
     faults: list[str] = []
     ids: dict[str, str] = {}
     files: dict[str, str] = {}
+    folder = _folder_of(source).absolute()
     for place, row in rows:
         clip, fault = (None, row) if isinstance(row, str) else _clip(row, source)
         if clip is not None:
             if clip.id in ids:
                 fault = fault or f"duplicate id {clip.id!r} (also {ids[clip.id]})"
-            elif isinstance(clip.path, Path) and clip.id.removeprefix(f"{source.name}/") == _name(clip.path, source):
+            elif isinstance(clip.path, Path):
                 file = os.path.normpath(clip.path.absolute())
-                fault = fault or (f"duplicate: {clip.path} is also {files[file]}" if file in files else "")
-                files.setdefault(file, place)
+                has_own_id = file != os.path.normpath(folder / clip.id.removeprefix(f"{source.name}/"))
+                if not has_own_id:
+                    fault = fault or (f"duplicate: {file} is also {files[file]}" if file in files else "")
+                    files.setdefault(file, place)
             ids.setdefault(clip.id, place)
         if fault or clip is None:
             faults.append(f"{place}: {fault}")

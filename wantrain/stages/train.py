@@ -231,10 +231,10 @@ def advised_if_memory_ends(recipe: Opened, accelerator: Accelerator) -> Iterator
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
             raise
-        peak_gib = engine.peak_memory_gib(accelerator.device)
+        peak_gib, why = engine.peak_memory_gib(accelerator.device), str(error).partition("\n")[0]
         bucket, tokens = largest_bucket(recipe)
         raise UserError(
-            f"out of memory, with {peak_gib:.1f} GiB in use at the most: {str(error).splitlines()[0]}; the largest "
+            f"out of memory, with {peak_gib:.1f} GiB in use at the most: {why}; the largest "
             f"clips are {bucket} ({tokens:,} tokens), {recipe.config.train.micro_batch_size} at once",
             "one of:\n    " + "\n    ".join(savers(recipe.config, accelerator, tokens)[:3])) from error
 
