@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from wantrain import flow
+from wantrain import flow, lora
 from wantrain.config import Config, Dtype, ExpertOwn, Experts, LoraFormat
 from wantrain.config import for_expert as for_expert_config
 from wantrain.data import batches, decode, manifest, media, plan
@@ -23,10 +23,11 @@ from wantrain.data.plan import Plan, num_tokens
 from wantrain.engine.checkpoint import Place
 from wantrain.files import digest_text
 from wantrain.jobs import cores, in_workers
-from wantrain.lora import Spec
+from wantrain.lora import AdapterState, Spec
 from wantrain.models import conditioning, encode, hub, sampling
 from wantrain.models.base import Base, find, for_expert
 from wantrain.models.lora_names import refuse_other_experts_file
+from wantrain.models.lora_updates import refuse_unexportable
 from wantrain.models.variants import VARIANTS, Expert, Variant, trainable
 from wantrain.terms import CLIP, PARTNERS, Bucket, Clip, Dropped, Encoded, PlannedClip, Sample, UserError
 
@@ -326,6 +327,19 @@ def training_faults(recipe: Opened) -> Iterator[UserError]:
         yield UserError(f"validation.sigmas = {config.validation.sigmas}: none is in [{low:g}, {high:g}), the sigmas "
                         f"that {'this expert' if recipe.base.expert else 'sigma.range'} leaves to train at",
                         f"add one, e.g. validation.sigmas=[{(low + high) / 2:g}], or validation.every_steps=0")
+
+
+    try:
+        refuse_unexportable(meta_adapter(recipe), config.export.format.name, config.export.dtype.name)
+    except UserError as error:
+        yield UserError(f"what would be trained could not be exported: {error.message}", error.next_step)
+
+
+def meta_adapter(recipe: Opened) -> AdapterState:
+    """The names, shapes and scales of the adapter that a training makes, on the meta device."""
+    transformer = recipe.base.meta_transformer()
+    lora.inject(transformer, recipe.config.lora.targets, spec_of(recipe.config), recipe.config.train.seed)
+    return lora.adapter_state(lora.trainable(transformer), lora.scales(transformer))
 
 
 def validation_sigmas(recipe: Opened) -> list[float]:

@@ -56,7 +56,7 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     trainings = {one.base.expert or "": one.run_dir for one in recipe.trainings()}
     shown, rows = [], []
     styles: dict[str, list[style.Style]] = {c: [] for c in CONDITIONS}
-    for trio in sample_trios(recipe, sampler):  # of whose videos only one trio is held at once
+    for trio in sample_trios(recipe, sampler, inputs):  # of whose videos only one trio is held at once
         shown.append((trio.prompt, trio.seed, trio.files))
         rows.append([trio.videos[c][len(trio.videos[c]) // 2] for c in CONDITIONS])
         for c in CONDITIONS:
@@ -83,10 +83,9 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     print(f"style distance: {told}\nreport: {folder / 'report.html'} and {recipe.run_dir / 'report.json'}")
 
 
-def sample_trios(recipe: Opened, sampler: sampling.Sampler) -> Iterator[Trio]:
+def sample_trios(recipe: Opened, sampler: sampling.Sampler, inputs: Sequence[sampling.Inputs]) -> Iterator[Trio]:
     """Every evaluation prompt and seed in the three conditions, from the same noise and the same inputs."""
     config = recipe.config
-    inputs = inputs_of(recipe, len(config.evaluate.prompts))
     jobs = [(prompt, seed, given) for prompt, given in zip(config.evaluate.prompts, inputs, strict=True)
             for seed in config.evaluate.seeds]
     with progress(len(jobs) * len(CONDITIONS), 0, "video", "samples") as bar:
@@ -120,7 +119,7 @@ def style_distances(recipe: Opened, samples: Mapping[str, style.Style]) -> dict[
     }
 
 
-def validation_losses(recipe: Opened, sampler: sampling.Sampler) -> dict[str, object]:
+def validation_losses(recipe: Opened, sampler: sampling.Sampler, cached: Cached) -> dict[str, object]:
     """Held-out loss of the base and of the LoRA, mean and at each sigma."""
     sigmas = recipe.config.validation.sigmas
     heldout = validation.HeldOut(recipe.heldout, sigmas, heldout_samples(recipe, cached),

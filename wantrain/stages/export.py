@@ -14,9 +14,10 @@ from wantrain import lora
 from wantrain.config import Config, for_expert
 from wantrain.engine import checkpoint
 from wantrain.engine.checkpoint import Found, Record
-from wantrain.models.lora_formats import LoraFile, products
+from wantrain.models.lora_formats import LoraFile, products, read_lora
+from wantrain.models.lora_loaders import told
 from wantrain.models.lora_updates import from_adapter, refuse_difference, write_proven
-from wantrain.models.variants import Expert
+from wantrain.models.variants import VARIANTS, Expert
 from wantrain.stages import checkpoints_of, experts_of, export_path
 from wantrain.terms import UserError
 
@@ -76,6 +77,7 @@ def export_one(config: Config, expert: Expert | None, found: Found) -> None:
         worst = refuse_difference(path, state, config.export.dtype.name)
         print(f"exported {path} ({form}): {record.kind} on {len(pairs) or len(products(extras))} modules, "
               f"step {step}; read back against the checkpoint, largest relative error of a delta {worst:.1e}")
+        print(told(read_lora(path), VARIANTS[config.model.variant].task))
 
 
 def metadata(record: Record, step: int) -> dict[str, str]:
