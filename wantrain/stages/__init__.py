@@ -20,7 +20,7 @@ from wantrain.data import batches, decode, manifest, media, plan
 from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Cache, Conditioning, Entry, describe
 from wantrain.data.folders import Account
 from wantrain.data.plan import Plan, num_tokens
-from wantrain.engine.checkpoint import Place
+from wantrain.engine.checkpoint import Place, step_of
 from wantrain.files import digest_text
 from wantrain.jobs import cores, in_workers
 from wantrain.lora import AdapterState, Spec
@@ -321,7 +321,9 @@ def refuse_undrawn(recipe: Opened) -> None:
 
 def training_faults(recipe: Opened) -> Iterator[UserError]:
     """What keeps one training from its first or from its last step: `train` and `check` raise the first of these."""
-    config = recipe.config
+    config, done = recipe.config, checkpoints_of(recipe.config, recipe.base.expert).on_disk()
+    if done and step_of(done[-1].name) > config.train.num_steps:
+        yield more_steps_done(config, done[-1])
     if config.validation.every_steps and not validation_sigmas(recipe):
         low, high = recipe.sigmas
         yield UserError(f"validation.sigmas = {config.validation.sigmas}: none is in [{low:g}, {high:g}), the sigmas "
@@ -333,6 +335,13 @@ def training_faults(recipe: Opened) -> Iterator[UserError]:
         refuse_unexportable(meta_adapter(recipe), config.export.format.name, config.export.dtype.name)
     except UserError as error:
         yield UserError(f"what would be trained could not be exported: {error.message}", error.next_step)
+
+
+def more_steps_done(config: Config, path: Path) -> UserError:
+    """What to say where a checkpoint is of a later step than the config's last one."""
+    step = step_of(path.name)
+    return UserError(f"train.num_steps = {config.train.num_steps}, and {path} has done {step} already", "set "
+                     f"train.num_steps={step} or more, or train fewer steps in a run of their own: run.name=ANOTHER")
 
 
 def meta_adapter(recipe: Opened) -> AdapterState:
