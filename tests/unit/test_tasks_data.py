@@ -76,7 +76,7 @@ def refused(world, tmp_path, capsys):
         assert code == 2, shown
         assert "error: " in shown
         assert "Traceback" not in shown
-        wrong, found, to_do = shown.removeprefix("error: ").partition("\n  next: ")
+        wrong, found, to_do = shown.partition("error: ")[2].partition("\n  next: ")
         assert found
         assert to_do.strip()
         return wrong, to_do.strip()

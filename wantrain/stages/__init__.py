@@ -27,7 +27,7 @@ from wantrain.lora import AdapterState, Spec
 from wantrain.models import conditioning, encode, hub, sampling
 from wantrain.models.base import Base, find, for_expert
 from wantrain.models.lora_names import refuse_other_experts_file
-from wantrain.models.lora_updates import refuse_unexportable
+from wantrain.models.lora_updates import adapter_for, read_given, refuse_unexportable
 from wantrain.models.variants import VARIANTS, Expert, Variant, trainable
 from wantrain.terms import CLIP, PARTNERS, Bucket, Clip, Dropped, Encoded, PlannedClip, Sample, UserError
 
@@ -331,6 +331,14 @@ def training_faults(recipe: Opened) -> Iterator[UserError]:
                         f"add one, e.g. validation.sigmas=[{(low + high) / 2:g}], or validation.every_steps=0")
 
 
+    try:
+        for file, _ in recipe.base.merged:
+            read_given(file, recipe.base.expert)
+        if config.lora.start_from:
+            given = read_given(hub.local(for_expert(config.lora.start_from, recipe.base.expert)), recipe.base.expert)
+            adapter_for(given, recipe.base.meta_transformer())
+    except UserError as error:
+        yield error
     try:
         refuse_unexportable(meta_adapter(recipe), config.export.format.name, config.export.dtype.name)
     except UserError as error:
