@@ -30,11 +30,11 @@ import av
 import numpy as np
 
 from data_tools.command import (
-    SUFFIXES,
     absolute,
     add_job_arguments,
     answer,
     check_openable,
+    is_medium,
     journal,
     json_line,
     parsed,
@@ -44,8 +44,9 @@ from data_tools.command import (
     stamp,
 )
 from data_tools.rows import Row, has, is_url, moved, sound_rows, write_rows
+from wantrain.data.folders import Stems
 from wantrain.data.media import probe
-from wantrain.files import digest_text, owner, remembered
+from wantrain.files import digest_text, remembered
 from wantrain.jobs import TIME_LIMIT, in_workers, progress
 from wantrain.terms import IMAGE_SUFFIXES, PARTNERS, Bucket, UserError
 
@@ -337,10 +338,11 @@ def readable(name: str) -> str:
 
 def sidecars(folder: Path) -> dict[str, list[Path]]:
     """The texts beside every video and image of a folder, by its stem: NAME.txt, then NAME.*.txt."""
-    stems = {file.stem for file in folder.iterdir() if file.suffix.lower() in SUFFIXES}
+    stems = Stems(file.stem for file in folder.iterdir() if is_medium(file))
+    texts = [file for file in folder.iterdir() if file.suffix.lower() == ".txt" and not file.name.startswith(".")]
     found: dict[str, list[Path]] = {}
-    for file in sorted(folder.glob("*.txt"), key=lambda f: (f.stem not in stems, f.name)):
-        if stem := owner(file.name, stems):
+    for file in sorted(texts, key=lambda f: (not stems.like(f.stem), f.name)):
+        if stem := stems.owner(file.name):
             found.setdefault(stem, []).append(file)
     return found
 
@@ -349,11 +351,11 @@ def _folder_rows(folder: Path, out: Path) -> list[Row]:
     """A row for every video and image in the folder, with its captions, and its partners in control/, mask/, ..."""
     rows = []
     texts = sidecars(folder)
-    partners = {(kind, file.stem): file for kind in PARTNERS for file in sorted((folder / kind).glob("*"))
-                if file.suffix.lower() in SUFFIXES}
-    for file in sorted(folder.iterdir()):
-        if file.suffix.lower() not in SUFFIXES:
-            continue
+    clips = [file for file in sorted(folder.iterdir()) if is_medium(file)]
+    stems = Stems(file.stem for file in clips)
+    partners = {(kind, stems.like(file.stem)): file for kind in PARTNERS for file in sorted((folder / kind).glob("*"))
+                if is_medium(file)}
+    for file in clips:
         captions = [_read(path) for path in texts.get(file.stem, [])] or [""]
         values: dict[str, Any] = {"video": relative(absolute(file), out.parent), "caption": captions[0]}
         values |= {"captions": captions[1:]} if captions[1:] else {}

@@ -34,12 +34,17 @@ def find_files(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     for path in paths:
         if path.is_dir():
             for file in _walk(path):
-                (wanted if file.suffix.lower() in SUFFIXES else ignored).add(absolute(file))
+                (wanted if is_medium(file) else ignored).add(absolute(file))
         elif os.path.lexists(path):
             wanted.add(absolute(path))
         else:
             raise UserError(f"{shown(path)} does not exist", "give files or folders of videos and images")
     return sorted(wanted), sorted(ignored - wanted)
+
+
+def is_medium(file: Path) -> bool:
+    """Whether a file in a folder is a video or image by its name. Hidden ones are not, such as macOS' `._a.mp4`."""
+    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
 
 
 def absolute(path: Path) -> Path:

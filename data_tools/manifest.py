@@ -55,6 +55,7 @@ from data_tools.rows import (
     write_rows,
 )
 from wantrain.data import media
+from wantrain.data.folders import Stems
 from wantrain.files import digest_text, remembered
 from wantrain.jobs import in_workers, progress
 from wantrain.terms import IMAGE_SUFFIXES, PARTNERS, Found, UserError
@@ -148,17 +149,16 @@ def build(paths: Sequence[Path], out: Path, probed: Path | None, partners: Mappi
 
 def _sidecars(clips: Iterable[Path], others: Iterable[Path]) -> tuple[dict[Path, list[Path]], list[Path]]:
     """(the texts of each clip, NAME.txt before NAME.*.txt; texts of no clip). The longest NAME has it."""
-    named: dict[Path, list[Path]] = collections.defaultdict(list)
+    named: dict[Path, dict[str, list[Path]]] = collections.defaultdict(dict)
     for clip in clips:
-        named[clip.with_suffix("")].append(clip)
+        named[clip.parent].setdefault(clip.stem, []).append(clip)
+    stems = {folder: Stems(clips_of) for folder, clips_of in named.items()}
     texts, strays = collections.defaultdict(list), []
     for text in sorted((file for file in others if file.suffix.lower() == ".txt"), key=lambda t: t.with_suffix("")):
-        name = text.with_suffix("")
-        while name not in named and name.suffix:
-            name = name.with_suffix("")
-        for clip in named.get(name, []):
+        stem = stems[text.parent].owner(text.name) if text.parent in stems else ""
+        for clip in named[text.parent][stem] if stem else ():
             texts[clip].append(text)
-        strays += [] if name in named else [text]
+        strays += [] if stem else [text]
     return texts, strays
 
 

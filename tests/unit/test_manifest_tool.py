@@ -557,3 +557,22 @@ def test_what_a_user_does_wrong(tmp_path, capsys):
 def test_the_columns_are_those_of_training():
     assert set(KINDS) == set(manifest.COLUMNS)
     assert tool.MEDIA == manifest.MEDIA
+
+
+def test_names_that_differ_in_case_or_accents_and_what_macos_leaves_beside_clips(tmp_path):
+    """The same rules as for a folder that is a source."""
+    from data_tools import caption, command
+
+    nfd, nfc = "e\u0301te\u0301", "\u00e9t\u00e9"
+    for name in (f"{nfd}.mp4", "Clip.mp4", "._Clip.mp4", "b.mp4"):
+        (tmp_path / name).write_bytes(b"x")
+    for name in (f"{nfc}.txt", "clip.txt", "b.TXT", "c.txt"):
+        (tmp_path / name).write_text(f"a caption of {name}")
+    media, others = command.find_files([tmp_path])
+    assert [file.name for file in media] == ["Clip.mp4", "b.mp4", f"{nfd}.mp4"]
+    texts, strays = tool._sidecars(media, others)
+    assert {clip.name: [text.name for text in found] for clip, found in texts.items()} == {
+        "Clip.mp4": ["clip.txt"], "b.mp4": ["b.TXT"], f"{nfd}.mp4": [f"{nfc}.txt"]}
+    assert [text.name for text in strays] == ["c.txt"]
+    assert {stem: [text.name for text in found] for stem, found in caption.sidecars(tmp_path).items()} == {
+        "Clip": ["clip.txt"], "b": ["b.TXT"], nfd: [f"{nfc}.txt"]}

@@ -68,23 +68,46 @@ def test_the_readme_speaks_of_every_verb_and_of_make():
     assert {line.split()[1] for line in readme_commands("make ")} <= targets
 
 
-def test_every_wantrain_command_of_the_readme_runs_on_the_tiny_base(clips, cache_dir, cached, tmp_path, monkeypatch):
-    """With the tiny base (or the task's tiny twin), small clips and few steps in place of what the reader has."""
+NEEDS_A_LORA = ("train", "export", "sample", "evaluate", "inspect", "convert", "merge", "extract")
+"""Verbs whose commands build on each other: they run in one test, in this order."""
+COMMANDS = readme_commands("wantrain ")
+CHAIN = sorted((line for line in COMMANDS if shlex.split(line)[1] in NEEDS_A_LORA),
+               key=lambda line: NEEDS_A_LORA.index(shlex.split(line)[1]))
+ALONE = [line for line in COMMANDS if line not in CHAIN]
+
+
+@pytest.fixture
+def run_command(clips, cache_dir, cached, tmp_path, monkeypatch):
+    """Run a command of the README with the tiny base (or the task's tiny twin), small clips and few steps in place of
+    what the reader has.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my").mkdir()
     shutil.copy(clips / "plain" / "clip_0.mp4", tmp_path / "my" / "film.mp4")
     small = [*arguments_for(clips, cache_dir, tmp_path / "run")[1:], "model=tiny_wan"]
-    order = [*cli.VERBS, *cli.FILE_VERBS]
     exported = str(tmp_path / "run" / "export" / "anime_1b3.safetensors")
-    for line in sorted(readme_commands("wantrain "), key=lambda line: order.index(shlex.split(line)[1])):
+
+    def run(line):
         verb, *own = shlex.split(line.replace("runs/anime_1b3/export/anime_1b3.safetensors", exported)
                                  .replace("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", str(base.EMBEDDED))
                                  .replace("prune cache", f"prune {cache_dir}"))[1:]
         if "--help" in own or verb in cli.FILE_VERBS:
-            assert cli.main([verb, *own]) == 0, line
-            continue
+            return cli.main([verb, *own])
         recipe = [a for a in own if not a.startswith(("data.", "model"))]
-        assert cli.main([verb, *recipe, *with_twin(small, recipe[0], tmp_path)]) == 0, line
+        return cli.main([verb, *recipe, *with_twin(small, recipe[0], tmp_path)])
+
+    return run
+
+
+@pytest.mark.parametrize("line", ALONE)
+def test_a_command_of_the_readme_runs_on_the_tiny_base(run_command, line):
+    assert run_command(line) == 0
+
+
+def test_the_readmes_commands_from_training_to_the_files_run_on_the_tiny_base(run_command):
+    assert len(CHAIN) + len(ALONE) == len(COMMANDS) == 15
+    for line in CHAIN:
+        assert run_command(line) == 0, line
 
 
 def with_twin(small, recipe, folder):

@@ -59,7 +59,7 @@ def read_folder(path: str, account: Account) -> Iterator[tuple[str, Row | str]]:
             inside = _num_media(filesystem, f"{root}/{name}")
             account.pass_over("subfolders", f"{name}/" + f" ({inside} videos and images in it)" * (inside > 0))
     media = {name: PurePosixPath(name).stem for name in files if PurePosixPath(name).suffix.lower() in SUFFIXES}
-    stems = _Stems(media.values())
+    stems = Stems(media.values())
     texts = _texts([name for name in files if name.lower().endswith(".txt")], stems, account)
     for name in files:
         if name not in media and not name.lower().endswith(".txt"):
@@ -75,7 +75,7 @@ def read_folder(path: str, account: Account) -> Iterator[tuple[str, Row | str]]:
         yield name, fault or {"video": name, "captions": captions, **{kind: one for kind, (one,) in found.items()}}
 
 
-class _Stems:
+class Stems:
     """Names of clips without their endings, found exactly, or else regardless of case and of the form of accents."""
 
     def __init__(self, stems: Iterable[str]) -> None:
@@ -124,7 +124,7 @@ def _num_media(filesystem: Any, folder: str) -> int:
     return sum(PurePosixPath(name).suffix.lower() in SUFFIXES for name in names)
 
 
-def _texts(names: Iterable[str], stems: _Stems, account: Account) -> dict[str, list[str]]:
+def _texts(names: Iterable[str], stems: Stems, account: Account) -> dict[str, list[str]]:
     """The captions of each clip, NAME.txt first."""
     found: dict[str, list[str]] = defaultdict(list)
     for name in names:
@@ -144,7 +144,7 @@ def _same(names: Sequence[str]) -> list[list[str]]:
     return list(groups.values())
 
 
-def _partners(filesystem: Any, root: str, kind: str, stems: _Stems, account: Account) -> dict[str, list[str]]:
+def _partners(filesystem: Any, root: str, kind: str, stems: Stems, account: Account) -> dict[str, list[str]]:
     """The files of one kind of partners by the clip that they belong to, relative to the root."""
     if not filesystem.isdir(f"{root}/{kind}"):
         return {}
