@@ -211,10 +211,10 @@ def tell_split_prompts(key: str, node: Node) -> None:
 
 
 def tell_untriggered(config: Config) -> None:
-    """Say which prompts of the sampler do not hold the trigger: a surprise, and often a comma without quotes."""
+    """Say which prompts of the sampler do not hold the trigger where others do: often a comma without quotes."""
     trigger, prompts = config.data.trigger, config.sampler.prompts
     without = [prompt for prompt in prompts if trigger not in prompt]
-    if without:
+    if 0 < len(without) < len(prompts):
         print(f"note: {len(without)} of {len(prompts)} sampler.prompts do not hold the trigger {trigger!r}: "
               f"{' | '.join(without[:3])}{' | ...' if without[3:] else ''}; a comma splits prompts without quotes",
               file=sys.stderr)
