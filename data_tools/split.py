@@ -24,7 +24,7 @@ import math
 import os
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,7 +49,7 @@ from data_tools.command import (
     shown,
     stamp,
 )
-from wantrain.data import media
+from wantrain.data import films, media
 from wantrain.data.films import COARSE_GRACE_S
 from wantrain.files import atomic_path, digest_text, remembered, write_text
 from wantrain.jobs import in_workers, progress
@@ -248,13 +248,13 @@ def is_repeat(change: Sequence[float], i: int, longest: int) -> bool:
 def find_shots(path: Path, times_s: np.ndarray, rules: Rules) -> tuple[Transitions, np.ndarray]:
     """(where shots end and begin, difference of every frame to the one MOTION_GAP_S before, NaN where there is none).
 
-    ValueError where not every frame that has a time decodes, or more do.
+    Raises UserError where not every frame that has a time decodes.
     """
     detector = Held(make_detector(rules), longest_hold(times_s))
     motion_F = np.full(len(times_s), np.nan)
     scalers = VideoReformatter(), VideoReformatter()  # kept, for a frame's own is set up anew each time
     earlier: collections.deque[tuple[float, np.ndarray]] = collections.deque()
-    for i, (frame, time_s) in enumerate(_timed_frames(path, times_s)):
+    for i, (frame, time_s) in enumerate(_timed_frames(path)):
         small = _small(scalers[0], frame, LOOK_PX, "bgr24")
         detector.see(frame, small)
         tiny = _small(scalers[1], small, TINY_PX, "gray").to_ndarray().astype(np.int16)
@@ -278,20 +278,11 @@ def longest_hold(times_s: np.ndarray) -> int:
     return max(HOLD_FRAMES, round(HOLD_S / max(gap_s, 1e-3)))
 
 
-def _frames(path: Path) -> Iterator[av.VideoFrame]:
-    with av.open(str(path)) as container:
-        container.streams.video[0].thread_type = "NONE"
-        yield from container.decode(video=0)
-
-
-def _timed_frames(path: Path, times_s: np.ndarray) -> Iterator[tuple[av.VideoFrame, float]]:
-    """Every frame with its time; ValueError where the two are not equally many."""
-    count = 0
-    for count, frame in enumerate(_frames(path), 1):
-        if count <= len(times_s):
-            yield frame, float(times_s[count - 1])
-    if count != len(times_s):
-        raise ValueError(f"{len(times_s)} frames have a time, {count} decode; write it anew with ffmpeg")
+def _timed_frames(path: Path) -> Iterator[tuple[av.VideoFrame, float]]:
+    """Every frame as it is stored, with its time, in order. Raises UserError where one does not decode."""
+    found = replace(media.probe(path), seeks=False)
+    for i, frame in films.frames_at(path, found, range(len(found.times_s))):
+        yield frame, float(found.times_s[i])
 
 
 def _small(scaler: VideoReformatter, frame: av.VideoFrame, longest_px: int, pix_fmt: str) -> av.VideoFrame:
@@ -345,42 +336,43 @@ def _inner_edges(times_s: np.ndarray, end_s: float, max_s: float) -> list[int]:
 
 def write_spans(path: Path, targets: Sequence[tuple[Span, Path]]) -> None:
     """Write every span as an mp4 of its own: upright, silent, 8 bit, at the film's size, with its frames' times."""
-    frames, position = _frames(path) if targets else iter(()), 0
+    frames, position = _timed_frames(path) if targets else iter(()), 0
     for span, target in targets:
         with atomic_path(target) as temporary, av.open(str(temporary), "w", format="mp4",
                                                        container_options={"movflags": "faststart"}) as container:
-            _encode(container, itertools.islice(frames, span.first - position, span.stop - position))
+            _encode(container, itertools.islice(frames, span.first - position, span.stop - position),
+                    media.probe(path))
         position = span.stop
 
 
-def _encode(container: av.container.OutputContainer, frames: Iterator[av.VideoFrame]) -> None:
-    first = next(frames)
-    start, shape = first.pts, _upright(first)
-    assert start is not None
-    assert first.time_base is not None
+TICKS = 90_000
+"""Of a second, on the clock of what is written."""
+
+
+def _encode(container: av.container.OutputContainer, frames: Iterator[tuple[av.VideoFrame, float]], found: films.Probe
+            ) -> None:
+    first, start_s = next(frames)
     # Without B-frames the first frame comes at 0 s and needs no edit list.
-    fps = 1 / (first.duration * first.time_base) if first.duration else Fraction(25)
+    fps = Fraction(len(found.times_s) / found.duration_s).limit_denominator(1001)
     stream = container.add_stream("libx264", rate=fps, options={"crf": "14", "preset": "veryfast", "bf": "0"})
-    stream.width, stream.height = shape.width, shape.height
-    stream.pix_fmt = "yuv444p" if shape.width % 2 or shape.height % 2 else "yuv420p"
-    stream.codec_context.time_base = first.time_base
+    stream.width, stream.height = found.width, found.height
+    stream.pix_fmt = "yuv444p" if found.width % 2 or found.height % 2 else "yuv420p"
+    stream.codec_context.time_base = Fraction(1, TICKS)
+    shape = _upright(first, found)
     for field in ("color_range", "colorspace", "color_primaries", "color_trc"):
         setattr(stream.codec_context, field, int(getattr(shape, field)))
-    for frame in itertools.chain([first], frames):
-        assert frame.pts is not None
-        pts = frame.pts - start
-        upright = _upright(frame).reformat(format=stream.pix_fmt)
-        upright.pts, upright.time_base = pts, first.time_base
+    for frame, time_s in itertools.chain([(first, start_s)], frames):
+        upright = _upright(frame, found).reformat(found.width, found.height, stream.pix_fmt)
+        upright.pts, upright.time_base = round((time_s - start_s) * TICKS), Fraction(1, TICKS)
         container.mux(stream.encode(upright))
     container.mux(stream.encode())
 
 
-def _upright(frame: av.VideoFrame) -> av.VideoFrame:
-    turns = frame.rotation // 90 % 4
-    if not turns:
+def _upright(frame: av.VideoFrame, found: films.Probe) -> av.VideoFrame:
+    """The frame as it is shown, but for the shape of its pixels."""
+    if found.upright == films.Upright() and not films.has_alpha(frame):
         return frame
-    frame_HWC = np.rot90(frame.to_ndarray(format="rgb24"), turns).astype(np.uint8)
-    return av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
+    return av.VideoFrame.from_ndarray(np.ascontiguousarray(found.upright(films.pixels_of(frame))), format="rgb24")
 
 
 @dataclass(frozen=True, slots=True)

@@ -193,7 +193,19 @@ def adapter_state(parameters: Mapping[str, torch.Tensor], factors: Mapping[str, 
     if others := sorted(tensors.keys() ^ factors.keys()):
         raise UserError(f"{others[0]} has a scale and no tensors, or tensors and no scale",
                         "go on from a checkpoint that nobody edited")
+    if parts := [module for module, leaves in tensors.items() if not _is_whole(leaves)]:
+        raise UserError(f"{parts[0]} lacks a part of its adapter", "go on from a checkpoint that nobody edited")
     return AdapterState(tensors, dict(factors))
+
+
+def _is_whole(leaves: Mapping[str, torch.Tensor]) -> bool:
+    """Whether all factors of a module's product are there."""
+    def has(*names: str) -> bool:
+        return all(name in leaves and leaves[name].ndim == 2 for name in names)
+
+    if has(*_PAIR) or has(*KINDS["loha"].leaves):
+        return True
+    return all(has(f"lokr_w{n}") or has(f"lokr_w{n}_a", f"lokr_w{n}_b") for n in (1, 2))
 
 
 def start_from(transformer: torch.nn.Module, given: AdapterState) -> None:

@@ -238,11 +238,16 @@ def test_sample_writes_playable_videos_whose_strength_0_is_the_base(trained, wan
 def test_every_kind_trains_exports_and_comes_back(wantrain, tmp_path, capsys, kind, form):
     """The file in the sampler's pipeline computes what the checkpoint's adapter does; universal is refused."""
     own = [f"lora.kind={kind}", "lora.rank_pattern={attn: 2}", "optim.lr=0.05", "train.num_steps=2"]
+    if kind != "rslora":
+        for verb in ("check", "train"):  # before anything is loaded, and not when all is trained
+            assert wantrain(verb, *own) == 2
+            assert f"choose a format that can: {form}" in capsys.readouterr().err
+    own.append(f"export.format={form}")
     assert wantrain("train", *own) == 0
     if kind != "rslora":
-        assert wantrain("export", *own) == 2
+        assert wantrain("export", *own, "export.format=universal") == 2
         assert f"choose a format that can: {form}" in capsys.readouterr().err
-    assert wantrain("export", *own, f"export.format={form}") == 0
+    assert wantrain("export", *own) == 0
     _assert_pipeline_computes_the_checkpoint(tmp_path / "run", kind)
 
 

@@ -22,7 +22,7 @@ def failing(wantrain, capsys, verb, *overrides):
     """The message of a verb that must fail as a user error."""
     assert wantrain(verb, *overrides) == 2
     shown = capsys.readouterr().err
-    assert shown.startswith("error: ")
+    assert "\nerror: " in f"\n{shown}"
     assert "\n  next: " in shown
     assert "Traceback" not in shown
     return shown

@@ -265,7 +265,7 @@ def test_a_dry_run_shows_everything_and_leaves_no_trace(set_, model, asked, monk
     before = files_of(set_.parent)
     with monkeypatch.context() as without_weights:
         without_weights.setattr(caption, "_load_model", None)
-        without_weights.setattr(caption.decode, "read_clip", None)
+        without_weights.setattr("wantrain.data.decode.read_clip", None)
         assert call(set_, "--model", model, "--kind", "style", "--dry-run") == 0
     assert files_of(set_.parent) == before
     out = capsys.readouterr().out
@@ -396,8 +396,8 @@ def test_a_model_that_says_no_caption_is_a_fault_of_the_clip(set_, here, capsys,
     before = captions(set_)
     limit = "3" if sentence[-1] == " away" else "12"
     assert call(set_, "--model", write_model(set_.parent / "odd", sentence), "--max-tokens", limit, "--overwrite",
-                "--trigger", "wrds") == 0
-    out = capsys.readouterr().out
+                "--trigger", "wrds") == 2, "nothing was captioned"
+    out = "".join(capsys.readouterr())
     assert "4 rows = 0 captioned + 0 kept + 4 faulty" in out
     assert out.count("fault: ") == 4
     assert "fault: still.png: the model " in out
@@ -587,4 +587,4 @@ def test_thoughts_that_the_template_begins_are_no_caption(set_, model, capsys):
     template = TEMPLATE.replace("assistant\n", "assistant\n<think>\n")
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     call(set_, "--model", folder, "--overwrite")
-    assert capsys.readouterr().out.count("the model says nothing") == 4
+    assert capsys.readouterr().err.count("the model says nothing") == 4

@@ -326,10 +326,16 @@ def test_the_recipes_for_real_wan_take_the_samplers_numbers_from_the_variants_ta
         assert all(prompt.startswith(f"{composed.data.trigger}, ") for prompt in own.prompts), name
         assert composed.evaluate.prompts, name
         assert not any(composed.data.trigger in prompt for prompt in composed.evaluate.prompts), name
+        text = (config.configs_folder() / "recipe" / f"{name}.yaml").read_text()
+        head = [line for line in text.splitlines() if line.startswith("#")]
+        command = f"# make demo RECIPE={name}" if name.startswith("demo_") else f"# wantrain train recipe={name} "
+        assert head[0] == "# @package _global_", name
+        assert head[1].startswith(command), name
+        assert "xpect" in " ".join(head), name
         if name.startswith("demo_"):
             continue
+        assert "# Hardware, memory and time: " in text, name
         assert (own.num_steps, own.guidance, own.shift, own.num_frames, own.resolution) == (None,) * 5, name
-        text = (config.configs_folder() / "recipe" / f"{name}.yaml").read_text()
         assert "celanime" not in text
         assert "blueprnt" not in text
         assert "demo_" not in text, "a toy's numbers would come along"

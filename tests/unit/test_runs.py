@@ -23,7 +23,7 @@ import torch
 from tests.unit.test_invariants import state, trained  # noqa: F401
 from wantrain import files, lock, logs, metrics, outside, report
 from wantrain.engine import checkpoint, mirror
-from wantrain.engine.checkpoint import Place, Progress, Writer
+from wantrain.engine.checkpoint import Place, Progress, Record, Writer
 from wantrain.metrics import Metrics, Trackers
 from wantrain.stages import train
 from wantrain.terms import Stalled, UserError
@@ -218,12 +218,12 @@ def test_a_mirror_that_raises_anything_costs_a_message_and_is_caught_up(monkeypa
     with monkeypatch.context() as broken:
         broken.setattr("fsspec.implementations.local.LocalFileSystem.put_file", refuse)
         for step in (1, 2):
-            writer.write(Progress(step), TENSORS, {})
+            writer.write(Progress(step), TENSORS, Record({}))
         assert "bucket" in writer.close()
         told = writer.news()
         assert told.count("train.mirror") == 1
         assert writer.news() == ""
-    writer.write(Progress(3), TENSORS, {})
+    writer.write(Progress(3), TENSORS, Record({}))
     assert writer.close() == ""
     assert sorted(p.name for p in (tmp_path / "mirror").iterdir()) == [f"step_00000{i}" for i in (1, 2, 3)]
 
@@ -233,7 +233,7 @@ def test_a_mirror_that_hangs_holds_a_training_up_once(monkeypatch, tmp_path):
     monkeypatch.setattr(mirror, "put", lambda *_: release.wait())
     writer, began = Writer(Place(tmp_path / "run", str(tmp_path / "mirror")), patience_s=0.2), time.monotonic()
     for step in range(1, 6):
-        writer.write(Progress(step), TENSORS, {})
+        writer.write(Progress(step), TENSORS, Record({}))
     assert writer.close() == "it hangs"
     assert time.monotonic() - began < 2
     assert "took no checkpoint within 0.2 s" in writer.news()
@@ -254,7 +254,7 @@ def unreadable(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], Non
 
 def test_a_mirror_that_cannot_be_read_is_told_where_the_folder_has_a_checkpoint(tmp_path, unreadable):
     place = Place(tmp_path / "run", str(tmp_path / "mirror"))
-    checkpoint.save(place, Progress(4), TENSORS, {})
+    checkpoint.save(place, Progress(4), TENSORS, Record({}))
     unreadable(Odd("network down"))
     found = checkpoint.newest_whole(place, {})
     assert found is not None
@@ -272,12 +272,12 @@ def test_an_unreadable_mirror_and_an_empty_folder_begin_nothing_anew(tmp_path, u
 def test_what_the_mirror_has_beyond_the_folder_stays(tmp_path):
     place = Place(tmp_path / "run", str(tmp_path / "mirror"), keep=2)
     ahead = Writer(place)
-    ahead.write(Progress(9), TENSORS, {})
+    ahead.write(Progress(9), TENSORS, Record({}))
     ahead.close()
     shutil.rmtree(place.folder)
     writer = Writer(place)
     for step in (1, 2, 3):
-        writer.write(Progress(step), TENSORS, {})
+        writer.write(Progress(step), TENSORS, Record({}))
     assert writer.close() == ""
     assert sorted(p.name for p in (tmp_path / "mirror").iterdir()) == ["step_000002", "step_000003", "step_000009"]
 
@@ -308,7 +308,7 @@ def test_two_pods_of_one_process_id_write_one_file_at_once(monkeypatch, tmp_path
 
 def test_what_a_killed_process_left_goes_with_the_next_save_and_start(tmp_path):
     (tmp_path / "checkpoints" / ".step_000004.0123456789ab.tmp").mkdir(parents=True)
-    checkpoint.save(Place(tmp_path / "checkpoints"), Progress(5), TENSORS, {})
+    checkpoint.save(Place(tmp_path / "checkpoints"), Progress(5), TENSORS, Record({}))
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_000005"]
     old, new = tmp_path / ".config.yaml.0123456789ab.tmp", tmp_path / ".run.json.0123456789ab.tmp"
     for path in (old, new):
@@ -323,14 +323,15 @@ def test_what_a_killed_process_left_goes_with_the_next_save_and_start(tmp_path):
 
 
 @pytest.mark.parametrize(("run_dir", "advice"), [
-    ("file", "a file is where a folder should be"), ("file/inside", "a file is where a folder should be"),
+    ("file", "this is a file"), ("file/inside", "this is a file"),
     ("x" * 300, "shorter"),
 ])
 def test_a_run_folder_that_cannot_be_is_told_by_its_path(wantrain, tmp_path, capsys, run_dir, advice):
     (tmp_path / "file").write_text("")
     assert wantrain("train", f"run.dir={tmp_path / run_dir}") == 2
     told = capsys.readouterr().err
-    assert f"run.dir = {tmp_path / run_dir}: could not write" in told
+    assert "run.dir = " in told
+    assert str(tmp_path / run_dir) in told
     assert advice in told
 
 
@@ -359,7 +360,7 @@ def test_checkpoints_that_cannot_be_written_are_told_before_the_base_is_loaded(w
 
 
 def done(place: Place, step: int) -> None:
-    checkpoint.save(place, Progress(step), TENSORS, {})
+    checkpoint.save(place, Progress(step), TENSORS, Record({}))
 
 
 @pytest.fixture

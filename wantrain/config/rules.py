@@ -16,6 +16,7 @@ from wantrain.config.schema import (
     TRACKERS,
     Config,
     DataMode,
+    Distribution,
     Experts,
     Extract,
     LoraKind,
@@ -244,6 +245,8 @@ def _sigma_rules(config: Config) -> Iterator[Rule]:
     own = config.sigma
     yield len(own.range) == 2 and 0 <= own.range[0] < own.range[1] <= 1, "sigma.range", own.range, \
         "[low, high] in [0, 1]: sigma, and not timesteps (sigma = timestep / 1000)"
+    if own.distribution is Distribution.uniform and not own.shape and own.range == [0, 1]:
+        return  # right with every shift
     from wantrain.flow import Density  # torch takes seconds to import: every other rule comes first
 
     try:

@@ -341,8 +341,8 @@ def frames_at(path: Path, found: Probe, index: Iterable[int]) -> Iterator[tuple[
     number = len(missing)
     try:
         for seeks in (True, False) if found.seeks else (False,):
-            for i, frame in _decode(path, found, missing, seeks):
-                missing = missing - {i}
+            for i, frame in _decode(path, found, tuple(missing), seeks):
+                missing.discard(i)
                 yield i, frame
             if not missing:
                 return

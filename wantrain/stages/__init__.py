@@ -20,14 +20,14 @@ from wantrain.data import batches, decode, manifest, media, plan
 from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Cache, Conditioning, Entry, describe
 from wantrain.data.folders import Account
 from wantrain.data.plan import Plan, num_tokens
-from wantrain.engine.checkpoint import Place
+from wantrain.engine.checkpoint import Place, step_of
 from wantrain.files import digest_text
 from wantrain.jobs import cores, in_workers
 from wantrain.lora import AdapterState, Spec
 from wantrain.models import conditioning, encode, hub, sampling
 from wantrain.models.base import Base, find, for_expert
 from wantrain.models.lora_names import refuse_other_experts_file
-from wantrain.models.lora_updates import refuse_unexportable
+from wantrain.models.lora_updates import adapter_for, read_given, refuse_unexportable
 from wantrain.models.variants import VARIANTS, Expert, Variant
 from wantrain.terms import CLIP, PARTNERS, Bucket, Clip, Dropped, Encoded, PlannedClip, Sample, UserError
 
@@ -293,7 +293,9 @@ def refuse_undrawn(recipe: Opened) -> None:
 
 def training_faults(recipe: Opened) -> Iterator[UserError]:
     """What keeps one training from its first or from its last step: `train` and `check` raise the first of these."""
-    config = recipe.config
+    config, done = recipe.config, checkpoints_of(recipe.config, recipe.base.expert).on_disk()
+    if done and step_of(done[-1].name) > config.train.num_steps:
+        yield more_steps_done(config, done[-1])
     if config.validation.every_steps and not validation_sigmas(recipe):
         low, high = recipe.sigmas
         yield UserError(f"validation.sigmas = {config.validation.sigmas}: none is in [{low:g}, {high:g}), the sigmas "
@@ -302,9 +304,24 @@ def training_faults(recipe: Opened) -> Iterator[UserError]:
 
 
     try:
+        for file, _ in recipe.base.merged:
+            read_given(file, recipe.base.expert)
+        if config.lora.start_from:
+            given = read_given(hub.local(for_expert(config.lora.start_from, recipe.base.expert)), recipe.base.expert)
+            adapter_for(given, recipe.base.meta_transformer())
+    except UserError as error:
+        yield error
+    try:
         refuse_unexportable(meta_adapter(recipe), config.export.format.name, config.export.dtype.name)
     except UserError as error:
         yield UserError(f"what would be trained could not be exported: {error.message}", error.next_step)
+
+
+def more_steps_done(config: Config, path: Path) -> UserError:
+    """What to say where a checkpoint is of a later step than the config's last one."""
+    step = step_of(path.name)
+    return UserError(f"train.num_steps = {config.train.num_steps}, and {path} has done {step} already", "set "
+                     f"train.num_steps={step} or more, or train fewer steps in a run of their own: run.name=ANOTHER")
 
 
 def meta_adapter(recipe: Opened) -> AdapterState:

@@ -49,9 +49,9 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     recipe = opened(config, arguments)
     for fault in evaluation_faults(recipe):
         raise fault
+    inputs = inputs_of(recipe, len(config.evaluate.prompts))
     cached = Cached(recipe)
     loras = lora_files(recipe, arguments)
-    inputs = inputs_of(recipe, len(config.evaluate.prompts))
     sampler = sampler_of(recipe, loras)
     trainings = {one.base.expert or "": one.run_dir for one in recipe.trainings()}
     shown, rows = [], []

@@ -45,6 +45,7 @@ from wantrain.stages import (
     checkpoints_of,
     heldout_samples,
     manifest_digest,
+    more_steps_done,
     num_workers,
     opened,
     sample_of,
@@ -182,9 +183,7 @@ def is_done(recipe: Opened) -> bool:
     found = checkpoint.newest_whole(place, fingerprint(recipe), schema.defaults())
     assert found is not None, "there are checkpoints"
     if found.progress.step > own.num_steps:
-        raise UserError(f"train.num_steps = {own.num_steps}, and {found.path} has done {found.progress.step} already",
-                        f"set train.num_steps={found.progress.step} or more, or train fewer steps in a run of their "
-                        "own: run.name=ANOTHER")
+        raise more_steps_done(recipe.config, found.path)
     if found.progress.step < own.num_steps or engine.world_size() > 1:
         return False
     print("\n".join([*found.passed, f"{found.path}: all {own.num_steps} steps are done already"]))
