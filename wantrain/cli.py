@@ -7,6 +7,7 @@ import difflib
 import errno
 import importlib
 import os
+import re
 import shlex
 import sys
 import textwrap
@@ -29,6 +30,10 @@ VERBS = {
 
 SHARED_VERBS = ("cache", "train")
 """What several processes do together; the other verbs run in the first process of a launch."""
+
+READERS = ("check", "report", "cache", "train")
+"""What reads the clips; the others work from what these left."""
+
 
 class FileVerb(NamedTuple):
     """What a verb for any file does, how it is called, and its options."""
@@ -150,11 +155,18 @@ def _left(code: int) -> int:
 
 def _run(verb: str, rest: list[str]) -> int:
     if verb in FILE_VERBS:
+        if not rest:  # before the libraries behind the verb, which take seconds to import
+            raise UserError(f"{verb} takes files, and none is given", f"wantrain {FILE_VERBS[verb].usage}")
         importlib.import_module(f"wantrain.stages.{verb}").run(rest)
         return 0
     config_dir, overrides = _config_dir(rest)
     # The libraries behind a verb take seconds to import, so help and faults of the config come first.
-    config = importlib.import_module("wantrain.config").load(overrides, config_dir)
+    schema = importlib.import_module("wantrain.config")
+    config = schema.load(overrides, config_dir)
+    if verb in READERS:
+        schema.refuse_absent_clips(config)
+    if verb in ("check", "sample"):
+        schema.tell_untriggered(config)
     process = int(os.environ.get("RANK", "0"))
     log = logs.kept(Path(config.run.dir), process, ["wantrain", verb, *rest]) if verb in SHARED_VERBS \
         else contextlib.nullcontext()
@@ -163,21 +175,26 @@ def _run(verb: str, rest: list[str]) -> int:
     return 0
 
 
+_CONFIG_DIR = re.compile(r"-{0,2}config[-_]?dir(?:=(.*))?", re.DOTALL)
+
+
 def _config_dir(rest: Sequence[str]) -> tuple[Path | None, list[str]]:
     """The folder of the user's own groups, and the other arguments. The folder `recipe` inside it is understood."""
     overrides: list[str] = []
     given, words = None, list(rest)
     while words:
         word = words.pop(0)
-        if word == "--config-dir" and words:
-            word = f"--config-dir={words.pop(0)}"
-        if word.startswith("--config-dir"):
-            given = word.removeprefix("--config-dir").removeprefix("=")
+        if option := _CONFIG_DIR.fullmatch(word):
+            given = option[1] if option[1] is not None else words.pop(0) if words else ""
         else:
             overrides.append(word)
     if given is None:
         return None, overrides
     folder = Path(given).expanduser()
+    if folder.parent.name == "recipe" and folder.suffix == ".yaml" and folder.is_file():
+        raise UserError(f"--config-dir needs a folder, and {given} is a recipe",
+                        shlex.join(["wantrain", "check", "--config-dir", str(folder.parent.parent),
+                                    f"recipe={folder.stem}"]))
     if not given or not folder.is_dir():
         raise UserError(f"--config-dir needs an existing folder, not {given!r}",
                         "wantrain check --config-dir my_configs recipe=mine")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shlex
 import sys
@@ -9,6 +10,7 @@ import sys
 import pytest
 
 from wantrain import cli, config
+from wantrain.config import known
 from wantrain.terms import UserError
 
 RECIPE = "recipe=demo_anime"
@@ -48,7 +50,7 @@ MISTAKES = {
     "model=wan2.1_t2v_1.3b": ["did you mean model=wan21_t2v_1b3"],
     "model=Wan21-T2V-14B": ["did you mean model=wan21_t2v_14b"],
     "tracker=wandb2": ["did you mean tracker=wandb"],
-    "tracker.names=mlflow": ["tracker.names", "tensorboard, wandb"],
+    "tracker.names=mlflow": ["tracker.names", "tensorboard or wandb"],
     "recipe=demo_anmie": ["did you mean recipe=demo_anime?"],
     "train.resume=true": ["train.resume", "auto is what true would mean"],
     "train.resume=no": ["train.resume", "never is what no would mean"],
@@ -96,6 +98,27 @@ MISTAKES = {
     "loss.kind=l2": ["loss.kind"],
     "data.timeout_s=1e300": ["data.timeout_s", "1e8"],
     "data.limits={motion: 3}": ["data.limits.motion", "[low, high]"],
+    "data.trigger=null": ["data.trigger", "text, which null is not"],
+    "run.name=null": ["run.name", "text"],
+    "tracker.names=wanbd": ["tracker.names", "wandb or tensorboard"],
+    "sigma.range=0-1": ["sigma.range", "sigma.range=[0.0, 1.0]"],
+    "optim.betas=[0.9;0.99]": ["optim.betas", "optim.betas=[0.9, 0.99]"],
+    "optim.weight_decay=1e9": ["optim.weight_decay", "below 1 / optim.lr"],
+    "optim=prodigy": ["did you mean optim.name=prodigy?"],
+    "optim=adamw8bit": ["did you mean optim.name=adamw_8bit?"],
+    "lora.start_from=runs/a/checkpoints/step_000004": ["lora.start_from", "export it first"],
+    "+data.sources.mine={paht: /x}": ["data.sources.mine.paht", "did you mean data.sources.mine.path"],
+    "data.heldout=/in/${x}": ["data.heldout: it refers to ${x}, and there is no key x", "\\${x}"],
+    "data.heldout=${data.triger}": ["data.heldout", "did you mean ${data.trigger}?"],
+    "run.name=${run.name}": ["run.name", "refers to itself"],
+    "run.name=${oc.env:NO_SUCH_NAME}": ["run.name", "environment variable NO_SUCH_NAME", "export NO_SUCH_NAME="],
+    "run.name=${nope:1}": ["run.name", "${nope:...} is not known"],
+    "run.name=a${": ["run.name", "not closed"],
+    "optim.lr=${data.trigger}": ["optim.lr", "'celanime style' is no number"],
+    "train.num_steps:5": ["did you mean train.num_steps=5?"],
+    "--num-steps=5": ["this one is train.num_steps=5"],
+    "--resume": ["unknown option --resume", "train.resume=..."],
+    "recipe=configs/recipe/demo_anime.yaml": ["the folder above recipe/ is given", "--config-dir configs"],
 }
 
 
@@ -159,6 +182,12 @@ UNDERSTOOD = {
     "train.mirror=s3://bucket/a=b": ("train.mirror", "s3://bucket/a=b"),
     "+train.seed=3": ("train.seed", 3),
     "data.sources.style={path: /a b, repeats: 2}": ("data.sources.style.path", "/a b"),
+    "data.sources.mine=/my clips": ("data.sources.mine.path", "/my clips"),
+    "data.resolutions=[64,96]": ("data.resolutions", [[64, 96]]),
+    "data.resolutions=[64x96, 96x64]": ("data.resolutions", [[64, 96], [96, 64]]),
+    "tracker.names=wandb, tensorboard": ("tracker.names", ["wandb", "tensorboard"]),
+    "model.merge=[{expert}.safetensors, {expert}/b.safetensors=0.5]": (
+        "model.merge", ["{expert}.safetensors", "{expert}/b.safetensors=0.5"]),
     "model.parts.vae=/x y.safetensors": ("model.parts", {"vae": "/x y.safetensors"}),
 }
 
@@ -225,6 +254,24 @@ RECIPES = {
     "data:\n  sources:\n    style: {paht: x}\n": (":6: unknown config key data.sources.style.paht",),
     "sampler: {prompts: 3: 4}\n": (":4: ",),
     "- a\n- b\n": ("mend that line",),
+    "data: {trigger: yes}\n": (":4: data.trigger = 'yes'", "YAML takes this for True", "'yes'"),
+    "run: {name: 007}\n": (":4: run.name = '007'", "YAML takes this for 7", "'007'"),
+    "sampler: {prompts: [a house, on]}\n": (":4: sampler.prompts = 'on'", "wants quotes"),
+    "data:\n  trigger:\n": (":5: data.trigger = ''", "for null", "write '' there"),
+    "train: {num_steps: 010}\n": (":4: train.num_steps = '010'", "YAML takes this for 8"),
+    "train: {num_steps: 1e3}\n": (":4: train.num_steps = '1e3'", "write 1000 there"),
+    "tracker: {names: wandb}\n": (":4: tracker.names = 'wandb'", "names: [wandb]"),
+    "sampler: {prompts: 'a house, still'}\n": (":4: sampler.prompts", "prompts: ['a house, still']"),
+    "data: {num_frames: 81}\n": (":4: data.num_frames", "num_frames: [81]"),
+    "data: {resolutions: [64, 96]}\n": (":4: data.resolutions", "resolutions: [[64, 96]]"),
+    "model: {parts: {1: x}}\n": (":4: model.parts = '1'", "'1'"),
+    "data:\n  sources:\n    style: clips\n": (":6: data.sources.style", "style: {path: VALUE}"),
+    "train.num_steps: 5\n": (":4: unknown config key train.num_steps", "train: {num_steps: ...}"),
+    "data: {heldout: \"C:\\Users\"}\n": (":4: ", "single quotes"),
+    "hydra: {run: {dir: x}}\n": (":4: unknown config key hydra",),
+    "  - model: tiny_wan\n": (":4: ", "- override /model: tiny_wan"),
+    "  - mine\n": ("lead back to itself",),
+    "  - override /optim: prodigy\n": (":3: ", "optim.name=prodigy"),
 }
 
 
@@ -247,14 +294,24 @@ def test_a_recipe_without_its_package_line_or_with_a_base_that_is_not_there(tmp_
     with pytest.raises(UserError, match="the first line must be # @package _global_") as caught:
         config.load(["recipe=mine"], tmp_path)
     assert str(path) in caught.value.next_step
+    for text, said in (("# @package foo\ndefaults: [demo_anime]\n", "s/^#"), ("", "it is empty"),
+                       ("\ufeff# @package _global_\n", "byte order mark")):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=r"mine\.yaml:1: ") as caught:
+            config.load(["recipe=mine"], tmp_path)
+        assert said in str(caught.value)
+    path.write_text("# @package _global_\nrun: {name: mine}\n")
+    with pytest.raises(UserError, match="the recipe chooses no model; there are tiny_wan"):
+        config.load(["recipe=mine"], tmp_path)
     path.write_text("# @package _global_\ndefaults:\n  - demo_anmie\n")
     with pytest.raises(UserError, match=r":3: recipe = 'demo_anmie' is not there; did you mean recipe=demo_anime\?"):
         config.load(["recipe=mine"], tmp_path)
     path.write_bytes(b"# @package _global_\nrun: {name: \xe9}\n")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r":2: a recipe is a text file in UTF-8"):
         config.load(["recipe=mine"], tmp_path)
     path.write_text("# @package _global_\ndefaults: [demo_anime, _self_]\nrun: {name: own}\noptim: {lr: 5e-5}\n")
-    for folder in ("--config-dir=" + str(tmp_path), "--config-dir=" + str(tmp_path / "recipe")):
+    for folder in ("--config-dir=" + str(tmp_path), "--config-dir=" + str(tmp_path / "recipe"),
+                   f"--config_dir={tmp_path}", f"config-dir={tmp_path}"):
         given, others = cli._config_dir([folder, "recipe=mine"])
         assert config.load(others, given).optim.lr == 5e-5
 
@@ -269,10 +326,16 @@ def test_the_recipes_for_real_wan_take_the_samplers_numbers_from_the_variants_ta
         assert all(prompt.startswith(f"{composed.data.trigger}, ") for prompt in own.prompts), name
         assert composed.evaluate.prompts, name
         assert not any(composed.data.trigger in prompt for prompt in composed.evaluate.prompts), name
+        text = (config.configs_folder() / "recipe" / f"{name}.yaml").read_text()
+        head = [line for line in text.splitlines() if line.startswith("#")]
+        command = f"# make demo RECIPE={name}" if name.startswith("demo_") else f"# wantrain train recipe={name} "
+        assert head[0] == "# @package _global_", name
+        assert head[1].startswith(command), name
+        assert "xpect" in " ".join(head), name
         if name.startswith("demo_"):
             continue
+        assert "# Hardware, memory and time: " in text, name
         assert (own.num_steps, own.guidance, own.shift, own.num_frames, own.resolution) == (None,) * 5, name
-        text = (config.configs_folder() / "recipe" / f"{name}.yaml").read_text()
         assert "celanime" not in text
         assert "blueprnt" not in text
         assert "demo_" not in text, "a toy's numbers would come along"
@@ -304,11 +367,70 @@ def test_the_words_of_wandb_mode(monkeypatch):
         config.load([RECIPE, "tracker=wandb"])
 
 
-def test_a_rank_above_every_module_and_a_size_that_does_not_divide(wantrain, capsys):
-    for typed, said in (("lora.rank=100000", "lora.rank = 100000 is above what any module of tiny_wan has: 192"),
-                        ("sampler.resolution=[65,97]", "sampler.resolution = [65, 97]: both must be multiples of 16")):
-        assert wantrain("check", typed) == 2
-        assert said in capsys.readouterr().err
+def test_what_follows_from_the_variant_is_refused_before_anything_heavy():
+    for typed, said in ((["lora.rank=100000"], "above what any module of tiny_wan has: 192"),
+                        (["lora.rank_pattern={attn: 193}"], "above what any module of tiny_wan has: 192"),
+                        (["recipe=anime_a14b", "high.rank=5121"], "above what any module of wan22_t2v_a14b has: 5120"),
+                        (["high.rank=4"], "tiny_wan has one transformer"),
+                        (["model.experts=high"], "tiny_wan has one transformer"),
+                        (["model.variant=wan21_t2v_1.3b"], "allowed: wan21_t2v_1b3"),
+                        (["sampler.resolution=[65,97]"], "both must be multiples of 16 for tiny_wan")):
+        with pytest.raises(UserError) as caught:
+            config.load([RECIPE, *typed])
+        assert said in str(caught.value)
+        again = shlex.split(caught.value.next_step.partition("    ")[0])
+        assert config.load([RECIPE, *typed[:-1], *again]).run.name, "what is printed can be pasted in its place"
+
+
+@pytest.mark.slow
+def test_every_rules_remedy_can_be_pasted():
+    """In the mistake's place. `...` stands where nobody can know the value."""
+    tried = 0
+    for typed, words in MISTAKES.items():
+        if not words:
+            continue
+        with pytest.raises(UserError) as caught:
+            config.load([RECIPE, typed])
+        step = caught.value.next_step.partition("    ")[0]
+        key = typed.lstrip("+").partition("=")[0]
+        if step.strip("'").startswith(f"{key}=") and "..." not in step and caught.value.message.startswith(key):
+            config.load([RECIPE, *shlex.split(step)])
+            tried += 1
+    assert tried > 30
+
+
+def test_words_of_other_trainers_are_keys_here():
+    for word, key in known.ELSEWHERE.items():
+        assert known.annotation(key) is not None, word
+        with pytest.raises(UserError, match=f"did you mean {key}"):
+            config.load([RECIPE, f"train.{word}=1"])
+
+
+def test_clips_that_are_not_there_are_told_before_libraries_are_imported(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    imported = importlib.import_module
+
+    def light(name, package=None):
+        assert not name.startswith("wantrain.stages"), "what is behind a verb takes seconds"
+        return imported(name, package)
+
+    monkeypatch.setattr(importlib, "import_module", light)
+    for typed, said in (("data.sources.style.path=/no/such", "data.sources.style.path = '/no/such' does not exist"),
+                        ("data.heldout=C:\\Users\\me", "a backslash parts no folders here")):
+        for verb in ("check", "report", "cache", "train") if "C:" in typed else ("train",):
+            assert cli.main([verb, RECIPE, typed]) == 2
+            assert said in capsys.readouterr().err
+    assert cli.main(["inspect"]) == 2
+    assert "wantrain inspect FILE" in capsys.readouterr().err
+    for there in ("hf://datasets/a/b", "*.tar", "s3://bucket/x"):
+        config.refuse_absent_clips(config.load([RECIPE, f"data.heldout={there}"]))
+
+
+def test_a_prompt_without_the_trigger_is_told(capsys):
+    config.tell_untriggered(config.load([RECIPE]))
+    assert capsys.readouterr().err == ""
+    config.tell_untriggered(config.load([RECIPE, "sampler.prompts=[celanime style, 'a house']"]))
+    assert "1 of 2 sampler.prompts do not hold the trigger 'celanime style': a house;" in capsys.readouterr().err
 
 
 def test_help_ends_quietly_when_nobody_reads_on_and_its_defaults_are_yaml(monkeypatch, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields, is_dataclass, replace
@@ -82,6 +83,29 @@ def _as_yaml(default: Any) -> str:
     plain = default.name if isinstance(default, Enum) else default
     return f"{plain:g}" if isinstance(plain, float) else str(yaml.safe_dump(
         plain, default_flow_style=True, width=1000)).removesuffix("...\n").strip()
+
+
+_EXAMPLES = {
+    "run.name": "my_style", "model.variant": "wan21_t2v_1b3", "model.parts": "{vae: FILE}", "train.num_steps": "1000",
+    "lora.rank_pattern": "{attn: 16}", "lora.alpha_pattern": "{attn: 16}", "optim.lr_factors": "{attn: 0.5}",
+    "data.num_frames": "[81]", "data.resolutions": "[[480, 832]]", "data.limits": "{motion: [0.1, null]}",
+    "data.sources": "{style: {path: FOLDER}}", "data.sources.NAME.path": "FOLDER",
+    "data.sources.NAME.columns": "{video: mp4, caption: text}"}
+"""Values of the keys that have no default, or an empty dictionary."""
+
+
+def example_of(key: str) -> str:
+    """A value that the key may have: its default, or one for those without; `...` where nothing is known of it."""
+    if key.startswith("data.sources.") and key.count(".") == 3:
+        key = f"data.sources.NAME.{key.rpartition('.')[2]}"
+    if key.startswith("data.limits."):
+        return "[0.1, null]"
+    return _EXAMPLES.get(key) or described().get(key, ("...", ""))[0]
+
+
+def pasted(key: str, value: object) -> str:
+    """KEY=VALUE as a shell takes it; the empty text of YAML is nothing there."""
+    return shlex.quote(f"{key}={'' if value == chr(39) * 2 else value}")
 
 
 def to_yaml(config: Config) -> str:

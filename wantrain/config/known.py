@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import shlex
 import typing
 from collections.abc import Sequence
 from dataclasses import is_dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +51,20 @@ def choice(folders: Sequence[Path], group: str, text: str, place: str = "") -> s
         return name
     if not known:
         raise UserError(f"{place}{group} is no group of files; there are {', '.join(groups_of(folders))}", HELP)
+    if group == "recipe" and text.strip().endswith(".yaml") and (file := Path(text.strip())).is_file():
+        raise UserError(f"{place}{group} = {text!r}: a recipe is named, and the folder above recipe/ is given",
+                        shlex.join(["--config-dir", str(file.parent.parent), f"recipe={file.stem}"])
+                        if file.parent.name == "recipe" else "put it into FOLDER/recipe/, then: --config-dir FOLDER "
+                        + shlex.quote(f"recipe={file.stem}"))
     close = nearest(name, known)
     others = [other for other in known if other not in close]
-    meant = f"did you mean {group}={close[0]}? " if close else ""
+    meant = [f"{group}={other}" for other in close[:1]]
+    named = annotation(f"{group}.name")
+    if isinstance(named, type) and issubclass(named, Enum):  # a value of the key is more than a file that is like it
+        meant = [f"{group}.name={other}" for other in nearest(name, named.__members__, 1)] or meant
     own = "    (your own: --config-dir FOLDER, with FOLDER/recipe/NAME.yaml)" if group == "recipe" else ""
-    raise UserError(f"{place}{group} = {name!r} is not there; {meant}There are {', '.join([*close, *others])}",
-                    f"{group}={(close or known)[0]}{own}")
+    raise UserError(f"{place}{group} = {name!r} is not there; {f'did you mean {meant[0]}? ' if meant else ''}"
+                    f"There are {', '.join([*close, *others])}", f"{(meant or [f'{group}={known[0]}'])[0]}{own}")
 
 
 @functools.cache
@@ -94,16 +104,40 @@ def known_key(key: str, groups: Sequence[str]) -> str:
     return key
 
 
+ELSEWHERE = {
+    "learning_rate": "optim.lr", "unet_lr": "optim.lr", "optimizer": "optim.name", "optimizer_type": "optim.name",
+    "lr_scheduler": "optim.schedule", "lr_warmup_steps": "optim.warmup_steps", "epochs": "train.num_steps",
+    "num_epochs": "train.num_steps", "max_train_steps": "train.num_steps", "max_train_epochs": "train.num_steps",
+    "gradient_checkpointing": "train.activation_checkpointing", "save_every_n_steps": "train.save_every",
+    "gradient_accumulation_steps": "data.batch_size", "train_batch_size": "data.batch_size",
+    "network_dim": "lora.rank", "lora_rank": "lora.rank", "dim": "lora.rank", "network_alpha": "lora.alpha",
+    "lora_alpha": "lora.alpha", "target_modules": "lora.targets", "network_weights": "lora.start_from",
+    "output_dir": "run.dir", "output_name": "run.name", "logging_dir": "run.dir", "mixed_precision": "model.dtype",
+    "precision": "model.dtype", "dataset": "data.sources", "dataset_path": "data.sources.NAME.path",
+    "train_data_dir": "data.sources.NAME.path", "resolution": "data.resolutions", "frames": "data.num_frames",
+    "trigger_word": "data.trigger", "cfg": "sampler.guidance", "guidance_scale": "sampler.guidance",
+    "num_inference_steps": "sampler.num_steps", "flow_shift": "sigma.shift", "discrete_flow_shift": "sigma.shift",
+    "timestep_sampling": "sigma.distribution", "checkpoint": "model.path", "ckpt": "model.path", "dit": "model.path",
+    "wandb": "tracker", "log_with": "tracker", "report_to": "tracker",
+}
+"""What other trainers call a thing -> the key that it has here."""
+
+
 def nearest_keys(key: str, groups: Sequence[str] = ()) -> list[str]:
     """The known keys that are likely meant: of the same section first, then by the last part, then by the whole."""
-    known = [*key_types(), *groups]
     section, _, word = key.rpartition(".")
+    if word.lower().replace("-", "_") in ELSEWHERE:
+        return [ELSEWHERE[word.lower().replace("-", "_")]]
+    if section.startswith("data.sources.") and section.count(".") == 2:
+        own = nearest(word, typing.get_type_hints(Source))
+        return [f"{section}.{name}" for name in own or ["path"]]
+    known = [*key_types(), *groups]
     last: dict[str, list[str]] = {}
     for one in sorted(known, key=lambda one: one.startswith(("high.", "low."))):  # an expert's own stand behind
         last.setdefault(one.rpartition(".")[2], []).append(one)
-    by_last = [one for close in nearest(word, last) for one in last[close]]
+    by_last = [one for close in nearest(word, last, likeness=0.6) for one in last[close]]
     same = [one for one in by_last if section and one.rpartition(".")[0] == section]
-    return list(dict.fromkeys(same or [*by_last[:2], *nearest(key, known, 2)]))[:3]
+    return list(dict.fromkeys(same or [*by_last[:2], *nearest(key, known, 2, 0.6)]))[:3]
 
 
 def path_of(key: str) -> list[str]:

@@ -23,6 +23,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from wantrain.config.files import examine
+from wantrain.config.foreign import told
+from wantrain.config.keys import example_of, pasted
 from wantrain.config.known import (
     HELP,
     annotation,
@@ -33,10 +35,11 @@ from wantrain.config.known import (
     groups_of,
     key_types,
     known_key,
+    nearest_keys,
     path_of,
     sections,
 )
-from wantrain.config.schema import Config, Source
+from wantrain.config.schema import TRACKERS, Config, Source
 from wantrain.config.values import Node, Unfit, convert, nearest, read_text
 from wantrain.terms import UserError
 
@@ -58,7 +61,7 @@ def load(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
     folders = [*([config_dir] if config_dir else []), configs_folder()]
     asked = _asked(overrides, folders)
     if "recipe" not in asked.groups:
-        raise UserError("no recipe is chosen", f"add one of: recipe={'|'.join(choices(folders, 'recipe'))}")
+        raise UserError(f"no recipe is chosen; there are {', '.join(choices(folders, 'recipe'))}", "recipe=demo_anime")
     seen: set[Path] = set()
     for group, name in asked.groups.items():
         examine(folders, group, name, seen)
@@ -70,13 +73,12 @@ def load(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
             for key, value in asked.values:
                 _put(composed, key, value)
         if missing := sorted(OmegaConf.missing_keys(composed)):
-            raise UserError(f"no value for {', '.join(missing)}", f"add {missing[0]}=... or choose another recipe: "
-                            f"recipe={'|'.join(choices(folders, 'recipe'))}")
+            raise UserError(f"no value for {', '.join(missing)}", pasted(missing[0], example_of(missing[0])))
         config = OmegaConf.to_object(composed)
     except RecursionError as error:
-        raise UserError("a value in ${...} refers to itself", "write the value itself in one of the places") from error
+        raise told(OmegaConfBaseException("RecursionError"), folders) from error
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_readable(error), HELP) from error
+        raise told(error, folders) from error
     assert isinstance(config, Config)
     return config
 
@@ -122,21 +124,28 @@ def _asked(arguments: Sequence[str], folders: Sequence[Path]) -> Asked:
 
 def _bare_recipe(argument: str, following: Sequence[str], asked: Asked, folders: Sequence[Path]) -> str:
     """The recipe that a word alone names. Raises UserError, with what is likely meant, for any other word."""
-    known = choices(folders, "recipe")
-    if argument.startswith("-"):
-        body = argument.lstrip("-")
-        if "=" in body:
-            raise UserError(f"{argument}: options are key=value; this one is {body}", shlex.quote(body))
-        meant = f"{body}={following[0]}" if following and "=" not in following[0] else f"{body}=..."
-        raise UserError(f"unknown option {argument}: options are key=value", f"perhaps {shlex.quote(meant)}; {HELP}")
+    known, groups = choices(folders, "recipe"), groups_of(folders)
     if argument in known and "recipe" not in asked.groups:
         return argument
-    if argument in ("recipe", *groups_of(folders)) and following:
-        raise UserError(f"{argument!r} needs {argument}=NAME", f"did you mean {argument}={following[0]}?")
-    close = [f"recipe={name}" for name in nearest(argument, known)] + [
-        f"{key}=..." for key in nearest(argument, key_types(), 1)]
-    raise UserError(f"{argument!r} is no key=value and no recipe", f"did you mean {' or '.join(close)}?" if close else
-                    f"recipe={'|'.join(known)}; {HELP}")
+    if argument.endswith(".yaml") and Path(argument).is_file():
+        choice(folders, "recipe", argument)
+    key, sign, text = re.fullmatch(r"-*([^=:]*)([=:]?)(.*)", argument, re.DOTALL).groups()  # type: ignore[union-attr]
+    value = text if sign else next((word for word in following if word != "="), "...")
+    value = value if sign or value == "..." or "=" not in value else "..."
+    close = [key] if annotation(key) is not None or key in groups else nearest_keys(key, groups)
+    if argument.startswith("-"):
+        if not close:
+            raise UserError(f"unknown option {argument}: options are key=value", HELP)
+        meant = f"{close[0]}={value}"
+        raise UserError(f"unknown option {argument}: options are key=value; this one is {meant}", shlex.quote(meant))
+    if key in close:
+        meant = f"{key}={value}"
+        raise UserError(f"{argument!r} is no key=value; {key} needs {key}={'NAME' if key in groups else 'VALUE'}, "
+                        f"did you mean {meant}?", shlex.quote(meant))
+    meant_names = [f"recipe={name}" for name in nearest(argument, known)] + [f"{one}=..." for one in close[:1]]
+    raise UserError(f"{argument!r} is no key=value and no recipe"
+                    + (f"; did you mean {' or '.join(meant_names)}?" if meant_names else ""),
+                    meant_names[0] if meant_names else f"recipe={known[0]}    or {', '.join(known[1:])}")
 
 
 def _values_of(key: str, text: str) -> list[tuple[str, Any]]:
@@ -145,6 +154,8 @@ def _values_of(key: str, text: str) -> list[tuple[str, Any]]:
     try:
         node = Node(_plain_text(text), is_quoted=text.strip()[:1] in ("'", '"')) if _is_text(wanted) else \
             _node_of(text, wanted)
+        if is_dataclass(wanted) and node.pairs is None and key.startswith("data.sources."):
+            return [(f"{key}.path", convert(node, str))]
         if node.pairs is not None and (is_dataclass(wanted) or key == "data.sources"):
             return [part for name, inner in node.pairs for part in _of_node(f"{key}.{name}", inner)]
         value = convert(node, wanted)
@@ -167,8 +178,9 @@ def _of_node(key: str, node: Node) -> list[tuple[str, Any]]:
 
 def refused(key: str, text: str, error: Unfit) -> UserError:
     """What to say of a value that its key cannot have."""
-    example = shlex.quote(f"{key}={error.example or '...'}")
-    return UserError(f"{key} = {text!r} is not allowed: {error.allowed}", example)
+    is_list = typing.get_origin(annotation(key)) is list
+    example = error.example if error.example and not (is_list and error.example[0] != "[") else example_of(key)
+    return UserError(f"{key} = {text!r} is not allowed: {error.allowed}", pasted(key, example))
 
 
 def _is_text(wanted: Any) -> bool:
@@ -184,7 +196,8 @@ def _node_of(text: str, wanted: Any) -> Node:
     """The node of a list or dictionary; where a list of text is wanted, brackets may be a part of one name."""
     is_texts = typing.get_origin(wanted) is list and typing.get_args(wanted)[0] is str
     if is_texts and text.strip()[:1] not in ("[", "'", '"', ""):
-        return Node("", items=[Node(text)])
+        names = text.split(",") if set(map(str.strip, text.split(","))) <= set(TRACKERS) else [text]
+        return Node("", items=[Node(name.strip() if names[1:] else name) for name in names])
     return read_text(text)
 
 
@@ -195,6 +208,16 @@ def tell_split_prompts(key: str, node: Node) -> None:
         whole = shlex.quote(f'{key}=["{", ".join(plain)}"]')
         print(f"note: {key} holds {len(node.items or [])} prompts, {' | '.join(plain)}: a comma splits prompts. "
               f"For one prompt: {whole}", file=sys.stderr)
+
+
+def tell_untriggered(config: Config) -> None:
+    """Say which prompts of the sampler do not hold the trigger where others do: often a comma without quotes."""
+    trigger, prompts = config.data.trigger, config.sampler.prompts
+    without = [prompt for prompt in prompts if trigger not in prompt]
+    if 0 < len(without) < len(prompts):
+        print(f"note: {len(without)} of {len(prompts)} sampler.prompts do not hold the trigger {trigger!r}: "
+              f"{' | '.join(without[:3])}{' | ...' if without[3:] else ''}; a comma splits prompts without quotes",
+              file=sys.stderr)
 
 
 # Into the composed config
@@ -223,11 +246,3 @@ def _take_out(config: DictConfig, key: str) -> None:
         raise UserError(f"~{key}: only what stands in a dictionary can be taken out, such as a source",
                         "'~data.sources.NAME'")
     del node[parts[-1]]
-
-
-def _readable(error: Exception) -> str:
-    """Hydra's message with its cause: what was not foreseen here."""
-    parts = [str(error).strip()]
-    if error.__cause__ is not None and str(error.__cause__).strip() not in parts[0]:
-        parts.append(str(error.__cause__).strip())
-    return "\n".join(parts)

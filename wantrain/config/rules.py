@@ -7,11 +7,25 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from wantrain.config.keys import leaf_values, value_at
-from wantrain.config.schema import Config, DataMode, Extract, LoraKind, Optim, Optimizer, Schedule
+from wantrain.config.keys import example_of, leaf_values, pasted, value_at
+from wantrain.config.schema import (
+    TRACKERS,
+    Config,
+    DataMode,
+    Distribution,
+    Experts,
+    Extract,
+    LoraKind,
+    Optim,
+    Optimizer,
+    Schedule,
+)
+from wantrain.config.values import nearest
+from wantrain.models.variants import VARIANTS, trainable
 from wantrain.terms import UserError
 
 Rule = tuple[bool, str, object, str]
@@ -21,8 +35,49 @@ def refuse_faults(config: Config) -> None:
     """Raise UserError for the first rule that does not hold."""
     for ok, key, value, allowed in _rules(config):
         if not ok:
-            raise UserError(f"{key} = {value!r} is not allowed: {allowed}",
-                            f"give {key} another value, on the command line or in the recipe: {key}=...")
+            raise UserError(f"{key} = {value!r} is not allowed: {allowed}", _remedy(config, key))
+
+
+def refuse_absent_clips(config: Config) -> None:
+    """Raise UserError for a path of clips on this machine with nothing there; for verbs that read clips."""
+    paths = {f"data.sources.{name}.path": source.path for name, source in config.data.sources.items()}
+    for key, path in {**paths, "data.heldout": config.data.heldout or ""}.items():
+        if path and not _may_hold_clips(path):
+            about = "; a backslash parts no folders here" if "\\" in path else ""
+            raise UserError(f"{key} = {path!r} does not exist{about}", f"set {key} to a folder of clips with .txt "
+                            "captions, a .jsonl, .csv, .parquet or .tar, or a URL")
+
+
+def _may_hold_clips(path: str) -> bool:
+    if "://" in path or set(path) & set("*?["):
+        return True
+    try:
+        return os.path.lexists(Path(path).expanduser())
+    except (RuntimeError, ValueError):
+        return True  # whoever opens it says why it cannot
+
+
+def _remedy(config: Config, key: str) -> str:
+    """A value that would do: the key's default, where what else is set allows it."""
+    if key == "WANDB_MODE":
+        return "export WANDB_MODE=offline"
+    own: dict[str, Callable[[Config], object]] = {
+        "sampler.resolution": _near_size,
+        "tracker.names": lambda config: f"[{(nearest(' '.join(config.tracker.names), TRACKERS) or TRACKERS)[0]}]",
+        "data.batch_size": lambda config: config.train.micro_batch_size,
+        "optim.lr": lambda config: 1.0 if config.optim.name is Optimizer.prodigy else example_of("optim.lr"),
+        "optim.weight_decay": lambda config: 0.0 if config.optim.lr >= 1 else example_of("optim.weight_decay")}
+    value = own[key](config) if key in own else example_of(key)
+    return f"{pasted(key, value)}    for one, on the command line; in a recipe it is written in YAML"
+
+
+def _near_size(config: Config) -> str:
+    """The multiples of what the variant divides by that are nearest to the size of samples; null without one."""
+    size, variant = config.sampler.resolution, VARIANTS[config.model.variant]
+    if size is None or len(size) != 2 or min(size) < 1:
+        return "null"
+    sides = (max(1, round(side / variant.multiple_px)) * variant.multiple_px for side in size)
+    return f"[{','.join(map(str, sides))}]"
 
 
 ABOVE_0 = ("lora.alpha", "loss.delta", "loss.min_snr_gamma", "loss.class_weight", "optim.lr", "optim.max_grad_norm",
@@ -44,7 +99,6 @@ NUMBERS = ((ABOVE_0, 0, False, math.inf, "above 0"), (AT_LEAST_0, 0, True, math.
 """(keys, lower bound, whether that is allowed itself, upper bound, the same in words)."""
 
 NAME_BYTES = 200
-TRACKERS = ("tensorboard", "wandb")
 WANDB_MODES = ("online", "offline", "disabled", "shared", "dryrun")
 
 
@@ -60,6 +114,7 @@ def _rules(config: Config) -> Iterator[Rule]:
     yield from _adapter_rules(config)
     yield from _optim_rules(config.optim, config.lora.kind)
     yield from _sampler_rules(config)
+    yield from _variant_rules(config)
     yield from _sigma_rules(config)
 
 
@@ -89,7 +144,7 @@ def _run_rules(config: Config) -> Iterator[Rule]:
         for seed in seeds:
             yield 0 <= seed < 2**63, key, seed, "a whole number from 0, below 2^63"
     for name in config.tracker.names:
-        yield name in TRACKERS, "tracker.names", name, ", ".join(TRACKERS)
+        yield name in TRACKERS, "tracker.names", name, " or ".join(dict.fromkeys([*nearest(name, TRACKERS), *TRACKERS]))
     mode = os.environ.get("WANDB_MODE")
     yield "wandb" not in config.tracker.names or mode is None or mode in WANDB_MODES, "WANDB_MODE", mode, \
         "online, offline or disabled"
@@ -140,9 +195,34 @@ def _adapter_rules(config: Config) -> Iterator[Rule]:
     numbers = [("lora.rank_pattern", value) for value in own.rank_pattern.values()]
     for key, value in [*numbers, *(("lora.alpha_pattern", value) for value in own.alpha_pattern.values())]:
         yield value > 0, key, value, "positive numbers"
+    start = own.start_from or ""
+    yield not re.search(r"(^|/)checkpoints(/step_\d+)?/?$", start) and not (Path(start).is_dir() and (
+        Path(start) / "checkpoints").is_dir()), "lora.start_from", start, \
+        "the .safetensors that `wantrain export` has written; a checkpoint or a run is none: export it first"
     yield bool(own.targets) and all(own.targets), "lora.targets", own.targets, "at least one preset or pattern"
     yield not loss.class_words or bool(config.data.trigger), "loss.class_words", loss.class_words, \
         "only with data.trigger, in whose place they stand"
+
+
+def _variant_rules(config: Config) -> Iterator[Rule]:
+    """What follows from the row of the variants table."""
+    names = [own.name for own in VARIANTS.values() if trainable(own)]
+    variant = VARIANTS.get(config.model.variant)
+    yield variant is not None and variant.name in names, "model.variant", config.model.variant, \
+        ", ".join(dict.fromkeys([*nearest(config.model.variant, names), *names]))
+    assert variant is not None, "the rule above has refused it"
+    one = f"{variant.name} has one transformer"
+    yield bool(variant.experts) or config.model.experts is Experts.both, "model.experts", config.model.experts.name, one
+    for key, value in (*leaf_values(config.high, "high"), *leaf_values(config.low, "low")):
+        yield bool(variant.experts) or value is None, key, value, one
+    largest = max(variant.architecture.dim, variant.architecture.image_dim or 0)
+    ranks = [("lora.rank", config.lora.rank), ("high.rank", config.high.rank), ("low.rank", config.low.rank)]
+    for key, rank in [*ranks, *(("lora.rank_pattern", rank) for rank in config.lora.rank_pattern.values())]:
+        yield rank is None or rank <= largest, key, rank, \
+            f"it is above what any module of {variant.name} has: {largest}; 16 to 128 is usual"
+    size = config.sampler.resolution or []
+    yield all(side % variant.multiple_px == 0 for side in size), "sampler.resolution", size, \
+        f"both must be multiples of {variant.multiple_px} for {variant.name}"
 
 
 def _sampler_rules(config: Config) -> Iterator[Rule]:
@@ -165,6 +245,8 @@ def _sigma_rules(config: Config) -> Iterator[Rule]:
     own = config.sigma
     yield len(own.range) == 2 and 0 <= own.range[0] < own.range[1] <= 1, "sigma.range", own.range, \
         "[low, high] in [0, 1]: sigma, and not timesteps (sigma = timestep / 1000)"
+    if own.distribution is Distribution.uniform and not own.shape and own.range == [0, 1]:
+        return  # right with every shift
     from wantrain.flow import Density  # torch takes seconds to import: every other rule comes first
 
     try:
@@ -183,6 +265,8 @@ def _optim_rules(optim: Optim, kind: LoraKind) -> Iterator[Rule]:
         "two numbers in [0, 1)"
     yield optim.ema_decay is None or 0 < optim.ema_decay < 1, "optim.ema_decay", optim.ema_decay, \
         "between 0 and 1, e.g. 0.999, or null"
+    yield optim.lr * optim.weight_decay < 1, "optim.weight_decay", optim.weight_decay, \
+        f"below 1 / optim.lr ({optim.lr:g}): each step takes their product off every weight"
     yield optim.lora_plus == 1 or kind in (LoraKind.lora, LoraKind.rslora, LoraKind.dora), "optim.lora_plus", \
         optim.lora_plus, f"1 with lora.kind={kind.name}, which has no B matrices"
     if optim.name is Optimizer.prodigy:

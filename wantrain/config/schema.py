@@ -357,6 +357,9 @@ class Export:
     """Storage of the exported LoRA; bfloat16 only where folding alpha loses nothing."""
 
 
+TRACKERS = ("tensorboard", "wandb")
+
+
 @dataclass(slots=True)
 class Tracker:
     names: list[str] = field(default_factory=lambda: ["tensorboard"])

@@ -37,6 +37,8 @@ class Node:
 
 
 _CLOSING = {"[": "]", "{": "}", "(": ")"}
+_PLACEHOLDER = re.compile(r"\{\w*\}(?=[^\s,:\]}])")
+"""`{expert}` at the beginning of a name, which is no dictionary."""
 
 
 @dataclass(slots=True)
@@ -50,7 +52,7 @@ class _Reader:
         self._skip()
         start = self.at
         char = self.text[start : start + 1]
-        if char in ("[", "{") and char:
+        if char in ("[", "{") and char and not _PLACEHOLDER.match(self.text, start):
             parts = Node("", items=self._items()) if char == "[" else Node("", pairs=self._pairs())
             self._skip()
             if self.text[self.at : self.at + 1] in (*stops, ""):
@@ -97,7 +99,7 @@ class _Reader:
         while not self._ends("}"):
             key = self.node(":}").text
             if self.text[self.at : self.at + 1] != ":":
-                raise Unfit(f"a dictionary has KEY: VALUE, and {key!r} has no value", f"{{{key}: VALUE}}")
+                raise Unfit(f"a dictionary has KEY: VALUE, and {key!r} has no value")
             self.at += 1
             pairs.append((key, self.node(",}")))
             self._next("}")
@@ -186,6 +188,8 @@ def convert(node: Node, wanted: Any) -> Any:
 def _as_scalar(node: Node, wanted: Any) -> Any:
     if node.items is not None and wanted is not str:
         raise Unfit("one value, not a list", node.items[0].text if node.items else "")
+    if wanted is str and node.text == "null" and not node.is_quoted:
+        raise Unfit("text, which null is not; nothing at all is the empty text, and the word itself wants quotes")
     return _SCALARS[wanted](node.text) if wanted in _SCALARS else _as_enum(node.text, wanted)
 
 
@@ -201,19 +205,18 @@ def _as_section(node: Node, wanted: Any) -> dict[str, Any]:
 def _as_items(node: Node, inner: Any) -> Sequence[Node]:
     """The items of a list; one name alone, or numbers with commas or an x between them, are understood as one."""
     if node.items is not None:
-        return node.items
+        is_one = typing.get_origin(inner) is list and all(item.text.isdecimal() for item in node.items)
+        return [node] if is_one and node.items else node.items
     if not node.is_quoted and node.text in ("null", "~", ""):
         return []
     if inner in (int, float):
         return [Node(part.strip()) for part in re.split("[,x]", node.text)]
-    if typing.get_origin(inner) is list:
-        return [node]
     return [node]
 
 
 def _as_pairs(node: Node) -> list[tuple[str, Node]]:
     if node.pairs is None:
-        raise Unfit("a dictionary", "{KEY: VALUE}")
+        raise Unfit("a dictionary, {KEY: VALUE}")
     return node.pairs
 
 
@@ -236,7 +239,7 @@ def _as_int(text: str) -> int:
         return int(plain)
     if re.fullmatch(r"[+-]?\d+(\.0*)?([eE]\+?\d)?", plain) and float(plain).is_integer():
         return int(float(plain))
-    raise Unfit("a whole number", "1")
+    raise Unfit("a whole number")
 
 
 def _as_float(text: str) -> float:
@@ -246,13 +249,13 @@ def _as_float(text: str) -> float:
         number = text.replace(",", ".")
         if re.fullmatch(r"[+-]?\d+,\d+([eE][+-]?\d+)?", text):
             raise Unfit(f"a number; a comma makes a list, the decimal sign is a point: {number}", number) from error
-        raise Unfit("a number such as 1e-4", "1e-4") from error
+        raise Unfit("a number such as 1e-4") from error
 
 
 def _as_bool(text: str) -> bool:
     words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
     if text.lower() not in words:
-        raise Unfit("true or false", "true")
+        raise Unfit("true or false")
     return words[text.lower()]
 
 
@@ -284,12 +287,15 @@ def _as_enum(text: str, wanted: type[Enum]) -> str:
     raise Unfit(f"{why + '; ' if why else ''}one of {', '.join([name, *(n for n in names if n != name)])}", name)
 
 
-def nearest(word: str, known: Mapping[str, Any] | Sequence[str], number: int = 3) -> list[str]:
-    """The known words that come nearest to a mistyped one, the nearest first; signs and case count for nothing."""
+def nearest(word: str, known: Mapping[str, Any] | Sequence[str], number: int = 3, likeness: float = 0.5) -> list[str]:
+    """The known words that come nearest to a mistyped one, the nearest first; signs and case count for nothing.
+
+    `likeness` in [0, 1] is what a word must have.
+    """
     plain: dict[str, str] = {}
     for one in known:
         plain.setdefault(_plain(one), one)
-    return [plain[close] for close in difflib.get_close_matches(_plain(word), plain, number, 0.5)]
+    return [plain[close] for close in difflib.get_close_matches(_plain(word), plain, number, likeness)]
 
 
 def _plain(word: str) -> str:

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from wantrain import flow, lora
-from wantrain.config import Config, Dtype, ExpertOwn, Experts, LoraFormat
+from wantrain.config import Config, Dtype, LoraFormat
 from wantrain.config import for_expert as for_expert_config
 from wantrain.data import batches, decode, manifest, media, plan
 from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Cache, Conditioning, Entry, describe
@@ -28,7 +28,7 @@ from wantrain.models import conditioning, encode, hub, sampling
 from wantrain.models.base import Base, find, for_expert
 from wantrain.models.lora_names import refuse_other_experts_file
 from wantrain.models.lora_updates import adapter_for, read_given, refuse_unexportable
-from wantrain.models.variants import VARIANTS, Expert, Variant, trainable
+from wantrain.models.variants import VARIANTS, Expert, Variant
 from wantrain.terms import CLIP, PARTNERS, Bucket, Clip, Dropped, Encoded, PlannedClip, Sample, UserError
 
 HELDOUT = "held out"
@@ -163,36 +163,8 @@ def spec_of(config: Config) -> Spec:
 
 
 def variant_of(config: Config) -> Variant:
-    """The config's row of the variants table, of those that train."""
-    allowed = [v.name for v in VARIANTS.values() if trainable(v)]
-    if config.model.variant not in allowed:
-        raise UserError(f"model.variant = {config.model.variant!r} is not allowed: {', '.join(allowed)}",
-                        "choose one of these, e.g. model=tiny_wan")
-    variant = VARIANTS[config.model.variant]
-    if config.model.experts is not Experts.both and not variant.experts:
-        raise UserError(f"model.experts = {config.model.experts.name}, but {variant.name} has one transformer",
-                        "take model.experts out")
-    for name, own in (("high", config.high), ("low", config.low)):
-        if own != ExpertOwn() and not variant.experts:
-            raise UserError(f"{name}.* is set, but {variant.name} has one transformer", f"take {name}.* out")
-    refuse_sizes(config, variant)
-    return variant
-
-
-def refuse_sizes(config: Config, variant: Variant) -> None:
-    """Say which rank is above every module of the variant, and which size of samples does not divide."""
-    largest = max(variant.architecture.dim, variant.architecture.image_dim or 0)
-    ranks = {"lora.rank": config.lora.rank, "high.rank": config.high.rank, "low.rank": config.low.rank,
-             "lora.rank_pattern": max(config.lora.rank_pattern.values(), default=None)}
-    for key, rank in ranks.items():
-        if rank is not None and rank > largest:
-            raise UserError(f"{key} = {rank} is above what any module of {variant.name} has: {largest}",
-                            f"16 to 128 is usual: {key.removesuffix('_pattern')}=32")
-    size, multiple = config.sampler.resolution, variant.multiple_px
-    if size and any(side % multiple for side in size):
-        near = [max(multiple, round(side / multiple) * multiple) for side in size]
-        raise UserError(f"sampler.resolution = {size}: both must be multiples of {multiple} for {variant.name}",
-                        f"sampler.resolution={str(near).replace(' ', '')}")
+    """The config's row of the variants table; the rules of the config have looked at it."""
+    return VARIANTS[config.model.variant]
 
 
 def clips_of(config: Config) -> dict[str, manifest.Listing]:
