@@ -106,6 +106,7 @@ def test_the_base_answers_in_two_processes_as_in_one(forked, engine, rtol):
     assert_same_training(forked(None, *own), forked(engine, *own), rtol)
 
 
+@pytest.mark.slow
 def test_two_processes_build_the_cache_that_one_builds(launched, cache_dir, tmp_path):
     launched("ddp", f"data.cache_dir={tmp_path}", verb="cache")
 

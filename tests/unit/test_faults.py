@@ -335,6 +335,7 @@ def test_a_launch_that_asks_for_another_precision_is_refused_with_a_reason(wantr
 # What a run tells
 
 
+@pytest.mark.slow
 def test_the_log_holds_what_the_console_showed_and_what_ended_the_run(trained, wantrain, tmp_path, capfd):  # noqa: F811
     run = trained("run", "train.num_steps=1")
     log = run / logs.name_of(0)
