@@ -347,7 +347,9 @@ def _effect_error(trained: Mapping[str, torch.Tensor], scale: float, written: Ma
     own, theirs = (LoraPair(leaves["lora_A"], factor * leaves["lora_B"].double(), len(leaves["lora_A"]))
                    for leaves, factor in ((trained, scale), (written, written_scale)))
     magnitude = [leaves[MAGNITUDE] for leaves in (trained, written) if MAGNITUDE in leaves]
-    return max(_pair_difference(own, theirs), _relative(*magnitude) if len(magnitude) == 2 else 0.0)
+    if len(magnitude) == 1:
+        return math.inf
+    return max(_pair_difference(own, theirs), _relative(*magnitude) if magnitude else 0.0)
 
 
 def _product(leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
