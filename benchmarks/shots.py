@@ -1,9 +1,9 @@
 """What each detector of data_tools.split finds in a film, and of dissolves and fades made of that film's own shots.
 
-    python -m benchmarks.shots ../shared/footage/big_buck_bunny_excerpt.mp4
+    python -m benchmarks.shots FILM
 
-The true shots are what the adaptive detector finds in the film itself (check that first: for this excerpt it is right
-but for one dissolve). A transition counts as found where one is told that overlaps it; others are false.
+The true shots are what the adaptive detector finds in the film itself (check that first: for 150 s of Big Buck Bunny
+it is right but for one dissolve). A transition counts as found where one is told that overlaps it; others are false.
 """
 
 from __future__ import annotations

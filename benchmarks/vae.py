@@ -1,6 +1,6 @@
 """That caching is bound by the VAE, and reading a cache costs next to nothing: on Wan2.1's real architectures.
 
-    python -m benchmarks.vae [--size 9 160 272] [--clips 3] [--film ../shared/footage/big_buck_bunny_excerpt.mp4]
+    python -m benchmarks.vae [--size 9 160 272] [--clips 3] --film FILM
 
 Measured here: `wantrain cache`'s loop with the VAE of 127M parameters (random weights, float32, CPU), its time in the
 VAE, waiting for frames, and writing; CPU seconds to decode and resize a clip of 81 frames of 480x832 from the film at
@@ -117,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, nargs=3, default=(9, 160, 272), metavar=("F", "H", "W"))
     parser.add_argument("--clips", type=int, default=3)
-    parser.add_argument("--film", type=Path, default=Path("../shared/footage/big_buck_bunny_excerpt.mp4"))
+    parser.add_argument("--film", type=Path, required=True)
     given = parser.parse_args()
     torch.set_num_threads(1)
 

@@ -3,7 +3,7 @@
     python -m data_tools.split films/ --out manifest.jsonl --min-s 1 --max-s 10
 
 Cuts are found by PySceneDetect's AdaptiveDetector: a frame differs from the one before by a multiple of what its
-neighbours do. On the 150 s of shared/footage it finds all 27 hard cuts and no other, also at 0.4 of the brightness or
+neighbours do. On 150 s of Big Buck Bunny it finds all 27 hard cuts and no other, also at 0.4 of the brightness or
 half the contrast, where ContentDetector at its default of 27 misses 1 and 2; only with 5 of 6 frames taken out is it
 the worse one (1 missed, 1 false; none). Neither sees a dissolve (one in that film): `--detector transnetv2` sees most,
 and leaves their frames out. Animation shows each drawing for several frames: detectors are shown only the first frame

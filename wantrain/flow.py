@@ -39,7 +39,7 @@ def unshift_sigma(sigma: float, shift: float) -> float:
 
 def inference_sigmas(num_steps: int) -> list[float]:
     """Where the official sampler takes its steps, before `shift_sigma`: evenly from 0.999 (as float32) down to 0, which
-    is not among them.
+    is not among them (docs/facts.md, "Sampler").
     """
     highest = float(torch.tensor(1 - 1 / NUM_TIMESTEPS))
     return torch.linspace(highest, 0, num_steps + 1, dtype=torch.float64)[:-1].tolist()

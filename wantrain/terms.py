@@ -20,7 +20,7 @@ NUM_TIMESTEPS = 1000
 """The timestep told to the model is NUM_TIMESTEPS * sigma, float32, formed only at the model's door."""
 
 TEXT_LEN = 512
-"""Text is zero-padded to exactly this many tokens; Wan attends to the padding (facts: official, diffusers, ComfyUI)."""
+"""Text is zero-padded to exactly this many tokens, and Wan attends to the padding (docs/facts.md, "Encoders")."""
 
 EXIT_USER_ERROR = 2
 """A fault that a person must mend: the same command would meet it again."""

@@ -1,6 +1,6 @@
 """Measures the tiny base: reconstruction by style, and whether samples show what the prompt says.
 
-    python -m data_tools.tiny_world.measure --base wantrain/assets/tiny_wan --work /work/tmp/tiny
+    python -m data_tools.tiny_world.measure --base wantrain/assets/tiny_wan --work tiny
 
 Writes a table to the console and contact sheets of samples (first, middle, last frame) into the work folder.
 """

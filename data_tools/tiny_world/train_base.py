@@ -1,7 +1,7 @@
 """Trains the tiny transformer and text encoder by flow matching on the natural style: images first, then clips.
 
-    python -m data_tools.tiny_world.train_base --work /work/tmp/tiny --encode      # once the VAE's encoder is final
-    python -m data_tools.tiny_world.train_base --work /work/tmp/tiny --export wantrain/assets/tiny_wan
+    python -m data_tools.tiny_world.train_base --work tiny --encode      # once the VAE's encoder is final
+    python -m data_tools.tiny_world.train_base --work tiny --export wantrain/assets/tiny_wan
 
 With `--minutes 0 0` it only exports the newest snapshots.
 """

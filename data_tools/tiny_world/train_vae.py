@@ -1,7 +1,7 @@
 """Trains the tiny VAE on the world in all styles and some real frames: images first, then 5 and 9 frames.
 
-    python -m data_tools.tiny_world.train_vae --work /work/tmp/tiny
-    python -m data_tools.tiny_world.train_vae --work /work/tmp/tiny --decoder-only --minutes 0 0 40
+    python -m data_tools.tiny_world.train_vae --work tiny --video FILM
+    python -m data_tools.tiny_world.train_vae --work tiny --video FILM --decoder-only --minutes 0 0 40
 
 The second command keeps the encoder, and so the latent space, as it is.
 """
@@ -32,7 +32,7 @@ NOT_MUON = ("conv_in", "conv_out", "quant_conv", "gamma")
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of snapshots, logs and rendered clips")
-    parser.add_argument("--video", type=Path, default=Path("/work/shared/footage/big_buck_bunny_excerpt.mp4"))
+    parser.add_argument("--video", type=Path, required=True, help="real film, for --real")
     parser.add_argument("--minutes", type=float, nargs=3, default=(12, 6, 18), help="for 1, 5 and 9 frames")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--kl", type=float, default=1e-4, help="weight of the mean KL divergence of a latent number")

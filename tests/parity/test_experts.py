@@ -61,7 +61,7 @@ def exported(run):
 
 PUBLISHED = sorted(name for name, row in VARIANTS.items() if not name.startswith("tiny"))
 EXPERTS_OF = [(name, expert) for name in PUBLISHED for expert in VARIANTS[name].experts or (None,)]
-# facts/wan-formats.md 1.7 and, of the continuous schedule, facts/field.md 0.
+# docs/facts.md, "Schedules": the boundary, and the share of the continuous schedule above it.
 BOUNDARIES = {"wan22_t2v_a14b": (0.875, 0.632), "wan22_i2v_a14b": (0.9, 0.357)}
 MILLION = 1_000_000
 

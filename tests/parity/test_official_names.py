@@ -42,8 +42,8 @@ PUBLIC_MD5 = {
     "wan22_fun_a14b_camera": "47dbeab5e560db3180adf51dc0232fb1",
     "wan22_ti2v_5b": "1f5ab7703c6fc803fdded85ff040c316",
 }
-# facts/wan-formats.md 1.1: tensors and parameters in billions.
-FACTS_COUNTS = {
+# Tensors and parameters in billions, counted on the official code's own classes: docs/facts.md, "Variants".
+OFFICIAL_COUNTS = {
     "wan21_t2v_1b3": (825, 1.419), "wan21_t2v_14b": (1095, 14.288), "wan21_i2v_14b_480p": (1303, 16.395),
     "wan21_i2v_14b_720p": (1303, 16.395), "wan21_flf2v_14b": (1304, 16.396), "wan21_vace_1b3": (1264, 2.154),
     "wan21_vace_14b": (1331, 17.338), "wan21_fun_1b3_inp": (983, 1.564), "wan21_fun_14b_inp": (1303, 16.395),
@@ -98,9 +98,9 @@ def official_shapes(variant: Variant) -> dict[str, tuple[int, ...]]:
 
 def test_every_variant_is_covered() -> None:
     assert {v.name for v in TABLE} == set(PUBLIC_MD5)
-    # Rows of the facts that give one number for two checkpoints.
+    # Not counted apart: one number was noted for two checkpoints.
     shared = {"wan21_fun_1b3_control", "wan21_fun_v11_1b3_control", "wan22_fun_a14b_inp"}
-    assert set(FACTS_COUNTS) | shared == set(PUBLIC_MD5)
+    assert set(OFFICIAL_COUNTS) | shared == set(PUBLIC_MD5)
 
 
 @pytest.mark.parametrize("name", PUBLIC_MD5)
@@ -110,8 +110,8 @@ def test_official_inventory_is_that_of_the_public_file(name: str) -> None:
     assert md5(shapes) == PUBLIC_MD5[name]
     assert len(shapes) == variant.num_tensors
     assert sum(map(math.prod, shapes.values())) == variant.num_parameters
-    if name in FACTS_COUNTS:
-        assert (variant.num_tensors, round(variant.num_parameters / 1e9, 3)) == FACTS_COUNTS[name]
+    if name in OFFICIAL_COUNTS:
+        assert (variant.num_tensors, round(variant.num_parameters / 1e9, 3)) == OFFICIAL_COUNTS[name]
 
 
 @pytest.mark.parametrize("name", sorted(set(PUBLIC_MD5) - set(WITHOUT_CLASS)))

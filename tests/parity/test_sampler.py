@@ -11,7 +11,7 @@ from wantrain.models.conditioning import Encoders
 from wantrain.models.variants import VARIANTS
 from wantrain.terms import Bucket
 
-# shift, steps, first and last sigma as the official code prints them
+# shift, steps, first and last sigma as the official code prints them (docs/facts.md, "Sampler")
 OFFICIAL = {"wan21_t2v_1b3": (5, 50, 0.99980, 0.09251), "wan22_t2v_a14b": (12, 40, 0.99992, 0.23511),
             "wan21_vace_14b": (16, 50, 0.99994, 0.24596), "wan21_i2v_14b_480p": (3, 40, 0.99967, 0.07136),
             "wan22_animate_14b": (5, 20, 0.99980, 0.20816)}

@@ -1,6 +1,6 @@
 """What the transformer is given at every training step, task by task, against a construction of our own.
 
-`Official` below is written from facts/wan-formats.md (1.1, 1.3, 1.4, 1.7) and the descriptions in the official code
+`Official` below is written from docs/facts.md, "VAE", "Encoders" and "Conditioning", and from the official code
 (Wan2.1 image2video, first_last_frame2video and vace, Wan2.2 textimage2video, VideoX-Fun's control pipeline) with the
 raw VAE, CLIP tower and text encoder of the checkpoint, and without wantrain.models. Only frames, noise and sigma
 come from wantrain's own functions, which have tests of their own.
@@ -31,16 +31,16 @@ CPU = torch.device("cpu")
 NUM_FRAMES = 9
 BATCH = 2
 
-# facts/wan-formats.md 1.3
+# docs/facts.md, "VAE"
 MEAN_21 = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
            0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
 STD_21 = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
           3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
 STD_22 = tuple(0.5 + 0.02 * i for i in range(48))
-"""Not those of the facts, which test_variants.py checks: any that are not 1."""
+"""Not the published ones, which test_variants.py checks: any that are not 1."""
 MEAN_22 = tuple(0.03 * i - 0.7 for i in range(48))
 
-# facts/wan-formats.md 1.7, as the tiny twins have them: frames a second, shift, [low, high) of the experts.
+# docs/facts.md, "Schedules", as the tiny twins have them: frames a second, shift, [low, high) of the experts.
 FPS = {"tiny_wan_ti2v": 24}
 SHIFTS = {"tiny_wan": 3, "tiny_wan_a14b": 12, "tiny_wan_i2v": 3, "tiny_wan_i2v_a14b": 5, "tiny_wan_flf2v": 16,
           "tiny_wan_ti2v": 5, "tiny_wan_vace": 16, "tiny_wan_control": 3}
@@ -77,7 +77,7 @@ class Official:
         return frames.movedim(1, 0).float() / 127.5 - 1
 
     def latents(self, pixels_CFHW: torch.Tensor) -> torch.Tensor:
-        """(mu - mean) / std of the posterior's moments: never sampled (facts 1.3)."""
+        """(mu - mean) / std of the posterior's moments: never sampled (docs/facts.md, "VAE")."""
         config = json.loads((self.checkpoint / "vae" / "config.json").read_text())
         mean, std = (torch.tensor(config[key]).view(-1, 1, 1, 1) for key in ("latents_mean", "latents_std"))
         if len(mean) == 16 and not (self.checkpoint / "vae").is_symlink():
@@ -85,7 +85,7 @@ class Official:
         return (self.vae.encode(pixels_CFHW[None]).latent_dist.mean[0] - mean) / std
 
     def tokens(self, frame_CHW: torch.Tensor) -> torch.Tensor:
-        """Squashed to the tower's square, CLIP's mean and std, through all blocks but the last (facts 1.1, 1.4)."""
+        """Squashed to the tower's square, CLIP's mean and std, all blocks but the last (docs/facts.md, "Encoders")."""
         side = self.tower.config.image_size
         square = torch.nn.functional.interpolate(frame_CHW[None], size=(side, side), mode="bicubic",
                                                  align_corners=False) * 0.5 + 0.5
@@ -110,7 +110,7 @@ class Official:
         return self.memory[key]
 
     def text(self, caption: str) -> torch.Tensor:
-        """512 rows, zeros beyond the prompt's own (facts 1.4)."""
+        """512 rows, zeros beyond the prompt's own (docs/facts.md, "Encoders")."""
         if caption not in self.memory:
             self.memory[caption] = self._text(caption)
         return self.memory[caption]

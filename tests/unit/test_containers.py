@@ -32,7 +32,7 @@ KEEP = ("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
 CELLS = [*itertools.product(tiny.TRANSFORMERS, tiny.CONTAINERS),
          *itertools.product(weight_table.OTHERS, tiny.OTHER_CONTAINERS)]
 STORAGE_COSTS = {"e5m2": 0.06, "fp8": 0.03, "int8": 6e-3, "q8_0": 6e-3, "bf16": 2e-3, "fp16": 3e-4, "f16": 3e-4}
-"""By a word of the container's name: the largest relative error of the Linear weights (facts/wan-formats.md, 1.2)."""
+"""By a word of the container's name: the largest relative error of the Linear weights (docs/facts.md, "Containers")."""
 
 
 def loaded(path: Path, kind: str, dtype: torch.dtype = torch.float32, **more: Collection[str]) -> torch.nn.Module:

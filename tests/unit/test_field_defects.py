@@ -1,4 +1,4 @@
-"""What other trainers of Wan get wrong (facts/field.md, section 5 and the table at its end), one test a defect.
+"""What other trainers of Wan get wrong (docs/facts.md, "Trainers"), one test a defect.
 
 Those that have a test elsewhere:
 
@@ -51,7 +51,7 @@ from wantrain.terms import Bucket, Clip, Encoded, Found, PlannedClip, Sample, Us
 CPU = torch.device("cpu")
 BUCKET = Bucket(5, 32, 48)
 
-# facts/wan-formats.md 1.7
+# docs/facts.md, "Schedules"
 BOUNDARIES = {"wan22_t2v_a14b": 0.875, "wan22_i2v_a14b": 0.9}
 EXPERTS = [(name, expert) for name in BOUNDARIES for expert in ("high", "low")]
 
@@ -159,7 +159,7 @@ def test_a_boundary_that_is_no_integer_is_accepted_and_one_in_timesteps_is_not()
 
 @pytest.mark.parametrize(("high", "low"), [("high_noise_model", "low_noise_model"), ("transformer", "transformer_2")])
 def test_high_and_low_are_not_exchanged(tmp_path, high, low):
-    """diffusers' `transformer` is the high noise expert (facts/wan-formats.md 0.6)."""
+    """diffusers' `transformer` is the high noise expert (docs/facts.md, "Containers")."""
     for part in (low, high, "vae", "text_encoder", "tokenizer"):
         (tmp_path / part).mkdir()
     found = base.find(VARIANTS["wan22_t2v_a14b"], str(tmp_path), {}).each()
@@ -185,7 +185,7 @@ def test_sampling_takes_the_files_that_export_writes_of_each_expert(tmp_path):
 
 @pytest.mark.parametrize(("variant", "num_high"), [("wan22_t2v_a14b", 26), ("wan22_i2v_a14b", 15)])
 def test_a_preview_is_not_made_by_one_expert_alone_nor_with_one_guidance(variant, num_high, monkeypatch):
-    """facts/field.md 0: of 40 steps 26 (T2V) and 15 (I2V) are the high noise expert's."""
+    """Of 40 steps 26 (T2V) and 15 (I2V) are the high noise expert's: docs/facts.md, "Schedules", shares."""
     recipe = recipe_of(variant, None, "sampler.guidance=null", "sampler.num_steps=null")
     settings = replace(stages.sampler_settings(recipe), guidance=(2.0, 7.0))
     assert settings.num_steps == 40
@@ -214,7 +214,7 @@ def test_previews_are_not_all_made_with_one_shift(variant, shift):
     assert stages.sampler_settings(recipe).shift == shift
     scheduler = recipe.base.scheduler(stages.sampler_settings(recipe).shift)
     base.set_steps(scheduler, 20)
-    before = torch.linspace(0.999, 0, 21, dtype=torch.float64)[:-1]  # facts/wan-formats.md 4: the official grid
+    before = torch.linspace(0.999, 0, 21, dtype=torch.float64)[:-1]  # docs/facts.md, "Sampler"
     want = shift * before / (1 + (shift - 1) * before)
     torch.testing.assert_close(scheduler.sigmas[:-1].double(), want, rtol=1e-6, atol=1e-6)
 

@@ -60,7 +60,7 @@ def differ(pairs: dict[str, LoraPair], others: dict[str, LoraPair]) -> tuple[flo
     return worst_difference(LoraFile(Path("a"), "universal", pairs), LoraFile(Path("b"), "universal", others))
 
 
-# One module's keys in each format, from facts/wan-formats.md 2.1, not from the table.
+# One module's keys in each format, from what each writer writes (docs/facts.md, "LoRA formats"), not from the table.
 KEYS = {
     "universal": ["diffusion_model.blocks.0.ffn.0.lora_A.weight", "diffusion_model.blocks.0.ffn.0.lora_B.weight"],
     "comfy_updown": ["diffusion_model.blocks.0.ffn.0.lora_down.weight",

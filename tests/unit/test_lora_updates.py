@@ -39,7 +39,7 @@ FORMATS = {
     "lokr": ("comfy_updown", "kohya", "lycoris"),
 }
 FORMATS["rslora"] = FORMATS["lora"]
-"""Where each kind is known to load rightly: facts/wan-formats.md 2.2, not the table in lora_formats."""
+"""Where each kind is known to load rightly (docs/facts.md, "LoRA loaders"), not the table in lora_formats."""
 
 
 def adapted(spec: Spec, targets: list[str]) -> torch.nn.Module:
@@ -151,7 +151,8 @@ def test_strength_halves_what_a_kind_does() -> None:
 
 
 def test_lokr_and_loha_as_comfyui_computes_them() -> None:
-    """alpha/rank counts for LoHa always, for LoKr only where a factor is decomposed (facts 2.1, 3)."""
+    """alpha/rank counts for LoHa always, for LoKr only where a factor is decomposed: docs/facts.md, "LoHa, LoKr, DoRA".
+    """
     generator = torch.Generator().manual_seed(0)
     r = {name: torch.randn(shape, generator=generator) for name, shape in {
         "hada_w1_a": (32, 2), "hada_w1_b": (2, 32), "hada_w2_a": (32, 2), "hada_w2_b": (2, 32), "lokr_w1": (4, 8),

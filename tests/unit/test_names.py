@@ -12,7 +12,7 @@ from wantrain.models.names import NameMap, NoTwin, UnknownName
 MAPS = {"transformer": names.TRANSFORMER, "vae 2.1": names.VAE["2.1"], "vae 2.2": names.VAE["2.2"], "t5": names.T5,
         "clip": names.CLIP}
 
-# Written by hand from facts/wan-formats.md 1.2, not derived from the table.
+# Written by hand from the official and diffusers' code (docs/facts.md, "Names"), not derived from the table.
 TRANSFORMER_PAIRS = [
     ("patch_embedding.weight", "patch_embedding.weight"),
     ("text_embedding.0.weight", "condition_embedder.text_embedder.linear_1.weight"),

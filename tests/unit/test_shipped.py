@@ -159,6 +159,37 @@ def test_links_in_the_documents_lead_somewhere():
             assert target.startswith("http") or (page.parent / target).exists(), (page, target)
 
 
+TEXTS = [path for pattern in ("*.py", "*.yaml", "*.md") for path in sorted(ROOT.rglob(pattern))
+         if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)]
+CITED = re.compile(r'\b((?:docs|launch)/[\w-]+\.md)((?:,? (?:and )?"[^"]+")*)')
+"""A page and the titles of its sections, such as "VAE" and "Encoders"."""
+ELSEWHERE = re.compile(r"(?<![\w/])(?:\.\./)*(?:shared|facts)/(?!cases/)|DESIGN\.md|/wor[k]/")
+"""Places beside the repository. Tests may use the cases that came with issues, where they are at hand."""
+
+
+def sections_of(page):
+    return set(re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE))
+
+
+def test_every_page_and_section_that_is_cited_exists_and_no_fact_is_there_for_nothing():
+    cited = set()
+    for path in TEXTS:
+        text = re.sub(r"\n\s*(?:# )?", " ", path.read_text())
+        for page, titles in CITED.findall(text):
+            assert (ROOT / page).is_file(), (path, page)
+            wanted = set(re.findall(r'"([^"]+)"', titles))
+            assert wanted <= sections_of(ROOT / page), (path, page, wanted)
+            cited |= {title for title in wanted if page == "docs/facts.md" and path.suffix == ".py"}
+    titles = set(re.findall(r"^##+ (.+)$", (ROOT / "docs/facts.md").read_text(), re.MULTILINE))
+    assert titles - cited == {"Versions"}
+
+
+def test_nothing_is_cited_that_lies_outside_of_the_repository():
+    lines = [f"{path.relative_to(ROOT)}:{number}: {line.strip()}" for path in TEXTS
+             for number, line in enumerate(path.read_text().splitlines(), 1) if ELSEWHERE.search(line)]
+    assert not lines, "\n".join(lines)
+
+
 @pytest.mark.slow
 def test_an_installed_wheel_finds_its_configs_and_assets(tmp_path):
     subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path), str(ROOT)],

@@ -20,9 +20,7 @@ from wantrain.models.variants import NATIVE_PX, VARIANTS, Architecture, Shapes, 
 from wantrain.stages import Opened, sampler_settings
 from wantrain.terms import UserError
 
-# facts/wan-formats.md 1.7: shift, boundary, guidance (low, high), steps, fps, frames. The Fun rows, which 1.7 does not
-# have, are those of VideoX-Fun's examples/wan2.1_fun and wan2.2_fun (predict_i2v.py, predict_v2v_control.py: shift,
-# guidance_scale, num_inference_steps, fps), whose A14B scripts read the config of I2V-A14B.
+# Shift, boundary, guidance (low, high), steps, fps, frames, from the sources in docs/facts.md, "Schedules".
 FUN_21 = (3, None, (6, 6), 50, 16, 81)
 FUN_22 = (5, 0.9, (6, 6), 50, 16, 81)
 SCHEDULES = {
@@ -63,7 +61,7 @@ def test_every_row_has_its_schedule_here() -> None:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_schedules_are_those_of_the_facts(name: str) -> None:
+def test_schedules_are_the_official_ones(name: str) -> None:
     v = VARIANTS[name]
     assert (v.shift, v.boundary, v.guidance, v.num_steps, v.fps, v.num_frames) == SCHEDULES[name]
     assert v.experts == (("high", "low") if "a14b" in name else ())
@@ -103,7 +101,7 @@ def test_native_sizes_are_those_of_the_official_scripts() -> None:
     assert VARIANTS["wan22_ti2v_5b"].native_tokens == 31 * 22 * 40
 
 
-# facts/wan-formats.md 1.3
+# docs/facts.md, "VAE"
 STATISTICS: dict[VaeVersion, tuple[str, str]] = {
     "2.1": ("-0.7571,-0.7089,-0.9113,0.1075,-0.1745,0.9653,-0.1517,1.5508,0.4134,-0.0715,0.5517,-0.3632,-0.1922,"
             "-0.9497,0.2503,-0.2921",
@@ -161,7 +159,7 @@ I2V_A14B = shapes_of(VARIANTS["wan22_i2v_a14b"].architecture)
 VACE_14B = shapes_of(VARIANTS["wan21_vace_14b"].architecture)
 CAMERA_14B = shapes_of(VARIANTS["wan21_fun_v11_14b_camera"].architecture)
 
-# Public names of files and folders (facts 1.5, the hubs' layouts) and what they settle.
+# Public names of files and folders (docs/facts.md, "Detection") and what they settle.
 FILE_NAMES = [
     (T2V_14B, "Wan2.1-T2V-14B", "wan21_t2v_14b", None),
     (T2V_14B, "wan2.1_t2v_14B_fp16.safetensors", "wan21_t2v_14b", None),

@@ -2,6 +2,7 @@
 
 Hydra chooses the files of the groups and composes them; values typed as `key=value` are read by the type of their key
 (`values`), so Hydra's own grammar, in which commas, brackets and equal signs mean something, never sees them.
+No other part of Hydra is used than its `compose`: docs/facts.md, "Config" says why.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@ caption's features.
 
 An entry's name is a digest of all that its content depends on, so nothing stale can be read and nothing right is
 rebuilt. Entries are written to a temporary name and renamed; their tensors' digest stands in the header. One file an
-entry reads as fast as any layout (facts/dependencies.md section 6) and can be written by any number of processes.
+entry reads as fast as any layout (docs/facts.md, "Cache") and can be written by any number of processes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Frames from a source file: which ones, read by whom, brought to the bucket's size. decord is imported here only.
 
 decord is wrong without saying so on edit lists and, at random access, on open GOP, and fails on some containers
-(facts/dependencies.md section 5). So it reads sequentially, files that a demux-only look finds unsafe go to PyAV,
+(docs/facts.md, "Decoders"). So it reads sequentially, files that a demux-only look finds unsafe go to PyAV,
 and readers open and close inside one call, never across a fork.
 """
 

@@ -100,7 +100,9 @@ def restore(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any, *,
 
 
 def _restore_deepspeed(optimizer: Any, parameters: Mapping[str, torch.nn.Parameter], found: Sequence[State]) -> None:
-    """ZeRO keeps flat float32 partitions: give them states first, then set each tensor, then the model's own copy."""
+    """ZeRO keeps flat float32 partitions: give them states first, then set each tensor, then the model's own copy
+    (docs/facts.md, "Engines").
+    """
     import deepspeed
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 

@@ -4,7 +4,7 @@ The cache, streaming and the sampler all call `encode` for what the VAE and the 
 for how the transformer takes it, so that training and sampling cannot differ.
 
 Sources: the official generate scripts of Wan2.1 (i2v, flf2v, vace) and Wan2.2 (ti2v), VideoX-Fun's control pipeline;
-facts/wan-formats.md 1.4 and 1.7. Parity with diffusers' pipelines: tests/parity/test_tasks.py.
+docs/facts.md, "Conditioning". Parity with diffusers' pipelines: tests/parity/test_tasks.py.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A container is a safetensors file, a pickle (.pth, read with weights_only=True), a GGUF file, or a folder of shards
 (diffusers and official folders alike). Names come out bare, quantised weights as what they stand for:
-weight * scale in float32, then cast. Layouts: facts/wan-formats.md 1.4 and 1.5.
+weight * scale in float32, then cast. Layouts and who writes them: docs/facts.md, "Containers".
 """
 
 from __future__ import annotations

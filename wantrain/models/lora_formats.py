@@ -1,7 +1,7 @@
 """LoRA files: one grammar table for reading and writing every spelling that Wan tools use.
 
-Inside, a LoRA is a dictionary: official module path -> LoraPair. Grammar and what each tool does with which file:
-facts/wan-formats.md 2.1 and 2.2.
+Inside, a LoRA is a dictionary: official module path -> LoraPair. Who writes which format: docs/facts.md, "LoRA
+formats". What each tool does with which file: docs/lora-files.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Which tools load which LoRA file rightly, and what happens in the others.
 
 The table below is held against each tool's own rules, cell by cell, by tests/parity/loader_table.py, which writes
-docs/lora-files.md and names there the version of each tool that was read.
+docs/lora-files.md and names there the version of each tool that was read; the first measurement, of the tools
+themselves, is in docs/facts.md, "LoRA loaders".
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a LoRA file does to the weights, for every kind that we read; and the way to and from a trained adapter.
 
-LoHa, LoKr and their alpha as LyCORIS and ComfyUI compute them (facts/wan-formats.md 2.1, 3); DoRA as PEFT does.
+LoHa, LoKr and their alpha as LyCORIS and ComfyUI compute them (docs/facts.md, "LoHa, LoKr, DoRA"); DoRA as PEFT does.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A row is (official stem, other stem, leaves). `{}` stands for a block number and is the first number of a stem.
 Leaves are the tensors under a stem; a row without leaves is itself a tensor. Stems with leaves are module paths.
-Source: the inventories of the public files (facts/wan-formats.md, 1.2-1.4); tests/parity/test_official_names.py
+Source: the inventories of the public files (docs/facts.md, "Names"); tests/parity/test_official_names.py
 proves the tables against diffusers, transformers and the md5 of the public files' key lists.
 """
 

@@ -1,6 +1,6 @@
 """Configs of the published VAEs and encoders, for files that bring none (a folder's own config.json goes before).
 
-Source: facts/wan-formats.md 1.3 and 1.4; tests/parity/test_official_names.py checks the inventories that they give.
+Sources: docs/facts.md, "VAE" and "Encoders"; tests/parity/test_official_names.py checks the inventories that they give.
 """
 
 from __future__ import annotations

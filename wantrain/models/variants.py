@@ -1,7 +1,7 @@
 """The variants table: every Wan checkpoint family that wantrain knows, and how to tell which one a file holds.
 
-Inventories: facts/wan-formats.md 1.1 (proven against the public files); schedules: 1.7. The Fun rows, which 1.7 does
-not have, follow VideoX-Fun's predict scripts (their A14B boundary is that of I2V-A14B, unverified).
+Sources: docs/facts.md, "Variants" (inventories, proven against the public files) and docs/facts.md, "Schedules" (where
+one number, the boundary of Fun-A14B, is not verified).
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ VARIANTS: dict[str, Variant] = {variant.name: variant for variant in (
 
 
 def trainable(variant: Variant) -> bool:
-    """Whether diffusers has a class with all its tensors (facts/wan-formats.md 1.2)."""
+    """Whether diffusers has a class with all its tensors (docs/facts.md, "Variants")."""
     return not (variant.architecture.ref_conv or variant.architecture.control_adapter)
 
 
@@ -239,7 +239,7 @@ def is_diffusers_config(config: Mapping[str, Any]) -> bool:
 
 ANIMATE = "Wan2.2-Animate (under official names)"
 
-# Tensors that only a family we do not support has, in ComfyUI's order of detection (facts/wan-formats.md 1.6).
+# Tensors that only a family we do not support has, in ComfyUI's order of detection (docs/facts.md, "Detection").
 _UNSUPPORTED: dict[str, str] = {
     "casual_audio_encoder.": "Wan2.2-S2V",
     "audio_proj.audio_proj_glob_1.": "HuMo",
