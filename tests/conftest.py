@@ -98,3 +98,14 @@ def wantrain(arguments: list[str], cached: None) -> Wantrain:
         return cli.main([verb, *(arguments if base is None else base), *more])
 
     return call
+
+
+@pytest.fixture
+def trained(wantrain, tmp_path):
+    """trained("name", overrides...) -> run folder after `wantrain train`."""
+
+    def call(name, *more):
+        assert wantrain("train", f"run.dir={tmp_path / name}", *more) == 0
+        return tmp_path / name
+
+    return call

@@ -11,7 +11,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from tests.distributed import engine_table
 from tests.distributed.engine_table import COMMAND, PACKAGES, PAGE, ROWS, Bench
 from tests.distributed.forked import ENGINES
-from tests.distributed.test_two_processes import LAUNCH
+from tests.runs import LAUNCH
 from wantrain.engine.optimizers import OPTIMIZERS
 
 FILES = {"DDP": "ddp", "ZeRO-1": "zero1", "ZeRO-2": "zero2", "ZeRO-3": "zero3", "ZeRO-3 offload": "zero3_offload",

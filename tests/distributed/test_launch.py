@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from tests.conftest import arguments_for
-from tests.distributed.test_two_processes import LAUNCH, assert_same_training
+from tests.runs import LAUNCH, assert_same_training
 
 pytestmark = pytest.mark.slow
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

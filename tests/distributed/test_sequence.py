@@ -11,9 +11,8 @@ from diffusers.models._modeling_parallel import ContextParallelConfig
 from diffusers.models.attention_dispatch import TemplatedUlyssesAttention
 
 from tests.conftest import arguments_for
-from tests.distributed.test_two_processes import assert_same_training
-from tests.parity.test_experts import write_a14b
-from tests.tiny_tasks import CLASSES
+from tests.runs import assert_same_training
+from tests.tiny_tasks import CLASSES, write_a14b
 from wantrain import lora
 from wantrain.engine import autocast
 from wantrain.models import sequence

@@ -3,66 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import torch
 
 from tests.conftest import arguments_for
-from tests.parity.test_experts import write_a14b
-from wantrain.engine import checkpoint
-
-LAUNCH = Path(__file__).parents[2] / "launch"
-STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def launched(clips, cache_dir, cached, tmp_path_factory):
-    """launched("ddp", overrides...) -> run folder after a training started with launch/ddp.yaml (None: no launcher)."""
-    root = tmp_path_factory.mktemp("launched")
-
-    def call(file, *overrides, run=None, verb="train"):
-        run_dir = root / (run or f"{file}_{len(list(root.iterdir()))}")
-        launcher = [] if file is None else ["-m", "accelerate.commands.launch", "--config_file",
-                                            str(LAUNCH / f"{file}.yaml")]
-        command = [sys.executable, *launcher, "-m", "wantrain", verb, *arguments_for(clips, cache_dir, run_dir),
-                   "train.micro_batch_size=2", *overrides]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr[-3000:]
-        return run_dir
-
-    return call
+from tests.runs import assert_same_training
+from tests.tiny_tasks import write_a14b
 
 
 @pytest.fixture(scope="module")
 def alone(launched):
     return launched(None)
-
-
-def numbers(run, key):
-    return torch.tensor([json.loads(line)[key] for line in (run / "metrics.jsonl").read_text().splitlines()])
-
-
-def final(run):
-    progress, tensors = checkpoint.load(checkpoint.steps_on_disk(run / "checkpoints")[-1], None)
-    return progress.step, tensors
-
-
-def assert_same_training(one, two, rtol):
-    """Losses, gradient norms and AdamW's first moments agree (the moments are sums of gradients, values are not)."""
-    for key in ("loss", "grad_norm"):
-        torch.testing.assert_close(numbers(two, key), numbers(one, key), rtol=rtol, atol=0)
-    (step_one, a), (step_two, b) = final(one), final(two)
-    assert step_one == step_two == STEPS
-    assert a.keys() == b.keys()
-    for name, tensor in a.items():
-        scale = float(tensor.abs().max())
-        if name.endswith("|exp_avg"):
-            torch.testing.assert_close(b[name], tensor, rtol=0, atol=2e-3 * scale + 1e-9)
 
 
 @pytest.mark.parametrize("file", ["ddp", pytest.param("zero2", marks=pytest.mark.slow)])

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from tests.runs import lines, losses, same_bits, state
 from wantrain import config as schema
 from wantrain import flow, lora
 from wantrain.config import load
@@ -14,35 +15,6 @@ from wantrain.engine import checkpoint
 from wantrain.files import digest_folder
 from wantrain.models import base
 from wantrain.stages import opened, train
-
-
-def lines(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(run):
-    return [line["loss"] for line in lines(run)]
-
-
-def state(run):
-    """(step, tensors) of the newest checkpoint."""
-    progress, tensors = checkpoint.load(checkpoint.steps_on_disk(run / "checkpoints")[-1], None)
-    return progress.step, tensors
-
-
-def same_bits(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-@pytest.fixture
-def trained(wantrain, tmp_path):
-    """trained("name", overrides...) -> run folder after `wantrain train`."""
-
-    def call(name, *more):
-        assert wantrain("train", f"run.dir={tmp_path / name}", *more) == 0
-        return tmp_path / name
-
-    return call
 
 
 def test_the_base_is_bit_identical_after_training_and_the_adapter_is_not(wantrain, arguments, cached):

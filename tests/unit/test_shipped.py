@@ -17,7 +17,7 @@ import pytest
 
 from tests import tiny_tasks
 from tests.conftest import arguments_for
-from tests.unit.test_caption import write_model
+from tests.tiny_captioner import write_model
 from wantrain import cli, config
 from wantrain.data import manifest
 from wantrain.models import base
