@@ -60,6 +60,16 @@ def readme_commands(first_word):
     return [line.split("  #")[0].strip() for line in lines if line.startswith(first_word)]
 
 
+def test_the_readme_tells_maintainers_of_every_tier_and_every_page_that_is_made():
+    told = (ROOT / "README.md").read_text().partition("### For maintainers")[2]
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    assert {line.partition(":")[0] for line in options["markers"]} <= set(re.findall(r"\| `(\w+)`", told))
+    made = {command for page in (ROOT / "docs").glob("*.md") if page.name != "LOG.md"
+            for command in re.findall(r"`(python -m tests\.[\w.]+)`", page.read_text())}
+    assert len(made) == 3
+    assert made <= set(re.findall(r"`(python -m [\w.]+)", told))
+
+
 def test_the_readme_speaks_of_every_verb_and_of_make():
     verbs = {shlex.split(line)[1] for line in readme_commands("wantrain ")}
     assert verbs == {*cli.VERBS, *cli.FILE_VERBS}
