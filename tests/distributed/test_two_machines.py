@@ -156,6 +156,7 @@ def test_two_machines_without_a_common_folder_train_as_one_process_does(undistur
         torch.testing.assert_close(two, numbers(alone, key), rtol=2e-5, atol=0)
 
 
+@pytest.mark.long  # what a process that stands still does to the others: test_one_process_differs
 def test_a_cut_link_ends_both_and_the_same_commands_go_on_bitwise(machines, start, undisturbed, tmp_path):
     checkpoints = tmp_path / "machine0" / "checkpoints"
     launches = start(tmp_path, "train.num_steps=1000000", "train.save_every=2")

@@ -1,4 +1,4 @@
-"""Two real processes over gloo, started from the launch files, against one process."""
+"""Two real processes over gloo, forked or started from the launch files, against one process."""
 
 from __future__ import annotations
 
@@ -16,19 +16,24 @@ def alone(launched):
     return launched(None)
 
 
-@pytest.mark.parametrize("file", ["ddp", pytest.param("zero2", marks=pytest.mark.slow)])
-def test_two_processes_train_as_one_does_and_resume_in_one(launched, alone, file):
+def header(run):
+    return json.loads((run / "run.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["ddp", "zero2"])
+def test_launched_processes_train_as_one_does_and_resume_in_one(launched, alone, file):
     """Steps 1 and 2 under two processes, 3 and 4 in one that goes on from their checkpoint."""
     parts = launched(file, "train.num_steps=2", run=f"{file}_parts")
-    header = json.loads((parts / "run.json").read_text())
-    assert header["num_processes"] == 2
-    assert header["engine"] == {"ddp": "MULTI_CPU", "zero2": "DEEPSPEED"}[file]
+    assert header(parts)["num_processes"] == 2
+    assert header(parts)["engine"] == {"ddp": "MULTI_CPU", "zero2": "DEEPSPEED"}[file]
     launched(None, run=parts.name)
-    assert json.loads((parts / "run.json").read_text())["start_step"] == 2
+    assert header(parts)["start_step"] == 2
     assert_same_training(alone, parts, rtol=2e-5)
 
 
 @pytest.mark.slow
+@pytest.mark.long  # as test_launch shows with the flags of nodes.yaml
 def test_zero3_trains_as_one_process_does(launched, alone):
     assert_same_training(alone, launched("zero3"), rtol=2e-4)
 
@@ -38,13 +43,21 @@ def forked(forker, clips, cache_dir, cached, tmp_path_factory):
     """forked("ZeRO-2", overrides...) -> run folder after a training under that engine (None: one process)."""
     root = tmp_path_factory.mktemp("forked")
 
-    def call(engine, *overrides, verb="train"):
-        run_dir = root / f"run_{len(list(root.glob('*.log')))}"
+    def call(engine, *overrides, verb="train", run_dir=None):
+        run_dir = run_dir or root / f"run_{len(list(root.glob('*.log')))}"
         forker.run([verb, *arguments_for(clips, cache_dir, run_dir), "train.micro_batch_size=2", *overrides],
                    run_dir.with_suffix(".log"), 2 if engine else 1, engine)
         return run_dir
 
     return call
+
+
+def test_two_processes_train_as_one_does_and_resume_in_one(forked):
+    one, parts = forked(None), forked("DDP", "train.num_steps=2")
+    assert (header(parts)["num_processes"], header(parts)["engine"]) == (2, "MULTI_CPU")
+    forked(None, run_dir=parts)
+    assert (header(parts)["num_processes"], header(parts)["start_step"]) == (1, 2)
+    assert_same_training(one, parts, rtol=2e-5)
 
 
 @pytest.mark.slow
