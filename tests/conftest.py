@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from wantrain import cli, pictures
+from wantrain.config import loading
 
 SIZE = (32, 48)
 NUM_FRAMES = 5
@@ -24,6 +27,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def composed_once() -> Iterator[None]:
+    """Hydra composes the shipped files once for each choice of them: that is three quarters of loading a config.
+
+    What is typed as key=value comes in after it, and folders of a user's own are composed each time.
+    """
+    compose, kept = loading._composed, dict[Any, Any]()
+
+    def composed(groups: Mapping[str, str], config_dir: Path | None) -> Any:
+        if config_dir is not None:
+            return compose(groups, config_dir)
+        key = tuple(groups.items())
+        if key not in kept:
+            kept[key] = compose(groups, None)
+        return copy.deepcopy(kept[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "_composed", composed)
+        yield
 
 
 def moving_square(seed: int, num_frames: int, height: int, width: int) -> torch.Tensor:
@@ -96,5 +120,16 @@ def wantrain(arguments: list[str], cached: None) -> Wantrain:
 
     def call(verb: str, *more: str, base: Sequence[str] | None = None) -> int:
         return cli.main([verb, *(arguments if base is None else base), *more])
+
+    return call
+
+
+@pytest.fixture
+def trained(wantrain, tmp_path):
+    """trained("name", overrides...) -> run folder after `wantrain train`."""
+
+    def call(name, *more):
+        assert wantrain("train", f"run.dir={tmp_path / name}", *more) == 0
+        return tmp_path / name
 
     return call

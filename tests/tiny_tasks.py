@@ -40,6 +40,20 @@ def random(module: torch.nn.Module, seed: int) -> torch.nn.Module:
     return module.eval()
 
 
+def write_a14b(folder: Path) -> Path:
+    """A whole checkpoint in the diffusers layout: two random tiny transformers beside the embedded base's parts."""
+    part = tiny.Part("tiny_a14b", lambda: tiny.WanTransformer3DModel(**diffusers_config(VARIANTS["tiny_wan_a14b"])),
+                     tiny.PARTS["t2v"].official, tiny.PARTS["t2v"].rename)
+    for seed, name in enumerate(("transformer", "transformer_2")):
+        tiny.module(part, seed).save_pretrained(folder / name)
+    for name in ("vae", "text_encoder", "tokenizer", "scheduler"):
+        (folder / name).symlink_to(EMBEDDED / name)
+    index = json.loads((EMBEDDED / "model_index.json").read_text())
+    index |= {"transformer_2": index["transformer"], "boundary_ratio": 0.875}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
 def write_checkpoint(folder: Path, name: str) -> Path:
     """The variant `name` of the table in the diffusers layout: random transformers, VAE 2.2 and CLIP tower where it has
     them, and the embedded base's other parts.

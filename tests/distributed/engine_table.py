@@ -18,7 +18,7 @@ import torch
 
 from tests.conftest import arguments_for, write_style
 from tests.distributed.forked import Forker, forking
-from tests.parity.test_experts import write_a14b
+from tests.tiny_tasks import write_a14b
 from wantrain.engine import checkpoint
 
 PAGE = Path(__file__).parents[2] / "docs" / "engines.md"

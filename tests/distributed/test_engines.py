@@ -11,11 +11,13 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from tests.distributed import engine_table
 from tests.distributed.engine_table import COMMAND, PACKAGES, PAGE, ROWS, Bench
 from tests.distributed.forked import ENGINES
-from tests.distributed.test_two_processes import LAUNCH
+from tests.runs import LAUNCH
 from wantrain.engine.optimizers import OPTIMIZERS
 
 FILES = {"DDP": "ddp", "ZeRO-1": "zero1", "ZeRO-2": "zero2", "ZeRO-3": "zero3", "ZeRO-3 offload": "zero3_offload",
          "FSDP2": "fsdp2"}
+REPEATING = ("ZeRO-1", "ZeRO-3 offload")
+"""Engines with which wantrain does nothing else than with ZeRO-2 and ZeRO-3; what they train is in the tier long."""
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,9 @@ def bench(forker, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("row", [
+    pytest.param(row, marks=pytest.mark.long if row.engine in REPEATING and not row.refused else ()) for row in ROWS],
+    ids=str)
 def test_the_page_says_what_is_found(bench, row):
     if not row.refused and row.optimizer in PACKAGES:
         pytest.importorskip(PACKAGES[row.optimizer])

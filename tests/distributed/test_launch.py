@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from tests.conftest import arguments_for
-from tests.distributed.test_two_processes import LAUNCH, assert_same_training
+from tests.runs import LAUNCH, assert_same_training
 
 pytestmark = pytest.mark.slow
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -49,6 +49,7 @@ def header(run):
     return json.loads((run / "run.json").read_text())
 
 
+@pytest.mark.long  # test_engines trains under the same settings, and holds them against these files
 @pytest.mark.parametrize(("file", "stage", "rtol"), [("zero1.yaml", 1, 2e-5), ("zero3_offload.yaml", 3, 2e-4)])
 def test_deepspeed(arguments_of, alone, file, stage, rtol):
     run, own = arguments_of(file)
@@ -72,7 +73,8 @@ def test_fsdp2_is_refused_where_it_would_train_processes_apart(arguments_of):
 
 @pytest.mark.parametrize(("more", "engine", "rtol"), [
     ({}, "MULTI_CPU", 2e-5),
-    ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "DEEPSPEED", 2e-4)])
+    pytest.param({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "DEEPSPEED", 2e-4,
+                 marks=pytest.mark.long)])
 def test_environment_variables_alone(arguments_of, alone, more, engine, rtol):
     """Those of launch/kubernetes.yaml, as two pods of one process have them, and those that launch/README.md adds."""
     assert " ".join(f"{key}={value}" for key, value in more.items()) in README

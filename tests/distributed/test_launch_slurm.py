@@ -15,10 +15,8 @@ import pytest
 import torch
 
 from tests.conftest import arguments_for
-from tests.distributed.test_two_processes import LAUNCH, final, launched, numbers
+from tests.runs import LAUNCH, numbers, state
 from wantrain.engine import checkpoint
-
-__all__ = ["launched"]  # the fixture: one process
 
 STEPS = 24
 
@@ -156,7 +154,7 @@ def test_the_warning_saves_and_requeues_and_the_next_run_ends_bitwise(undisturbe
     assert job.start().wait(240) == 0, job.output
     assert len(job.requeued) == 1
     assert json.loads((job.folder / "run" / "run.json").read_text())["start_step"] == stopped_after
-    (step, a), (whole_step, b) = final(job.folder / "run"), final(undisturbed.folder / "run")
+    (step, a), (whole_step, b) = state(job.folder / "run"), state(undisturbed.folder / "run")
     assert step == whole_step == STEPS
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)

@@ -52,23 +52,30 @@ if __name__ == "__main__":
 ZERO2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 
 
+SKIP = "train.on_nonfinite=skip"
+
+
+def driven(folder, fault, *arguments, **environment):
+    """A process of wantrain with that fault, whose script is put into the folder."""
+    (folder / "driver.py").write_text(DRIVER)
+    return subprocess.Popen(
+        [sys.executable, str(folder / "driver.py"), fault, "train", *arguments, "train.micro_batch_size=2"],
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1",
+                                                "PYTHONPATH": os.pathsep.join(sys.path), **environment})
+
+
 @pytest.fixture
 def started(clips, cache_dir, cached, tmp_path):
-    """started("fault", overrides of process 0, overrides of process 1) -> the processes; one alone with one list."""
-    (tmp_path / "driver.py").write_text(DRIVER)
+    """started("fault", overrides of process 0, overrides of process 1) -> the two processes."""
     alive = []
 
-    def call(fault, *overrides, engine=None, run="run"):
+    def call(fault, *overrides, engine=None):
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = str(server.getsockname()[1])
-        own = [*arguments_for(clips, cache_dir, tmp_path / run), "train.micro_batch_size=2"]
         for rank, more in enumerate(overrides):
-            environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                           "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", **(engine or {})} if len(overrides) > 1 else {}
-            alive.append(subprocess.Popen(
-                [sys.executable, str(tmp_path / "driver.py"), fault, "train", *own, *more], stderr=subprocess.PIPE,
-                text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path),
-                                **environment}))
+            alive.append(driven(tmp_path, fault, *arguments_for(clips, cache_dir, tmp_path / "run"), *more,
+                                RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+                                WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", **(engine or {})))
         return alive[-len(overrides):]
 
     yield call
@@ -83,13 +90,21 @@ def ended(processes):
     return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
 
 
+@pytest.fixture(scope="module")
+def one_with_a_skip(clips, cache_dir, cached, tmp_path_factory):
+    """The run folder of one process alone that leaves the update out."""
+    folder = tmp_path_factory.mktemp("alone")
+    (code, said), = ended([driven(folder, "poisoned", *arguments_for(clips, cache_dir, folder / "run"), SKIP)])
+    assert code == 0, said
+    return folder / "run"
+
+
 @pytest.mark.parametrize("engine", [None, ZERO2], ids=["DDP", "ZeRO-2"])
-def test_a_loss_that_is_not_finite_in_one_process_leaves_the_update_out_in_both(started, tmp_path, engine):
-    skip = "train.on_nonfinite=skip"
-    assert [code for code, _ in ended(started("poisoned", [skip], run="alone"))] == [0]
-    assert [code for code, _ in ended(started("poisoned", [skip], [skip], engine=engine))] == [0, 0]
-    (one, a), (two, b) = (checkpoint.load(tmp_path / run / "checkpoints" / "step_000004", None)
-                          for run in ("alone", "run"))
+def test_a_loss_that_is_not_finite_in_one_process_leaves_the_update_out_in_both(started, one_with_a_skip, tmp_path,
+                                                                                engine):
+    assert [code for code, _ in ended(started("poisoned", [SKIP], [SKIP], engine=engine))] == [0, 0]
+    (one, a), (two, b) = (checkpoint.load(run / "checkpoints" / "step_000004", None)
+                          for run in (one_with_a_skip, tmp_path / "run"))
     assert (one.skipped, two.skipped) == (1, 1)
     for name, tensor in a.items():
         if name.endswith("|exp_avg"):
@@ -122,7 +137,7 @@ def test_a_fault_of_one_process_ends_the_other_at_once(started, clips, cache_dir
         found = ended(started("none", ["data.batch_size=16"], ["data.batch_size=16"]))
     finally:
         path.write_bytes(whole)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 120  # with the imports, on a busy machine
     codes = sorted(code for code, _ in found)
     assert codes in ([EXIT_USER_ERROR, EXIT_STALLED], [EXIT_USER_ERROR] * 2)  # both may read it
     assert any("is damaged" in said for _, said in found)

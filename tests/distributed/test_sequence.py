@@ -11,9 +11,8 @@ from diffusers.models._modeling_parallel import ContextParallelConfig
 from diffusers.models.attention_dispatch import TemplatedUlyssesAttention
 
 from tests.conftest import arguments_for
-from tests.distributed.test_two_processes import assert_same_training
-from tests.parity.test_experts import write_a14b
-from tests.tiny_tasks import CLASSES
+from tests.runs import assert_same_training
+from tests.tiny_tasks import CLASSES, write_a14b
 from wantrain import lora
 from wantrain.engine import autocast
 from wantrain.models import sequence
@@ -154,7 +153,8 @@ def test_a_training_that_shares_tokens_is_that_of_one_process_and_goes_on_in_one
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("launch", "num_parts", "rtol"), [
-    (("DDP", 4), 2, 2e-5), (("DDP", 3), 3, 2e-5), (("ZeRO-2", 4), 2, 2e-5), (("ZeRO-3", 2), 2, 2e-4)])
+    (("DDP", 4), 2, 2e-5), pytest.param(("DDP", 3), 3, 2e-5, marks=pytest.mark.long),
+    pytest.param(("ZeRO-2", 4), 2, 2e-5, marks=pytest.mark.long), (("ZeRO-3", 2), 2, 2e-4)])
 def test_sharing_tokens_goes_with_data_parallel_and_zero(launched, alone, launch, num_parts, rtol):
     run = launched(*launch, f"train.sequence_parallel={num_parts}", "train.activation_checkpointing=true")
     assert_same_training(alone, run, rtol)

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import moving_square
-from tests.distributed.test_two_processes import LAUNCH, final, numbers
+from tests.runs import LAUNCH, numbers, state
 from wantrain import cli, pictures
 
 NUM_SHORT, NUM_LONG, BATCH, STEPS = 5, 4, 2, 9
@@ -138,7 +138,7 @@ def test_a_training_that_goes_on_sees_what_an_undisturbed_one_sees(stream, whole
     assert {step for step, *_ in sequence(stopped[1])} == set(range(4))
     assert sequence(stopped[1]) + sequence(given) == sequence(whole[1])
     assert json.loads((resumed / "run.json").read_text())["start_step"] == 4
-    a, b = final(whole[0])[1], final(resumed)[1]
+    a, b = state(whole[0])[1], state(resumed)[1]
     assert a.keys() == b.keys()
     if num_processes == 2:
         assert torch.equal(numbers(whole[0], "loss"), numbers(resumed, "loss"))

@@ -18,10 +18,8 @@ import pytest
 import torch
 
 from tests.conftest import arguments_for
-from tests.distributed.test_two_processes import LAUNCH, final, launched, numbers
+from tests.runs import LAUNCH, numbers, state
 from wantrain.engine import checkpoint
-
-__all__ = ["launched"]  # the fixture: one process
 
 pytestmark = pytest.mark.slow
 
@@ -158,6 +156,7 @@ def test_two_machines_without_a_common_folder_train_as_one_process_does(undistur
         torch.testing.assert_close(two, numbers(alone, key), rtol=2e-5, atol=0)
 
 
+@pytest.mark.long  # what a process that stands still does to the others: test_one_process_differs
 def test_a_cut_link_ends_both_and_the_same_commands_go_on_bitwise(machines, start, undisturbed, tmp_path):
     checkpoints = tmp_path / "machine0" / "checkpoints"
     launches = start(tmp_path, "train.num_steps=1000000", "train.save_every=2")
@@ -180,7 +179,7 @@ def test_a_cut_link_ends_both_and_the_same_commands_go_on_bitwise(machines, star
     codes = ended(start(tmp_path, f"train.num_steps={newest + 2}", "train.save_every=2"), 240)
     assert codes == [0, 0], all_output(tmp_path)
     assert json.loads((tmp_path / "machine0" / "run.json").read_text())["start_step"] == newest
-    step, tensors = final(tmp_path / "machine0")
+    step, tensors = state(tmp_path / "machine0")
     assert step == newest + 2
     whole = checkpoint.load(undisturbed / "machine0" / "checkpoints" / f"step_{step:06d}", None)[1]
     assert whole.keys() == tensors.keys()
@@ -210,5 +209,5 @@ def test_elastic_goes_on_by_itself_after_a_cut(machines, clips, cache_dir, undis
     assert header["num_processes"] == 2
     assert 0 < header["start_step"] < UNDISTURBED
     assert torch.equal(numbers(run, "loss"), numbers(undisturbed / "machine0", "loss"))
-    a, b = final(run)[1], final(undisturbed / "machine0")[1]
+    a, b = state(run)[1], state(undisturbed / "machine0")[1]
     assert all(torch.equal(a[name], b[name]) for name in b)

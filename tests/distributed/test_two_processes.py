@@ -1,41 +1,14 @@
-"""Two real processes over gloo, started from the launch files, against one process."""
+"""Two real processes over gloo, forked or started from the launch files, against one process."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import torch
 
 from tests.conftest import arguments_for
-from tests.parity.test_experts import write_a14b
-from wantrain.engine import checkpoint
-
-LAUNCH = Path(__file__).parents[2] / "launch"
-STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def launched(clips, cache_dir, cached, tmp_path_factory):
-    """launched("ddp", overrides...) -> run folder after a training started with launch/ddp.yaml (None: no launcher)."""
-    root = tmp_path_factory.mktemp("launched")
-
-    def call(file, *overrides, run=None, verb="train"):
-        run_dir = root / (run or f"{file}_{len(list(root.iterdir()))}")
-        launcher = [] if file is None else ["-m", "accelerate.commands.launch", "--config_file",
-                                            str(LAUNCH / f"{file}.yaml")]
-        command = [sys.executable, *launcher, "-m", "wantrain", verb, *arguments_for(clips, cache_dir, run_dir),
-                   "train.micro_batch_size=2", *overrides]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr[-3000:]
-        return run_dir
-
-    return call
+from tests.runs import assert_same_training
+from tests.tiny_tasks import write_a14b
 
 
 @pytest.fixture(scope="module")
@@ -43,41 +16,24 @@ def alone(launched):
     return launched(None)
 
 
-def numbers(run, key):
-    return torch.tensor([json.loads(line)[key] for line in (run / "metrics.jsonl").read_text().splitlines()])
+def header(run):
+    return json.loads((run / "run.json").read_text())
 
 
-def final(run):
-    progress, tensors = checkpoint.load(checkpoint.steps_on_disk(run / "checkpoints")[-1], None)
-    return progress.step, tensors
-
-
-def assert_same_training(one, two, rtol):
-    """Losses, gradient norms and AdamW's first moments agree (the moments are sums of gradients, values are not)."""
-    for key in ("loss", "grad_norm"):
-        torch.testing.assert_close(numbers(two, key), numbers(one, key), rtol=rtol, atol=0)
-    (step_one, a), (step_two, b) = final(one), final(two)
-    assert step_one == step_two == STEPS
-    assert a.keys() == b.keys()
-    for name, tensor in a.items():
-        scale = float(tensor.abs().max())
-        if name.endswith("|exp_avg"):
-            torch.testing.assert_close(b[name], tensor, rtol=0, atol=2e-3 * scale + 1e-9)
-
-
-@pytest.mark.parametrize("file", ["ddp", pytest.param("zero2", marks=pytest.mark.slow)])
-def test_two_processes_train_as_one_does_and_resume_in_one(launched, alone, file):
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["ddp", "zero2"])
+def test_launched_processes_train_as_one_does_and_resume_in_one(launched, alone, file):
     """Steps 1 and 2 under two processes, 3 and 4 in one that goes on from their checkpoint."""
     parts = launched(file, "train.num_steps=2", run=f"{file}_parts")
-    header = json.loads((parts / "run.json").read_text())
-    assert header["num_processes"] == 2
-    assert header["engine"] == {"ddp": "MULTI_CPU", "zero2": "DEEPSPEED"}[file]
+    assert header(parts)["num_processes"] == 2
+    assert header(parts)["engine"] == {"ddp": "MULTI_CPU", "zero2": "DEEPSPEED"}[file]
     launched(None, run=parts.name)
-    assert json.loads((parts / "run.json").read_text())["start_step"] == 2
+    assert header(parts)["start_step"] == 2
     assert_same_training(alone, parts, rtol=2e-5)
 
 
 @pytest.mark.slow
+@pytest.mark.long  # as test_launch shows with the flags of nodes.yaml
 def test_zero3_trains_as_one_process_does(launched, alone):
     assert_same_training(alone, launched("zero3"), rtol=2e-4)
 
@@ -87,13 +43,21 @@ def forked(forker, clips, cache_dir, cached, tmp_path_factory):
     """forked("ZeRO-2", overrides...) -> run folder after a training under that engine (None: one process)."""
     root = tmp_path_factory.mktemp("forked")
 
-    def call(engine, *overrides, verb="train"):
-        run_dir = root / f"run_{len(list(root.glob('*.log')))}"
+    def call(engine, *overrides, verb="train", run_dir=None):
+        run_dir = run_dir or root / f"run_{len(list(root.glob('*.log')))}"
         forker.run([verb, *arguments_for(clips, cache_dir, run_dir), "train.micro_batch_size=2", *overrides],
                    run_dir.with_suffix(".log"), 2 if engine else 1, engine)
         return run_dir
 
     return call
+
+
+def test_two_processes_train_as_one_does_and_resume_in_one(forked):
+    one, parts = forked(None), forked("DDP", "train.num_steps=2")
+    assert (header(parts)["num_processes"], header(parts)["engine"]) == (2, "MULTI_CPU")
+    forked(None, run_dir=parts)
+    assert (header(parts)["num_processes"], header(parts)["start_step"]) == (1, 2)
+    assert_same_training(one, parts, rtol=2e-5)
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ LARGEST_BYTES = 256 << 20
 """What a case may add to the process's memory at its highest, besides 64 times its own size."""
 
 ODD = (b"", b"\0", b"\xff", b"\xfe\xff", b"\xef\xbb\xbf", b"\r", b"\n", b"\x85",
-       "\u2028".encode(), b"\ud83d"[:1], b"NaN",
+       "\u2028".encode(), b"\\", b"NaN",
        b"1e999", b"-1", b"null", b"[]", b"{}", b'"', b",", b"[" * 3000, b"9" * 5000, b"../", b"://",
        b"A" * 70000)
 INTERESTING = (0, 1, 0x7F, 0x80, 0xFF)

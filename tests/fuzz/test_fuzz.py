@@ -7,7 +7,7 @@ import pytest
 from tests.fuzz.harness import hunt, try_case
 from tests.fuzz.kinds import KEPT, KINDS
 
-SECONDS = float(os.environ.get("WANTRAIN_FUZZ_SECONDS", "20"))
+SECONDS = float(os.environ.get("WANTRAIN_FUZZ_SECONDS", "10"))
 
 
 @pytest.mark.slow

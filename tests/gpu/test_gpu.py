@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from tests.distributed.test_two_processes import LAUNCH
+from tests.runs import LAUNCH
 from wantrain.engine import checkpoint
 
 pytestmark = pytest.mark.gpu

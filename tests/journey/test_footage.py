@@ -7,7 +7,7 @@ import pytest
 
 from data_tools import caption, filter, manifest, probe, split
 from tests import odd_files
-from tests.unit.test_caption import write_model
+from tests.tiny_captioner import write_model
 from wantrain import cli
 from wantrain.config import asset, load
 from wantrain.data import decode

@@ -12,36 +12,20 @@ import torch
 from diffusers import WanPipeline
 from safetensors.torch import load_file
 
-from tests import tiny_models as tiny
-from tests.tiny_tasks import official_steps, sampler
+from tests.tiny_tasks import official_steps, sampler, write_a14b
 from wantrain import flow
 from wantrain.config import load
 from wantrain.data.cache import Cache
 from wantrain.data.plan import Plan
 from wantrain.engine import checkpoint
 from wantrain.models import base, sampling
-from wantrain.models.base import EMBEDDED
 from wantrain.models.lora_formats import read_lora
 from wantrain.models.lora_updates import worst_difference
-from wantrain.models.variants import VARIANTS, diffusers_config
+from wantrain.models.variants import VARIANTS
 from wantrain.stages import Opened, train
 from wantrain.terms import Bucket, UserError
 
 CPU = torch.device("cpu")
-
-
-def write_a14b(folder: Path) -> Path:
-    """A whole checkpoint in the diffusers layout: two random tiny transformers beside the embedded base's parts."""
-    part = tiny.Part("tiny_a14b", lambda: tiny.WanTransformer3DModel(**diffusers_config(VARIANTS["tiny_wan_a14b"])),
-                     tiny.PARTS["t2v"].official, tiny.PARTS["t2v"].rename)
-    for seed, name in enumerate(("transformer", "transformer_2")):
-        tiny.module(part, seed).save_pretrained(folder / name)
-    for name in ("vae", "text_encoder", "tokenizer", "scheduler"):
-        (folder / name).symlink_to(EMBEDDED / name)
-    index = json.loads((EMBEDDED / "model_index.json").read_text())
-    index |= {"transformer_2": index["transformer"], "boundary_ratio": 0.875}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.unit.test_invariants import lines, losses, same_bits, state, trained  # noqa: F401
+from tests.runs import lines, losses, same_bits, state
 from wantrain import logs
 from wantrain.config import load
 from wantrain.data.cache import LATENTS, TEXT
@@ -46,7 +46,7 @@ def poison(monkeypatch):
 # Losses and gradients that are not finite
 
 
-def test_a_skipped_step_leaves_the_update_out_and_is_counted(trained, poison):  # noqa: F811
+def test_a_skipped_step_leaves_the_update_out_and_is_counted(trained, poison):
     before = state(trained("run", "train.num_steps=2"))[1]
     poison(2)
     run = trained("run", "train.num_steps=3", "train.on_nonfinite=skip")
@@ -62,7 +62,7 @@ def test_a_skipped_step_leaves_the_update_out_and_is_counted(trained, poison):  
 
 
 @pytest.mark.slow
-def test_a_run_with_a_skipped_step_resumes_bitwise(trained, poison):  # noqa: F811
+def test_a_run_with_a_skipped_step_resumes_bitwise(trained, poison):
     """Also the number of updates, by which AdamW corrects its moments."""
     poison(1)
     own = ["train.on_nonfinite=skip", "train.micro_batch_size=2", "optim.ema_decay=0.9"]
@@ -74,7 +74,7 @@ def test_a_run_with_a_skipped_step_resumes_bitwise(trained, poison):  # noqa: F8
     assert len(losses(whole)) == 4
 
 
-def test_more_skips_than_allowed_stop_the_run(trained, wantrain, tmp_path, poison, capsys):  # noqa: F811
+def test_more_skips_than_allowed_stop_the_run(trained, wantrain, tmp_path, poison, capsys):
     trained("run", "train.num_steps=1")
     poison(1, 2)
     assert wantrain("train", f"run.dir={tmp_path / 'run'}", "train.on_nonfinite=skip", "train.max_skips=1") == 2
@@ -85,7 +85,7 @@ def test_more_skips_than_allowed_stop_the_run(trained, wantrain, tmp_path, poiso
 
 
 @pytest.mark.parametrize("way", ["stop", "skip"])
-def test_a_gradient_that_is_not_finite_leaves_the_update_out(trained, wantrain, tmp_path, monkeypatch, way):  # noqa: F811
+def test_a_gradient_that_is_not_finite_leaves_the_update_out(trained, wantrain, tmp_path, monkeypatch, way):
     before = state(trained("run", "train.num_steps=2"))[1]
     plain = train.batch_loss
 
@@ -130,7 +130,7 @@ def test_b2sum_reads_the_checksums(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_from_its_mirror_where_the_folder_is_lost(trained, tmp_path, capsys):  # noqa: F811
+def test_a_run_goes_on_from_its_mirror_where_the_folder_is_lost(trained, tmp_path, capsys):
     own = [f"train.mirror=file://{tmp_path / 'mirror'}", "train.save_every=1", "train.keep_every=2"]
     whole = trained("whole")
     run = trained("run", *own, "train.num_steps=3")
@@ -187,7 +187,7 @@ def test_the_writer_writes_what_was_given_though_training_goes_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_trackers_run_goes_on_under_its_id(trained, monkeypatch):  # noqa: F811
+def test_the_trackers_run_goes_on_under_its_id(trained, monkeypatch):
     given = []
     monkeypatch.setattr(Trackers, "open", lambda self, *_, **own: given.append(own))
     trained("run", "train.num_steps=1")
@@ -336,7 +336,7 @@ def test_a_launch_that_asks_for_another_precision_is_refused_with_a_reason(wantr
 
 
 @pytest.mark.slow
-def test_the_log_holds_what_the_console_showed_and_what_ended_the_run(trained, wantrain, tmp_path, capfd):  # noqa: F811
+def test_the_log_holds_what_the_console_showed_and_what_ended_the_run(trained, wantrain, tmp_path, capfd):
     run = trained("run", "train.num_steps=1")
     log = run / logs.name_of(0)
     assert "trained 1 steps" in capfd.readouterr().out
@@ -357,7 +357,7 @@ def test_a_later_process_prints_into_its_log_alone(tmp_path):
     assert {"by print", "by another program", "an error"} < set(log.splitlines())
 
 
-def test_the_run_says_how_much_each_process_did_and_waited(trained):  # noqa: F811
+def test_the_run_says_how_much_each_process_did_and_waited(trained):
     run = trained("run")
     row, = json.loads((run / "processes.json").read_text())
     assert row["tokens"] == 4 * 4 * num_tokens(Bucket(5, 32, 48), 16)

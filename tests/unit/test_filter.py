@@ -3,7 +3,6 @@
 import csv
 import functools
 import json
-import pickle
 import random
 import re
 from pathlib import Path
@@ -56,21 +55,6 @@ def measured(*pictures, gap_s=0.125):
 
 def colour(frames_FHW):
     return np.repeat(np.stack(frames_FHW)[..., None], 3, -1)
-
-
-@pytest.fixture
-def here(monkeypatch):
-    """Clips are measured in this process, pickled as if in another; the list of files that were looked at."""
-    looked = []
-
-    def in_workers(function, jobs, number, timeout_s):
-        for job in jobs:
-            looked.append(job.path.name)
-            found = pickle.loads(pickle.dumps(function))(pickle.loads(pickle.dumps(job)))
-            yield job, pickle.loads(pickle.dumps(found)), ""
-
-    monkeypatch.setattr(tool, "in_workers", in_workers)
-    return looked
 
 
 @pytest.fixture

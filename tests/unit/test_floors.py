@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "wantrain"
+TESTS = PACKAGE.parent / "tests"
 FLOORS = {
     "terms": 0, "files": 0.5, "lock": 0.5, "logs": 0.5, "outside": 0.5,
     "flow": 1, "lora": 1, "style": 1, "options": 1, "jobs": 1,
@@ -33,7 +34,7 @@ def imported(path):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             yield node.module
-            if node.module.split(".")[0] == "wantrain":
+            if node.module.split(".")[0] in ("wantrain", "tests"):
                 yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
@@ -81,3 +82,10 @@ def test_data_tools_stay_below_the_engine():
     for path in (PACKAGE.parent / "data_tools").rglob("*.py"):
         rooms = {n.split(".")[1] for n in imported(path) if n.startswith("wantrain.")}
         assert {r for r in rooms if FLOORS[r] > 2} == set(), path
+
+
+def test_no_test_is_imported():
+    """What several tests need stands in conftest.py or in a module beside them, which is no test itself."""
+    found = {(str(path), name) for path in TESTS.rglob("*.py") for name in imported(path)
+             if name.startswith("tests.") and any(part.startswith("test_") for part in name.split("."))}
+    assert found == set()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 
+from tests.conftest import arguments_for
+from tests.runs import lines, losses, same_bits, state
+from wantrain import cli, flow, lora
 from wantrain import config as schema
-from wantrain import flow, lora
 from wantrain.config import load
 from wantrain.engine import checkpoint
 from wantrain.files import digest_folder
@@ -16,33 +19,18 @@ from wantrain.models import base
 from wantrain.stages import opened, train
 
 
-def lines(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(run):
-    return [line["loss"] for line in lines(run)]
-
-
-def state(run):
-    """(step, tensors) of the newest checkpoint."""
-    progress, tensors = checkpoint.load(checkpoint.steps_on_disk(run / "checkpoints")[-1], None)
-    return progress.step, tensors
-
-
-def same_bits(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+@pytest.fixture(scope="module")
+def plain(clips, cache_dir, cached, tmp_path_factory):
+    """The run folder of the small recipe as it is: four steps. Not to be changed."""
+    run = tmp_path_factory.mktemp("plain") / "run"
+    assert cli.main(["train", *arguments_for(clips, cache_dir, run)]) == 0
+    return run
 
 
 @pytest.fixture
-def trained(wantrain, tmp_path):
-    """trained("name", overrides...) -> run folder after `wantrain train`."""
-
-    def call(name, *more):
-        assert wantrain("train", f"run.dir={tmp_path / name}", *more) == 0
-        return tmp_path / name
-
-    return call
+def copied(plain, tmp_path):
+    """One that may be changed."""
+    return shutil.copytree(plain, tmp_path / "run")
 
 
 def test_the_base_is_bit_identical_after_training_and_the_adapter_is_not(wantrain, arguments, cached):
@@ -57,16 +45,16 @@ def test_the_base_is_bit_identical_after_training_and_the_adapter_is_not(wantrai
         assert torch.equal(parameter, before[name]) == ("lora_" not in name), name
 
 
-def test_streaming_gives_the_loss_and_the_weights_that_the_cache_gives(trained):
-    cached_run, streamed = trained("cached"), trained("streamed", "data.mode=stream")
-    assert losses(cached_run) == losses(streamed)
-    assert same_bits(state(cached_run)[1], state(streamed)[1])
+def test_streaming_gives_the_loss_and_the_weights_that_the_cache_gives(plain, trained):
+    streamed = trained("streamed", "data.mode=stream")
+    assert losses(plain) == losses(streamed)
+    assert same_bits(state(plain)[1], state(streamed)[1])
 
 
-def test_accumulation_equals_batch(trained):
-    whole, parts = trained("whole"), trained("parts", "train.micro_batch_size=1")
-    torch.testing.assert_close(torch.tensor(losses(whole)), torch.tensor(losses(parts)), rtol=1e-5, atol=0)
-    a, b = state(whole)[1], state(parts)[1]
+def test_accumulation_equals_batch(plain, trained):
+    parts = trained("parts", "train.micro_batch_size=1")
+    torch.testing.assert_close(torch.tensor(losses(plain)), torch.tensor(losses(parts)), rtol=1e-5, atol=0)
+    a, b = state(plain)[1], state(parts)[1]
     for name, tensor in a.items():
         if name.endswith("|exp_avg"):
             torch.testing.assert_close(b[name], tensor, rtol=1e-3, atol=1e-4 * float(tensor.abs().max()))
@@ -82,29 +70,42 @@ def test_ten_steps_are_five_and_resume_and_five_bitwise(trained):
     assert same_bits(state(whole)[1], state(parts)[1])
 
 
-def test_resume_refuses_another_config_and_says_which_key(trained, wantrain, tmp_path, capsys):
-    trained("run")
-    assert wantrain("train", f"run.dir={tmp_path / 'run'}", "optim.lr=0.5", "train.num_steps=6") == 2
+def test_resume_refuses_another_config_and_says_which_key(copied, wantrain, capsys):
+    assert wantrain("train", f"run.dir={copied}", "optim.lr=0.5", "train.num_steps=6") == 2
     assert "optim.lr: 0.002 -> 0.5" in capsys.readouterr().err
-    assert wantrain("train", f"run.dir={tmp_path / 'run'}", "data.sources.regularisation.repeats=7") == 2
+    assert wantrain("train", f"run.dir={copied}", "data.sources.regularisation.repeats=7") == 2
     assert "(clips and captions): " in capsys.readouterr().err
-    assert wantrain("train", f"run.dir={tmp_path / 'run'}", "train.resume=never") == 2
+    assert wantrain("train", f"run.dir={copied}", "train.resume=never") == 2
     assert "train.resume=never" in capsys.readouterr().err
 
 
-def test_a_damaged_checkpoint_is_refused(trained, wantrain, tmp_path, capsys):
-    tensors = trained("run") / "checkpoints" / "step_000004" / checkpoint.TENSORS
+def test_a_damaged_checkpoint_is_refused(copied, wantrain, capsys):
+    tensors = copied / "checkpoints" / "step_000004" / checkpoint.TENSORS
     whole = tensors.read_bytes()
     tensors.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert wantrain("train", f"run.dir={tmp_path / 'run'}", "train.num_steps=6") == 2
+    assert wantrain("train", f"run.dir={copied}", "train.num_steps=6") == 2
     assert "damaged" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def three_steps(clips, cache_dir, cached, tmp_path_factory):
+    """The run folder of three steps of the same, with the checkpoints 2 and 3. Not to be changed."""
+    run = tmp_path_factory.mktemp("three") / "run"
+    own = ["train.num_steps=3", "train.save_every=2"]
+    assert cli.main(["train", *arguments_for(clips, cache_dir, run), *own]) == 0
+    return run
+
+
+@pytest.fixture
+def begun(three_steps, tmp_path):
+    """One that may be changed, where trained("run") goes on."""
+    return shutil.copytree(three_steps, tmp_path / "run")
+
+
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_goes_on_to_the_same_end(trained, tmp_path, capsys,
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_goes_on_to_the_same_end(plain, begun, trained, capsys,
                                                                                          damage):
-    whole = state(trained("whole", "train.num_steps=4"))
-    newest = trained("run", "train.num_steps=3", "train.save_every=2") / "checkpoints" / "step_000003"
+    newest = begun / "checkpoints" / "step_000003"
     tensors = newest / checkpoint.TENSORS
     data = tensors.read_bytes()
     tensors.write_bytes({"flipped": data[:-9] + bytes([data[-9] ^ 4]) + data[-8:], "cut": data[:100]}.get(damage, data))
@@ -116,18 +117,18 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_goes_on_to_the_
     assert f"checkpoint {newest} is {'incomplete' if damage == 'gone' else 'damaged'}" in told
     assert f"going on from {newest.with_name('step_000002')}" in told
     assert state(run)[0] == 4
-    assert same_bits(state(run)[1], whole[1])
+    assert same_bits(state(run)[1], state(plain)[1])
 
 
-def test_validation_moves_nothing(trained):
-    plain, validated = trained("plain"), trained("validated", "validation.every_steps=2")
+def test_validation_moves_nothing(plain, trained):
+    validated = trained("validated", "validation.every_steps=2")
     assert losses(plain) == losses(validated)
     assert same_bits(state(plain)[1], state(validated)[1])
     assert [line["step"] for line in lines(validated) if "validation_loss" in line] == [2, 4]
 
 
-def test_activation_checkpointing_changes_no_number(trained):
-    plain, spared = trained("plain"), trained("spared", "train.activation_checkpointing=true")
+def test_activation_checkpointing_changes_no_number(plain, trained):
+    spared = trained("spared", "train.activation_checkpointing=true")
     assert losses(plain) == losses(spared)
     assert same_bits(state(plain)[1], state(spared)[1])
 
@@ -163,15 +164,14 @@ def test_the_adapter_in_training_starts_as_the_base(wantrain, arguments, cached)
     assert torch.equal(adapted, frozen)
 
 
-def test_the_run_folder_says_what_was_run(trained, arguments):
-    run = trained("run")
-    header = json.loads((run / "run.json").read_text())
+def test_the_run_folder_says_what_was_run(plain, arguments):
+    header = json.loads((plain / "run.json").read_text())
     assert header["base_digest"] == digest_folder(base.EMBEDDED / "transformer")
     assert len(header["modules"]) == 60
     assert header["num_clips"] == 8
-    assert "trigger: sqstyle" in (run / "config.yaml").read_text()
-    assert {"loss", "grad_norm", "lr", "step_s", "data_wait_s", "memory_gib"} <= lines(run)[0].keys()
-    assert header["config_digest"] == schema.digest(load([*arguments, f"run.dir={run}"]))
+    assert "trigger: sqstyle" in (plain / "config.yaml").read_text()
+    assert {"loss", "grad_norm", "lr", "step_s", "data_wait_s", "memory_gib"} <= lines(plain)[0].keys()
+    assert header["config_digest"] == schema.digest(load([*arguments, f"run.dir={plain}"]))
 
 
 def test_old_checkpoints_go_and_the_newest_stay(trained):

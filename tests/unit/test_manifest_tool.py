@@ -23,20 +23,6 @@ BYTES = b"\0\1\2\3"
 """Of a file that is only named, never opened."""
 
 
-@pytest.fixture
-def here(monkeypatch):
-    """Files are looked into in this process; the list of those that were."""
-    looked = []
-
-    def in_workers(function, items, jobs, timeout_s):
-        for item in items:
-            looked.append(Path(item).name)
-            yield item, function(item), ""
-
-    monkeypatch.setattr(tool, "in_workers", in_workers)
-    return looked
-
-
 def run(*arguments):
     return tool.main([str(a) for a in arguments])
 

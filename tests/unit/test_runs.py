@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.unit.test_invariants import state, trained  # noqa: F401
+from tests.runs import state
 from wantrain import files, lock, logs, metrics, outside, report
 from wantrain.engine import checkpoint, mirror
 from wantrain.engine.checkpoint import Place, Progress, Record, Writer
@@ -502,7 +502,7 @@ def test_wandb_without_network_and_a_broken_tensorboard_cost_no_training(wantrai
 
 
 @pytest.mark.slow
-def test_tensorboard_has_the_numbers_of_the_lines(trained):  # noqa: F811
+def test_tensorboard_has_the_numbers_of_the_lines(trained):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = trained("run", "tracker=tensorboard", "tracker.names=[tensorboard,tensorboard]")

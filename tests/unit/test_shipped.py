@@ -17,7 +17,7 @@ import pytest
 
 from tests import tiny_tasks
 from tests.conftest import arguments_for
-from tests.unit.test_caption import write_model
+from tests.tiny_captioner import write_model
 from wantrain import cli, config
 from wantrain.data import manifest
 from wantrain.models import base
@@ -58,6 +58,16 @@ def readme_commands(first_word):
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
     lines = [line.strip() for line in blocks.splitlines()]
     return [line.split("  #")[0].strip() for line in lines if line.startswith(first_word)]
+
+
+def test_the_readme_tells_maintainers_of_every_tier_and_every_page_that_is_made():
+    told = (ROOT / "README.md").read_text().partition("### For maintainers")[2]
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    assert {line.partition(":")[0] for line in options["markers"]} <= set(re.findall(r"\| `(\w+)`", told))
+    made = {command for page in (ROOT / "docs").glob("*.md") if page.name != "LOG.md"
+            for command in re.findall(r"`(python -m tests\.[\w.]+)`", page.read_text())}
+    assert len(made) == 3
+    assert made <= set(re.findall(r"`(python -m [\w.]+)", told))
 
 
 def test_the_readme_speaks_of_every_verb_and_of_make():

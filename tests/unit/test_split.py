@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import math
-import pickle
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -15,42 +14,18 @@ import pytest
 
 from data_tools import split
 from tests import odd_files
+from tests.splitting import DEMO, RULES, rows, run
 from wantrain.data import decode, manifest
 from wantrain.terms import Bucket, UserError
 
-RULES = split.Rules(threshold=3.0, min_s=0.1, max_s=100.0, drop_static=None)
 SHOTS = (20, 31, 7, 26)
 CUTS = (0, 20, 51, 58, 84)
 UNEVEN_MS = tuple(np.cumsum(np.random.default_rng(0).integers(17, 70, sum(SHOTS))).tolist())
-DEMO = sorted((Path(__file__).parents[2] / "wantrain/assets/demo/footage").glob("0*.mp4"))
 
 
 @pytest.fixture(scope="module")
 def film():
     return odd_files.film_of_shots(SHOTS)
-
-
-@pytest.fixture
-def here(monkeypatch):
-    """Jobs run in this process, pickled as if they went to another; the list of films that were looked at."""
-    looked = []
-
-    def in_workers(function, jobs, number, timeout_s):
-        for job in jobs:
-            looked.append(job.path.name)
-            found = pickle.loads(pickle.dumps(function))(pickle.loads(pickle.dumps(job)))
-            yield job, pickle.loads(pickle.dumps(found)), ""
-
-    monkeypatch.setattr(split, "in_workers", in_workers)
-    return looked
-
-
-def run(paths, out, rules=RULES, cut_to=None):
-    return split.run(paths, out, rules, cut_to, jobs=1, timeout_s=60)[0]
-
-
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def nearest(frames_FHWC, film_FHWC):

@@ -10,11 +10,10 @@ import pytest
 from data_tools import caption, filter, manifest, review, split
 from data_tools.command import answer, journal
 from tests import odd_files
-from tests.unit.test_split import RULES, here, rows, run
+from tests.splitting import RULES, rows, run
 from wantrain.files import atomic_path, remembered
 from wantrain.terms import UserError
 
-__all__ = ["here"]
 TOOLS = {"split": split, "filter": filter, "caption": caption, "manifest": manifest, "review": review}
 ODD = "a\u2028b\x0bc\x0cd\x1ce\x1df\x1eg\x85h\u2029i"
 """Ends of lines for splitlines(), and for nobody else."""

@@ -9,7 +9,7 @@ import torch
 
 from data_tools import split, transnet
 from tests import odd_files
-from tests.unit.test_split import DEMO, RULES
+from tests.splitting import DEMO, RULES
 from wantrain.data import decode
 
 LEARNED = split.Rules(0.5, 0.1, 100.0, None, "transnetv2")
