@@ -20,7 +20,7 @@ import math
 import operator
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,19 +35,18 @@ from data_tools.command import (
     answer,
     check_openable,
     is_medium,
-    journal,
-    json_line,
     parsed,
     positive,
     relative,
     shown,
     stamp,
 )
+from data_tools.journal import Journal, Key, Outcome, Outcomes, worked
 from data_tools.rows import Row, has, is_url, moved, sound_rows, write_rows
 from wantrain.data.folders import Stems
 from wantrain.data.media import probe
-from wantrain.files import digest_text, remembered
-from wantrain.jobs import TIME_LIMIT, in_workers, progress
+from wantrain.files import digest_text
+from wantrain.jobs import Ending, Failure, progress
 from wantrain.terms import IMAGE_SUFFIXES, PARTNERS, Bucket, UserError
 
 MODEL = "Qwen/Qwen3-VL-8B-Instruct"
@@ -427,22 +426,22 @@ def _key(row: Row, settings: Settings) -> str:
 def from_model(rows: Sequence[Row], out: Path, settings: Settings, jobs: int, timeout_s: float
                ) -> tuple[list[list[str]], list[str]]:
     """(captions, fault) of every row, from a model. Answers go to a journal beside `out`, batch by batch."""
-    known = _remembered(_journal(out))
-    clips = [job_of(row, settings) for row in rows]
-    keys = [_key(row, settings) for row in rows]
-    todo = {key: job for key, job, row in zip(keys, clips, rows, strict=True) if key not in known
-            and not is_url(row.where("video"))}
-    captioner = Captioner(_fetched(settings), settings) if todo else None
-    with journal(_journal(out)) as write, progress(len(rows), len(rows) - len(todo), "clip", "caption") as bar:
-        for batch, seen in _seen_ahead(list(todo.items()), settings.batch_size, jobs, timeout_s):
-            fine = [(key, job) for key, job in batch if not seen[job].fault]
-            said = {key: Answer(fault=seen[job].fault) for key, job in batch if seen[job].fault}
-            if captioner and fine:
-                answers = captioner.ask([job for _, job in fine], [seen[job] for _, job in fine])
-                said |= {key: told for (key, _), told in zip(fine, answers, strict=True)}
-            known |= said
-            write("".join(json_line({"key": key, **dataclasses.asdict(said[key])}) for key, _ in batch))
-            bar.update(len(batch))
+    journal = journal_of(out)
+    known = journal.read()
+    keys = ["" if is_url(row.where("video")) else _key(row, settings) for row in rows]
+    clips = {key: job_of(row, settings) for key, row in zip(keys, rows, strict=True) if key}
+    if {*clips} - {*known}:
+        captioner = Captioner(_fetched(settings), settings)
+
+        def work(missing: Sequence[str]) -> Generator[Outcomes[str, Answer]]:
+            todo = [(key, clips[key]) for key in missing]
+            for seen in _seen_ahead(todo, settings.batch_size, jobs, timeout_s):
+                fine = {key: look.result for key, look in seen.items() if not look.result.fault}
+                answers = captioner.ask([clips[key] for key in fine], list(fine.values())) if fine else []
+                yield {**{key: Outcome(Answer(fault=look.result.fault), look.ending) for key, look in seen.items()},
+                       **{key: Outcome(told, Ending.DONE) for key, told in zip(fine, answers, strict=True)}}
+
+        known = journal.filled(known, [key for key in keys if key], work, "clip", "caption")
     told = [judge(known.get(key, Answer(fault=ELSEWHERE)), settings.max_tokens) for key in keys]
     return [[caption] for caption, _ in told], [fault for _, fault in told]
 
@@ -456,41 +455,36 @@ def _fetched(settings: Settings) -> str:
     return str(hub.local(settings.model))
 
 
-Batch = list[tuple[str, Job]]
-
-
-def _seen_ahead(todo: Batch, size: int, jobs: int, timeout_s: float) -> Iterator[tuple[Batch, dict[Job, Seen]]]:
-    """Batches with what is seen of them; while one is captioned, the next is decoded."""
-
-    def look(batch: Batch) -> dict[Job, Seen]:
-        return _see_all([job for _, job in batch], jobs, timeout_s)
-
-    batches = [todo[i : i + size] for i in range(0, len(todo), size)]
+def _seen_ahead(todo: Sequence[tuple[str, Job]], size: int, jobs: int, timeout_s: float
+                ) -> Iterator[Outcomes[str, Seen]]:
+    """What is seen of each batch, in its order; while one is captioned, the next is decoded."""
+    batches = [dict(todo[i : i + size]) for i in range(0, len(todo), size)]
     with ThreadPoolExecutor(1) as ahead:
-        coming = [ahead.submit(look, batch) for batch in batches[:1]]
+        coming = [ahead.submit(_see_all, batch, jobs, timeout_s) for batch in batches[:1]]
         for number, batch in enumerate(batches, 1):
             seen = coming.pop().result()
-            coming += [ahead.submit(look, after) for after in batches[number : number + 1]]
-            yield batch, seen
+            coming += [ahead.submit(_see_all, after, jobs, timeout_s) for after in batches[number : number + 1]]
+            yield {key: seen[key] for key in batch}
 
 
-def _see_all(clips: Sequence[Job], jobs: int, timeout_s: float, has_bar: bool = False) -> dict[Job, Seen]:
-    found = {}
+def _see_all(clips: Mapping[Key, Job], jobs: int, timeout_s: float, has_bar: bool = False
+             ) -> dict[Key, Outcome[Seen]]:
+    found: dict[Key, Outcome[Seen]] = {}
     with progress(len(clips), 0, "clip", "look", has_bar) as bar:
-        for job, seen, why in in_workers(see, clips, jobs, timeout_s):
-            found[job] = seen or Seen(fault=f"{shown(job.path)}: {why}")
-            bar.update()
+        for some in worked(see, clips, _failed, jobs, timeout_s):
+            found |= some
+            bar.update(len(some))
     return found
 
 
-def _journal(out: Path) -> Path:
-    return out.with_name(out.name + ".journal")
+def _failed(job: Job, failure: Failure) -> Seen:
+    return Seen(fault=f"{shown(job.path)}: {failure}")
 
 
-def _remembered(journal: Path) -> dict[str, Answer]:
-    """Answers by key; a line cut off by a crash is left out, and what ran into the time limit is tried again."""
-    answers = remembered(journal, lambda row: (row.pop("key"), Answer(**row)))
-    return {key: told for key, told in answers if f": {TIME_LIMIT}" not in told.fault}
+def journal_of(out: Path) -> Journal[Answer]:
+    """Where answers are remembered until the manifest is written; a clip that took too long is tried again."""
+    return Journal(out.with_name(out.name + ".journal"), lambda row: Answer(**row),
+                   {*Ending} - {Ending.TIMED_OUT})
 
 
 def _has_caption(row: Row) -> bool:
@@ -528,7 +522,7 @@ def run(source: Path, out: Path, settings: Settings, jobs: int, timeout_s: float
             row.values.update({"caption": first} | ({"captions": further} if further else {}))
     write_rows(out, [row.values for row in rows])
     if settings.source == "model":
-        _journal(out).unlink()
+        journal_of(out).path.unlink(missing_ok=True)
     bare = [row.id for row in kept if not all(has(settings.trigger, text) for text in row.captions)]
     lines = [_counted(rows, kept, faults) + f", in {shown(out)}"]
     lines += [f"  {len(bare)} of those kept are without the trigger, such as {bare[0]}; --from caption --overwrite "
@@ -560,13 +554,13 @@ def _previewed(rows: Sequence[Row], settings: Settings, jobs: int, timeout_s: fl
     """(the prompts and a line for every clip, its fault)."""
     captioner = Captioner(settings.model, settings, with_weights=False)
     clips = [job_of(row, settings, is_read=False) for row in rows]
-    seen = _see_all([job for job, row in zip(clips, rows, strict=True) if not is_url(row.where("video"))], jobs,
+    seen = _see_all({job: job for job, row in zip(clips, rows, strict=True) if not is_url(row.where("video"))}, jobs,
                     timeout_s, has_bar=True)
     prompts: dict[bool, str] = {}
     num_tokens: dict[tuple[int, ...], int] = {}
     lines, faults = [], []
     for row, job in zip(rows, clips, strict=True):
-        look = seen.get(job, Seen(fault=ELSEWHERE))
+        look = seen[job].result if job in seen else Seen(fault=ELSEWHERE)
         faults.append(look.fault)
         if look.fault:
             continue

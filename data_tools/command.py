@@ -124,26 +124,6 @@ def needed(module: str, what: str, requirement: str, extra: str) -> Any:
                         f'pip install "wantrain[{extra}]"    (or: pip install "{requirement}")') from error
 
 
-@contextlib.contextmanager
-def journal(path: Path) -> Iterator[Callable[[str], None]]:
-    """What appends lines to a journal at once; a line that a kill cut off is ended first. UserError for a full disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab", buffering=0) as file:
-
-        def write(text: str) -> None:
-            data = text.encode()
-            try:
-                while data:
-                    data = data[file.write(data):]
-            except OSError as error:
-                raise UserError(f"could not write {shown(path)}: {error.strerror}",
-                                "free some disk space, then run the same command again: what was finished is kept"
-                                ) from error
-
-        write("\n")
-        yield write
-
-
 OUTPUTS = ("out", "rejected", "train", "heldout")
 """Arguments of the tools that name files to be written."""
 

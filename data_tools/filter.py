@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import dataclasses
 import io
 import json
 import math
@@ -33,7 +32,6 @@ from data_tools.command import (
     absolute,
     add_job_arguments,
     answer,
-    journal,
     json_line,
     needed,
     parsed,
@@ -41,9 +39,10 @@ from data_tools.command import (
     shown,
     stamp,
 )
+from data_tools.journal import Journal, worked
 from wantrain.data import films, media
-from wantrain.files import digest_text, remembered, write_text
-from wantrain.jobs import in_workers, progress
+from wantrain.files import digest_text, write_text
+from wantrain.jobs import Failure
 from wantrain.terms import PARTNERS, UserError
 
 VERSION = 1
@@ -451,13 +450,14 @@ def run(manifest: Path, out: Path, jobs: int, timeout_s: float) -> tuple[list[Ro
         raise UserError(f"--out {shown(out)}: neither .jsonl nor, as the manifest is, {manifest.suffix}",
                         f"--out {shown(out.with_suffix('.jsonl'))}")
     needed("cv2", "wantrain-filter", SCENEDETECT, "data")
-    memory = out.with_name(out.name + ".measured")
-    done = _remembered(memory)
-    old = frozenset(done)
+    journal = journal_of(out)
+    old = done = journal.read()
     while True:
         before, rows = stamp(manifest), read_rows(manifest)
         todo = [_job(row, manifest) for row in rows]
-        _measure_all(todo, done, memory, jobs, timeout_s)
+        by_key = {job.key: job for job in todo}
+        done = journal.filled(done, [job.key for job in todo], lambda missing, by_key=by_key: worked(
+            measure, {key: by_key[key] for key in missing}, _failed, jobs, timeout_s), "clip", "filter")
         if stamp(manifest) == before:  # else somebody wrote captions meanwhile, which must not be lost
             break
     found = [done[job.key] for job in todo]
@@ -471,21 +471,14 @@ def _job(row: Row, manifest: Path) -> Job:
     return Job(path, *span, digest_text(VERSION, path, *stamp(path), *span))
 
 
-def _measure_all(todo: Sequence[Job], done: dict[str, Measured], memory: Path, jobs: int, timeout_s: float) -> None:
-    """Measure into `done` what is not in it; what has no fault goes to the memory at once."""
-    missing = list({job.key: job for job in todo if job.key not in done}.values())
-    with journal(memory) as write, progress(len(todo), len(todo) - len(missing), "clip", "filter") as bar:
-        for job, found, why in in_workers(measure, missing, jobs, timeout_s):
-            done[job.key] = found or Measured(fault=f"{shown(job.path)}: {why}")
-            if not done[job.key].fault:
-                write(json_line({"key": job.key} | dataclasses.asdict(done[job.key])))
-            bar.update()
+def journal_of(out: Path) -> Journal[Measured]:
+    """Where measurements are remembered."""
+    return Journal(out.with_name(out.name + ".measured"),
+                   lambda row: Measured(**row | {"hashes": tuple(row["hashes"])}))
 
 
-def _remembered(memory: Path) -> dict[str, Measured]:
-    """Measurements by key; a last line cut off by a crash is left out."""
-    return dict(remembered(memory, lambda row: (
-        row.pop("key"), Measured(**row | {"hashes": tuple(row["hashes"])}))))
+def _failed(job: Job, failure: Failure) -> Measured:
+    return Measured(fault=f"{shown(job.path)}: {failure}")
 
 
 def _measured_rows(rows: Sequence[Row], found: Sequence[Measured], manifest: Path, out: Path) -> list[Row]:

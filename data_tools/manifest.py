@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import dataclasses
 import itertools
 import math
 import os
@@ -32,14 +31,13 @@ from data_tools.command import (
     answer,
     check_openable,
     find_files,
-    journal,
-    json_line,
     parsed,
     positive,
     relative,
     shown,
     stamp,
 )
+from data_tools.journal import Journal, worked
 from data_tools.rows import (
     KINDS,
     MEDIA,
@@ -56,8 +54,8 @@ from data_tools.rows import (
 )
 from wantrain.data import media
 from wantrain.data.folders import Stems
-from wantrain.files import digest_text, remembered
-from wantrain.jobs import in_workers, progress
+from wantrain.files import digest_text
+from wantrain.jobs import Failure
 from wantrain.terms import IMAGE_SUFFIXES, PARTNERS, Found, UserError
 
 OF_SPLIT = re.compile(r"(?P<shot>(?P<film>.+)@\d+\.\d{3})#\d+")
@@ -70,38 +68,47 @@ LENGTHS_S = (0, 1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 60, math.inf)
 NUMS_FRAMES, FPS = (17, 33, 49, 81), (16, 24)
 
 
-def look(path: str) -> tuple[Found, float]:
-    """(what the file holds, its mean fps; 0 for one frame) by demuxing it. A bad file is told by `fault`."""
+@dataclass(frozen=True, slots=True)
+class Medium:
+    """What a file holds: its size in pixels, and how long it is at which mean rate (0 for one frame); or the fault."""
+
+    duration_s: float = 0.0
+    width: int = 0
+    height: int = 0
+    fps: float = 0.0
+    fault: str = ""
+
+
+def look(path: str) -> Medium:
+    """The file, demuxed. A bad one is told by `fault`."""
     try:
         check_openable(Path(path))
         seen = media.probe(Path(path))
     except UserError as error:
-        return Found(fault=error.message.partition(" cannot be decoded: ")[2] or error.message), 0.0
+        return Medium(fault=error.message.partition(" cannot be decoded: ")[2] or error.message)
     except FileNotFoundError:
-        return Found(fault="missing file"), 0.0
+        return Medium(fault="missing file")
     except (OSError, ValueError) as error:
-        return Found(fault=str(error)), 0.0
+        return Medium(fault=str(error))
     fps = (len(seen.times_s) - 1) / float(seen.times_s[-1] or math.inf)
-    return Found("", round(seen.duration_s, 6), seen.width, seen.height), round(fps, 2)
+    return Medium(round(seen.duration_s, 6), seen.width, seen.height, round(fps, 2))
 
 
-def look_at(rows: Iterable[Row], memory: Path, jobs: int, timeout_s: float) -> dict[str, tuple[Found, float]]:
-    """What the files of the rows hold, by path, URLs left out. Remembered in `memory` as long as they do not change."""
-    files = sorted({where for row in rows for column in MEDIA if (where := row.where(column)) and not is_url(where)})
-    memory = memory if os.access(memory.parent, os.W_OK) else Path(os.devnull)
-    known = dict(remembered(memory, lambda row: (row["key"], (Found(**row["found"]), row["fps"]))))
-    keys = {file: digest_text(file, *stamp(Path(file))) for file in files}
-    found = {file: known[key] for file, key in keys.items() if key in known}
-    if len(found) == len(files):
-        return found
-    with journal(memory) as write, progress(len(files), len(found), "file", "look") as bar:
-        for file, seen, why in in_workers(look, [f for f in files if f not in found], jobs, timeout_s):
-            found[file] = seen or (Found(fault=why), 0.0)
-            if not found[file][0].fault:  # a fault may be mended without a trace, or be the time limit's
-                write(json_line({"key": keys[file], "found": dataclasses.asdict(found[file][0]),
-                                 "fps": found[file][1]}))
-            bar.update()
-    return found
+def look_at(rows: Iterable[Row], manifest: Path, jobs: int, timeout_s: float) -> dict[str, Medium]:
+    """The files of the rows by path, URLs left out. They are remembered beside the manifest as long as they do not
+    change; faults are not, for they may be mended without a trace.
+    """
+    files = {where for row in rows for column in MEDIA if (where := row.where(column)) and not is_url(where)}
+    by_key = {digest_text(file, *stamp(Path(file))): file for file in sorted(files)}
+    memory = manifest.with_name(manifest.name + ".looked")
+    journal = Journal(memory if os.access(memory.parent, os.W_OK) else Path(os.devnull), lambda row: Medium(**row))
+    found = journal.filled(journal.read(), list(by_key), lambda missing: worked(
+        look, {key: by_key[key] for key in missing}, _failed, jobs, timeout_s), "file", "look")
+    return {file: found[key] for key, file in by_key.items()}
+
+
+def _failed(_: str, failure: Failure) -> Medium:
+    return Medium(fault=str(failure))
 
 
 def build(paths: Sequence[Path], out: Path, probed: Path | None, partners: Mapping[str, Sequence[Path]]) -> str:
@@ -236,7 +243,7 @@ def check(files: Sequence[Path], trigger: str, jobs: int, timeout_s: float) -> s
     faults, notes, num_rows = [], [], 0
     for file in files:
         rows, own = read_rows(file)
-        found = look_at(rows, file.with_name(file.name + ".looked"), jobs, timeout_s)
+        found = look_at(rows, file, jobs, timeout_s)
         own += [f"{row.place}: {fault}" for row in rows for fault in (
             *_caption_faults(row, trigger), *_column_faults(row, file.suffix), *_media_faults(row, found))]
         first = {row.id: row.line for row in reversed(rows)}
@@ -278,19 +285,19 @@ def _column_faults(row: Row, suffix: str) -> list[str]:
             and not (value is None or isinstance(value, int | float))]
 
 
-def _media_faults(row: Row, found: Mapping[str, tuple[Found, float]]) -> list[str]:
+def _media_faults(row: Row, found: Mapping[str, Medium]) -> list[str]:
     faults = []
     start_s, end_s = row.span
     for column in MEDIA:
         where = row.where(column)
         if where not in found:
             continue
-        seen, fps = found[where]
+        seen = found[where]
         if seen.fault:
             faults.append(f"{column} {shown(Path(where))}: {seen.fault}")
         elif seen.duration_s and start_s >= seen.duration_s:
             faults.append(f"begins at {start_s:g} s, but the {column} ends at {seen.duration_s:g} s")
-        elif seen.duration_s and math.isfinite(end_s) and end_s > seen.duration_s + 1 / max(fps, 1):
+        elif seen.duration_s and math.isfinite(end_s) and end_s > seen.duration_s + 1 / max(seen.fps, 1):
             faults.append(f"ends at {end_s:g} s, but the {column} at {seen.duration_s:g} s")
         if column == "video":
             end_s = min(end_s, seen.duration_s)
@@ -459,8 +466,7 @@ def split(file: Path, train: Path, heldout: Path, rule: Rule, *, jobs: int, time
     if len(set(held)) < 2:
         raise UserError(f"{'all' if any(held) else 'none'} of the {len(rows)} clips would be held out",
                         "give --num N, or a --share that so few clips can meet")
-    found = look_at([row for row in rows if math.isinf(row.span[1])], file.with_name(file.name + ".looked"), jobs,
-                    timeout_s)
+    found = look_at([row for row in rows if math.isinf(row.span[1])], file, jobs, timeout_s)
     lines = []
     for out, side in ((train, False), (heldout, True)):
         ours = [row for row, is_held in zip(rows, held, strict=True) if is_held == side]
@@ -499,10 +505,10 @@ def _divided(rows: Iterable[Row], train: Path, heldout: Path) -> dict[tuple[str,
     return sides
 
 
-def _seconds(row: Row, found: Mapping[str, tuple[Found, float]]) -> float:
+def _seconds(row: Row, found: Mapping[str, Medium]) -> float:
     """How long the clip is; 0 for an image, and for a file that cannot be looked into."""
     start_s, end_s = row.span
-    known = found.get(row.where("video"), (Found(), 0.0))[0].duration_s
+    known = found.get(row.where("video"), Medium()).duration_s
     return max(0.0, (min(end_s, known) if known or math.isinf(end_s) else end_s) - start_s)
 
 
@@ -513,15 +519,14 @@ def stats(file: Path, trigger: str, jobs: int, timeout_s: float) -> str:
     rows, = sound_rows([file])
     if not rows:
         raise UserError(f"{shown(file)} has no rows", "python -m data_tools.manifest build FOLDER --out manifest.jsonl")
-    found = look_at(rows, file.with_name(file.name + ".looked"), jobs, timeout_s)
-    looked = [(row, *found[where]) for row in rows if (where := row.where("video")) in found
-              and not found[where][0].fault]
-    films = [(row, seen) for row, seen, _ in looked if seen.duration_s]
+    found = look_at(rows, file, jobs, timeout_s)
+    looked = [(row, seen) for row in rows if (seen := found.get(row.where("video"))) and not seen.fault]
+    films = [(row, seen) for row, seen in looked if seen.duration_s]
     lengths_s = [_seconds(row, found) for row, _ in films]
     table = {
-        "size": collections.Counter(f"{seen.width}x{seen.height}" for _, seen, _ in looked),
-        "aspect": collections.Counter(f"{seen.width / seen.height:.2f}" for _, seen, _ in looked),
-        "fps": collections.Counter(f"{fps:g}" for _, _, fps in looked if fps),
+        "size": collections.Counter(f"{seen.width}x{seen.height}" for _, seen in looked),
+        "aspect": collections.Counter(f"{seen.width / seen.height:.2f}" for _, seen in looked),
+        "fps": collections.Counter(f"{seen.fps:g}" for _, seen in looked if seen.fps),
     }
     num_images = sum(Path(row.where("video")).suffix.lower() in IMAGE_SUFFIXES for row in rows)
     lines = [f"{shown(file)}: {len(rows)} clips of {len({row.clip[0] for row in rows})} files, {num_images} of them "
@@ -537,10 +542,10 @@ def stats(file: Path, trigger: str, jobs: int, timeout_s: float) -> str:
     if films:
         lines.append("  too short for" + "".join(f"{number:6} frames" for number in NUMS_FRAMES))
     for fps in FPS if films else ():
-        numbers = [count_frames(seen, *_bounds(row), fps) for row, seen in films]
+        numbers = [count_frames(Found(duration_s=seen.duration_s), *_bounds(row), fps) for row, seen in films]
         lines.append(f"    at {fps} fps   " + "".join(
             f"{sum(number < wanted for number in numbers):6}       " for wanted in NUMS_FRAMES).rstrip())
-    return "\n".join(lines + [f"  fault: {shown(Path(where))}: {seen.fault}" for where, (seen, _) in found.items()
+    return "\n".join(lines + [f"  fault: {shown(Path(where))}: {seen.fault}" for where, seen in found.items()
                               if seen.fault])
 
 

@@ -363,9 +363,9 @@ class Review(ThreadingHTTPServer):
             with self.jobs:
                 if is_gone():
                     return None
-                [(_, fault, why)] = in_workers(write_preview, [preview], 1, self.timeout_s)
-                if fault or why:
-                    raise UserError(fault or f"{shown(preview.source)}: {why}", "mend the file or drop the clip")
+                [(_, fault, failure)] = in_workers(write_preview, [preview], 1, self.timeout_s)
+                if fault or failure:
+                    raise UserError(fault or f"{shown(preview.source)}: {failure}", "mend the file or drop the clip")
         return preview.target
 
 

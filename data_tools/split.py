@@ -23,7 +23,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -40,7 +40,6 @@ from data_tools.command import (
     answer,
     check_openable,
     find_files,
-    journal,
     json_line,
     needed,
     parsed,
@@ -49,10 +48,11 @@ from data_tools.command import (
     shown,
     stamp,
 )
+from data_tools.journal import Journal, Outcomes, worked
 from wantrain.data import films, media
 from wantrain.data.films import COARSE_GRACE_S
-from wantrain.files import atomic_path, digest_text, remembered, write_text
-from wantrain.jobs import in_workers, progress
+from wantrain.files import atomic_path, digest_text, write_text
+from wantrain.jobs import Ending, Failure
 from wantrain.terms import IMAGE_SUFFIXES, UserError
 
 GUARD_S = COARSE_GRACE_S + 1e-5
@@ -409,7 +409,7 @@ def do(job: Job) -> Split:
 
 
 @contextlib.contextmanager
-def _no_half_files(jobs: Sequence[Job]) -> Iterator[None]:
+def _no_half_files(jobs: Collection[Job]) -> Iterator[None]:
     """Removes what workers that were ended leave of the files that they were writing."""
     try:
         yield
@@ -462,30 +462,34 @@ def run(paths: Sequence[Path], out: Path, rules: Rules, cut_to: Path | None, *, 
         raise UserError(f"no film in {', '.join(map(shown, paths))}: {len(files)} images, {len(ignored)} other files",
                         "give films, or folders of films")
     todo = _jobs(paths, films, rules, cut_to)
-    memory = out.with_name(out.name + ".shots")
-    known = _remembered(memory)
-    done = {job.path: known[job.key] for job in todo if job.key in known and all(
-        target.exists() for span in known[job.key].spans if (target := job.target(span)))}
-    missing = [job for job in todo if job.path not in done]
-    with (journal(memory) as write, progress(len(films), len(done), "film", "split") as bar, _no_half_files(missing),
-          contextlib.closing(in_workers(do, missing, jobs, timeout_s)) as answers):
-        for job, found, why in answers:
-            if found and found.unwritten:
-                raise UserError(found.unwritten, "make room, or give another --cut-to, then run the same command "
-                                "again: what was finished is kept")
-            done[job.path] = found or Split(str(job.path), fault=f"{shown(job.path)}: {why}")
-            if found:
-                write(json_line({"key": job.key} | dataclasses.asdict(found)))
-            bar.update()
-    rows = [_row(job, span, out) for job in todo for span in done[job.path].spans if not span.reason]
+    by_key = {job.key: job for job in todo}
+
+    def work(missing: Sequence[str]) -> Generator[Outcomes[str, Split]]:
+        ours = {key: by_key[key] for key in missing}
+        with _no_half_files(ours.values()), contextlib.closing(worked(do, ours, _failed, jobs, timeout_s)) as coming:
+            for some in coming:
+                if unwritten := "".join(outcome.result.unwritten for outcome in some.values()):
+                    raise UserError(unwritten, "make room, or give another --cut-to, then run the same command again: "
+                                    "what was finished is kept")
+                yield some
+
+    journal = journal_of(out)
+    known = {key: split for key, split in journal.read().items() if key in by_key and all(
+        target.exists() for span in split.spans if (target := by_key[key].target(span)))}
+    done = journal.filled(known, list(by_key), work, "film", "split")
+    rows = [_row(job, span, out) for job in todo for span in done[job.key].spans if not span.reason]
     write_text(out, "".join(map(json_line, _merged(out, {relative(film, out.parent) for film in films}, rows))))
-    return [done[film] for film in films], sorted({*ignored, *files} - {*films})
+    return [done[job.key] for job in todo], sorted({*ignored, *files} - {*films})
 
 
-def _remembered(memory: Path) -> dict[str, Split]:
-    """Outcomes by key."""
-    return dict(remembered(memory, lambda row: (
-        row.pop("key"), Split(**row | {"spans": tuple(Span(**span) for span in row["spans"])}))))
+def journal_of(out: Path) -> Journal[Split]:
+    """Where shots are remembered; a film that took too long or crashed its reader is tried again."""
+    return Journal(out.with_name(out.name + ".shots"), lambda row: Split(**row | {
+        "spans": tuple(Span(**span) for span in row["spans"])}), (Ending.DONE, Ending.FAULT))
+
+
+def _failed(job: Job, failure: Failure) -> Split:
+    return Split(str(job.path), fault=f"{shown(job.path)}: {failure}")
 
 
 def _row(job: Job, span: Span, out: Path) -> dict[str, Any]:

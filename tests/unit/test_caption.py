@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from data_tools import caption
+from data_tools import caption, journal
 from tests import odd_files
 from wantrain.data import manifest
-from wantrain.jobs import TIME_LIMIT
+from wantrain.jobs import Ending, Failure
 
 SHOTS = (24, 24, 24)
 SPECIAL = ("<|im_end|>", "<|endoftext|>", "<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
@@ -128,9 +128,9 @@ def here(monkeypatch):
     """Jobs run in this process."""
 
     def in_workers(function, jobs, number, timeout_s):
-        yield from ((job, function(job), "") for job in jobs)
+        yield from ((job, function(job), None) for job in jobs)
 
-    monkeypatch.setattr(caption, "in_workers", in_workers)
+    monkeypatch.setattr(journal, "in_workers", in_workers)
 
 
 @pytest.fixture
@@ -299,8 +299,8 @@ def test_a_killed_call_goes_on_with_the_batch_that_it_lost(set_, model, monkeypa
     assert call(set_, "--model", model, "--batch-size", "1") == 130
     assert "what was finished is kept" in capsys.readouterr().err
     assert read_rows(set_) == rows
-    journal = set_.with_name("m.jsonl.journal")
-    with journal.open("a") as file:
+    memory = set_.with_name("m.jsonl.journal")
+    with memory.open("a") as file:
         file.write('{"key": "cut o')
     assert call(set_, "--from", "names", "--out", set_) == 0  # no business of the model's
     write_rows(set_, rows)
@@ -308,19 +308,19 @@ def test_a_killed_call_goes_on_with_the_batch_that_it_lost(set_, model, monkeypa
     assert call(set_, "--model", model, "--trigger", "new") == 0  # what is done to answers is no setting of theirs
     assert [job.start_s for job in asked] == [0.0, 1.0, 2.0, 0.0]
     assert captions(set_) == [f"new, {SAID}"] * 4
-    assert not journal.exists()
+    assert not memory.exists()
 
 
 def test_what_ran_into_the_time_limit_is_tried_again(set_, model, monkeypatch):
     def in_workers(function, jobs, number, timeout_s):
-        yield from ((job, None, f"{TIME_LIMIT} 1 s") if job.path.suffix == ".mp4" else (job, function(job), "")
-                    for job in jobs)
+        yield from ((job, None, Failure(Ending.TIMED_OUT, "late")) if job.path.suffix == ".mp4"
+                    else (job, function(job), None) for job in jobs)
 
     def killed(self, jobs, seen):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as slow:
-        slow.setattr(caption, "in_workers", in_workers)
+        slow.setattr(journal, "in_workers", in_workers)
         slow.setattr(caption.Captioner, "ask", killed)
         assert call(set_, "--model", model) == 130
     assert call(set_, "--model", model) == 0
@@ -343,7 +343,7 @@ def test_other_settings_or_another_file_ask_anew(set_, other):
 def test_the_next_batch_is_decoded_while_one_is_captioned(set_, model, monkeypatch):
     ask, last_seen = caption.Captioner.ask, threading.Event()
     see_ = caption.see
-    monkeypatch.setattr(caption, "see", lambda job: last_seen.set() if job.path.suffix == ".png" else None or see_(job))
+    monkeypatch.setattr(caption, "see", lambda job: (last_seen.set() if job.path.suffix == ".png" else None) or see_(job))
     waited = []
 
     def ask_first(self, jobs, seen):

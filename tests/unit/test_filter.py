@@ -14,6 +14,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from data_tools import filter as tool
+from data_tools import journal
 from tests import odd_files
 from wantrain.terms import UserError
 
@@ -67,9 +68,9 @@ def here(monkeypatch):
         for job in jobs:
             looked.append(job.path.name)
             found = pickle.loads(pickle.dumps(function))(pickle.loads(pickle.dumps(job)))
-            yield job, pickle.loads(pickle.dumps(found)), ""
+            yield job, pickle.loads(pickle.dumps(found)), None
 
-    monkeypatch.setattr(tool, "in_workers", in_workers)
+    monkeypatch.setattr(journal, "in_workers", in_workers)
     return looked
 
 
@@ -352,19 +353,19 @@ def test_csv_stays_csv(tmp_path, cheap):
 def test_a_killed_call_goes_on_and_only_what_is_new_or_changed_is_measured(tmp_path, cheap, monkeypatch):
     films = [film_of_greys(tmp_path / f"{name}.mp4", (40, 200)) for name in "abc"]
     manifest = write(tmp_path / "m.jsonl", [{"video": f.name, "caption": "", "end_s": 0.5} for f in films])
-    given, in_workers = manifest.read_bytes(), tool.in_workers
+    given, in_workers = manifest.read_bytes(), journal.in_workers
 
     def killed(*arguments):
         yield next(in_workers(*arguments))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tool, "in_workers", killed)
+    monkeypatch.setattr(journal, "in_workers", killed)
     with pytest.raises(KeyboardInterrupt):
         run(manifest)
     assert manifest.read_bytes() == given
     with (tmp_path / "m.jsonl.measured").open("a") as memory:
         memory.write('{"key": "0", "lu')
-    monkeypatch.setattr(tool, "in_workers", in_workers)
+    monkeypatch.setattr(journal, "in_workers", in_workers)
     assert run(manifest)[2] == 1
     assert cheap == ["a.mp4", "b.mp4", "c.mp4"]
     whole = manifest.read_bytes()
@@ -384,14 +385,14 @@ def test_a_killed_call_goes_on_and_only_what_is_new_or_changed_is_measured(tmp_p
 def test_captions_written_meanwhile_are_kept(tmp_path, cheap, monkeypatch):
     film_of_greys(tmp_path / "a.mp4", (40, 200))
     manifest = write(tmp_path / "m.jsonl", [{"video": "a.mp4", "caption": ""}])
-    in_workers = tool.in_workers
+    in_workers = journal.in_workers
 
     def meanwhile(*arguments):
         yield from in_workers(*arguments)
         if len(cheap) == 1:
             write(manifest, [{"video": "a.mp4", "caption": "a caption"}, {"video": "a.mp4", "id": "b", "start_s": 0.5}])
 
-    monkeypatch.setattr(tool, "in_workers", meanwhile)
+    monkeypatch.setattr(journal, "in_workers", meanwhile)
     run(manifest)
     first, second = read(manifest)
     assert first["caption"] == "a caption"

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import strategies as st
 from pyarrow import Table, parquet
 
+from data_tools import journal
 from data_tools import manifest as tool
-from data_tools import probe
+from data_tools.probing import Probed
 from data_tools.rows import KINDS, Row, read_rows
 from data_tools.split import GUARD_S, shot_of
 from tests import odd_files
@@ -31,9 +32,9 @@ def here(monkeypatch):
     def in_workers(function, items, jobs, timeout_s):
         for item in items:
             looked.append(Path(item).name)
-            yield item, function(item), ""
+            yield item, function(item), None
 
-    monkeypatch.setattr(tool, "in_workers", in_workers)
+    monkeypatch.setattr(journal, "in_workers", in_workers)
     return looked
 
 
@@ -120,7 +121,7 @@ def test_rows_that_are_there_keep_what_they_say(tmp_path, capsys):
 
 def test_files_that_probe_found_faulty_are_left_out_and_no_caption_with_them(tmp_path, capsys):
     touch(tmp_path / "in", "a.mp4", "bad.mp4", "bad.txt", "changed.mp4")
-    found = [probe.Probed(str(tmp_path / "in" / name), *tool.stamp(tmp_path / "in" / name), fault=fault)
+    found = [Probed(str(tmp_path / "in" / name), *tool.stamp(tmp_path / "in" / name), fault=fault)
              for name, fault in (("a.mp4", ""), ("bad.mp4", "bad.mp4: damaged"), ("changed.mp4", "changed.mp4: cut"))]
     write(tmp_path / "in/probe.jsonl", *(dataclasses.asdict(p) | {"path": Path(p.path).name} for p in found))
     (tmp_path / "in/changed.mp4").write_bytes(BYTES * 2)

@@ -13,7 +13,7 @@ import av
 import numpy as np
 import pytest
 
-from data_tools import split
+from data_tools import journal, split
 from tests import odd_files
 from wantrain.data import decode, manifest
 from wantrain.terms import Bucket, UserError
@@ -39,9 +39,9 @@ def here(monkeypatch):
         for job in jobs:
             looked.append(job.path.name)
             found = pickle.loads(pickle.dumps(function))(pickle.loads(pickle.dumps(job)))
-            yield job, pickle.loads(pickle.dumps(found)), ""
+            yield job, pickle.loads(pickle.dumps(found)), None
 
-    monkeypatch.setattr(split, "in_workers", in_workers)
+    monkeypatch.setattr(journal, "in_workers", in_workers)
     return looked
 
 
@@ -228,19 +228,19 @@ def test_the_manifest_is_one_and_captions_stay(tmp_path, film, here):
 def test_a_killed_call_goes_on_and_only_what_is_new_is_looked_at(tmp_path, film, here, monkeypatch):
     for name in ("a.mp4", "b.mp4"):
         odd_files.write_film(tmp_path / name, film)
-    out, in_workers = tmp_path / "out" / "m.jsonl", split.in_workers
+    out, in_workers = tmp_path / "out" / "m.jsonl", journal.in_workers
 
     def killed(*given):
         yield next(in_workers(*given))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(split, "in_workers", killed)
+    monkeypatch.setattr(journal, "in_workers", killed)
     with pytest.raises(KeyboardInterrupt):
         run([tmp_path], out)
     assert not out.exists()
     with out.with_name("m.jsonl.shots").open("a") as memory:
         memory.write('{"key": "0", "pa')
-    monkeypatch.setattr(split, "in_workers", in_workers)
+    monkeypatch.setattr(journal, "in_workers", in_workers)
     run([tmp_path], out)
     assert here == ["a.mp4", "b.mp4"]
     whole = rows(out)

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from data_tools import caption, filter, manifest, review, split
-from data_tools.command import answer, journal
+from data_tools.command import answer
+from data_tools.journal import appending
 from tests import odd_files
 from tests.unit.test_split import RULES, here, rows, run
 from wantrain.files import atomic_path, remembered
@@ -112,10 +113,10 @@ def test_cutting_onto_a_full_disk_loses_nothing(tmp_path, here, request):
 
 def test_a_journal_keeps_every_line(tmp_path, small_disk):
     path = tmp_path / "j"
-    with journal(path) as write:
+    with appending(path) as write:
         write(json.dumps({"key": ODD}, ensure_ascii=False) + "\n")
         write('[1]\n"x"\n' + "[" * 99 + '\n{"key": "cut')
-    with journal(path) as write:
+    with appending(path) as write:
         write('{"key": "last"}\n')
         with pytest.raises(UserError, match="could not write"):
             write("x" * 4096)
@@ -123,12 +124,12 @@ def test_a_journal_keeps_every_line(tmp_path, small_disk):
 
 
 def test_the_tools_remember_what_holds_odd_ends_of_lines(tmp_path):
-    for read, value in ((caption._remembered, caption.Answer(ODD)), (filter._remembered, filter.Measured(fault=ODD))):
-        with journal(tmp_path / "j") as write:
+    for tool, value in ((caption, caption.Answer(ODD)), (filter, filter.Measured(fault=ODD))):
+        journal = tool.journal_of(tmp_path / "m.jsonl")
+        with appending(journal.path) as write:
             row = {name: getattr(value, name) for name in value.__dataclass_fields__}
             write(json.dumps({"key": "k"} | row, ensure_ascii=False) + "\n")
-        assert read(tmp_path / "j") == {"k": value}
-        (tmp_path / "j").unlink()
+        assert journal.read() == {"k": value}
 
 
 @pytest.mark.parametrize(("name", "module"), [("split", "scenedetect"), ("filter", "cv2")])
