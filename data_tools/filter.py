@@ -39,7 +39,7 @@ from data_tools.command import (
     shown,
     stamp,
 )
-from data_tools.journal import Journal, worked
+from data_tools.journal import Journal, by_workers
 from wantrain.data import films, media
 from wantrain.files import digest_text, write_text
 from wantrain.jobs import Failure
@@ -456,8 +456,8 @@ def run(manifest: Path, out: Path, jobs: int, timeout_s: float) -> tuple[list[Ro
         before, rows = stamp(manifest), read_rows(manifest)
         todo = [_job(row, manifest) for row in rows]
         by_key = {job.key: job for job in todo}
-        done = journal.filled(done, [job.key for job in todo], lambda missing, by_key=by_key: worked(
-            measure, {key: by_key[key] for key in missing}, _failed, jobs, timeout_s), "clip", "filter")
+        done = journal.filled(done, [job.key for job in todo], by_workers(
+            measure, by_key, _failed, jobs, timeout_s), "clip", "filter")
         if stamp(manifest) == before:  # else somebody wrote captions meanwhile, which must not be lost
             break
     found = [done[job.key] for job in todo]

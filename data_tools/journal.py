@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from data_tools.command import json_line, shown
 from wantrain.files import remembered
@@ -18,11 +18,14 @@ from wantrain.terms import UserError
 class Told(Protocol):
     """A result: a dataclass that tells by `fault` what is wrong with its item, '' if nothing."""
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
     @property
     def fault(self) -> str: ...
 
 
-Key, Item = TypeVar("Key"), TypeVar("Item")
+Key = TypeVar("Key")
+Item = TypeVar("Item")
 Result = TypeVar("Result", bound=Told)
 
 
@@ -38,7 +41,7 @@ Outcomes = Mapping[Key, Outcome[Result]]
 
 
 def worked(function: Callable[[Item], Result], items: Mapping[Key, Item], failed: Callable[[Item, Failure], Result],
-           jobs: int, timeout_s: float) -> Iterator[Outcomes[Key, Result]]:
+           jobs: int, timeout_s: float) -> Generator[Outcomes[Key, Result]]:
     """The outcome of each item, as they finish, in `jobs` worker processes with `timeout_s` seconds for each.
 
     `function` and its results are those of `wantrain.jobs.in_workers`; `failed` makes the result of an item that has
@@ -52,6 +55,12 @@ def worked(function: Callable[[Item], Result], items: Mapping[Key, Item], failed
                 yield {keys[item]: Outcome(failed(item, failure), failure.ending)}
             else:
                 yield {keys[item]: Outcome(result, Ending.FAULT if result.fault else Ending.DONE)}
+
+
+def by_workers(function: Callable[[Item], Result], items: Mapping[str, Item], failed: Callable[[Item, Failure], Result],
+               jobs: int, timeout_s: float) -> Callable[[Sequence[str]], Generator[Outcomes[str, Result]]]:
+    """What `Journal.filled` asks for the outcomes of some keys: their items go to workers."""
+    return lambda missing: worked(function, {key: items[key] for key in missing}, failed, jobs, timeout_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +80,7 @@ class Journal(Generic[Result]):
         return dict(remembered(self.path, lambda row: (row.pop("key"), self.restore(row))))
 
     def filled(self, known: Mapping[str, Result], keys: Sequence[str],
-               work: Callable[[list[str]], Iterator[Outcomes[str, Result]]], unit: str, what: str
+               work: Callable[[Sequence[str]], Generator[Outcomes[str, Result]]], unit: str, what: str
                ) -> dict[str, Result]:
         """`known`, and the results of those keys that are not in it; `work` gives their outcomes, some at a time."""
         found = dict(known)

@@ -37,7 +37,7 @@ from data_tools.command import (
     shown,
     stamp,
 )
-from data_tools.journal import Journal, worked
+from data_tools.journal import Journal, by_workers
 from data_tools.rows import (
     KINDS,
     MEDIA,
@@ -102,8 +102,8 @@ def look_at(rows: Iterable[Row], manifest: Path, jobs: int, timeout_s: float) ->
     by_key = {digest_text(file, *stamp(Path(file))): file for file in sorted(files)}
     memory = manifest.with_name(manifest.name + ".looked")
     journal = Journal(memory if os.access(memory.parent, os.W_OK) else Path(os.devnull), lambda row: Medium(**row))
-    found = journal.filled(journal.read(), list(by_key), lambda missing: worked(
-        look, {key: by_key[key] for key in missing}, _failed, jobs, timeout_s), "file", "look")
+    found = journal.filled(journal.read(), list(by_key), by_workers(look, by_key, _failed, jobs, timeout_s), "file",
+                           "look")
     return {file: found[key] for key, file in by_key.items()}
 
 

@@ -62,8 +62,8 @@ def run(paths: Sequence[Path], out: Path, jobs: int, timeout_s: float) -> tuple[
                            {*Ending} - {Ending.TIMED_OUT})
     by_key = {digest_text(path, *stamp(path)): path for path in files}
     known = {digest_text(p.path, p.size_bytes, p.mtime_ns, p.ctime_ns): p for p in read(out) if not p.is_timed_out}
-    done = kept.filled(known | kept.read(), list(by_key), lambda missing: journal.worked(
-        probing.probe_file, {key: by_key[key] for key in missing}, probing.failed, jobs, timeout_s), "file", "probe")
+    done = kept.filled(known | kept.read(), list(by_key), journal.by_workers(
+        probing.probe_file, by_key, probing.failed, jobs, timeout_s), "file", "probe")
     found = [done[key] for key in by_key]
     write_text(out, "".join(_line(one, out) for one in found))
     kept.path.unlink(missing_ok=True)

@@ -48,7 +48,7 @@ from data_tools.command import (
     shown,
     stamp,
 )
-from data_tools.journal import Journal, Outcomes, worked
+from data_tools.journal import Journal, Outcomes, by_workers
 from wantrain.data import films, media
 from wantrain.data.films import COARSE_GRACE_S
 from wantrain.files import atomic_path, digest_text, write_text
@@ -409,7 +409,7 @@ def do(job: Job) -> Split:
 
 
 @contextlib.contextmanager
-def _no_half_files(jobs: Collection[Job]) -> Iterator[None]:
+def _no_half_files(jobs: Sequence[Job]) -> Iterator[None]:
     """Removes what workers that were ended leave of the files that they were writing."""
     try:
         yield
@@ -463,10 +463,10 @@ def run(paths: Sequence[Path], out: Path, rules: Rules, cut_to: Path | None, *, 
                         "give films, or folders of films")
     todo = _jobs(paths, films, rules, cut_to)
     by_key = {job.key: job for job in todo}
+    do_all = by_workers(do, by_key, _failed, jobs, timeout_s)
 
     def work(missing: Sequence[str]) -> Generator[Outcomes[str, Split]]:
-        ours = {key: by_key[key] for key in missing}
-        with _no_half_files(ours.values()), contextlib.closing(worked(do, ours, _failed, jobs, timeout_s)) as coming:
+        with _no_half_files([by_key[key] for key in missing]), contextlib.closing(do_all(missing)) as coming:
             for some in coming:
                 if unwritten := "".join(outcome.result.unwritten for outcome in some.values()):
                     raise UserError(unwritten, "make room, or give another --cut-to, then run the same command again: "

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -150,7 +150,7 @@ class _Worker:
 def in_workers(
     function: Callable[[Item], Result], items: Iterable[Item], jobs: int, timeout_s: float, limit: str = "--timeout-s",
     *, ordered: bool = False,
-) -> Iterator[tuple[Item, Result | None, Failure | None]]:
+) -> Generator[tuple[Item, Result | None, Failure | None]]:
     """(item, function(item), None) as they finish, from `jobs` processes; (item, None, why) for one that died.
 
     `function` is importable by name and its results can be pickled. A worker past `timeout_s` seconds (set by `limit`)

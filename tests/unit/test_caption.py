@@ -343,7 +343,7 @@ def test_other_settings_or_another_file_ask_anew(set_, other):
 def test_the_next_batch_is_decoded_while_one_is_captioned(set_, model, monkeypatch):
     ask, last_seen = caption.Captioner.ask, threading.Event()
     see_ = caption.see
-    monkeypatch.setattr(caption, "see", lambda job: (last_seen.set() if job.path.suffix == ".png" else None) or see_(job))
+    monkeypatch.setattr(caption, "see", lambda job: (job.path.suffix == ".png" and last_seen.set()) or see_(job))
     waited = []
 
     def ask_first(self, jobs, seen):
