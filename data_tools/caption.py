@@ -42,9 +42,10 @@ from data_tools.command import (
     stamp,
 )
 from data_tools.journal import Journal, Key, Outcome, Outcomes, worked
-from data_tools.rows import Row, has, is_url, moved, sound_rows, write_rows
+from data_tools.rows import Entry, captions_in, has, is_url, moved, sidecars, sound_entries, write_rows
 from wantrain.data.folders import Stems
 from wantrain.data.media import probe
+from wantrain.data.tables import one_line
 from wantrain.files import digest_text
 from wantrain.jobs import Ending, Failure, progress
 from wantrain.terms import IMAGE_SUFFIXES, PARTNERS, Bucket, UserError
@@ -335,40 +336,34 @@ def readable(name: str) -> str:
     return " ".join(kept)
 
 
-def sidecars(folder: Path) -> dict[str, list[Path]]:
-    """The texts beside every video and image of a folder, by its stem: NAME.txt, then NAME.*.txt."""
-    stems = Stems(file.stem for file in folder.iterdir() if is_medium(file))
-    texts = [file for file in folder.iterdir() if file.suffix.lower() == ".txt" and not file.name.startswith(".")]
-    found: dict[str, list[Path]] = {}
-    for file in sorted(texts, key=lambda f: (not stems.like(f.stem), f.name)):
-        if stem := stems.owner(file.name):
-            found.setdefault(stem, []).append(file)
-    return found
+def _texts_in(folder: Path) -> dict[Path, list[Path]]:
+    """The sidecars of every video and image of a folder."""
+    files = [file for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
+    return sidecars(filter(is_medium, files), files)[0]
 
 
-def _folder_rows(folder: Path, out: Path) -> list[Row]:
-    """A row for every video and image in the folder, with its captions, and its partners in control/, mask/, ..."""
-    rows = []
-    texts = sidecars(folder)
+def _of_folder(folder: Path, out: Path) -> list[Entry]:
+    """An entry for every video and image in the folder, with its captions, and its partners in control/, mask/, ..."""
+    entries = []
     clips = [file for file in sorted(folder.iterdir()) if is_medium(file)]
+    texts = _texts_in(folder)
     stems = Stems(file.stem for file in clips)
     partners = {(kind, stems.like(file.stem)): file for kind in PARTNERS for file in sorted((folder / kind).glob("*"))
                 if is_medium(file)}
     for file in clips:
-        captions = [_read(path) for path in texts.get(file.stem, [])] or [""]
+        try:
+            captions = captions_in(texts.get(file, [])) or [""]
+        except ValueError as error:
+            raise UserError(f"{shown(file)}: {error}", "mend this caption, then run the same command again") from error
         values: dict[str, Any] = {"video": relative(absolute(file), out.parent), "caption": captions[0]}
         values |= {"captions": captions[1:]} if captions[1:] else {}
         values |= {kind: relative(absolute(path), out.parent) for kind in PARTNERS
                    if (path := partners.get((kind, file.stem)))}
-        rows.append(Row(out.parent, shown(file), values))
-    return rows
+        entries.append(Entry(out.parent, shown(file), values))
+    return entries
 
 
-def _read(path: Path) -> str:
-    return " ".join(path.read_text(encoding="utf-8-sig", errors="replace").split())
-
-
-def gather(source: Path, out: Path) -> list[Row]:
+def gather(source: Path, out: Path) -> list[Entry]:
     """The rows of a manifest or folder as they stand in `out`; those that are in `out` already stay as they are there.
 
     UserError where there are none or lines are faulty: all are named.
@@ -377,53 +372,56 @@ def gather(source: Path, out: Path) -> list[Row]:
         raise UserError(f"{shown(out)}: a manifest with captions is written as .jsonl, and {shown(source)} is none",
                         "give --out FILE.jsonl")
     if source.is_dir():
-        rows = _folder_rows(source, out)
+        rows = _of_folder(source, out)
     else:
-        rows = sound_rows([source])[0]
+        rows = sound_entries([source])[0]
         if absolute(source).parent != out.parent:
             ids = {row.id: row.id for row in rows}
-            rows = [Row(out.parent, row.place, moved(row, out.parent, ids)) for row in rows]
+            rows = [Entry(out.parent, row.place, moved(row, out.parent, ids)) for row in rows]
     if out.exists() and not (source.exists() and out.samefile(source)):
-        there = {(row.clip, row.values.get("id")): row for row in sound_rows([out])[0]}
+        there = {(row.clip, row.values.get("id")): row for row in sound_entries([out])[0]}
         rows = [there.pop((row.clip, row.values.get("id")), row) for row in rows] + [*there.values()]
     if not rows:
         raise UserError(f"no clips in {shown(source)}", "give a manifest, or a folder of videos and images")
     return rows
 
 
-def from_texts(rows: Sequence[Row], source: str) -> tuple[list[list[str]], list[str]]:
+def from_texts(rows: Sequence[Entry], source: str) -> tuple[list[list[str]], list[str]]:
     """(captions, fault) of every row, from its sidecar files, its name or a column."""
     files = [Path(row.where("video")) for row in rows]
     folders = {file.parent for file in files if source == "sidecars" and file.parent.is_dir()}
-    beside = {folder / stem: paths for folder in folders for stem, paths in sidecars(folder).items()}
+    beside = {clip: texts for folder in folders for clip, texts in _texts_in(folder).items()}
     found, faults = [], []
     for row, file in zip(rows, files, strict=True):
         texts: Sequence[Any]
         if source == "sidecars":
-            texts, fault = [_read(path) for path in beside.get(file.with_suffix(""), [])], f"no {file.stem}.txt with it"
+            try:
+                texts, fault = captions_in(beside.get(file, [])), f"no {file.stem}.txt with it"
+            except ValueError as error:
+                texts, fault = [], str(error)
         elif source == "names":
             texts, fault = [readable(file.name)], f"the name {file.name} has no words"
         else:
             value = row.captions if source == "caption" else row.values.get(source)
             texts, fault = value if isinstance(value, list) else [value], f"its column {source} has no text"
-        found.append([" ".join(str(text).split()) for text in texts if text is not None and str(text).strip()])
+        found.append([line for text in texts if text is not None and (line := one_line(str(text)))])
         faults.append("" if found[-1] else fault)
     return found, faults
 
 
-def job_of(row: Row, settings: Settings, is_read: bool = True) -> Job:
+def job_of(row: Entry, settings: Settings, is_read: bool = True) -> Job:
     """The span that a row is about."""
     return Job(Path(row.where("video")), *row.span, settings.num_frames, settings.max_pixels, is_read)
 
 
-def _key(row: Row, settings: Settings) -> str:
+def _key(row: Entry, settings: Settings) -> str:
     """What an answer hangs on."""
     job = job_of(row, settings)
     return digest_text(*dataclasses.astuple(job), *stamp(job.path), settings.model, settings.dtype,
                        worded(settings, job), settings.max_tokens)
 
 
-def from_model(rows: Sequence[Row], out: Path, settings: Settings, jobs: int, timeout_s: float
+def from_model(rows: Sequence[Entry], out: Path, settings: Settings, jobs: int, timeout_s: float
                ) -> tuple[list[list[str]], list[str]]:
     """(captions, fault) of every row, from a model. Answers go to a journal beside `out`, batch by batch."""
     journal = journal_of(out)
@@ -487,13 +485,13 @@ def journal_of(out: Path) -> Journal[Answer]:
                    {*Ending} - {Ending.TIMED_OUT})
 
 
-def _has_caption(row: Row) -> bool:
+def _has_caption(row: Entry) -> bool:
     """Whether training would find one: an empty `caption` hides further ones from it."""
     first = row.values.get("caption")
-    return bool(row.captions if first is None else first.strip())
+    return bool(row.captions if first is None else one_line(first))
 
 
-def _wanted(source: Path, out: Path, settings: Settings) -> tuple[list[Row], list[Row], list[Row]]:
+def _wanted(source: Path, out: Path, settings: Settings) -> tuple[list[Entry], list[Entry], list[Entry]]:
     """(all rows, those to caption, those kept). UserError where the column that captions come from is not there."""
     rows = gather(source, out)
     columns = sorted({column for row in rows for column in row.values})
@@ -550,7 +548,7 @@ def preview(source: Path, out: Path, settings: Settings, jobs: int, timeout_s: f
                       *_told(wanted, faults)], faults)
 
 
-def _previewed(rows: Sequence[Row], settings: Settings, jobs: int, timeout_s: float) -> tuple[list[str], list[str]]:
+def _previewed(rows: Sequence[Entry], settings: Settings, jobs: int, timeout_s: float) -> tuple[list[str], list[str]]:
     """(the prompts and a line for every clip, its fault)."""
     captioner = Captioner(settings.model, settings, with_weights=False)
     clips = [job_of(row, settings, is_read=False) for row in rows]
@@ -578,12 +576,12 @@ def _previewed(rows: Sequence[Row], settings: Settings, jobs: int, timeout_s: fl
     return shown_prompts + lines, faults
 
 
-def _counted(rows: Sequence[Row], kept: Sequence[Row], faults: Sequence[str]) -> str:
+def _counted(rows: Sequence[Entry], kept: Sequence[Entry], faults: Sequence[str]) -> str:
     num_faulty = sum(map(bool, faults))
     return f"{len(rows)} rows = {len(faults) - num_faulty} captioned + {len(kept)} kept + {num_faulty} faulty"
 
 
-def _told(rows: Sequence[Row], faults: Sequence[str]) -> list[str]:
+def _told(rows: Sequence[Entry], faults: Sequence[str]) -> list[str]:
     return [f"  fault: {row.id}: {fault}" for row, fault in zip(rows, faults, strict=True) if fault]
 
 

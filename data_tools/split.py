@@ -19,7 +19,6 @@ import contextlib
 import dataclasses
 import glob
 import itertools
-import json
 import math
 import os
 import sys
@@ -49,6 +48,7 @@ from data_tools.command import (
     stamp,
 )
 from data_tools.journal import Journal, Outcomes, by_workers
+from data_tools.rows import check_written, sound_entries
 from wantrain.data import films, media
 from wantrain.data.films import COARSE_GRACE_S
 from wantrain.files import atomic_path, digest_text, write_text
@@ -291,7 +291,7 @@ def _small(scaler: VideoReformatter, frame: av.VideoFrame, longest_px: int, pix_
     return scaler.reformat(frame, width, height, pix_fmt, interpolation="AREA")
 
 
-def judge(found: media.Probe, transitions: Transitions, motion_F: np.ndarray, rules: Rules) -> Iterator[Span]:
+def judge(found: films.Probe, transitions: Transitions, motion_F: np.ndarray, rules: Rules) -> Iterator[Span]:
     """The spans of all shots, and of what is between them, in order and without a gap: long ones in equal parts, each
     with its reason to go.
     """
@@ -316,7 +316,7 @@ def judge(found: media.Probe, transitions: Transitions, motion_F: np.ndarray, ru
             yield Span(first, stop, start_s, end_s, round(float(times_s[shot]), 6), part, motion, reason)
 
 
-def _end_s(found: media.Probe, stop: int) -> float:
+def _end_s(found: films.Probe, stop: int) -> float:
     end_s = found.times_s[stop] - GUARD_S if stop < len(found.times_s) else found.duration_s
     return round(float(end_s), 6)
 
@@ -445,6 +445,7 @@ def run(paths: Sequence[Path], out: Path, rules: Rules, cut_to: Path | None, *, 
     Rows of other films stay as they are, and a span that was there keeps its caption. What was found is remembered in
     a file beside `out`, so that a killed call goes on and other calls look only at what is new or changed.
     """
+    check_written(out)
     if rules.detector == "adaptive":
         needed("scenedetect", "--detector adaptive", SCENEDETECT, "data")
     else:
@@ -511,12 +512,8 @@ def _merged(out: Path, films: Collection[str], rows: Sequence[dict[str, Any]]) -
 
     UserError where a caption would be lost, because its span is no longer there.
     """
-    try:
-        old = [json.loads(line) for line in out.read_text(encoding="utf-8").split("\n") if line] if out.exists() else []
-        ours = {row["id"]: row for row in old
-                if "id" in row and shot_of(str(row["id"])).rpartition("@")[0] in films}
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{out} is there and is no manifest of JSON lines: {error}", "give another --out") from error
+    old = sound_entries([out])[0] if out.exists() else []
+    ours = {entry.id: entry.values for entry in old if shot_of(entry.id).rpartition("@")[0] in films}
     lost = [row["id"] for row in ours.values() if row.get("caption")]
     for row in rows:
         earlier = ours.get(row["id"], {})
@@ -526,7 +523,7 @@ def _merged(out: Path, films: Collection[str], rows: Sequence[dict[str, Any]]) -
     if lost:
         raise UserError(f"{out} has captions for {len(lost)} span(s) that these settings do not give, among them "
                         f"{lost[0]}", "give the settings of the first call, or another --out")
-    return [row for row in old if row.get("id") not in ours] + list(rows)
+    return [entry.values for entry in old if entry.id not in ours] + list(rows)
 
 
 def rejected_rows(found: Sequence[Split], folder: Path) -> list[dict[str, Any]]:

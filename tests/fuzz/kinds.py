@@ -42,9 +42,9 @@ def manifests() -> Kind:
             (path.parent / name).touch()
         readers: list[Callable[[], object]] = [
             lambda: manifest.read(manifest.Source("fuzz", str(path), fetched=path.parent / "fetched")),
-            lambda: [(row.id, row.clip, row.captions) for row in rows.read_rows(path)[0]]]
+            lambda: [(entry.id, entry.clip, entry.captions) for entry in rows.read_entries(path)[0]]]
         if path.suffix != ".parquet":
-            readers += [lambda: measuring.read_rows(path), lambda: review.Manifest(path).content()]
+            readers += [lambda: measuring.read(path), lambda: review.Manifest(path).content()]
         if path.suffix == ".jsonl":
             readers += [lambda: split._merged(path, {"a.mp4"}, [])]
         all_of(readers)

@@ -484,7 +484,7 @@ def test_a_csv_is_read_and_written_as_lines_of_json(set_, capsys):
     out = set_.parent / "deep" / "m.jsonl"
     assert call(table, "--from", "names", "--out", out) == 0
     assert read_rows(out) == [{"video": "../still.png", "caption": "still", "motion": 0.5},
-                              {"video": "../film.mp4", "caption": "there"}]
+                              {"video": "../film.mp4", "caption": "there", "motion": None}]
 
 
 def test_faulty_lines_are_named_together_and_nothing_is_written(set_, capsys):

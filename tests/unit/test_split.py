@@ -325,7 +325,7 @@ def test_what_a_user_does_wrong(tmp_path, here, capsys):
     assert "--max-s 3 is less than twice --min-s 2" in capsys.readouterr().err
     (tmp_path / "m.jsonl").write_text("no manifest\n")
     assert split.main([str(tmp_path), "--out", str(tmp_path / "m.jsonl")]) == 2
-    assert "is no manifest of JSON lines" in capsys.readouterr().err
+    assert "m.jsonl line 1: not JSON" in capsys.readouterr().err
     assert (tmp_path / "m.jsonl").read_text() == "no manifest\n"
     with pytest.raises(SystemExit, match="0"):
         split.main(["--help"])
