@@ -111,6 +111,9 @@ def shown(path: Path) -> str:
     return os.fsencode(path).decode("utf-8", "replace")
 
 
+FFMPEG = "imageio-ffmpeg>=0.6,<1"
+"""What pip installs for imageio_ffmpeg."""
+
 SCENEDETECT = "scenedetect-headless>=0.7.2,<0.8"
 """What pip installs for scenedetect and cv2."""
 

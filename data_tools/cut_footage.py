@@ -13,8 +13,12 @@ import argparse
 import hashlib
 import shutil
 import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from data_tools.command import FFMPEG, answer, needed
 
 FPS = 24
 EXCERPT_SHA256 = "e22b7ee12ece84223bd1557f7ce1ab4aa98a1441b0ac272f43840a397eb56897"
@@ -62,9 +66,7 @@ def find_ffmpeg() -> str:
     """The ffmpeg on PATH, else the one inside the package imageio-ffmpeg."""
     if found := shutil.which("ffmpeg"):
         return found
-    import imageio_ffmpeg
-
-    return str(imageio_ffmpeg.get_ffmpeg_exe())
+    return str(needed("imageio_ffmpeg", "cut_footage without an ffmpeg on PATH", FFMPEG, "dev").get_ffmpeg_exe())
 
 
 def cut(ffmpeg: str, source: Path, clip: Clip, out: Path) -> Path:
@@ -85,23 +87,28 @@ def cut(ffmpeg: str, source: Path, clip: Clip, out: Path) -> Path:
     return target
 
 
-def main() -> None:
-    """Read the arguments, check the inputs, cut every clip."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the arguments, check the inputs, cut every clip; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description="Cut the demo footage set from the Big Buck Bunny excerpt.")
     parser.add_argument("excerpt", type=Path, help="big_buck_bunny_excerpt.mp4")
     folder = Path(__file__).resolve().parent.parent / "wantrain" / "assets" / "demo" / "footage"
     parser.add_argument("--out", type=Path, default=folder, help="folder to fill (default: %(default)s)")
     parser.add_argument("--ffmpeg", help="ffmpeg with libx264 (default: on PATH, else imageio-ffmpeg's)")
-    args = parser.parse_args()
+    args = parser.parse_args(given)
     if not args.excerpt.is_file() or hashlib.sha256(args.excerpt.read_bytes()).hexdigest() != EXCERPT_SHA256:
         parser.error(f"not the excerpt the table was made for: {args.excerpt}")
     names = {clip.name for clip in CLIPS}
     if strays := [str(path) for path in args.out.rglob("*") if path.is_file() and path.stem not in names]:
         parser.error(f"remove what is not in the table first: {', '.join(strays)}")
-    for clip in CLIPS:
-        target = cut(args.ffmpeg or find_ffmpeg(), args.excerpt, clip, args.out)
-        print(f"{target.relative_to(args.out)}: {target.stat().st_size / 1000:.0f} kB")
+
+    def work() -> str:
+        ffmpeg = args.ffmpeg or find_ffmpeg()
+        targets = [cut(ffmpeg, args.excerpt, clip, args.out) for clip in CLIPS]
+        return "\n".join(f"{target.relative_to(args.out)}: {target.stat().st_size / 1000:.0f} kB" for target in targets)
+
+    return answer(work, ["python", "-m", "data_tools.cut_footage", *given])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,5 +1,6 @@
 """What the data tools cannot do is one message and exit code 2; nothing is lost or left half done."""
 
+import hashlib
 import json
 import os
 import resource
@@ -7,9 +8,10 @@ import sys
 
 import pytest
 
-from data_tools import caption, filter, manifest, review, split
+from data_tools import caption, cut_footage, filter, manifest, review, split
 from data_tools.command import answer
 from data_tools.journal import appending
+from data_tools.tiny_world import make_demo
 from tests import odd_files
 from tests.unit.test_split import RULES, here, rows, run
 from wantrain.files import atomic_path, remembered
@@ -145,6 +147,20 @@ def test_a_missing_package_is_named_with_its_command(tmp_path, monkeypatch, caps
     assert 'pip install "wantrain[data]"' in told
     with pytest.raises(SystemExit, match="0"):
         tool.main(["--help"])
+
+
+@pytest.mark.parametrize("tool", [cut_footage, make_demo], ids=["cut_footage", "make_demo"])
+def test_the_maintainers_tools_name_the_package_of_ffmpeg(tmp_path, monkeypatch, capsys, tool):
+    excerpt = tmp_path / "excerpt.mp4"
+    excerpt.write_bytes(b"film")
+    monkeypatch.setattr(cut_footage, "EXCERPT_SHA256", hashlib.sha256(b"film").hexdigest())
+    monkeypatch.setattr(cut_footage.shutil, "which", lambda name: None)
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    given = [str(excerpt)] if tool is cut_footage else []
+    assert tool.main([*given, "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert "needs the package imageio_ffmpeg" in told
+    assert 'next: pip install "wantrain[dev]"    (or: pip install "imageio-ffmpeg>=0.6,<1")' in told
 
 
 @pytest.mark.parametrize("name", TOOLS)
