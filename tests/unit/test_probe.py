@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -216,6 +218,14 @@ def test_a_name_that_is_not_utf8_is_a_fault_and_can_be_written(tmp_path):
     (tmp_path / "probe.jsonl").write_text(probe._line(found, tmp_path / "probe.jsonl"))
     assert probe.read(tmp_path / "probe.jsonl") == [found]
     print(probe.summary([found], []))
+
+
+def test_help_loads_nothing_that_reads_pictures():
+    code = ("import contextlib, sys\nfrom data_tools import probe\nwith contextlib.suppress(SystemExit):\n"
+            "    probe.main(['--help'])\nprint('loaded:', *{'av', 'numpy', 'PIL', 'tqdm', 'hashlib'} & {*sys.modules})")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\nloaded:\n")
+    assert "--timeout-s" in done.stdout
 
 
 def test_the_command_and_its_faults(three, tmp_path, capsys, monkeypatch):
