@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 
 from data_tools.command import (
@@ -35,20 +34,27 @@ from data_tools.command import (
     answer,
     check_openable,
     is_medium,
-    parsed,
     positive,
-    relative,
     shown,
     stamp,
 )
-from data_tools.journal import Journal, Key, Outcome, Outcomes, worked
-from data_tools.rows import Entry, captions_in, has, is_url, moved, sidecars, sound_entries, write_rows
-from wantrain.data.folders import Stems
+from data_tools.journal import UNREADABLE, Journal, Key, Outcome, Outcomes, fault_of, worked
+from data_tools.rows import (
+    Entry,
+    captions_in,
+    entries_of_folder,
+    has,
+    is_url,
+    moved,
+    sidecars,
+    sound_entries,
+    write_rows,
+)
 from wantrain.data.media import probe
 from wantrain.data.tables import one_line
 from wantrain.files import digest_text
-from wantrain.jobs import Ending, Failure, progress
-from wantrain.terms import IMAGE_SUFFIXES, PARTNERS, Bucket, UserError
+from wantrain.jobs import Ending, progress
+from wantrain.terms import IMAGE_SUFFIXES, Bucket, UserError
 
 MODEL = "Qwen/Qwen3-VL-8B-Instruct"
 SOURCES = ("model", "sidecars", "names")
@@ -144,15 +150,8 @@ def see(job: Job) -> Seen:
     try:
         check_openable(job.path)
         return _see(job)
-    except UserError as error:
-        fault = error.message
-    except av.FFmpegError as error:
-        fault = f"{shown(job.path)} cannot be decoded: {error.strerror}"
-    except OSError as error:
-        fault = f"{shown(job.path)}: {error.strerror or error}"
-    except ValueError as error:
-        fault = f"{shown(job.path)}: {error}"
-    return Seen(fault=fault)
+    except UNREADABLE as error:
+        return Seen(fault=fault_of(job.path, error))
 
 
 def _see(job: Job) -> Seen:
@@ -342,27 +341,6 @@ def _texts_in(folder: Path) -> dict[Path, list[Path]]:
     return sidecars(filter(is_medium, files), files)[0]
 
 
-def _of_folder(folder: Path, out: Path) -> list[Entry]:
-    """An entry for every video and image in the folder, with its captions, and its partners in control/, mask/, ..."""
-    entries = []
-    clips = [file for file in sorted(folder.iterdir()) if is_medium(file)]
-    texts = _texts_in(folder)
-    stems = Stems(file.stem for file in clips)
-    partners = {(kind, stems.like(file.stem)): file for kind in PARTNERS for file in sorted((folder / kind).glob("*"))
-                if is_medium(file)}
-    for file in clips:
-        try:
-            captions = captions_in(texts.get(file, [])) or [""]
-        except ValueError as error:
-            raise UserError(f"{shown(file)}: {error}", "mend this caption, then run the same command again") from error
-        values: dict[str, Any] = {"video": relative(absolute(file), out.parent), "caption": captions[0]}
-        values |= {"captions": captions[1:]} if captions[1:] else {}
-        values |= {kind: relative(absolute(path), out.parent) for kind in PARTNERS
-                   if (path := partners.get((kind, file.stem)))}
-        entries.append(Entry(out.parent, shown(file), values))
-    return entries
-
-
 def gather(source: Path, out: Path) -> list[Entry]:
     """The rows of a manifest or folder as they stand in `out`; those that are in `out` already stay as they are there.
 
@@ -371,13 +349,9 @@ def gather(source: Path, out: Path) -> list[Entry]:
     if out.suffix != ".jsonl":
         raise UserError(f"{shown(out)}: a manifest with captions is written as .jsonl, and {shown(source)} is none",
                         "give --out FILE.jsonl")
-    if source.is_dir():
-        rows = _of_folder(source, out)
-    else:
-        rows = sound_entries([source])[0]
-        if absolute(source).parent != out.parent:
-            ids = {row.id: row.id for row in rows}
-            rows = [Entry(out.parent, row.place, moved(row, out.parent, ids)) for row in rows]
+    rows = entries_of_folder(source) if source.is_dir() else sound_entries([source])[0]
+    ids = {row.id: row.id for row in rows}
+    rows = [Entry(out.parent, row.place, moved(row, out.parent, ids)) for row in rows]
     if out.exists() and not (source.exists() and out.samefile(source)):
         there = {(row.clip, row.values.get("id")): row for row in sound_entries([out])[0]}
         rows = [there.pop((row.clip, row.values.get("id")), row) for row in rows] + [*there.values()]
@@ -469,14 +443,11 @@ def _see_all(clips: Mapping[Key, Job], jobs: int, timeout_s: float, has_bar: boo
              ) -> dict[Key, Outcome[Seen]]:
     found: dict[Key, Outcome[Seen]] = {}
     with progress(len(clips), 0, "clip", "look", has_bar) as bar:
-        for some in worked(see, clips, _failed, jobs, timeout_s):
+        for some in worked(see, clips, lambda job, failure: Seen(fault=f"{shown(job.path)}: {failure}"), jobs,
+                           timeout_s):
             found |= some
             bar.update(len(some))
     return found
-
-
-def _failed(job: Job, failure: Failure) -> Seen:
-    return Seen(fault=f"{shown(job.path)}: {failure}")
 
 
 def journal_of(out: Path) -> Journal[Answer]:
@@ -598,16 +569,14 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code: 0 (also where clips are faulty: they are named), 2, 130."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    args = parsed(_parser(), given)
 
-    def work() -> str:
+    def work(args: argparse.Namespace) -> str:
         out = absolute(args.out or args.manifest)
         todo = preview if args.dry_run else run
         # as many processes as make one batch ready at once, while the one before it is captioned
         return todo(args.manifest, out, _settings(args), max(args.jobs, args.batch_size), args.timeout_s)
 
-    return answer(work, ["python", "-m", "data_tools.caption", *given])
+    return answer(_parser(), work, arguments)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -131,7 +131,7 @@ OUTPUTS = ("out", "rejected", "train", "heldout")
 """Arguments of the tools that name files to be written."""
 
 
-def parsed(parser: argparse.ArgumentParser, given: Sequence[str]) -> argparse.Namespace:
+def _parsed(parser: argparse.ArgumentParser, given: Sequence[str]) -> argparse.Namespace:
     """The arguments. Exits with 2 for paths that cannot be, and for outputs that would overwrite media, inputs that are
     only read, or one another. Help that nobody reads to its end is no fault.
     """
@@ -176,10 +176,15 @@ def _flush() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def answer(work: Callable[[], str], command: Sequence[str]) -> int:
-    """Print what a tool's work says; a fault that the user can mend, or Ctrl-C, is one message and an exit code."""
+def answer(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], str], arguments: Sequence[str] | None
+           ) -> int:
+    """Print what a tool's work says of its arguments (None: those of the process), and return the exit code; a fault
+    that the user can mend, or Ctrl-C, is one message. `parser.prog` is the command.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    args = _parsed(parser, given)
     try:
-        text = work()
+        text = work(args)
         with contextlib.suppress(BrokenPipeError):
             print(text)
         _flush()
@@ -192,8 +197,8 @@ def answer(work: Callable[[], str], command: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print(f"\ninterrupted; what was finished is kept\n  next: {shlex.join(command)}    goes on from there",
-              file=sys.stderr)
+        again = shlex.join([*parser.prog.split(), *given])
+        print(f"\ninterrupted; what was finished is kept\n  next: {again}    goes on from there", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
 

@@ -27,22 +27,11 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
-from data_tools.command import (
-    SCENEDETECT,
-    absolute,
-    add_job_arguments,
-    answer,
-    json_line,
-    needed,
-    parsed,
-    shown,
-    stamp,
-)
-from data_tools.journal import Journal, by_workers
+from data_tools.command import SCENEDETECT, absolute, add_job_arguments, answer, json_line, needed, shown, stamp
+from data_tools.journal import UNREADABLE, Journal, by_workers, fault_of
 from data_tools.rows import Entry, moved, new_ids, read_entries, refuse
 from wantrain.data import films, media
 from wantrain.files import digest_text, write_text
-from wantrain.jobs import Failure
 from wantrain.terms import UserError
 
 VERSION = 1
@@ -122,12 +111,8 @@ def measure(job: Job) -> Measured:
     cv2.setNumThreads(1)  # the workers are as many as the cores
     try:
         return measure_pairs(*read_pairs(job.path, job.start_s, job.end_s))
-    except UserError as error:
-        return Measured(fault=error.message)
-    except av.FFmpegError as error:
-        return Measured(fault=f"{shown(job.path)} cannot be decoded: {error.strerror}")
-    except (OSError, ValueError) as error:
-        return Measured(fault=f"{shown(job.path)}: {error}")
+    except UNREADABLE as error:
+        return Measured(fault=fault_of(job.path, error))
 
 
 def measure_pairs(pairs_P2HW: np.ndarray, gaps_s: np.ndarray) -> Measured:
@@ -409,7 +394,8 @@ def run(manifest: Path, out: Path, jobs: int, timeout_s: float) -> tuple[list[En
         todo = [_job(entry) for entry in entries]
         by_key = {job.key: job for job in todo}
         done = journal.filled(done, [job.key for job in todo], by_workers(
-            measure, by_key, _failed, jobs, timeout_s), "clip", "filter")
+            measure, by_key, lambda job, failure: Measured(fault=f"{shown(job.path)}: {failure}"), jobs, timeout_s),
+            "clip", "filter")
         if stamp(manifest) == before:  # else somebody wrote captions meanwhile, which must not be lost
             break
     found = [done[job.key] for job in todo]
@@ -427,10 +413,6 @@ def journal_of(out: Path) -> Journal[Measured]:
     """Where measurements are remembered."""
     return Journal(out.with_name(out.name + ".measured"),
                    lambda row: Measured(**row | {"hashes": tuple(row["hashes"])}))
-
-
-def _failed(job: Job, failure: Failure) -> Measured:
-    return Measured(fault=f"{shown(job.path)}: {failure}")
 
 
 def _measured(entries: Sequence[Entry], found: Sequence[Measured], out: Path) -> list[Entry]:
@@ -497,7 +479,6 @@ def _extremes(column: str, entries: Sequence[Entry]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code: 0 (also where clips are faulty: they are named), 2, 130."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.filter", description="Measure every clip of a manifest and write the measurements "
         f"as columns: {', '.join(SUGGESTED)}. Nothing is dropped: the recipe's data.limits do that, and this tool ends "
@@ -508,16 +489,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE",
                         help="where the rows go with their measurements (default: into MANIFEST itself)")
     add_job_arguments(parser, 300)
-    args = parsed(parser, given)
 
-    def work() -> str:
+    def work(args: argparse.Namespace) -> str:
         entries, found, num_remembered = run(args.manifest, args.out or args.manifest, args.jobs, args.timeout_s)
         text = summary(entries, found, num_remembered)
         if all(measured.fault for measured in found):
             raise UserError(text, "mend these clips, or take them out of the manifest")
         return text
 
-    return answer(work, ["python", "-m", "data_tools.filter", *given])
+    return answer(parser, work, arguments)
 
 
 if __name__ == "__main__":

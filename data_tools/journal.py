@@ -9,10 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+import av
+
 from data_tools.command import json_line, shown
 from wantrain.files import remembered
 from wantrain.jobs import Ending, Failure, in_workers, progress
 from wantrain.terms import UserError
+
+UNREADABLE = (UserError, av.FFmpegError, OSError, ValueError)
+"""What a file that cannot be read or decoded raises."""
+
+
+def fault_of(path: Path, error: Exception) -> str:
+    """What people are told of one of UNREADABLE."""
+    if isinstance(error, UserError):
+        return error.message
+    how = " cannot be decoded" if isinstance(error, av.FFmpegError) else ""
+    return f"{shown(path)}{how}: {getattr(error, 'strerror', None) or error}"
 
 
 class Told(Protocol):

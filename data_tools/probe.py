@@ -19,17 +19,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_tools.command import (
-    SUFFIXES,
-    absolute,
-    add_job_arguments,
-    answer,
-    find_files,
-    json_line,
-    parsed,
-    relative,
-    stamp,
-)
+from data_tools.command import SUFFIXES, absolute, add_job_arguments, answer, find_files, json_line, relative, stamp
 
 if TYPE_CHECKING:
     from data_tools.probing import Probed
@@ -104,7 +94,6 @@ def _counts(values: Iterable[str]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code: 0 (also where files are faulty: they are the finding), 2, 130."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.probe", description="What every video and image is, and what is wrong with it: "
         "decodes each file to its end, writes one JSON line a file and prints a summary. Sources are only read.",
@@ -115,9 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("probe.jsonl"), metavar="FILE",
                         help="where the lines go (default: %(default)s)")
     add_job_arguments(parser, 120)
-    args = parsed(parser, given)
-    return answer(lambda: summary(*run(args.paths, args.out, args.jobs, args.timeout_s)),
-                  ["python", "-m", "data_tools.probe", *given])
+    return answer(parser, lambda args: summary(*run(args.paths, args.out, args.jobs, args.timeout_s)), arguments)
 
 
 if __name__ == "__main__":

@@ -39,19 +39,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import av
-
-from data_tools.command import (
-    absolute,
-    add_job_arguments,
-    answer,
-    check_openable,
-    json_line,
-    parsed,
-    positive,
-    shown,
-    stamp,
-)
+from data_tools.command import absolute, add_job_arguments, answer, check_openable, json_line, positive, shown, stamp
+from data_tools.journal import UNREADABLE, fault_of
 from data_tools.rows import read_entries, understood
 from wantrain.data import media
 from wantrain.data.tables import Row, columns_of, number_of, rows_of
@@ -243,10 +232,8 @@ def _lines(text: str, path: Path) -> Iterator[Piece]:
     """The pieces of JSON lines."""
     for number, line in enumerate(io.StringIO(text, newline="\n"), 1):
         rows = [row for _, row in rows_of(line.encode(), ".jsonl")]
-        if len(rows) < 2:
-            yield _piece(line, rows[0], path, number) if rows else Piece(line)
-        else:
-            yield Piece(line, None, f"line {number}: {len(rows)} rows on one line")
+        row = rows[0] if len(rows) == 1 else f"{len(rows)} rows on one line"
+        yield _piece(line, row, path, number) if rows else Piece(line)
 
 
 def _records(text: str, path: Path) -> Iterator[Piece]:
@@ -308,10 +295,8 @@ def write_preview(preview: Preview) -> str:
                 image.save(temporary, "JPEG", quality=92)
         else:
             _write_film(preview)
-    except UserError as error:
-        return error.message
-    except (OSError, ValueError, av.FFmpegError) as error:
-        return f"{shown(preview.source)}: {getattr(error, 'strerror', None) or error}"
+    except UNREADABLE as error:
+        return fault_of(preview.source, error)
     return ""
 
 
@@ -525,7 +510,6 @@ def serve(args: argparse.Namespace) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code: 0 (after Ctrl-C, which is how it ends) or 2."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.review", description="Read captions beside the playing clips in a browser on this "
         "machine, edit them, mark clips as kept or dropped. Sources are only read, and nothing is sent elsewhere.",
@@ -543,8 +527,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="where previews are kept; may be deleted at any time (default: .MANIFEST.previews beside "
                         "the manifest)")
     add_job_arguments(parser, 60)
-    args = parsed(parser, given)
-    return answer(lambda: serve(args), ["python", "-m", "data_tools.review", *given])
+    return answer(parser, serve, arguments)
 
 
 if __name__ == "__main__":

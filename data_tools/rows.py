@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.command import absolute, json_line, relative, shown
-from wantrain.data.folders import Stems, folded
+from wantrain.data.folders import Account, Stems, folded, read_folder
 from wantrain.data.tables import (
     CSV_SUFFIXES,
     JSON_SUFFIXES,
@@ -35,7 +35,7 @@ from wantrain.data.tables import (
     text_of,
 )
 from wantrain.files import write_text
-from wantrain.terms import UserError
+from wantrain.terms import PARTNERS, UserError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -127,6 +127,21 @@ def read_entries(path: Path) -> tuple[list[Entry], list[str]]:
     return entries, faults
 
 
+def entries_of_folder(folder: Path) -> list[Entry]:
+    """An entry for every video and image that training finds in the folder. UserError with every fault."""
+    entries, faults = [], []
+    for name, row in read_folder(str(folder), Account()):
+        if isinstance(row, str):
+            faults.append(f"{shown(folder / name)}: {row}")
+            continue
+        first, *further = captions_of({"captions": row["captions"]}) or [""]
+        entries.append(Entry(absolute(folder), shown(folder / name), {
+            "video": name, "caption": first, **({"captions": further} if further else {}), **{
+                column: row[column] for column in PARTNERS if column in row}}))
+    refuse(faults, "mend these files")
+    return entries
+
+
 def _rows(path: Path) -> Iterator[tuple[str, Row | str]]:
     """(place, the row or what is wrong there)."""
     if path.suffix.lower() == ".parquet":
@@ -149,7 +164,9 @@ def understood(row: Row, path: Path, place: str) -> Entry:
         cells = {name: _cell(name, text) for name, text in cells.items()}
     folder = path.absolute().parent
     values = cells | {name: _path(name, cells[name], folder) for name in MEDIA if cells.get(name)}
-    values |= {name: _seconds(name, cells[name]) for name in ("start_s", "end_s") if name in cells}
+    for name in ("start_s", "end_s"):
+        if (number := number_of(name, cells.get(name))) is None or isinstance(cells[name], str):
+            values |= {name: number} if name in cells else {}
     if isinstance(cells.get("captions"), str):
         values["captions"] = captions_of({"captions": cells["captions"]})
     captions_of(values)
@@ -171,11 +188,6 @@ def _cell(name: str, text: str | None) -> Any:
     with contextlib.suppress(ValueError):
         return number_of(name, text)
     return text
-
-
-def _seconds(name: str, value: Any) -> float | None:
-    number = number_of(name, value)
-    return value if isinstance(value, int | float) and number is not None else number
 
 
 def _path(name: str, value: Any, folder: Path) -> str:

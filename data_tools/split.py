@@ -41,18 +41,17 @@ from data_tools.command import (
     find_files,
     json_line,
     needed,
-    parsed,
     positive,
     relative,
     shown,
     stamp,
 )
-from data_tools.journal import Journal, Outcomes, by_workers
+from data_tools.journal import UNREADABLE, Journal, Outcomes, by_workers, fault_of
 from data_tools.rows import check_written, sound_entries
 from wantrain.data import films, media
 from wantrain.data.films import COARSE_GRACE_S
 from wantrain.files import atomic_path, digest_text, write_text
-from wantrain.jobs import Ending, Failure
+from wantrain.jobs import Ending
 from wantrain.terms import IMAGE_SUFFIXES, UserError
 
 GUARD_S = COARSE_GRACE_S + 1e-5
@@ -137,12 +136,8 @@ def split_file(path: Path, rules: Rules) -> Split:
         check_openable(path)
         found = media.probe(path)
         transitions, motion_F = find_shots(path, found.times_s, rules)
-    except UserError as error:
-        return Split(str(path), fault=error.message)
-    except av.FFmpegError as error:
-        return Split(str(path), fault=f"{shown(path)} cannot be decoded: {error.strerror}")
-    except (OSError, ValueError) as error:
-        return Split(str(path), fault=f"{shown(path)}: {error}")
+    except UNREADABLE as error:
+        return Split(str(path), fault=fault_of(path, error))
     return Split(str(path), tuple(judge(found, transitions, motion_F, rules)))
 
 
@@ -464,7 +459,8 @@ def run(paths: Sequence[Path], out: Path, rules: Rules, cut_to: Path | None, *, 
                         "give films, or folders of films")
     todo = _jobs(paths, films, rules, cut_to)
     by_key = {job.key: job for job in todo}
-    do_all = by_workers(do, by_key, _failed, jobs, timeout_s)
+    do_all = by_workers(do, by_key, lambda job, failure: Split(str(job.path), fault=f"{shown(job.path)}: {failure}"),
+                        jobs, timeout_s)
 
     def work(missing: Sequence[str]) -> Generator[Outcomes[str, Split]]:
         with _no_half_files([by_key[key] for key in missing]), contextlib.closing(do_all(missing)) as coming:
@@ -487,10 +483,6 @@ def journal_of(out: Path) -> Journal[Split]:
     """Where shots are remembered; a film that took too long or crashed its reader is tried again."""
     return Journal(out.with_name(out.name + ".shots"), lambda row: Split(**row | {
         "spans": tuple(Span(**span) for span in row["spans"])}), (Ending.DONE, Ending.FAULT))
-
-
-def _failed(job: Job, failure: Failure) -> Split:
-    return Split(str(job.path), fault=f"{shown(job.path)}: {failure}")
 
 
 def _row(job: Job, span: Span, out: Path) -> dict[str, Any]:
@@ -557,7 +549,6 @@ def summary(found: Sequence[Split], ignored: Sequence[Path], rules: Rules) -> st
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code: 0 (also where films are faulty: they are named), 2, 130."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.split", description="Find the shots of films and write them into a manifest as "
         "spans (captions are left empty for a later tool). Films are only read. Hard cuts are found; dissolves and "
@@ -589,12 +580,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="also write every kept span as an mp4 (silent, crf 14) there, and name these in "
                         "the manifest")
     add_job_arguments(parser, 3600)
-    args = parsed(parser, given)
-    rules = Rules(args.threshold or THRESHOLDS[args.detector], args.min_s, args.max_s, args.drop_static, args.detector)
 
-    def work() -> str:
-        found, ignored = run(args.paths, args.out, rules, args.cut_to, jobs=args.jobs,
-                             timeout_s=args.timeout_s)
+    def work(args: argparse.Namespace) -> str:
+        rules = Rules(args.threshold or THRESHOLDS[args.detector], args.min_s, args.max_s, args.drop_static,
+                      args.detector)
+        found, ignored = run(args.paths, args.out, rules, args.cut_to, jobs=args.jobs, timeout_s=args.timeout_s)
         if args.rejected:
             write_text(args.rejected, "".join(map(json_line, rejected_rows(found, args.rejected.absolute().parent))))
         if all(film.fault for film in found):
@@ -602,7 +592,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                             "tells what is wrong with these")
         return summary(found, ignored, rules)
 
-    return answer(work, ["python", "-m", "data_tools.split", *given])
+    return answer(parser, work, arguments)
 
 
 if __name__ == "__main__":

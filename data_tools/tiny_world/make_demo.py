@@ -80,21 +80,20 @@ def write_sets(folder: Path, seed: int, args: argparse.Namespace) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = argparse.ArgumentParser(prog="python -m data_tools.tiny_world.make_demo", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", dest="folder", type=Path, required=True)
     parser.add_argument("--num-clips", type=int, default=40)
     parser.add_argument("--num-regularisation", type=int, default=14)
     parser.add_argument("--num-held-out", type=int, default=8)
     parser.add_argument("--crf", type=int, default=20)
     parser.add_argument("--seed", type=int, default=DEMO_SEED, help="first scene; base training uses 1,000,000 onwards")
-    args = parser.parse_args(given)
 
-    def work() -> str:
-        return "\n".join(write_sets(args.out / name, args.seed + 10_000 * number, args)
+    def work(args: argparse.Namespace) -> str:
+        return "\n".join(write_sets(args.folder / name, args.seed + 10_000 * number, args)
                          for number, name in enumerate(SETS))
 
-    return answer(work, ["python", "-m", "data_tools.tiny_world.make_demo", *given])
+    return answer(parser, work, arguments)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What the data tools cannot do is one message and exit code 2; nothing is lost or left half done."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -70,10 +71,10 @@ def test_outputs_that_would_overwrite_are_refused(tmp_path, capsys):
 
 
 def test_an_os_error_is_told_with_its_path(tmp_path, capsys):
-    def work():
+    def work(args):
         raise PermissionError(13, "Permission denied", str(tmp_path / "locked"))
 
-    assert answer(work, []) == 2
+    assert answer(argparse.ArgumentParser(), work, []) == 2
     assert f"error: {tmp_path / 'locked'}: Permission denied" in capsys.readouterr().err
     for out in ("/proc/nowhere/m.jsonl", "/dev/null/m.jsonl"):
         (tmp_path / "a.mp4").touch()
@@ -157,6 +158,7 @@ def test_the_maintainers_tools_name_the_package_of_ffmpeg(tmp_path, monkeypatch,
     monkeypatch.setattr(cut_footage.shutil, "which", lambda name: None)
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     given = [str(excerpt)] if tool is cut_footage else []
+    (tmp_path / "out").mkdir()
     assert tool.main([*given, "--out", str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
     assert "needs the package imageio_ffmpeg" in told
