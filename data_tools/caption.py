@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import itertools
 import math
 import operator
@@ -28,28 +27,9 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.command import (
-    absolute,
-    add_job_arguments,
-    answer,
-    check_openable,
-    is_medium,
-    positive,
-    shown,
-    stamp,
-)
-from data_tools.journal import UNREADABLE, Journal, Key, Outcome, Outcomes, fault_of, worked
-from data_tools.rows import (
-    Entry,
-    captions_in,
-    entries_of_folder,
-    has,
-    is_url,
-    moved,
-    sidecars,
-    sound_entries,
-    write_rows,
-)
+from data_tools.command import add_job_arguments, answer, check_openable, is_medium, needed, positive, shown, stamp
+from data_tools.journal import UNREADABLE, Journal, Key, Outcome, Outcomes, by_workers, fault_of
+from data_tools.rows import Entry, captions_in, folder_entries, has, is_url, moved, sidecars, sound_entries, write_rows
 from wantrain.data.media import probe
 from wantrain.data.tables import one_line
 from wantrain.files import digest_text
@@ -335,12 +315,6 @@ def readable(name: str) -> str:
     return " ".join(kept)
 
 
-def _texts_in(folder: Path) -> dict[Path, list[Path]]:
-    """The sidecars of every video and image of a folder."""
-    files = [file for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
-    return sidecars(filter(is_medium, files), files)[0]
-
-
 def gather(source: Path, out: Path) -> list[Entry]:
     """The rows of a manifest or folder as they stand in `out`; those that are in `out` already stay as they are there.
 
@@ -349,7 +323,7 @@ def gather(source: Path, out: Path) -> list[Entry]:
     if out.suffix != ".jsonl":
         raise UserError(f"{shown(out)}: a manifest with captions is written as .jsonl, and {shown(source)} is none",
                         "give --out FILE.jsonl")
-    rows = entries_of_folder(source) if source.is_dir() else sound_entries([source])[0]
+    rows = folder_entries(source) if source.is_dir() else sound_entries([source])[0]
     ids = {row.id: row.id for row in rows}
     rows = [Entry(out.parent, row.place, moved(row, out.parent, ids)) for row in rows]
     if out.exists() and not (source.exists() and out.samefile(source)):
@@ -364,15 +338,14 @@ def from_texts(rows: Sequence[Entry], source: str) -> tuple[list[list[str]], lis
     """(captions, fault) of every row, from its sidecar files, its name or a column."""
     files = [Path(row.where("video")) for row in rows]
     folders = {file.parent for file in files if source == "sidecars" and file.parent.is_dir()}
-    beside = {clip: texts for folder in folders for clip, texts in _texts_in(folder).items()}
+    there = [file for folder in folders for file in folder.iterdir()]
+    beside, _ = sidecars(filter(is_medium, there), there)
     found, faults = [], []
     for row, file in zip(rows, files, strict=True):
         texts: Sequence[Any]
         if source == "sidecars":
-            try:
-                texts, fault = captions_in(beside.get(file, [])), f"no {file.stem}.txt with it"
-            except ValueError as error:
-                texts, fault = [], str(error)
+            texts, fault = captions_in(beside.get(file, []))
+            fault = fault or f"no {file.stem}.txt with it"
         elif source == "names":
             texts, fault = [readable(file.name)], f"the name {file.name} has no words"
         else:
@@ -419,9 +392,8 @@ def from_model(rows: Sequence[Entry], out: Path, settings: Settings, jobs: int, 
 
 
 def _fetched(settings: Settings) -> str:
-    if settings.dtype == "4bit" and not importlib.util.find_spec("bitsandbytes"):
-        raise UserError("--dtype 4bit needs the package bitsandbytes, which is not installed",
-                        "pip install bitsandbytes, or --dtype bfloat16")
+    if settings.dtype == "4bit":
+        needed("bitsandbytes", "--dtype 4bit", "bitsandbytes", "adamw_8bit")
     from wantrain.models import hub
 
     return str(hub.local(settings.model))
@@ -443,8 +415,8 @@ def _see_all(clips: Mapping[Key, Job], jobs: int, timeout_s: float, has_bar: boo
              ) -> dict[Key, Outcome[Seen]]:
     found: dict[Key, Outcome[Seen]] = {}
     with progress(len(clips), 0, "clip", "look", has_bar) as bar:
-        for some in worked(see, clips, lambda job, failure: Seen(fault=f"{shown(job.path)}: {failure}"), jobs,
-                           timeout_s):
+        for some in by_workers(see, clips, lambda job, failure: Seen(fault=f"{shown(job.path)}: {failure}"), jobs,
+                               timeout_s)(clips):
             found |= some
             bar.update(len(some))
     return found
@@ -571,7 +543,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code: 0 (also where clips are faulty: they are named), 2, 130."""
 
     def work(args: argparse.Namespace) -> str:
-        out = absolute(args.out or args.manifest)
+        out = (args.out or args.manifest).absolute()
         todo = preview if args.dry_run else run
         # as many processes as make one batch ready at once, while the one before it is captioned
         return todo(args.manifest, out, _settings(args), max(args.jobs, args.batch_size), args.timeout_s)

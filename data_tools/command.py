@@ -188,12 +188,10 @@ def answer(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace],
         with contextlib.suppress(BrokenPipeError):
             print(text)
         _flush()
-    except OSError as error:
-        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
-        fault = UserError(f"{where}{error.strerror or error}", "give paths that can be read and written")
-        print(f"error: {fault}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except UserError as error:
+    except (OSError, UserError) as error:
+        if isinstance(error, OSError):
+            where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+            error = UserError(f"{where}{error.strerror or error}", "give paths that can be read and written")
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:

@@ -353,9 +353,7 @@ def nearest_earlier(hashes: Sequence[tuple[int, ...]]) -> list[tuple[float, int]
 
 
 def read(manifest: Path) -> list[Entry]:
-    """The entries of a manifest. All faults at once, with their lines, in one UserError; an id that stands twice is
-    one, for `duplicate_of` would not say which is meant.
-    """
+    """The entries of a manifest. UserError with its faults; an id that stands twice is one, for `duplicate_of`."""
     entries, faults = read_entries(manifest)
     lines: dict[str, str] = {}
     faults += [f"{entry.place}: the id {entry.id!r} is also that of {lines[entry.id]}" for entry in entries

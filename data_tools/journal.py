@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
@@ -53,27 +53,24 @@ class Outcome(Generic[Result]):
 Outcomes = Mapping[Key, Outcome[Result]]
 
 
-def worked(function: Callable[[Item], Result], items: Mapping[Key, Item], failed: Callable[[Item, Failure], Result],
-           jobs: int, timeout_s: float) -> Generator[Outcomes[Key, Result]]:
-    """The outcome of each item, as they finish, in `jobs` worker processes with `timeout_s` seconds for each.
+def by_workers(function: Callable[[Item], Result], items: Mapping[Key, Item], failed: Callable[[Item, Failure], Result],
+               jobs: int, timeout_s: float) -> Callable[[Iterable[Key]], Generator[Outcomes[Key, Result]]]:
+    """What gives the outcomes of items by their keys, as they finish in `wantrain.jobs.in_workers`.
 
-    `function` and its results are those of `wantrain.jobs.in_workers`; `failed` makes the result of an item that has
-    none. No two keys have the same item.
+    `failed` makes the result of an item that has none. No two keys have the same item.
     """
-    keys = {item: key for key, item in items.items()}
-    with contextlib.closing(in_workers(function, list(keys), jobs, timeout_s)) as answers:
-        for item, result, failure in answers:
-            if failure or result is None:
-                assert failure, "what has no result says why"
-                yield {keys[item]: Outcome(failed(item, failure), failure.ending)}
-            else:
-                yield {keys[item]: Outcome(result, Ending.FAULT if result.fault else Ending.DONE)}
 
+    def work(wanted: Iterable[Key]) -> Generator[Outcomes[Key, Result]]:
+        keys = {items[key]: key for key in wanted}
+        with contextlib.closing(in_workers(function, list(keys), jobs, timeout_s)) as answers:
+            for item, result, failure in answers:
+                if failure or result is None:
+                    assert failure, "what has no result says why"
+                    yield {keys[item]: Outcome(failed(item, failure), failure.ending)}
+                else:
+                    yield {keys[item]: Outcome(result, Ending.FAULT if result.fault else Ending.DONE)}
 
-def by_workers(function: Callable[[Item], Result], items: Mapping[str, Item], failed: Callable[[Item, Failure], Result],
-               jobs: int, timeout_s: float) -> Callable[[Sequence[str]], Generator[Outcomes[str, Result]]]:
-    """What `Journal.filled` asks for the outcomes of some keys: their items go to workers."""
-    return lambda missing: worked(function, {key: items[key] for key in missing}, failed, jobs, timeout_s)
+    return work
 
 
 @dataclass(frozen=True, slots=True)

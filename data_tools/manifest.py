@@ -112,10 +112,9 @@ def build(paths: Sequence[Path], out: Path, probed: Path | None, partners: Mappi
     faults, notes = _faulty(clips, probed)
     captions: dict[Path, list[str]] = {clip: [] for clip in clips}
     for clip, files_of in texts.items():
-        try:
-            captions[clip] = captions_in(files_of)
-        except ValueError as error:
-            faults.setdefault(clip, f"{shown(clip)}: {error}")
+        captions[clip], fault = captions_in(files_of)
+        if fault:
+            faults.setdefault(clip, f"{shown(clip)}: {fault}")
     before = {row: Path(row.where("video")) for row in (sound_entries([out])[0] if out.exists() else [])}
     refuse([f"{row.place}: its file is faulty, and its caption is in no sidecar: {faults[clip]}"
              for row, clip in before.items() if clip in faults and not set(row.captions) <= set(captions[clip])],

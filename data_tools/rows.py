@@ -127,7 +127,7 @@ def read_entries(path: Path) -> tuple[list[Entry], list[str]]:
     return entries, faults
 
 
-def entries_of_folder(folder: Path) -> list[Entry]:
+def folder_entries(folder: Path) -> list[Entry]:
     """An entry for every video and image that training finds in the folder. UserError with every fault."""
     entries, faults = [], []
     for name, row in read_folder(str(folder), Account()):
@@ -155,18 +155,17 @@ def _rows(path: Path) -> Iterator[tuple[str, Row | str]]:
 
 
 def understood(row: Row, path: Path, place: str) -> Entry:
-    """The row with our names and the meaning of its cells. ValueError for what training refuses as well; only a
-    caption may be missing yet.
-    """
+    """The row with our names and what its cells mean. ValueError where training refuses it, but for its caption."""
     names = {theirs: ours for ours, theirs in columns_of(row, {}).items()}
     cells = {names.get(name, name): value for name, value in row.items()}
     if path.suffix.lower() in CSV_SUFFIXES:
         cells = {name: _cell(name, text) for name, text in cells.items()}
-    folder = path.absolute().parent
+    folder = absolute(path).parent
     values = cells | {name: _path(name, cells[name], folder) for name in MEDIA if cells.get(name)}
     for name in ("start_s", "end_s"):
-        if (number := number_of(name, cells.get(name))) is None or isinstance(cells[name], str):
-            values |= {name: number} if name in cells else {}
+        number = number_of(name, cells.get(name))
+        if name in cells and (number is None or isinstance(cells[name], str)):
+            values[name] = number
     if isinstance(cells.get("captions"), str):
         values["captions"] = captions_of({"captions": cells["captions"]})
     captions_of(values)
@@ -184,9 +183,7 @@ def _cell(name: str, text: str | None) -> Any:
     if name in TEXTS or not text:
         return text or ("" if name == "caption" else None)
     with contextlib.suppress(ValueError):
-        return int(text)
-    with contextlib.suppress(ValueError):
-        return number_of(name, text)
+        return int(text) if re.fullmatch(r"[+-]?\d+", text.strip()) else number_of(name, text)
     return text
 
 
@@ -220,7 +217,8 @@ def write_rows(out: Path, rows: Iterable[dict[str, Any]]) -> None:
 def check_written(out: Path) -> None:
     """UserError for a name that no manifest is written under."""
     if out.suffix != ".jsonl":
-        raise UserError(f"{shown(out)}: manifests are written as .jsonl", f"{out.with_suffix('.jsonl')}")
+        raise UserError(f"{shown(out)}: manifests are written as .jsonl",
+                        f"give --out (of split: --train, --heldout) a name such as {shown(out.with_suffix('.jsonl'))}")
 
 
 def new_ids(entries: Iterable[Entry], folder: Path, prefix: str = "") -> dict[str, str]:
@@ -262,15 +260,15 @@ def sidecars(clips: Iterable[Path], others: Iterable[Path]) -> tuple[dict[Path, 
             for clip, some in texts.items()}, strays
 
 
-def captions_in(texts: Iterable[Path]) -> list[str]:
-    """What these files say, each text once. ValueError with the name of one that cannot be read."""
+def captions_in(texts: Iterable[Path]) -> tuple[list[str], str]:
+    """(what these files say, each text once; '') or ([], which of them cannot be read)."""
     found = []
     for path in texts:
         try:
             found.append(one_line(text_of(path.read_bytes())))
         except (OSError, ValueError) as error:
-            raise ValueError(f"its caption {path.name} cannot be read: {error}") from error
-    return list(dict.fromkeys(filter(None, found)))
+            return [], f"its caption {path.name} cannot be read: {error}"
+    return list(dict.fromkeys(filter(None, found))), ""
 
 
 def has(trigger: str, text: str) -> bool:

@@ -82,5 +82,6 @@ def test_where_nothing_is_missing_nothing_is_opened(memory):
 
 def test_an_outcome_is_a_fault_where_the_result_tells_one(monkeypatch):
     monkeypatch.setattr(journal, "in_workers", lambda function, items, *_: ((i, function(i), None) for i in items))
-    found = list(journal.worked(lambda text: Length(len(text), "!" * (text == "b")), {1: "a", 2: "b"}, None, 1, 1))
-    assert found == [{1: Outcome(Length(1), Ending.DONE)}, {2: Outcome(Length(1, "!"), Ending.FAULT)}]
+    work = journal.by_workers(lambda text: Length(len(text), "!" * (text == "b")), dict(enumerate("abc")), None, 1, 1)
+    found = list(work([0, 1]))
+    assert found == [{0: Outcome(Length(1), Ending.DONE)}, {1: Outcome(Length(1, "!"), Ending.FAULT)}]

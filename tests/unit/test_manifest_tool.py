@@ -570,4 +570,6 @@ def test_names_that_differ_in_case_or_accents_and_what_macos_leaves_beside_clips
     assert {clip.name: [text.name for text in found] for clip, found in texts.items()} == {
         "Clip.mp4": ["clip.txt"], "b.mp4": ["b.TXT"], f"{nfd}.mp4": [f"{nfc}.txt"]}
     assert [text.name for text in strays] == ["c.txt"]
-    assert caption._texts_in(tmp_path) == texts
+    rows = [Entry(tmp_path, "", {"video": file.name}) for file in media]
+    assert caption.from_texts(rows, "sidecars")[0] == [[f"a caption of {name}"] for name in (
+        "clip.txt", "b.TXT", f"{nfc}.txt")]

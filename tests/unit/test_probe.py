@@ -159,7 +159,7 @@ def test_a_kill_loses_nothing(three, monkeypatch):
 def test_a_file_that_hangs_or_crashes_its_reader_stops_nothing(three, function, timeout_s, ending, cause):
     began = time.monotonic()
     files = {path.name: path for path in sorted(three.glob("*.png"))}
-    outcomes = {name: outcome for some in journal.worked(function, files, probing.failed, 1, timeout_s)
+    outcomes = {name: outcome for some in journal.by_workers(function, files, probing.failed, 1, timeout_s)(files)
                 for name, outcome in some.items()}
     found = {name: outcome.result for name, outcome in outcomes.items()}
     assert time.monotonic() - began < 100
