@@ -66,35 +66,38 @@ LENGTHS_S = (0, 1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 60, math.inf)
 NUMS_FRAMES, FPS = (17, 33, 49, 81), (16, 24)
 
 
-def look(path: str) -> Found:
+@dataclass(frozen=True, slots=True)
+class Medium(Found):
+    """What a file holds, and its mean rate; 0 for one frame."""
+
+    fps: float = 0.0
+
+
+def look(path: str) -> Medium:
     """The file, demuxed. A bad one is told by `fault`."""
     try:
         check_openable(Path(path))
         seen = media.probe(Path(path))
     except UserError as error:
-        return Found(fault=error.message.partition(" cannot be decoded: ")[2] or error.message)
+        return Medium(fault=error.message.partition(" cannot be decoded: ")[2] or error.message)
     except FileNotFoundError:
-        return Found(fault="missing file")
+        return Medium(fault="missing file")
     except (OSError, ValueError) as error:
-        return Found(fault=str(error))
-    return Found("", round(seen.duration_s, 6), seen.width, seen.height, num_frames=len(seen.times_s))
+        return Medium(fault=str(error))
+    fps = (len(seen.times_s) - 1) / float(seen.times_s[-1] or math.inf)
+    return Medium("", round(seen.duration_s, 6), seen.width, seen.height, fps=round(fps, 2))
 
 
-def mean_fps(seen: Found) -> float:
-    """0 for one frame."""
-    return round(seen.num_frames / seen.duration_s, 2) if seen.duration_s else 0.0
-
-
-def look_at(rows: Iterable[Entry], manifest: Path, jobs: int, timeout_s: float) -> dict[str, Found]:
+def look_at(rows: Iterable[Entry], manifest: Path, jobs: int, timeout_s: float) -> dict[str, Medium]:
     """The files of the rows by path, URLs left out. They are remembered beside the manifest as long as they do not
     change; faults are not, for they may be mended without a trace.
     """
     files = {where for row in rows for column in MEDIA if (where := row.where(column)) and not is_url(where)}
     by_key = {digest_text(file, *stamp(Path(file))): file for file in sorted(files)}
     memory = manifest.with_name(manifest.name + ".looked")
-    journal = Journal(memory if os.access(memory.parent, os.W_OK) else Path(os.devnull), lambda row: Found(**row))
+    journal = Journal(memory if os.access(memory.parent, os.W_OK) else Path(os.devnull), lambda row: Medium(**row))
     found = journal.filled(journal.read(), list(by_key), by_workers(
-        look, by_key, lambda _, failure: Found(fault=str(failure)), jobs, timeout_s), "file", "look")
+        look, by_key, lambda _, failure: Medium(fault=str(failure)), jobs, timeout_s), "file", "look")
     return {file: found[key] for key, file in by_key.items()}
 
 
@@ -250,7 +253,7 @@ def _column_faults(row: Entry, suffix: str) -> list[str]:
             and not (value is None or isinstance(value, int | float))]
 
 
-def _media_faults(row: Entry, found: Mapping[str, Found]) -> list[str]:
+def _media_faults(row: Entry, found: Mapping[str, Medium]) -> list[str]:
     faults = []
     start_s, end_s = row.span
     for column in MEDIA:
@@ -262,7 +265,7 @@ def _media_faults(row: Entry, found: Mapping[str, Found]) -> list[str]:
             faults.append(f"{column} {shown(Path(where))}: {seen.fault}")
         elif seen.duration_s and start_s >= seen.duration_s:
             faults.append(f"begins at {start_s:g} s, but the {column} ends at {seen.duration_s:g} s")
-        elif seen.duration_s and math.isfinite(end_s) and end_s > seen.duration_s + 1 / max(mean_fps(seen), 1):
+        elif seen.duration_s and math.isfinite(end_s) and end_s > seen.duration_s + 1 / max(seen.fps, 1):
             faults.append(f"ends at {end_s:g} s, but the {column} at {seen.duration_s:g} s")
         if column == "video":
             end_s = min(end_s, seen.duration_s)
@@ -470,10 +473,10 @@ def _divided(rows: Iterable[Entry], train: Path, heldout: Path) -> dict[tuple[st
     return sides
 
 
-def _seconds(row: Entry, found: Mapping[str, Found]) -> float:
+def _seconds(row: Entry, found: Mapping[str, Medium]) -> float:
     """How long the clip is; 0 for an image, and for a file that cannot be looked into."""
     start_s, end_s = row.span
-    known = found.get(row.where("video"), Found()).duration_s
+    known = found.get(row.where("video"), Medium()).duration_s
     return max(0.0, (min(end_s, known) if known or math.isinf(end_s) else end_s) - start_s)
 
 
@@ -491,7 +494,7 @@ def stats(file: Path, trigger: str, jobs: int, timeout_s: float) -> str:
     table = {
         "size": collections.Counter(f"{seen.width}x{seen.height}" for _, seen in looked),
         "aspect": collections.Counter(f"{seen.width / seen.height:.2f}" for _, seen in looked),
-        "fps": collections.Counter(f"{mean_fps(seen):g}" for _, seen in films),
+        "fps": collections.Counter(f"{seen.fps:g}" for _, seen in films),
     }
     num_images = sum(Path(row.where("video")).suffix.lower() in IMAGE_SUFFIXES for row in rows)
     lines = [f"{shown(file)}: {len(rows)} clips of {len({row.clip[0] for row in rows})} files, {num_images} of them "

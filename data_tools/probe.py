@@ -5,8 +5,7 @@
 One JSON line a file, in the fields of `probing.Probed`; paths are relative to the folder of the output. A file is
 decoded from its first frame to its last, in a worker process with a time limit. Nothing is dropped in silence:
 found = probed + faulty + ignored. Times and sizes are those of `wantrain.data.media`, so what is said here is what
-`wantrain cache` will see. The other tools read the output with `read`. (What decodes is imported where it is used, so
-that --help comes at once.)
+`wantrain cache` will see. (What decodes is imported where it is used, so that --help comes at once.)
 """
 
 from __future__ import annotations

@@ -120,9 +120,8 @@ def remedy(path: Path) -> str:
     with contextlib.suppress(UserError):
         entries, faults = read_entries(path)
         if entries and not faults:
-            new = path.with_name(f"{path.stem}_lines.jsonl")
-            return (f"python -m data_tools.manifest merge {shlex.quote(shown(path))} --out {shlex.quote(shown(new))}"
-                    "    writes a row a line, in UTF-8; edit that")
+            files = [shown(path), "--out", shown(path.with_name(f"{path.stem}_lines.jsonl"))]
+            return f"python -m data_tools.manifest merge {shlex.join(files)}    makes a row a line, in UTF-8: edit that"
     return "mend these lines (nothing was changed), then run the same command again"
 
 
