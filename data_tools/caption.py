@@ -14,41 +14,27 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import itertools
 import math
 import operator
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 
-from data_tools.command import (
-    absolute,
-    add_job_arguments,
-    answer,
-    check_openable,
-    is_medium,
-    journal,
-    json_line,
-    parsed,
-    positive,
-    relative,
-    shown,
-    stamp,
-)
-from data_tools.rows import Row, has, is_url, moved, sound_rows, write_rows
-from wantrain.data.folders import Stems
+from data_tools.command import add_job_arguments, answer, check_openable, is_medium, needed, positive, shown, stamp
+from data_tools.journal import UNREADABLE, Journal, Key, Outcome, Outcomes, by_workers, fault_of
+from data_tools.rows import Entry, captions_in, folder_entries, has, is_url, moved, sidecars, sound_entries, write_rows
 from wantrain.data.media import probe
-from wantrain.files import digest_text, remembered
-from wantrain.jobs import TIME_LIMIT, in_workers, progress
-from wantrain.terms import IMAGE_SUFFIXES, PARTNERS, Bucket, UserError
+from wantrain.data.tables import one_line
+from wantrain.files import digest_text
+from wantrain.jobs import Ending, progress
+from wantrain.terms import IMAGE_SUFFIXES, Bucket, UserError
 
 MODEL = "Qwen/Qwen3-VL-8B-Instruct"
 SOURCES = ("model", "sidecars", "names")
@@ -144,15 +130,8 @@ def see(job: Job) -> Seen:
     try:
         check_openable(job.path)
         return _see(job)
-    except UserError as error:
-        fault = error.message
-    except av.FFmpegError as error:
-        fault = f"{shown(job.path)} cannot be decoded: {error.strerror}"
-    except OSError as error:
-        fault = f"{shown(job.path)}: {error.strerror or error}"
-    except ValueError as error:
-        fault = f"{shown(job.path)}: {error}"
-    return Seen(fault=fault)
+    except UNREADABLE as error:
+        return Seen(fault=fault_of(job.path, error))
 
 
 def _see(job: Job) -> Seen:
@@ -336,40 +315,7 @@ def readable(name: str) -> str:
     return " ".join(kept)
 
 
-def sidecars(folder: Path) -> dict[str, list[Path]]:
-    """The texts beside every video and image of a folder, by its stem: NAME.txt, then NAME.*.txt."""
-    stems = Stems(file.stem for file in folder.iterdir() if is_medium(file))
-    texts = [file for file in folder.iterdir() if file.suffix.lower() == ".txt" and not file.name.startswith(".")]
-    found: dict[str, list[Path]] = {}
-    for file in sorted(texts, key=lambda f: (not stems.like(f.stem), f.name)):
-        if stem := stems.owner(file.name):
-            found.setdefault(stem, []).append(file)
-    return found
-
-
-def _folder_rows(folder: Path, out: Path) -> list[Row]:
-    """A row for every video and image in the folder, with its captions, and its partners in control/, mask/, ..."""
-    rows = []
-    texts = sidecars(folder)
-    clips = [file for file in sorted(folder.iterdir()) if is_medium(file)]
-    stems = Stems(file.stem for file in clips)
-    partners = {(kind, stems.like(file.stem)): file for kind in PARTNERS for file in sorted((folder / kind).glob("*"))
-                if is_medium(file)}
-    for file in clips:
-        captions = [_read(path) for path in texts.get(file.stem, [])] or [""]
-        values: dict[str, Any] = {"video": relative(absolute(file), out.parent), "caption": captions[0]}
-        values |= {"captions": captions[1:]} if captions[1:] else {}
-        values |= {kind: relative(absolute(path), out.parent) for kind in PARTNERS
-                   if (path := partners.get((kind, file.stem)))}
-        rows.append(Row(out.parent, shown(file), values))
-    return rows
-
-
-def _read(path: Path) -> str:
-    return " ".join(path.read_text(encoding="utf-8-sig", errors="replace").split())
-
-
-def gather(source: Path, out: Path) -> list[Row]:
+def gather(source: Path, out: Path) -> list[Entry]:
     """The rows of a manifest or folder as they stand in `out`; those that are in `out` already stay as they are there.
 
     UserError where there are none or lines are faulty: all are named.
@@ -377,129 +323,118 @@ def gather(source: Path, out: Path) -> list[Row]:
     if out.suffix != ".jsonl":
         raise UserError(f"{shown(out)}: a manifest with captions is written as .jsonl, and {shown(source)} is none",
                         "give --out FILE.jsonl")
-    if source.is_dir():
-        rows = _folder_rows(source, out)
-    else:
-        rows = sound_rows([source])[0]
-        if absolute(source).parent != out.parent:
-            ids = {row.id: row.id for row in rows}
-            rows = [Row(out.parent, row.place, moved(row, out.parent, ids)) for row in rows]
+    rows = folder_entries(source) if source.is_dir() else sound_entries([source])[0]
+    ids = {row.id: row.id for row in rows}
+    rows = [Entry(out.parent, row.place, moved(row, out.parent, ids)) for row in rows]
     if out.exists() and not (source.exists() and out.samefile(source)):
-        there = {(row.clip, row.values.get("id")): row for row in sound_rows([out])[0]}
+        there = {(row.clip, row.values.get("id")): row for row in sound_entries([out])[0]}
         rows = [there.pop((row.clip, row.values.get("id")), row) for row in rows] + [*there.values()]
     if not rows:
         raise UserError(f"no clips in {shown(source)}", "give a manifest, or a folder of videos and images")
     return rows
 
 
-def from_texts(rows: Sequence[Row], source: str) -> tuple[list[list[str]], list[str]]:
+def from_texts(rows: Sequence[Entry], source: str) -> tuple[list[list[str]], list[str]]:
     """(captions, fault) of every row, from its sidecar files, its name or a column."""
     files = [Path(row.where("video")) for row in rows]
     folders = {file.parent for file in files if source == "sidecars" and file.parent.is_dir()}
-    beside = {folder / stem: paths for folder in folders for stem, paths in sidecars(folder).items()}
+    there = [file for folder in folders for file in folder.iterdir()]
+    beside, _ = sidecars(filter(is_medium, there), there)
     found, faults = [], []
     for row, file in zip(rows, files, strict=True):
         texts: Sequence[Any]
         if source == "sidecars":
-            texts, fault = [_read(path) for path in beside.get(file.with_suffix(""), [])], f"no {file.stem}.txt with it"
+            texts, fault = captions_in(beside.get(file, []))
+            fault = fault or f"no {file.stem}.txt with it"
         elif source == "names":
             texts, fault = [readable(file.name)], f"the name {file.name} has no words"
         else:
             value = row.captions if source == "caption" else row.values.get(source)
             texts, fault = value if isinstance(value, list) else [value], f"its column {source} has no text"
-        found.append([" ".join(str(text).split()) for text in texts if text is not None and str(text).strip()])
+        found.append([line for text in texts if text is not None and (line := one_line(str(text)))])
         faults.append("" if found[-1] else fault)
     return found, faults
 
 
-def job_of(row: Row, settings: Settings, is_read: bool = True) -> Job:
+def job_of(row: Entry, settings: Settings, is_read: bool = True) -> Job:
     """The span that a row is about."""
     return Job(Path(row.where("video")), *row.span, settings.num_frames, settings.max_pixels, is_read)
 
 
-def _key(row: Row, settings: Settings) -> str:
+def _key(row: Entry, settings: Settings) -> str:
     """What an answer hangs on."""
     job = job_of(row, settings)
     return digest_text(*dataclasses.astuple(job), *stamp(job.path), settings.model, settings.dtype,
                        worded(settings, job), settings.max_tokens)
 
 
-def from_model(rows: Sequence[Row], out: Path, settings: Settings, jobs: int, timeout_s: float
+def from_model(rows: Sequence[Entry], out: Path, settings: Settings, jobs: int, timeout_s: float
                ) -> tuple[list[list[str]], list[str]]:
     """(captions, fault) of every row, from a model. Answers go to a journal beside `out`, batch by batch."""
-    known = _remembered(_journal(out))
-    clips = [job_of(row, settings) for row in rows]
-    keys = [_key(row, settings) for row in rows]
-    todo = {key: job for key, job, row in zip(keys, clips, rows, strict=True) if key not in known
-            and not is_url(row.where("video"))}
-    captioner = Captioner(_fetched(settings), settings) if todo else None
-    with journal(_journal(out)) as write, progress(len(rows), len(rows) - len(todo), "clip", "caption") as bar:
-        for batch, seen in _seen_ahead(list(todo.items()), settings.batch_size, jobs, timeout_s):
-            fine = [(key, job) for key, job in batch if not seen[job].fault]
-            said = {key: Answer(fault=seen[job].fault) for key, job in batch if seen[job].fault}
-            if captioner and fine:
-                answers = captioner.ask([job for _, job in fine], [seen[job] for _, job in fine])
-                said |= {key: told for (key, _), told in zip(fine, answers, strict=True)}
-            known |= said
-            write("".join(json_line({"key": key, **dataclasses.asdict(said[key])}) for key, _ in batch))
-            bar.update(len(batch))
+    journal = journal_of(out)
+    known = journal.read()
+    keys = ["" if is_url(row.where("video")) else _key(row, settings) for row in rows]
+    clips = {key: job_of(row, settings) for key, row in zip(keys, rows, strict=True) if key}
+    if {*clips} - {*known}:
+        captioner = Captioner(_fetched(settings), settings)
+
+        def work(missing: Sequence[str]) -> Generator[Outcomes[str, Answer]]:
+            todo = [(key, clips[key]) for key in missing]
+            for seen in _seen_ahead(todo, settings.batch_size, jobs, timeout_s):
+                fine = {key: look.result for key, look in seen.items() if not look.result.fault}
+                answers = captioner.ask([clips[key] for key in fine], list(fine.values())) if fine else []
+                yield {**{key: Outcome(Answer(fault=look.result.fault), look.ending) for key, look in seen.items()},
+                       **{key: Outcome(told, Ending.DONE) for key, told in zip(fine, answers, strict=True)}}
+
+        known = journal.filled(known, [key for key in keys if key], work, "clip", "caption")
     told = [judge(known.get(key, Answer(fault=ELSEWHERE)), settings.max_tokens) for key in keys]
     return [[caption] for caption, _ in told], [fault for _, fault in told]
 
 
 def _fetched(settings: Settings) -> str:
-    if settings.dtype == "4bit" and not importlib.util.find_spec("bitsandbytes"):
-        raise UserError("--dtype 4bit needs the package bitsandbytes, which is not installed",
-                        "pip install bitsandbytes, or --dtype bfloat16")
+    if settings.dtype == "4bit":
+        needed("bitsandbytes", "--dtype 4bit", "bitsandbytes", "adamw_8bit")
     from wantrain.models import hub
 
     return str(hub.local(settings.model))
 
 
-Batch = list[tuple[str, Job]]
-
-
-def _seen_ahead(todo: Batch, size: int, jobs: int, timeout_s: float) -> Iterator[tuple[Batch, dict[Job, Seen]]]:
-    """Batches with what is seen of them; while one is captioned, the next is decoded."""
-
-    def look(batch: Batch) -> dict[Job, Seen]:
-        return _see_all([job for _, job in batch], jobs, timeout_s)
-
-    batches = [todo[i : i + size] for i in range(0, len(todo), size)]
+def _seen_ahead(todo: Sequence[tuple[str, Job]], size: int, jobs: int, timeout_s: float
+                ) -> Iterator[Outcomes[str, Seen]]:
+    """What is seen of each batch, in its order; while one is captioned, the next is decoded."""
+    batches = [dict(todo[i : i + size]) for i in range(0, len(todo), size)]
     with ThreadPoolExecutor(1) as ahead:
-        coming = [ahead.submit(look, batch) for batch in batches[:1]]
+        coming = [ahead.submit(_see_all, batch, jobs, timeout_s) for batch in batches[:1]]
         for number, batch in enumerate(batches, 1):
             seen = coming.pop().result()
-            coming += [ahead.submit(look, after) for after in batches[number : number + 1]]
-            yield batch, seen
+            coming += [ahead.submit(_see_all, after, jobs, timeout_s) for after in batches[number : number + 1]]
+            yield {key: seen[key] for key in batch}
 
 
-def _see_all(clips: Sequence[Job], jobs: int, timeout_s: float, has_bar: bool = False) -> dict[Job, Seen]:
-    found = {}
+def _see_all(clips: Mapping[Key, Job], jobs: int, timeout_s: float, has_bar: bool = False
+             ) -> dict[Key, Outcome[Seen]]:
+    found: dict[Key, Outcome[Seen]] = {}
     with progress(len(clips), 0, "clip", "look", has_bar) as bar:
-        for job, seen, why in in_workers(see, clips, jobs, timeout_s):
-            found[job] = seen or Seen(fault=f"{shown(job.path)}: {why}")
-            bar.update()
+        for some in by_workers(see, clips, lambda job, failure: Seen(fault=f"{shown(job.path)}: {failure}"), jobs,
+                               timeout_s)(clips):
+            found |= some
+            bar.update(len(some))
     return found
 
 
-def _journal(out: Path) -> Path:
-    return out.with_name(out.name + ".journal")
+def journal_of(out: Path) -> Journal[Answer]:
+    """Where answers are remembered until the manifest is written; a clip that took too long is tried again."""
+    return Journal(out.with_name(out.name + ".journal"), lambda row: Answer(**row),
+                   {*Ending} - {Ending.TIMED_OUT})
 
 
-def _remembered(journal: Path) -> dict[str, Answer]:
-    """Answers by key; a line cut off by a crash is left out, and what ran into the time limit is tried again."""
-    answers = remembered(journal, lambda row: (row.pop("key"), Answer(**row)))
-    return {key: told for key, told in answers if f": {TIME_LIMIT}" not in told.fault}
-
-
-def _has_caption(row: Row) -> bool:
+def _has_caption(row: Entry) -> bool:
     """Whether training would find one: an empty `caption` hides further ones from it."""
     first = row.values.get("caption")
-    return bool(row.captions if first is None else first.strip())
+    return bool(row.captions if first is None else one_line(first))
 
 
-def _wanted(source: Path, out: Path, settings: Settings) -> tuple[list[Row], list[Row], list[Row]]:
+def _wanted(source: Path, out: Path, settings: Settings) -> tuple[list[Entry], list[Entry], list[Entry]]:
     """(all rows, those to caption, those kept). UserError where the column that captions come from is not there."""
     rows = gather(source, out)
     columns = sorted({column for row in rows for column in row.values})
@@ -528,7 +463,7 @@ def run(source: Path, out: Path, settings: Settings, jobs: int, timeout_s: float
             row.values.update({"caption": first} | ({"captions": further} if further else {}))
     write_rows(out, [row.values for row in rows])
     if settings.source == "model":
-        _journal(out).unlink()
+        journal_of(out).path.unlink(missing_ok=True)
     bare = [row.id for row in kept if not all(has(settings.trigger, text) for text in row.captions)]
     lines = [_counted(rows, kept, faults) + f", in {shown(out)}"]
     lines += [f"  {len(bare)} of those kept are without the trigger, such as {bare[0]}; --from caption --overwrite "
@@ -556,17 +491,17 @@ def preview(source: Path, out: Path, settings: Settings, jobs: int, timeout_s: f
                       *_told(wanted, faults)], faults)
 
 
-def _previewed(rows: Sequence[Row], settings: Settings, jobs: int, timeout_s: float) -> tuple[list[str], list[str]]:
+def _previewed(rows: Sequence[Entry], settings: Settings, jobs: int, timeout_s: float) -> tuple[list[str], list[str]]:
     """(the prompts and a line for every clip, its fault)."""
     captioner = Captioner(settings.model, settings, with_weights=False)
     clips = [job_of(row, settings, is_read=False) for row in rows]
-    seen = _see_all([job for job, row in zip(clips, rows, strict=True) if not is_url(row.where("video"))], jobs,
+    seen = _see_all({job: job for job, row in zip(clips, rows, strict=True) if not is_url(row.where("video"))}, jobs,
                     timeout_s, has_bar=True)
     prompts: dict[bool, str] = {}
     num_tokens: dict[tuple[int, ...], int] = {}
     lines, faults = [], []
     for row, job in zip(rows, clips, strict=True):
-        look = seen.get(job, Seen(fault=ELSEWHERE))
+        look = seen[job].result if job in seen else Seen(fault=ELSEWHERE)
         faults.append(look.fault)
         if look.fault:
             continue
@@ -584,12 +519,12 @@ def _previewed(rows: Sequence[Row], settings: Settings, jobs: int, timeout_s: fl
     return shown_prompts + lines, faults
 
 
-def _counted(rows: Sequence[Row], kept: Sequence[Row], faults: Sequence[str]) -> str:
+def _counted(rows: Sequence[Entry], kept: Sequence[Entry], faults: Sequence[str]) -> str:
     num_faulty = sum(map(bool, faults))
     return f"{len(rows)} rows = {len(faults) - num_faulty} captioned + {len(kept)} kept + {num_faulty} faulty"
 
 
-def _told(rows: Sequence[Row], faults: Sequence[str]) -> list[str]:
+def _told(rows: Sequence[Entry], faults: Sequence[str]) -> list[str]:
     return [f"  fault: {row.id}: {fault}" for row, fault in zip(rows, faults, strict=True) if fault]
 
 
@@ -606,16 +541,14 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code: 0 (also where clips are faulty: they are named), 2, 130."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    args = parsed(_parser(), given)
 
-    def work() -> str:
-        out = absolute(args.out or args.manifest)
+    def work(args: argparse.Namespace) -> str:
+        out = (args.out or args.manifest).absolute()
         todo = preview if args.dry_run else run
         # as many processes as make one batch ready at once, while the one before it is captioned
         return todo(args.manifest, out, _settings(args), max(args.jobs, args.batch_size), args.timeout_s)
 
-    return answer(work, ["python", "-m", "data_tools.caption", *given])
+    return answer(_parser(), work, arguments)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -111,6 +111,9 @@ def shown(path: Path) -> str:
     return os.fsencode(path).decode("utf-8", "replace")
 
 
+FFMPEG = "imageio-ffmpeg>=0.6,<1"
+"""What pip installs for imageio_ffmpeg."""
+
 SCENEDETECT = "scenedetect-headless>=0.7.2,<0.8"
 """What pip installs for scenedetect and cv2."""
 
@@ -124,31 +127,11 @@ def needed(module: str, what: str, requirement: str, extra: str) -> Any:
                         f'pip install "wantrain[{extra}]"    (or: pip install "{requirement}")') from error
 
 
-@contextlib.contextmanager
-def journal(path: Path) -> Iterator[Callable[[str], None]]:
-    """What appends lines to a journal at once; a line that a kill cut off is ended first. UserError for a full disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab", buffering=0) as file:
-
-        def write(text: str) -> None:
-            data = text.encode()
-            try:
-                while data:
-                    data = data[file.write(data):]
-            except OSError as error:
-                raise UserError(f"could not write {shown(path)}: {error.strerror}",
-                                "free some disk space, then run the same command again: what was finished is kept"
-                                ) from error
-
-        write("\n")
-        yield write
-
-
 OUTPUTS = ("out", "rejected", "train", "heldout")
 """Arguments of the tools that name files to be written."""
 
 
-def parsed(parser: argparse.ArgumentParser, given: Sequence[str]) -> argparse.Namespace:
+def _parsed(parser: argparse.ArgumentParser, given: Sequence[str]) -> argparse.Namespace:
     """The arguments. Exits with 2 for paths that cannot be, and for outputs that would overwrite media, inputs that are
     only read, or one another. Help that nobody reads to its end is no fault.
     """
@@ -193,24 +176,27 @@ def _flush() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def answer(work: Callable[[], str], command: Sequence[str]) -> int:
-    """Print what a tool's work says; a fault that the user can mend, or Ctrl-C, is one message and an exit code."""
+def answer(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], str], arguments: Sequence[str] | None
+           ) -> int:
+    """Print what a tool's work says of its arguments (None: those of the process), and return the exit code; a fault
+    that the user can mend, or Ctrl-C, is one message. `parser.prog` is the command.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    args = _parsed(parser, given)
     try:
-        text = work()
+        text = work(args)
         with contextlib.suppress(BrokenPipeError):
             print(text)
         _flush()
-    except OSError as error:
-        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
-        fault = UserError(f"{where}{error.strerror or error}", "give paths that can be read and written")
-        print(f"error: {fault}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except UserError as error:
+    except (OSError, UserError) as error:
+        if isinstance(error, OSError):
+            where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+            error = UserError(f"{where}{error.strerror or error}", "give paths that can be read and written")
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print(f"\ninterrupted; what was finished is kept\n  next: {shlex.join(command)}    goes on from there",
-              file=sys.stderr)
+        again = shlex.join([*parser.prog.split(), *given])
+        print(f"\ninterrupted; what was finished is kept\n  next: {again}    goes on from there", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
 

@@ -13,8 +13,13 @@ import argparse
 import hashlib
 import shutil
 import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from data_tools.command import FFMPEG, answer, needed
+from wantrain.terms import UserError
 
 FPS = 24
 EXCERPT_SHA256 = "e22b7ee12ece84223bd1557f7ce1ab4aa98a1441b0ac272f43840a397eb56897"
@@ -62,9 +67,7 @@ def find_ffmpeg() -> str:
     """The ffmpeg on PATH, else the one inside the package imageio-ffmpeg."""
     if found := shutil.which("ffmpeg"):
         return found
-    import imageio_ffmpeg
-
-    return str(imageio_ffmpeg.get_ffmpeg_exe())
+    return str(needed("imageio_ffmpeg", "cut_footage without an ffmpeg on PATH", FFMPEG, "dev").get_ffmpeg_exe())
 
 
 def cut(ffmpeg: str, source: Path, clip: Clip, out: Path) -> Path:
@@ -85,23 +88,29 @@ def cut(ffmpeg: str, source: Path, clip: Clip, out: Path) -> Path:
     return target
 
 
-def main() -> None:
-    """Read the arguments, check the inputs, cut every clip."""
-    parser = argparse.ArgumentParser(description="Cut the demo footage set from the Big Buck Bunny excerpt.")
+def cut_all(args: argparse.Namespace) -> str:
+    """Check the inputs, cut every clip; the files with their sizes."""
+    if not args.excerpt.is_file() or hashlib.sha256(args.excerpt.read_bytes()).hexdigest() != EXCERPT_SHA256:
+        raise UserError(f"not the excerpt the table was made for: {args.excerpt}",
+                        f"give big_buck_bunny_excerpt.mp4, whose SHA-256 is {EXCERPT_SHA256}")
+    names = {clip.name for clip in CLIPS}
+    if strays := [str(path) for path in args.folder.rglob("*") if path.is_file() and path.stem not in names]:
+        raise UserError(f"not in the table: {', '.join(strays)}", "remove these, then run the same command again")
+    ffmpeg = args.ffmpeg or find_ffmpeg()
+    targets = [cut(ffmpeg, args.excerpt, clip, args.folder) for clip in CLIPS]
+    return "\n".join(f"{path.relative_to(args.folder)}: {path.stat().st_size / 1000:.0f} kB" for path in targets)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m data_tools.cut_footage",
+                                     description="Cut the demo footage set from the Big Buck Bunny excerpt.")
     parser.add_argument("excerpt", type=Path, help="big_buck_bunny_excerpt.mp4")
     folder = Path(__file__).resolve().parent.parent / "wantrain" / "assets" / "demo" / "footage"
-    parser.add_argument("--out", type=Path, default=folder, help="folder to fill (default: %(default)s)")
+    parser.add_argument("--out", dest="folder", type=Path, default=folder, help="to fill (default: %(default)s)")
     parser.add_argument("--ffmpeg", help="ffmpeg with libx264 (default: on PATH, else imageio-ffmpeg's)")
-    args = parser.parse_args()
-    if not args.excerpt.is_file() or hashlib.sha256(args.excerpt.read_bytes()).hexdigest() != EXCERPT_SHA256:
-        parser.error(f"not the excerpt the table was made for: {args.excerpt}")
-    names = {clip.name for clip in CLIPS}
-    if strays := [str(path) for path in args.out.rglob("*") if path.is_file() and path.stem not in names]:
-        parser.error(f"remove what is not in the table first: {', '.join(strays)}")
-    for clip in CLIPS:
-        target = cut(args.ffmpeg or find_ffmpeg(), args.excerpt, clip, args.out)
-        print(f"{target.relative_to(args.out)}: {target.stat().st_size / 1000:.0f} kB")
+    return answer(parser, cut_all, arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,12 +13,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import dataclasses
 import io
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,23 +27,12 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
-from data_tools.command import (
-    SCENEDETECT,
-    absolute,
-    add_job_arguments,
-    answer,
-    journal,
-    json_line,
-    needed,
-    parsed,
-    relative,
-    shown,
-    stamp,
-)
+from data_tools.command import SCENEDETECT, absolute, add_job_arguments, answer, json_line, needed, shown, stamp
+from data_tools.journal import UNREADABLE, Journal, by_workers, fault_of
+from data_tools.rows import Entry, moved, new_ids, read_entries, refuse
 from wantrain.data import films, media
-from wantrain.files import digest_text, remembered, write_text
-from wantrain.jobs import in_workers, progress
-from wantrain.terms import PARTNERS, UserError
+from wantrain.files import digest_text, write_text
+from wantrain.terms import UserError
 
 VERSION = 1
 """Raise this when a measurement changes: what is remembered of another version is measured again."""
@@ -81,12 +69,10 @@ STROKE_PX, TEXT_CONTRAST, TEXT_LEVEL, LETTERS = 15, 80, 190, 5
 dark text the other way round), and a line has as many letters."""
 
 NUM_EXTREMES, NUM_SHOWN = 3, 20
-MEDIA = ("video", *PARTNERS)
 
 with contextlib.suppress(ImportError):  # `run` says that it is missing
     import cv2
 
-Row = dict[str, Any]
 Box = tuple[int, int, int, int]
 
 
@@ -125,12 +111,8 @@ def measure(job: Job) -> Measured:
     cv2.setNumThreads(1)  # the workers are as many as the cores
     try:
         return measure_pairs(*read_pairs(job.path, job.start_s, job.end_s))
-    except UserError as error:
-        return Measured(fault=error.message)
-    except av.FFmpegError as error:
-        return Measured(fault=f"{shown(job.path)} cannot be decoded: {error.strerror}")
-    except (OSError, ValueError) as error:
-        return Measured(fault=f"{shown(job.path)}: {error}")
+    except UNREADABLE as error:
+        return Measured(fault=fault_of(job.path, error))
 
 
 def measure_pairs(pairs_P2HW: np.ndarray, gaps_s: np.ndarray) -> Measured:
@@ -371,79 +353,31 @@ def nearest_earlier(hashes: Sequence[tuple[int, ...]]) -> list[tuple[float, int]
     return nearest
 
 
-def read_rows(manifest: Path) -> list[Row]:
-    """The rows of a .jsonl or .csv as they are. All faults at once, with their lines, in one UserError."""
-    if not manifest.is_file() or manifest.suffix not in (".jsonl", ".csv"):
-        raise UserError(f"{shown(manifest)} is no manifest: a file .jsonl or .csv is wanted",
-                        "make one: python -m data_tools.split --help")
-    rows: list[Row] = []
-    faults: list[str] = []
-    lines: dict[str, int] = {}
-    for line, given in _readable_lines(manifest):
-        try:
-            row = json.loads(given) if isinstance(given, str) else given
-            if not isinstance(row, dict) or not isinstance(row.get("video"), str) or not row["video"] or None in row \
-                    or "\0" in row["video"]:
-                raise ValueError("no row of a manifest with a video")
-            _span(row)
-            if (earlier := lines.setdefault(identity(row), line)) != line:
-                raise ValueError(f"the id {identity(row)!r} is also that of line {earlier}")
-            rows.append(row)
-        except (ValueError, RecursionError) as error:
-            faults.append(f"line {line}: {error}")
-    if not rows and not faults:
+def read(manifest: Path) -> list[Entry]:
+    """The entries of a manifest. UserError with its faults; an id that stands twice is one, for `duplicate_of`."""
+    entries, faults = read_entries(manifest)
+    lines: dict[str, str] = {}
+    faults += [f"{entry.place}: the id {entry.id!r} is also that of {lines[entry.id]}" for entry in entries
+               if lines.setdefault(entry.id, entry.line) != entry.line]
+    refuse(faults, "mend these lines")
+    if not entries:
         raise UserError(f"{shown(manifest)} has no rows", "make one: python -m data_tools.split --help")
-    if faults:
-        raise UserError(f"{shown(manifest)} has {len(faults)} fault(s):\n  " + "\n  ".join(faults),
-                        "mend these lines (nothing was changed), then run the same command again")
-    return rows
+    return entries
 
 
-def _readable_lines(manifest: Path) -> list[tuple[int, Any]]:
-    """(line, the row or its text) of all rows. UserError where the file itself cannot be read."""
-    try:
-        return list(_lines_of(manifest))
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{shown(manifest)} cannot be read: {error}", "give a .jsonl or .csv in UTF-8") from error
-
-
-def _lines_of(manifest: Path) -> Iterator[tuple[int, Any]]:
-    with manifest.open(encoding="utf-8-sig", newline="") as file:
-        if manifest.suffix == ".csv":
-            reader = csv.DictReader(file, restval="")
-            yield from ((reader.line_num, row) for row in reader)
-        else:
-            yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
-
-
-def identity(row: Row) -> str:
-    """What a row is called."""
-    return str(row.get("id") or row["video"])
-
-
-def _span(row: Row) -> tuple[float, float | None]:
-    """(start_s, end_s); ValueError where they are no span."""
-    try:
-        start_s, end_s = (None if row.get(key) in (None, "") else float(row[key]) for key in ("start_s", "end_s"))
-    except TypeError as error:
-        raise ValueError(f"start_s and end_s are seconds: {error}") from error
-    if not 0 <= (start_s or 0.0) < (math.inf if end_s is None else end_s):
-        raise ValueError(f"the span {start_s} to {end_s} s is empty")
-    return start_s or 0.0, end_s
-
-
-def _text(rows: Sequence[Row], out: Path) -> str:
+def _text(rows: Sequence[dict[str, Any]], out: Path) -> str:
     if out.suffix != ".csv":
         return "".join(map(json_line, rows))
     file = io.StringIO()
     writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+                      for key, value in row.items()} for row in rows)
     return file.getvalue()
 
 
-def run(manifest: Path, out: Path, jobs: int, timeout_s: float) -> tuple[list[Row], list[Measured], int]:
-    """Write the manifest with its measurements to `out`: (rows, what was found for each, how many were remembered).
+def run(manifest: Path, out: Path, jobs: int, timeout_s: float) -> tuple[list[Entry], list[Measured], int]:
+    """Write the manifest with its measurements to `out`: (entries, what was found for each, how many were remembered).
 
     What is measured is remembered in a file beside `out`, so that a killed call goes on, and other calls measure only
     what is new or changed. Measurements of faulty clips are null; the next call tries them again.
@@ -452,82 +386,70 @@ def run(manifest: Path, out: Path, jobs: int, timeout_s: float) -> tuple[list[Ro
         raise UserError(f"--out {shown(out)}: neither .jsonl nor, as the manifest is, {manifest.suffix}",
                         f"--out {shown(out.with_suffix('.jsonl'))}")
     needed("cv2", "wantrain-filter", SCENEDETECT, "data")
-    memory = out.with_name(out.name + ".measured")
-    done = _remembered(memory)
-    old = frozenset(done)
+    journal = journal_of(out)
+    old = done = journal.read()
     while True:
-        before, rows = stamp(manifest), read_rows(manifest)
-        todo = [_job(row, manifest) for row in rows]
-        _measure_all(todo, done, memory, jobs, timeout_s)
+        before, entries = stamp(manifest), read(manifest)
+        todo = [_job(entry) for entry in entries]
+        by_key = {job.key: job for job in todo}
+        done = journal.filled(done, [job.key for job in todo], by_workers(
+            measure, by_key, lambda job, failure: Measured(fault=f"{shown(job.path)}: {failure}"), jobs, timeout_s),
+            "clip", "filter")
         if stamp(manifest) == before:  # else somebody wrote captions meanwhile, which must not be lost
             break
     found = [done[job.key] for job in todo]
-    rows = _measured_rows(rows, found, manifest, out)
-    write_text(out, _text(rows, out))
-    return rows, found, sum(job.key in old for job in todo)
+    written = _measured(entries, found, out)
+    write_text(out, _text([entry.values for entry in written], out))
+    return written, found, sum(job.key in old for job in todo)
 
 
-def _job(row: Row, manifest: Path) -> Job:
-    path, span = absolute(manifest.parent / row["video"]), _span(row)
-    return Job(path, *span, digest_text(VERSION, path, *stamp(path), *span))
+def _job(entry: Entry) -> Job:
+    path = Path(entry.where("video"))
+    return Job(path, *entry.bounds, digest_text(VERSION, path, *stamp(path), *entry.bounds))
 
 
-def _measure_all(todo: Sequence[Job], done: dict[str, Measured], memory: Path, jobs: int, timeout_s: float) -> None:
-    """Measure into `done` what is not in it; what has no fault goes to the memory at once."""
-    missing = list({job.key: job for job in todo if job.key not in done}.values())
-    with journal(memory) as write, progress(len(todo), len(todo) - len(missing), "clip", "filter") as bar:
-        for job, found, why in in_workers(measure, missing, jobs, timeout_s):
-            done[job.key] = found or Measured(fault=f"{shown(job.path)}: {why}")
-            if not done[job.key].fault:
-                write(json_line({"key": job.key} | dataclasses.asdict(done[job.key])))
-            bar.update()
+def journal_of(out: Path) -> Journal[Measured]:
+    """Where measurements are remembered."""
+    return Journal(out.with_name(out.name + ".measured"),
+                   lambda row: Measured(**row | {"hashes": tuple(row["hashes"])}))
 
 
-def _remembered(memory: Path) -> dict[str, Measured]:
-    """Measurements by key; a last line cut off by a crash is left out."""
-    return dict(remembered(memory, lambda row: (
-        row.pop("key"), Measured(**row | {"hashes": tuple(row["hashes"])}))))
-
-
-def _measured_rows(rows: Sequence[Row], found: Sequence[Measured], manifest: Path, out: Path) -> list[Row]:
-    """The rows with their measurements, their paths as the folder of `out` names them."""
+def _measured(entries: Sequence[Entry], found: Sequence[Measured], out: Path) -> list[Entry]:
+    """The entries with their measurements, as they stand in `out`."""
+    folder = absolute(out).parent
+    ids = new_ids(entries, folder)
     fine = [i for i, measured in enumerate(found) if not measured.fault]
     nearest = dict(zip(fine, nearest_earlier([found[i].hashes for i in fine]), strict=True))
     written = []
-    for i, (row, measured) in enumerate(zip(rows, found, strict=True)):
+    for i, (entry, measured) in enumerate(zip(entries, found, strict=True)):
         bits, earlier = nearest.get(i, (None, -1))
         values = {name: None if measured.fault else bits if name == "duplicate" else getattr(measured, name)
                   for name in SUGGESTED}
-        paths = {name: _moved(row[name], manifest.parent, out.parent) for name in MEDIA if row.get(name)}
-        original = {"duplicate_of": identity(rows[fine[earlier]])} if bits is not None and bits < NEAR_BITS else {}
-        written.append({k: v for k, v in row.items() if k != "duplicate_of"} | paths | values | original)
+        if bits is not None and bits < NEAR_BITS:
+            values["duplicate_of"] = ids[entries[fine[earlier]].id]
+        kept = {name: value for name, value in moved(entry, folder, ids).items() if name != "duplicate_of"}
+        written.append(Entry(folder, entry.place, kept | values))
     return written
 
 
-def _moved(path: str, old: Path, new: Path) -> str:
-    """A path relative to `old` as one relative to `new`; absolute ones and addresses stay."""
-    if "://" in path or Path(path).is_absolute() or absolute(old) == absolute(new):
-        return path
-    return relative(absolute(old / path), absolute(new))
-
-
-def summary(rows: Sequence[Row], found: Sequence[Measured], num_remembered: int) -> str:
+def summary(entries: Sequence[Entry], found: Sequence[Measured], num_remembered: int) -> str:
     """Counts that add up, a table of every column, the suggested limits with what they drop, and every fault."""
     faults = [measured.fault for measured in found if measured.fault]
-    fine = [row for row, measured in zip(rows, found, strict=True) if not measured.fault]
-    lines = [f"rows {len(rows)} = {len(rows) - num_remembered - len(faults)} measured + {num_remembered} remembered "
-             f"+ {len(faults)} faulty"]
+    fine = [entry for entry, measured in zip(entries, found, strict=True) if not measured.fault]
+    lines = [f"rows {len(entries)} = {len(entries) - num_remembered - len(faults)} measured + "
+             f"{num_remembered} remembered + {len(faults)} faulty"]
     if fine:
-        dropped = {column: [row for row in fine if not _keeps(limits, row[column])]
+        dropped = {column: [entry for entry in fine if not _keeps(limits, entry.values[column])]
                    for column, limits in SUGGESTED.items()}
         lines += [f"  {'column':10}{'min':>9}{'5 %':>9}{'median':>9}{'95 %':>9}{'max':>9}  suggested      drops"]
-        lines += [_table_line(column, [row[column] for row in fine], len(dropped[column])) for column in SUGGESTED]
-        together = {identity(row) for some in dropped.values() for row in some}
+        lines += [_table_line(column, [entry.values[column] for entry in fine], len(dropped[column]))
+                  for column in SUGGESTED]
+        together = {entry.id for some in dropped.values() for entry in some}
         lines += [f"  all together drop {len(together)} of {len(fine)}:",
                   "  " + " ".join(f"data.limits.{column}={_limits(column)}" for column in SUGGESTED),
                   "  look at these before you set a limit:", *(_extremes(column, fine) for column in SUGGESTED)]
-    doubles = [f"  duplicate: {identity(row)} of {row['duplicate_of']} ({row['duplicate']:g} bits)"
-               for row in fine if "duplicate_of" in row]
+    doubles = [f"  duplicate: {entry.id} of {entry.values['duplicate_of']} ({entry.values['duplicate']:g} bits)"
+               for entry in fine if "duplicate_of" in entry.values]
     return "\n".join([*lines, *doubles[:NUM_SHOWN], *([f"  and {len(doubles) - NUM_SHOWN} more: duplicate_of"]
                       if len(doubles) > NUM_SHOWN else []), *(f"  fault: {fault}" for fault in faults)])
 
@@ -546,17 +468,16 @@ def _table_line(column: str, values: Sequence[float], num_dropped: int) -> str:
     return f"  {column:10}{quantiles}  {_limits(column):14}{num_dropped:6}"
 
 
-def _extremes(column: str, rows: Sequence[Row]) -> str:
+def _extremes(column: str, entries: Sequence[Entry]) -> str:
     """The clips at the ends of a column that its limits are about."""
-    ordered = sorted(rows, key=lambda row: row[column])
+    ordered = sorted(entries, key=lambda entry: entry.values[column])
     ends = zip(("lowest", "highest"), SUGGESTED[column], (ordered, ordered[::-1]), strict=True)
-    return "\n".join(f"    {column}, {end}: " + ", ".join(f"{row[column]:.4g} {identity(row)}"
-                     for row in some[:NUM_EXTREMES]) for end, limit, some in ends if limit is not None)
+    return "\n".join(f"    {column}, {end}: " + ", ".join(f"{entry.values[column]:.4g} {entry.id}"
+                     for entry in some[:NUM_EXTREMES]) for end, limit, some in ends if limit is not None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code: 0 (also where clips are faulty: they are named), 2, 130."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.filter", description="Measure every clip of a manifest and write the measurements "
         f"as columns: {', '.join(SUGGESTED)}. Nothing is dropped: the recipe's data.limits do that, and this tool ends "
@@ -567,16 +488,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE",
                         help="where the rows go with their measurements (default: into MANIFEST itself)")
     add_job_arguments(parser, 300)
-    args = parsed(parser, given)
 
-    def work() -> str:
-        rows, found, num_remembered = run(args.manifest, args.out or args.manifest, args.jobs, args.timeout_s)
-        text = summary(rows, found, num_remembered)
+    def work(args: argparse.Namespace) -> str:
+        entries, found, num_remembered = run(args.manifest, args.out or args.manifest, args.jobs, args.timeout_s)
+        text = summary(entries, found, num_remembered)
         if all(measured.fault for measured in found):
             raise UserError(text, "mend these clips, or take them out of the manifest")
         return text
 
-    return answer(work, ["python", "-m", "data_tools.filter", *given])
+    return answer(parser, work, arguments)
 
 
 if __name__ == "__main__":

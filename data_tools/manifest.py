@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import dataclasses
 import itertools
 import math
 import os
@@ -32,32 +31,29 @@ from data_tools.command import (
     answer,
     check_openable,
     find_files,
-    journal,
-    json_line,
-    parsed,
     positive,
     relative,
     shown,
     stamp,
 )
+from data_tools.journal import Journal, by_workers
 from data_tools.rows import (
-    KINDS,
-    MEDIA,
-    Row,
+    Entry,
+    captions_in,
     check_written,
     has,
     is_url,
     moved,
     new_ids,
-    read_rows,
+    read_entries,
     refuse,
-    sound_rows,
+    sidecars,
+    sound_entries,
     write_rows,
 )
 from wantrain.data import media
-from wantrain.data.folders import Stems
-from wantrain.files import digest_text, remembered
-from wantrain.jobs import in_workers, progress
+from wantrain.data.tables import COLUMNS, MEDIA, one_line
+from wantrain.files import digest_text
 from wantrain.terms import IMAGE_SUFFIXES, PARTNERS, Found, UserError
 
 OF_SPLIT = re.compile(r"(?P<shot>(?P<film>.+)@\d+\.\d{3})#\d+")
@@ -70,38 +66,39 @@ LENGTHS_S = (0, 1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 60, math.inf)
 NUMS_FRAMES, FPS = (17, 33, 49, 81), (16, 24)
 
 
-def look(path: str) -> tuple[Found, float]:
-    """(what the file holds, its mean fps; 0 for one frame) by demuxing it. A bad file is told by `fault`."""
+@dataclass(frozen=True, slots=True)
+class Medium(Found):
+    """What a file holds, and its mean rate; 0 for one frame."""
+
+    fps: float = 0.0
+
+
+def look(path: str) -> Medium:
+    """The file, demuxed. A bad one is told by `fault`."""
     try:
         check_openable(Path(path))
         seen = media.probe(Path(path))
     except UserError as error:
-        return Found(fault=error.message.partition(" cannot be decoded: ")[2] or error.message), 0.0
+        return Medium(fault=error.message.partition(" cannot be decoded: ")[2] or error.message)
     except FileNotFoundError:
-        return Found(fault="missing file"), 0.0
+        return Medium(fault="missing file")
     except (OSError, ValueError) as error:
-        return Found(fault=str(error)), 0.0
+        return Medium(fault=str(error))
     fps = (len(seen.times_s) - 1) / float(seen.times_s[-1] or math.inf)
-    return Found("", round(seen.duration_s, 6), seen.width, seen.height), round(fps, 2)
+    return Medium("", round(seen.duration_s, 6), seen.width, seen.height, fps=round(fps, 2))
 
 
-def look_at(rows: Iterable[Row], memory: Path, jobs: int, timeout_s: float) -> dict[str, tuple[Found, float]]:
-    """What the files of the rows hold, by path, URLs left out. Remembered in `memory` as long as they do not change."""
-    files = sorted({where for row in rows for column in MEDIA if (where := row.where(column)) and not is_url(where)})
-    memory = memory if os.access(memory.parent, os.W_OK) else Path(os.devnull)
-    known = dict(remembered(memory, lambda row: (row["key"], (Found(**row["found"]), row["fps"]))))
-    keys = {file: digest_text(file, *stamp(Path(file))) for file in files}
-    found = {file: known[key] for file, key in keys.items() if key in known}
-    if len(found) == len(files):
-        return found
-    with journal(memory) as write, progress(len(files), len(found), "file", "look") as bar:
-        for file, seen, why in in_workers(look, [f for f in files if f not in found], jobs, timeout_s):
-            found[file] = seen or (Found(fault=why), 0.0)
-            if not found[file][0].fault:  # a fault may be mended without a trace, or be the time limit's
-                write(json_line({"key": keys[file], "found": dataclasses.asdict(found[file][0]),
-                                 "fps": found[file][1]}))
-            bar.update()
-    return found
+def look_at(rows: Iterable[Entry], manifest: Path, jobs: int, timeout_s: float) -> dict[str, Medium]:
+    """The files of the rows by path, URLs left out. They are remembered beside the manifest as long as they do not
+    change; faults are not, for they may be mended without a trace.
+    """
+    files = {where for row in rows for column in MEDIA if (where := row.where(column)) and not is_url(where)}
+    by_key = {digest_text(file, *stamp(Path(file))): file for file in sorted(files)}
+    memory = manifest.with_name(manifest.name + ".looked")
+    journal = Journal(memory if os.access(memory.parent, os.W_OK) else Path(os.devnull), lambda row: Medium(**row))
+    found = journal.filled(journal.read(), list(by_key), by_workers(
+        look, by_key, lambda _, failure: Medium(fault=str(failure)), jobs, timeout_s), "file", "look")
+    return {file: found[key] for key, file in by_key.items()}
 
 
 def build(paths: Sequence[Path], out: Path, probed: Path | None, partners: Mapping[str, Sequence[Path]]) -> str:
@@ -114,16 +111,20 @@ def build(paths: Sequence[Path], out: Path, probed: Path | None, partners: Mappi
     files, others = find_files(paths)
     folders = [absolute(folder) for some in partners.values() for folder in some]
     clips = [file for file in files if not any(file.is_relative_to(folder) for folder in folders)]
-    texts, strays = _sidecars(clips, others)
+    texts, strays = sidecars(clips, others)
     faults, notes = _faulty(clips, probed)
-    captions = {clip: _texts(clip, texts.get(clip, []), faults) for clip in clips}
-    before = {row: Path(row.where("video")) for row in (sound_rows([out])[0] if out.exists() else [])}
+    captions: dict[Path, list[str]] = {clip: [] for clip in clips}
+    for clip, files_of in texts.items():
+        captions[clip], fault = captions_in(files_of)
+        if fault:
+            faults.setdefault(clip, f"{shown(clip)}: {fault}")
+    before = {row: Path(row.where("video")) for row in (sound_entries([out])[0] if out.exists() else [])}
     refuse([f"{row.place}: its file is faulty, and its caption is in no sidecar: {faults[clip]}"
              for row, clip in before.items() if clip in faults and not set(row.captions) <= set(captions[clip])],
             "mend these files, or take their rows out yourself")
     kept = [row for row, clip in before.items() if clip not in faults]
     folder, there = out.absolute().parent, {*before.values()}
-    new = [Row(folder, "", {"video": relative(clip, folder), "caption": ""})
+    new = [Entry(folder, "", {"video": relative(clip, folder), "caption": ""})
            for clip in clips if clip not in faults and clip not in there]
     for row in kept + new:
         notes += _fill(row, captions.get(Path(row.where("video")), []))
@@ -135,42 +136,16 @@ def build(paths: Sequence[Path], out: Path, probed: Path | None, partners: Mappi
         raise UserError("\n  ".join([found, *(f"fault: {faults[clip]}" for clip in sorted(faults))]),
                         "give folders of videos and images that can be read: python -m data_tools.probe FOLDER tells")
     write_rows(out, (row.values for row in kept + new))
-    sidecars = {text for found in texts.values() for text in found}
-    endings = collections.Counter(file.suffix.lower() or "no ending" for file in {*others} - sidecars - {*strays})
+    used = {text for found in texts.values() for text in found}
+    endings = collections.Counter(file.suffix.lower() or "no ending" for file in {*others} - used - {*strays})
     return "\n".join([
         f"found {len(files) + len(others)} = {len(clips) - len(faults)} clips + {len(faults)} faulty + "
-        f"{len(files) - len(clips)} partners + {len(sidecars)} captions + {len(strays)} captions of no clip "
+        f"{len(files) - len(clips)} partners + {len(used)} captions + {len(strays)} captions of no clip "
         f"+ {endings.total()} others" + (f" ({_counted(endings)})" if endings else ""),
         f"{shown(out)}: {len(kept + new)} rows = {len(new)} new + {len(kept)} of {len(before)} there before; "
         f"{sum(bool(row.captions) for row in kept + new)} captioned",
         *(f"  fault: {faults[clip]}" for clip in sorted(faults)),
         *(f"  caption of no clip: {shown(text)}" for text in strays), *(f"  note: {note}" for note in notes)])
-
-
-def _sidecars(clips: Iterable[Path], others: Iterable[Path]) -> tuple[dict[Path, list[Path]], list[Path]]:
-    """(the texts of each clip, NAME.txt before NAME.*.txt; texts of no clip). The longest NAME has it."""
-    named: dict[Path, dict[str, list[Path]]] = collections.defaultdict(dict)
-    for clip in clips:
-        named[clip.parent].setdefault(clip.stem, []).append(clip)
-    stems = {folder: Stems(clips_of) for folder, clips_of in named.items()}
-    texts, strays = collections.defaultdict(list), []
-    for text in sorted((file for file in others if file.suffix.lower() == ".txt"), key=lambda t: t.with_suffix("")):
-        stem = stems[text.parent].owner(text.name) if text.parent in stems else ""
-        for clip in named[text.parent][stem] if stem else ():
-            texts[clip].append(text)
-        strays += [] if stem else [text]
-    return texts, strays
-
-
-def _texts(clip: Path, sidecars: Sequence[Path], faults: dict[Path, str]) -> list[str]:
-    """The captions of a clip; one that cannot be read is the clip's fault."""
-    found = []
-    for text in sidecars:
-        try:
-            found.append(" ".join(text.read_text(encoding="utf-8-sig").split()))
-        except (OSError, ValueError) as error:
-            faults.setdefault(clip, f"{shown(clip)}: its caption {text.name} cannot be read: {error}")
-    return list(dict.fromkeys(filter(None, found)))
 
 
 def _faulty(clips: Iterable[Path], probed: Path | None) -> tuple[dict[Path, str], list[str]]:
@@ -196,7 +171,7 @@ def _faulty(clips: Iterable[Path], probed: Path | None) -> tuple[dict[Path, str]
                     ] if probed and unknown else []
 
 
-def _fill(row: Row, texts: Sequence[str]) -> list[str]:
+def _fill(row: Entry, texts: Sequence[str]) -> list[str]:
     """Caption a row of a whole file that has none; a note where it has others than its sidecars."""
     if row.span != (0, math.inf) or set(texts) <= set(row.captions):
         return []
@@ -208,7 +183,7 @@ def _fill(row: Row, texts: Sequence[str]) -> list[str]:
     return []
 
 
-def _pair(column: str, folders: Iterable[Path], rows: Sequence[Row], roots: Iterable[Path]) -> list[str]:
+def _pair(column: str, folders: Iterable[Path], rows: Sequence[Entry], roots: Iterable[Path]) -> list[str]:
     """Give the rows the files of their relative names in the folders: of the same ending, or else the only one."""
     there: dict[Path, list[Path]] = collections.defaultdict(list)
     for folder in folders:
@@ -235,8 +210,8 @@ def check(files: Sequence[Path], trigger: str, jobs: int, timeout_s: float) -> s
     """What is worth a look in manifests that can be trained on. UserError with everything that is in the way."""
     faults, notes, num_rows = [], [], 0
     for file in files:
-        rows, own = read_rows(file)
-        found = look_at(rows, file.with_name(file.name + ".looked"), jobs, timeout_s)
+        rows, own = read_entries(file)
+        found = look_at(rows, file, jobs, timeout_s)
         own += [f"{row.place}: {fault}" for row in rows for fault in (
             *_caption_faults(row, trigger), *_column_faults(row, file.suffix), *_media_faults(row, found))]
         first = {row.id: row.line for row in reversed(rows)}
@@ -263,44 +238,44 @@ def _refused_by_training(file: Path) -> list[str]:
     return []
 
 
-def _caption_faults(row: Row, trigger: str) -> list[str]:
+def _caption_faults(row: Entry, trigger: str) -> list[str]:
     if not row.captions:
         return ["no caption yet"]
     faults = [f"the caption lacks {trigger!r}: {text[:60]!r}" for text in row.captions if not has(trigger, text)]
     return faults + (["one of its captions is empty"] if not all(
-        text.strip() for text in (*(row.values.get("captions") or []), row.values.get("caption") or "x")) else [])
+        one_line(text) for text in (*(row.values.get("captions") or []), row.values.get("caption") or "x")) else [])
 
 
-def _column_faults(row: Row, suffix: str) -> list[str]:
+def _column_faults(row: Entry, suffix: str) -> list[str]:
     """Columns that training refuses; it leaves texts of a .parquet alone, for sets that others made have many."""
-    return [f"unknown column {column!r} with {str(value)[:40]!r}: known are {', '.join(KINDS)}, and numbers"
-            for column, value in row.values.items() if column not in KINDS and suffix != ".parquet"
+    return [f"unknown column {column!r} with {str(value)[:40]!r}: known are {', '.join(COLUMNS)}, and numbers"
+            for column, value in row.values.items() if column not in COLUMNS and suffix != ".parquet"
             and not (value is None or isinstance(value, int | float))]
 
 
-def _media_faults(row: Row, found: Mapping[str, tuple[Found, float]]) -> list[str]:
+def _media_faults(row: Entry, found: Mapping[str, Medium]) -> list[str]:
     faults = []
     start_s, end_s = row.span
     for column in MEDIA:
         where = row.where(column)
         if where not in found:
             continue
-        seen, fps = found[where]
+        seen = found[where]
         if seen.fault:
             faults.append(f"{column} {shown(Path(where))}: {seen.fault}")
         elif seen.duration_s and start_s >= seen.duration_s:
             faults.append(f"begins at {start_s:g} s, but the {column} ends at {seen.duration_s:g} s")
-        elif seen.duration_s and math.isfinite(end_s) and end_s > seen.duration_s + 1 / max(fps, 1):
+        elif seen.duration_s and math.isfinite(end_s) and end_s > seen.duration_s + 1 / max(seen.fps, 1):
             faults.append(f"ends at {end_s:g} s, but the {column} at {seen.duration_s:g} s")
         if column == "video":
             end_s = min(end_s, seen.duration_s)
     return faults
 
 
-def _notes(rows: Sequence[Row]) -> list[str]:
+def _notes(rows: Sequence[Entry]) -> list[str]:
     notes = [f"{row.place}: {'the same span as' if row.span == other.span else 'overlaps'} {other.line}"
              for other, row in _touching(rows) if row.span[0] + TOUCHING_S < other.span[1]]
-    alike: dict[str, Row] = {}
+    alike: dict[str, Entry] = {}
     for row in rows:
         other = alike.setdefault("".join(unicodedata.normalize("NFKC", row.id).casefold().split()), row)
         if other.id != row.id:
@@ -317,9 +292,9 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     return notes
 
 
-def _touching(rows: Iterable[Row]) -> Iterator[tuple[Row, Row]]:
+def _touching(rows: Iterable[Entry]) -> Iterator[tuple[Entry, Entry]]:
     """(earlier row, row) of one file whose spans touch or overlap: for each row the one before that ends last."""
-    longest: dict[str, Row] = {}
+    longest: dict[str, Entry] = {}
     for row in sorted(rows, key=lambda r: r.clip):
         last = longest.setdefault(row.clip[0], row)
         if last is not row and row.span[0] <= last.span[1] + TOUCHING_S:
@@ -336,15 +311,15 @@ def merge(files: Sequence[Path], out: Path, prefix: bool) -> str:
     if out.exists() and absolute(out) not in map(absolute, files):
         raise UserError(f"--out {shown(out)} is there, and is not among the manifests: its rows would be lost",
                         "name it among them, or give another --out")
-    folder, merged, faults = out.absolute().parent, list[Row](), list[str]()
-    first: dict[tuple[str, float, float], Row] = {}
-    inputs = sound_rows(files)
+    folder, merged, faults = out.absolute().parent, list[Entry](), list[str]()
+    first: dict[tuple[str, float, float], Entry] = {}
+    inputs = sound_entries(files)
     for file, rows in zip(files, inputs, strict=True):
         stem = relative(file.absolute().with_suffix(""), folder) + "/" if prefix else ""
         earlier = dict(first)  # a clip that stands twice in one manifest stays so
         ids = new_ids(rows, folder, stem) | {row.id: earlier[row.clip].id for row in rows if row.clip in earlier}
         for row in rows:
-            now = Row(folder, row.place, moved(row, folder, ids))
+            now = Entry(folder, row.place, moved(row, folder, ids))
             if row.clip in earlier:
                 faults += _join(earlier[row.clip], now)
             else:
@@ -355,14 +330,14 @@ def merge(files: Sequence[Path], out: Path, prefix: bool) -> str:
     faults += [f"id {name!r} stands for several clips: {', '.join(there)}"
                for name, there in places.items() if len(there) > 1]
     refuse(faults, "give the clips other ids (--prefix does so), and take out the measurements that are wrong")
-    measures = dict.fromkeys(column for row in merged for column in row.values if column not in KINDS)
+    measures = dict.fromkeys(column for row in merged for column in row.values if column not in COLUMNS)
     write_rows(out, (row.values | {column: row.values.get(column) for column in measures} for row in merged))
     num_rows = sum(map(len, inputs))
     return f"{num_rows} rows of {len(files)} manifests = {len(merged)} rows of {shown(out)} + " \
            f"{num_rows - len(merged)} of clips that an earlier one had (all captions are kept)"
 
 
-def _join(first: Row, other: Row) -> list[str]:
+def _join(first: Entry, other: Entry) -> list[str]:
     """Give the first row what the other says of the same clip; where they contradict each other."""
     faults, texts = [], list(dict.fromkeys(first.captions + other.captions))
     for column, value in other.values.items():
@@ -387,7 +362,7 @@ class Rule:
     by_file: bool
 
 
-def divide(rows: Sequence[Row], rule: Rule, before: Mapping[tuple[str, float, float], bool]) -> list[bool]:
+def divide(rows: Sequence[Entry], rule: Rule, before: Mapping[tuple[str, float, float], bool]) -> list[bool]:
     """For each row whether it is held out. `before` says so for clips that were divided earlier, and is kept to.
 
     With a share, a group's side hangs on its name and the seed alone, not on what other clips there are. UserError
@@ -416,7 +391,7 @@ def divide(rows: Sequence[Row], rule: Rule, before: Mapping[tuple[str, float, fl
     return held
 
 
-def groups(rows: Sequence[Row], by_file: bool) -> list[list[int]]:
+def groups(rows: Sequence[Entry], by_file: bool) -> list[list[int]]:
     """Positions of rows that must not be parted: of one shot (or film), touching spans, a clip and its duplicates."""
     leader: dict[object, object] = {}
 
@@ -441,7 +416,7 @@ def groups(rows: Sequence[Row], by_file: bool) -> list[list[int]]:
     return list(found.values())
 
 
-def _home(row: Row, by_file: bool) -> str:
+def _home(row: Entry, by_file: bool) -> str:
     """The name that a clip's side hangs on; it does not change when rows come and go."""
     if made := OF_SPLIT.fullmatch(row.id):
         return made["film" if by_file else "shot"]
@@ -453,14 +428,13 @@ def split(file: Path, train: Path, heldout: Path, rule: Rule, *, jobs: int, time
     if len({absolute(path) for path in (file, train, heldout)}) < 3:
         raise UserError(f"FILE, --train and --heldout are not three files: {file}, {train}, {heldout}",
                         "give --train and --heldout names of their own")
-    rows, = sound_rows([file])
+    rows, = sound_entries([file])
     before = _divided(rows, train, heldout)
     held = divide(rows, rule, before)
     if len(set(held)) < 2:
         raise UserError(f"{'all' if any(held) else 'none'} of the {len(rows)} clips would be held out",
                         "give --num N, or a --share that so few clips can meet")
-    found = look_at([row for row in rows if math.isinf(row.span[1])], file.with_name(file.name + ".looked"), jobs,
-                    timeout_s)
+    found = look_at([row for row in rows if math.isinf(row.span[1])], file, jobs, timeout_s)
     lines = []
     for out, side in ((train, False), (heldout, True)):
         ours = [row for row, is_held in zip(rows, held, strict=True) if is_held == side]
@@ -479,7 +453,7 @@ def split(file: Path, train: Path, heldout: Path, rule: Rule, *, jobs: int, time
     return "\n".join(lines)
 
 
-def _divided(rows: Iterable[Row], train: Path, heldout: Path) -> dict[tuple[str, float, float], bool]:
+def _divided(rows: Iterable[Entry], train: Path, heldout: Path) -> dict[tuple[str, float, float], bool]:
     """The sides of clips that an earlier call divided. UserError where writing anew would lose something."""
     sides: dict[tuple[str, float, float], bool] = {}
     captions: dict[tuple[str, float, float], set[str]] = collections.defaultdict(set)
@@ -487,7 +461,7 @@ def _divided(rows: Iterable[Row], train: Path, heldout: Path) -> dict[tuple[str,
         captions[row.clip] |= set(row.captions)
     there = [path for path in (train, heldout) if path.exists()]
     faults = []
-    for path, divided in zip(there, sound_rows(there), strict=True):
+    for path, divided in zip(there, sound_entries(there), strict=True):
         for row in divided:
             if row.clip not in captions:
                 faults.append(f"{row.place}: a clip that the manifest lacks: {row.id}")
@@ -499,10 +473,10 @@ def _divided(rows: Iterable[Row], train: Path, heldout: Path) -> dict[tuple[str,
     return sides
 
 
-def _seconds(row: Row, found: Mapping[str, tuple[Found, float]]) -> float:
+def _seconds(row: Entry, found: Mapping[str, Medium]) -> float:
     """How long the clip is; 0 for an image, and for a file that cannot be looked into."""
     start_s, end_s = row.span
-    known = found.get(row.where("video"), (Found(), 0.0))[0].duration_s
+    known = found.get(row.where("video"), Medium()).duration_s
     return max(0.0, (min(end_s, known) if known or math.isinf(end_s) else end_s) - start_s)
 
 
@@ -510,25 +484,24 @@ def stats(file: Path, trigger: str, jobs: int, timeout_s: float) -> str:
     """A manifest in numbers: sizes, lengths, captions, measurements, and what is too short for which recipe."""
     from wantrain.data.decode import count_frames
 
-    rows, = sound_rows([file])
+    rows, = sound_entries([file])
     if not rows:
         raise UserError(f"{shown(file)} has no rows", "python -m data_tools.manifest build FOLDER --out manifest.jsonl")
-    found = look_at(rows, file.with_name(file.name + ".looked"), jobs, timeout_s)
-    looked = [(row, *found[where]) for row in rows if (where := row.where("video")) in found
-              and not found[where][0].fault]
-    films = [(row, seen) for row, seen, _ in looked if seen.duration_s]
+    found = look_at(rows, file, jobs, timeout_s)
+    looked = [(row, seen) for row in rows if (seen := found.get(row.where("video"))) and not seen.fault]
+    films = [(row, seen) for row, seen in looked if seen.duration_s]
     lengths_s = [_seconds(row, found) for row, _ in films]
     table = {
-        "size": collections.Counter(f"{seen.width}x{seen.height}" for _, seen, _ in looked),
-        "aspect": collections.Counter(f"{seen.width / seen.height:.2f}" for _, seen, _ in looked),
-        "fps": collections.Counter(f"{fps:g}" for _, _, fps in looked if fps),
+        "size": collections.Counter(f"{seen.width}x{seen.height}" for _, seen in looked),
+        "aspect": collections.Counter(f"{seen.width / seen.height:.2f}" for _, seen in looked),
+        "fps": collections.Counter(f"{seen.fps:g}" for _, seen in films),
     }
     num_images = sum(Path(row.where("video")).suffix.lower() in IMAGE_SUFFIXES for row in rows)
     lines = [f"{shown(file)}: {len(rows)} clips of {len({row.clip[0] for row in rows})} files, {num_images} of them "
              f"images; {sum(lengths_s):.1f} s of video, {len(rows) - len(looked)} not looked into",
              *(f"  {name:10}{_counted(counts)}" for name, counts in table.items() if counts),
              *_caption_lines(rows, trigger)]
-    for column in dict.fromkeys(c for row in rows for c in row.values if c not in KINDS):
+    for column in dict.fromkeys(c for row in rows for c in row.values if c not in COLUMNS):
         values = [v for row in rows if isinstance(v := row.values.get(column), int | float) and math.isfinite(v)]
         lines += [f"  {column:10}{_range(values)}, of {len(values)} clips"] if values else []
     for first_s, stop_s in itertools.pairwise(LENGTHS_S):
@@ -537,19 +510,14 @@ def stats(file: Path, trigger: str, jobs: int, timeout_s: float) -> str:
     if films:
         lines.append("  too short for" + "".join(f"{number:6} frames" for number in NUMS_FRAMES))
     for fps in FPS if films else ():
-        numbers = [count_frames(seen, *_bounds(row), fps) for row, seen in films]
+        numbers = [count_frames(seen, *row.bounds, fps) for row, seen in films]
         lines.append(f"    at {fps} fps   " + "".join(
             f"{sum(number < wanted for number in numbers):6}       " for wanted in NUMS_FRAMES).rstrip())
-    return "\n".join(lines + [f"  fault: {shown(Path(where))}: {seen.fault}" for where, (seen, _) in found.items()
+    return "\n".join(lines + [f"  fault: {shown(Path(where))}: {seen.fault}" for where, seen in found.items()
                               if seen.fault])
 
 
-def _bounds(row: Row) -> tuple[float, float | None]:
-    start_s, end_s = row.span
-    return start_s, end_s if math.isfinite(end_s) else None
-
-
-def _caption_lines(rows: Sequence[Row], trigger: str) -> list[str]:
+def _caption_lines(rows: Sequence[Entry], trigger: str) -> list[str]:
     texts = [text for row in rows for text in row.captions]
     lines = [f"  {'captions':10}{sum(bool(row.captions) for row in rows)} of {len(rows)} clips have one, {len(texts)} "
              "in all" + (f"; words {_range([len(text.split()) for text in texts])}" if texts else "")]
@@ -640,9 +608,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code: 0, 2 (something to mend, also what `check` finds), 130."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    args = parsed(parser(), given)
-    return answer(lambda: str(args.work(args)), ["python", "-m", "data_tools.manifest", *given])
+    return answer(parser(), lambda args: str(args.work(args)), arguments)
 
 
 if __name__ == "__main__":

@@ -21,36 +21,29 @@ import contextlib
 import csv
 import hmac
 import io
+import itertools
 import json
 import math
 import os
 import secrets
 import select
+import shlex
 import socket
 import sys
 import threading
 import webbrowser
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import av
-
-from data_tools.command import (
-    absolute,
-    add_job_arguments,
-    answer,
-    check_openable,
-    json_line,
-    parsed,
-    positive,
-    shown,
-    stamp,
-)
+from data_tools.command import absolute, add_job_arguments, answer, check_openable, json_line, positive, shown, stamp
+from data_tools.journal import UNREADABLE, fault_of
+from data_tools.rows import read_entries, understood
 from wantrain.data import media
+from wantrain.data.tables import Row, columns_of, number_of, rows_of
 from wantrain.files import atomic_path, digest_text
 from wantrain.jobs import in_workers
 from wantrain.terms import IMAGE_SUFFIXES, Bucket, UserError
@@ -111,7 +104,7 @@ class Content:
     `places` says where in `pieces` each row is, by a key that no edit here changes; equal rows have keys of their own.
     """
 
-    stamp: tuple[int, int]
+    stamp: tuple[int, int, int]
     pieces: list[Piece]
     places: dict[str, int]
 
@@ -120,15 +113,26 @@ class Content:
         return [piece.fault for piece in self.pieces if piece.fault]
 
 
+def remedy(path: Path) -> str:
+    """What to do with what cannot be edited as it is."""
+    if path.is_dir():
+        return f"python -m data_tools.manifest build {shlex.quote(shown(path))} --out manifest.jsonl"
+    with contextlib.suppress(UserError):
+        entries, faults = read_entries(path)
+        if entries and not faults:
+            files = [shown(path), "--out", shown(path.with_name(f"{path.stem}_lines.jsonl"))]
+            return f"python -m data_tools.manifest merge {shlex.join(files)}    makes a row a line, in UTF-8: edit that"
+    return "mend these lines (nothing was changed), then run the same command again"
+
+
 class Manifest:
     """A .jsonl or .csv that other programs may change at any time."""
 
     def __init__(self, path: Path) -> None:
-        if path.suffix not in (".jsonl", ".csv"):
-            raise UserError(f"{shown(path)} is no manifest that can be edited: .jsonl and .csv can",
-                            f"python -m data_tools.manifest build {shown(path)} --out manifest.jsonl")
+        if path.suffix.lower() not in (".jsonl", ".csv"):
+            raise UserError(f"{shown(path)} is no manifest that can be edited: .jsonl and .csv can", remedy(path))
         self.path = path.resolve()
-        self.is_csv = path.suffix == ".csv"
+        self.is_csv = path.suffix.lower() == ".csv"
         self._lock = threading.Lock()
         self._content = self.read()
 
@@ -137,9 +141,9 @@ class Manifest:
         seen, places = stamp(self.path), dict[str, int]()
         try:
             text = self.path.read_bytes().decode("utf-8")
-            pieces = list(_records(text) if self.is_csv else _lines(text))
+            pieces = list((_records if self.is_csv else _lines)(text, self.path))
         except (OSError, ValueError, csv.Error) as error:
-            raise UserError(f"{shown(self.path)} cannot be read: {error}", "mend it, then try again") from error
+            raise UserError(f"{shown(self.path)} cannot be read: {error}", remedy(self.path)) from error
         for place, piece in enumerate(pieces):
             if piece.values is not None:
                 key = digest_text(*(piece.values.get(column) for column in ("video", "id", "start_s", "end_s")))
@@ -176,7 +180,7 @@ class Manifest:
             self._content = Content(written, pieces, found.places)
             return {e.key: pieces[found.places[e.key]] if e.key in found.places else None for e in edits}, refused
 
-    def _write(self, text: str, seen: tuple[int, int]) -> tuple[int, int]:
+    def _write(self, text: str, seen: tuple[int, int, int]) -> tuple[int, int, int]:
         """Returns the stamp of what was written."""
         with atomic_path(self.path) as temporary:
             temporary.write_bytes(text.encode("utf-8"))
@@ -190,73 +194,71 @@ class Manifest:
 
 def _apply_json(pieces: list[Piece], place: int, now: Mapping[str, Any]) -> None:
     old = pieces[place]
-    values = {column: value for column, value in {**(old.values or {}), **now}.items()
-              if column not in now or column == "caption" or value not in (None, [])}
+    row = next(dict(row) for _, row in rows_of(old.text.encode(), ".jsonl") if not isinstance(row, str))
     indent, bare = old.text[:old.text.index("{")], old.text.rstrip("\r\n")
-    pieces[place] = Piece(indent + json_line(values).rstrip("\n") + old.text[len(bare):], values)
+    line = json_line(_edited(row, _theirs(row, now)))
+    pieces[place] = Piece(indent + line.rstrip("\n") + old.text[len(bare):], _edited(old.values or {}, now))
 
 
 def _apply_csv(pieces: list[Piece], place: int, now: Mapping[str, Any]) -> None:
     head, old = pieces[0].text, pieces[place]
     columns = next(csv.reader([head.lstrip("\ufeff")]))
     cells = next(csv.reader(io.StringIO(old.text, newline="")))
-    if new := [column for column, value in now.items() if column not in columns and value is not None]:
+    theirs = _theirs(columns, now)
+    if new := [column for column, value in theirs.items() if column not in columns and value is not None]:
         bare = head.rstrip("\r\n")  # rows without the new cells stay as they are: absent means empty
         pieces[0] = Piece(",".join([bare, *new]) + head[len(bare):])
-    row = {**dict(zip(columns, cells, strict=False)), **now}
+    row = {**dict(zip(columns, cells, strict=False)), **theirs}
     file = io.StringIO(newline="")
     csv.writer(file, lineterminator=old.text[len(old.text.rstrip("\r\n")):]).writerow(
         [row.get(column) for column in columns + new])
     pieces[place] = Piece(file.getvalue(), {**(old.values or {}), **now})
 
 
-def _lines(text: str) -> Iterator[Piece]:
+def _theirs(columns: Iterable[str], now: Mapping[str, Any]) -> dict[str, Any]:
+    """What shall stand in the row, by the names that it has for our columns."""
+    names = columns_of(columns, {})
+    return {names.get(column, column): value for column, value in now.items()}
+
+
+def _edited(row: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with what shall stand in it. A mark or captions that were taken out leave no column; a caption does."""
+    return {column: value for column, value in {**row, **now}.items()
+            if column not in now or isinstance(value, str) or value not in (None, [])}
+
+
+def _lines(text: str, path: Path) -> Iterator[Piece]:
     """The pieces of JSON lines."""
     for number, line in enumerate(io.StringIO(text, newline="\n"), 1):
-        row = line.strip().lstrip("\ufeff")
-        try:
-            values = json.loads(row) if row else None
-        except (ValueError, RecursionError) as error:
-            yield Piece(line, None, f"line {number}: not JSON: {error}")
-            continue
-        fault = _fault(values) if row else ""
-        yield Piece(line, None if fault else values, fault and f"line {number}: {fault}")
+        rows = [row for _, row in rows_of(line.encode(), ".jsonl")]
+        row = rows[0] if len(rows) == 1 else f"{len(rows)} rows on one line"
+        yield _piece(line, row, path, number) if rows else Piece(line)
 
 
-def _records(text: str) -> Iterator[Piece]:
+def _records(text: str, path: Path) -> Iterator[Piece]:
     """The pieces of a .csv: its header, then a record each, which may have several lines."""
     lines = list(io.StringIO(text, newline=""))
     reader = csv.reader(lines)
     columns, begin = [c.lstrip("\ufeff") for c in next(reader, [])], reader.line_num
-    yield Piece("".join(lines[:begin]), None, "" if "video" in columns else "line 1: no column video")
-    for cells in reader:
-        row, begin = "".join(lines[begin:reader.line_num]), reader.line_num
-        values = {column: _number(cell) if column in ("start_s", "end_s", "keep") else cell
-                  for column, cell in zip(columns, cells, strict=False)}
-        fault = "more cells than columns" if len(cells) > len(columns) else _fault(values) if cells else ""
-        yield Piece(row, values if cells and not fault else None, fault and f"line {begin}: {fault}")
+    is_known = "video" in columns_of(columns, {})
+    yield Piece("".join(lines[:begin]), None, "" if is_known else "line 1: no column video between commas")
+    for cells in reader if is_known else ():
+        piece, begin = "".join(lines[begin:reader.line_num]), reader.line_num
+        row = {name: cell for name, cell in itertools.zip_longest(columns, cells) if name}
+        fault = "more cells than columns" if len(cells) > len(columns) else ""
+        yield _piece(piece, fault or row, path, begin) if any(cell.strip() for cell in cells) else Piece(piece)
 
 
-def _number(cell: str) -> Any:
-    """The number in a cell as JSON has it, else the text (which is a fault)."""
-    for parse in (int, float):
-        with contextlib.suppress(ValueError):
-            return parse(cell)
-    return cell or None
-
-
-def _fault(values: Any) -> str:
-    """Why a row cannot be shown and edited, '' if it can."""
-    if not isinstance(values, dict) or not isinstance(values.get("video"), str) or not values["video"]:
-        return "no object with a video"
-    captions, numbers = values.get("captions") or [], [values.get(name) for name in ("start_s", "end_s", "keep")]
-    if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
-        return "captions is a list of texts"
-    if not isinstance(values.get("caption") or "", str):
-        return "caption is a text"
-    if not all(n is None or (isinstance(n, int | float) and math.isfinite(n)) for n in numbers):
-        return "start_s, end_s and keep are numbers"
-    return ""
+def _piece(text: str, row: Row | str, path: Path, line: int) -> Piece:
+    """The piece of a row, with what training's reader understands of it, or the fault why it cannot be edited."""
+    try:
+        if isinstance(row, str):
+            raise ValueError(row)
+        values = understood(row, path, "").values
+        number_of("keep", values.get("keep"))
+    except (ValueError, RecursionError) as error:
+        return Piece(text, None, f"line {line}: {error}")
+    return Piece(text, values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,10 +294,8 @@ def write_preview(preview: Preview) -> str:
                 image.save(temporary, "JPEG", quality=92)
         else:
             _write_film(preview)
-    except UserError as error:
-        return error.message
-    except (OSError, ValueError, av.FFmpegError) as error:
-        return f"{shown(preview.source)}: {getattr(error, 'strerror', None) or error}"
+    except UNREADABLE as error:
+        return fault_of(preview.source, error)
     return ""
 
 
@@ -363,9 +363,9 @@ class Review(ThreadingHTTPServer):
             with self.jobs:
                 if is_gone():
                     return None
-                [(_, fault, why)] = in_workers(write_preview, [preview], 1, self.timeout_s)
-                if fault or why:
-                    raise UserError(fault or f"{shown(preview.source)}: {why}", "mend the file or drop the clip")
+                [(_, fault, failure)] = in_workers(write_preview, [preview], 1, self.timeout_s)
+                if fault or failure:
+                    raise UserError(fault or f"{shown(preview.source)}: {failure}", "mend the file or drop the clip")
         return preview.target
 
 
@@ -487,7 +487,7 @@ def serve(args: argparse.Namespace) -> str:
     manifest = Manifest(args.manifest)
     if faults := manifest.content().faults:
         raise UserError(f"{shown(manifest.path)} has {len(faults)} fault(s):\n  " + "\n  ".join(faults),
-                        "mend these lines (nothing was changed), then run the same command again")
+                        remedy(manifest.path))
     if not manifest.content().places:
         raise UserError(f"{shown(manifest.path)} has no rows", "python -m data_tools.manifest build FOLDER --out "
                         "manifest.jsonl")
@@ -509,7 +509,6 @@ def serve(args: argparse.Namespace) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code: 0 (after Ctrl-C, which is how it ends) or 2."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.review", description="Read captions beside the playing clips in a browser on this "
         "machine, edit them, mark clips as kept or dropped. Sources are only read, and nothing is sent elsewhere.",
@@ -527,8 +526,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="where previews are kept; may be deleted at any time (default: .MANIFEST.previews beside "
                         "the manifest)")
     add_job_arguments(parser, 60)
-    args = parsed(parser, given)
-    return answer(lambda: serve(args), ["python", "-m", "data_tools.review", *given])
+    return answer(parser, serve, arguments)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,10 @@ import contextlib
 import dataclasses
 import glob
 import itertools
-import json
 import math
 import os
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -40,19 +39,19 @@ from data_tools.command import (
     answer,
     check_openable,
     find_files,
-    journal,
     json_line,
     needed,
-    parsed,
     positive,
     relative,
     shown,
     stamp,
 )
+from data_tools.journal import UNREADABLE, Journal, Outcomes, by_workers, fault_of
+from data_tools.rows import check_written, sound_entries
 from wantrain.data import films, media
 from wantrain.data.films import COARSE_GRACE_S
-from wantrain.files import atomic_path, digest_text, remembered, write_text
-from wantrain.jobs import in_workers, progress
+from wantrain.files import atomic_path, digest_text, write_text
+from wantrain.jobs import Ending
 from wantrain.terms import IMAGE_SUFFIXES, UserError
 
 GUARD_S = COARSE_GRACE_S + 1e-5
@@ -137,12 +136,8 @@ def split_file(path: Path, rules: Rules) -> Split:
         check_openable(path)
         found = media.probe(path)
         transitions, motion_F = find_shots(path, found.times_s, rules)
-    except UserError as error:
-        return Split(str(path), fault=error.message)
-    except av.FFmpegError as error:
-        return Split(str(path), fault=f"{shown(path)} cannot be decoded: {error.strerror}")
-    except (OSError, ValueError) as error:
-        return Split(str(path), fault=f"{shown(path)}: {error}")
+    except UNREADABLE as error:
+        return Split(str(path), fault=fault_of(path, error))
     return Split(str(path), tuple(judge(found, transitions, motion_F, rules)))
 
 
@@ -291,7 +286,7 @@ def _small(scaler: VideoReformatter, frame: av.VideoFrame, longest_px: int, pix_
     return scaler.reformat(frame, width, height, pix_fmt, interpolation="AREA")
 
 
-def judge(found: media.Probe, transitions: Transitions, motion_F: np.ndarray, rules: Rules) -> Iterator[Span]:
+def judge(found: films.Probe, transitions: Transitions, motion_F: np.ndarray, rules: Rules) -> Iterator[Span]:
     """The spans of all shots, and of what is between them, in order and without a gap: long ones in equal parts, each
     with its reason to go.
     """
@@ -316,7 +311,7 @@ def judge(found: media.Probe, transitions: Transitions, motion_F: np.ndarray, ru
             yield Span(first, stop, start_s, end_s, round(float(times_s[shot]), 6), part, motion, reason)
 
 
-def _end_s(found: media.Probe, stop: int) -> float:
+def _end_s(found: films.Probe, stop: int) -> float:
     end_s = found.times_s[stop] - GUARD_S if stop < len(found.times_s) else found.duration_s
     return round(float(end_s), 6)
 
@@ -445,6 +440,7 @@ def run(paths: Sequence[Path], out: Path, rules: Rules, cut_to: Path | None, *, 
     Rows of other films stay as they are, and a span that was there keeps its caption. What was found is remembered in
     a file beside `out`, so that a killed call goes on and other calls look only at what is new or changed.
     """
+    check_written(out)
     if rules.detector == "adaptive":
         needed("scenedetect", "--detector adaptive", SCENEDETECT, "data")
     else:
@@ -462,30 +458,31 @@ def run(paths: Sequence[Path], out: Path, rules: Rules, cut_to: Path | None, *, 
         raise UserError(f"no film in {', '.join(map(shown, paths))}: {len(files)} images, {len(ignored)} other files",
                         "give films, or folders of films")
     todo = _jobs(paths, films, rules, cut_to)
-    memory = out.with_name(out.name + ".shots")
-    known = _remembered(memory)
-    done = {job.path: known[job.key] for job in todo if job.key in known and all(
-        target.exists() for span in known[job.key].spans if (target := job.target(span)))}
-    missing = [job for job in todo if job.path not in done]
-    with (journal(memory) as write, progress(len(films), len(done), "film", "split") as bar, _no_half_files(missing),
-          contextlib.closing(in_workers(do, missing, jobs, timeout_s)) as answers):
-        for job, found, why in answers:
-            if found and found.unwritten:
-                raise UserError(found.unwritten, "make room, or give another --cut-to, then run the same command "
-                                "again: what was finished is kept")
-            done[job.path] = found or Split(str(job.path), fault=f"{shown(job.path)}: {why}")
-            if found:
-                write(json_line({"key": job.key} | dataclasses.asdict(found)))
-            bar.update()
-    rows = [_row(job, span, out) for job in todo for span in done[job.path].spans if not span.reason]
+    by_key = {job.key: job for job in todo}
+    do_all = by_workers(do, by_key, lambda job, failure: Split(str(job.path), fault=f"{shown(job.path)}: {failure}"),
+                        jobs, timeout_s)
+
+    def work(missing: Sequence[str]) -> Generator[Outcomes[str, Split]]:
+        with _no_half_files([by_key[key] for key in missing]), contextlib.closing(do_all(missing)) as coming:
+            for some in coming:
+                if unwritten := "".join(outcome.result.unwritten for outcome in some.values()):
+                    raise UserError(unwritten, "make room, or give another --cut-to, then run the same command again: "
+                                    "what was finished is kept")
+                yield some
+
+    journal = journal_of(out)
+    known = {key: split for key, split in journal.read().items() if key in by_key and all(
+        target.exists() for span in split.spans if (target := by_key[key].target(span)))}
+    done = journal.filled(known, list(by_key), work, "film", "split")
+    rows = [_row(job, span, out) for job in todo for span in done[job.key].spans if not span.reason]
     write_text(out, "".join(map(json_line, _merged(out, {relative(film, out.parent) for film in films}, rows))))
-    return [done[film] for film in films], sorted({*ignored, *files} - {*films})
+    return [done[job.key] for job in todo], sorted({*ignored, *files} - {*films})
 
 
-def _remembered(memory: Path) -> dict[str, Split]:
-    """Outcomes by key."""
-    return dict(remembered(memory, lambda row: (
-        row.pop("key"), Split(**row | {"spans": tuple(Span(**span) for span in row["spans"])}))))
+def journal_of(out: Path) -> Journal[Split]:
+    """Where shots are remembered; a film that took too long or crashed its reader is tried again."""
+    return Journal(out.with_name(out.name + ".shots"), lambda row: Split(**row | {
+        "spans": tuple(Span(**span) for span in row["spans"])}), (Ending.DONE, Ending.FAULT))
 
 
 def _row(job: Job, span: Span, out: Path) -> dict[str, Any]:
@@ -507,12 +504,8 @@ def _merged(out: Path, films: Collection[str], rows: Sequence[dict[str, Any]]) -
 
     UserError where a caption would be lost, because its span is no longer there.
     """
-    try:
-        old = [json.loads(line) for line in out.read_text(encoding="utf-8").split("\n") if line] if out.exists() else []
-        ours = {row["id"]: row for row in old
-                if "id" in row and shot_of(str(row["id"])).rpartition("@")[0] in films}
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{out} is there and is no manifest of JSON lines: {error}", "give another --out") from error
+    old = sound_entries([out])[0] if out.exists() else []
+    ours = {entry.id: entry.values for entry in old if shot_of(entry.id).rpartition("@")[0] in films}
     lost = [row["id"] for row in ours.values() if row.get("caption")]
     for row in rows:
         earlier = ours.get(row["id"], {})
@@ -522,7 +515,7 @@ def _merged(out: Path, films: Collection[str], rows: Sequence[dict[str, Any]]) -
     if lost:
         raise UserError(f"{out} has captions for {len(lost)} span(s) that these settings do not give, among them "
                         f"{lost[0]}", "give the settings of the first call, or another --out")
-    return [row for row in old if row.get("id") not in ours] + list(rows)
+    return [entry.values for entry in old if entry.id not in ours] + list(rows)
 
 
 def rejected_rows(found: Sequence[Split], folder: Path) -> list[dict[str, Any]]:
@@ -556,7 +549,6 @@ def summary(found: Sequence[Split], ignored: Sequence[Path], rules: Rules) -> st
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code: 0 (also where films are faulty: they are named), 2, 130."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.split", description="Find the shots of films and write them into a manifest as "
         "spans (captions are left empty for a later tool). Films are only read. Hard cuts are found; dissolves and "
@@ -588,12 +580,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="also write every kept span as an mp4 (silent, crf 14) there, and name these in "
                         "the manifest")
     add_job_arguments(parser, 3600)
-    args = parsed(parser, given)
-    rules = Rules(args.threshold or THRESHOLDS[args.detector], args.min_s, args.max_s, args.drop_static, args.detector)
 
-    def work() -> str:
-        found, ignored = run(args.paths, args.out, rules, args.cut_to, jobs=args.jobs,
-                             timeout_s=args.timeout_s)
+    def work(args: argparse.Namespace) -> str:
+        rules = Rules(args.threshold or THRESHOLDS[args.detector], args.min_s, args.max_s, args.drop_static,
+                      args.detector)
+        found, ignored = run(args.paths, args.out, rules, args.cut_to, jobs=args.jobs, timeout_s=args.timeout_s)
         if args.rejected:
             write_text(args.rejected, "".join(map(json_line, rejected_rows(found, args.rejected.absolute().parent))))
         if all(film.fault for film in found):
@@ -601,7 +592,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                             "tells what is wrong with these")
         return summary(found, ignored, rules)
 
-    return answer(work, ["python", "-m", "data_tools.split", *given])
+    return answer(parser, work, arguments)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import importlib
 import itertools
 import math
@@ -15,15 +16,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from wantrain import logs
 from wantrain.terms import UserError
+
+if TYPE_CHECKING:  # a command's help needs no progress bar
+    from tqdm import tqdm
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -31,8 +34,27 @@ Result = TypeVar("Result")
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
 """`MICROSECONDS PERIOD` that a container may compute, or `max PERIOD`."""
 
-TIME_LIMIT = "not finished after"
-"""Begins the reason of an item that ran into the time limit."""
+
+class Ending(enum.Enum):
+    """How the work on an item came out: with a result, with a result that tells what is wrong with the item, or with
+    none, because its process took too long or died.
+    """
+
+    DONE = enum.auto()
+    FAULT = enum.auto()
+    TIMED_OUT = enum.auto()
+    CRASHED = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an item has no result: `ending` for programs (TIMED_OUT or CRASHED), `text` for people."""
+
+    ending: Ending
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
 
 
 def cores() -> int:
@@ -49,6 +71,8 @@ def progress(total: int, start: int, unit: str, what: str = "", main: bool = Tru
     """A progress bar: live on a terminal, a line every ten seconds in a log, silent on all but the main process and in
     the first `delay_s` seconds.
     """
+    from tqdm import tqdm
+
     live = sys.stderr.isatty()
     return tqdm(total=total, initial=start, desc=what or None, unit=unit, disable=not main, dynamic_ncols=live,
                 ascii=not live, mininterval=0.5 if live else 10, delay=delay_s, file=logs.console())
@@ -103,18 +127,18 @@ class _Worker:
                 "allow fewer processes or more memory: the system ends what takes too much" if code == -signal.SIGKILL
                 else f"{shlex.join([sys.executable, '-c', f'import {module}'])}    shows what is wrong") from error
 
-    def take(self, too_long: str) -> tuple[Any, str]:
-        """(its result, '') or (None, why there is none)."""
-        why, self.item = too_long, None
+    def take(self, too_long: Failure) -> tuple[Any, Failure | None]:
+        """(its result, None) or (None, why there is none)."""
+        failure, self.item = too_long, None
         if self.pipe.poll():
             try:
-                return self.pipe.recv(), ""
+                return self.pipe.recv(), None
             except (EOFError, OSError):
                 self.process.join()
-                why = f"its reader crashed (exit code {self.process.exitcode})"
+                failure = Failure(Ending.CRASHED, f"its reader crashed (exit code {self.process.exitcode})")
         self.end()
         self.start()
-        return None, why
+        return None, failure
 
     def end(self) -> None:
         self.process.kill()
@@ -126,20 +150,20 @@ class _Worker:
 def in_workers(
     function: Callable[[Item], Result], items: Iterable[Item], jobs: int, timeout_s: float, limit: str = "--timeout-s",
     *, ordered: bool = False,
-) -> Iterator[tuple[Item, Result | None, str]]:
-    """(item, function(item), '') as they finish, from `jobs` processes; (item, None, why) for one that died.
+) -> Generator[tuple[Item, Result | None, Failure | None]]:
+    """(item, function(item), None) as they finish, from `jobs` processes; (item, None, why) for one that died.
 
     `function` is importable by name and its results can be pickled. A worker past `timeout_s` seconds (set by `limit`)
     is killed and replaced, and so is one that crashes: no file can stop the others. While a result is looked at, every
     worker is busy with its next item. With `ordered` results come in the order of the items, which may be endless: at
     most two for each worker are ahead.
     """
-    too_long = f"{TIME_LIMIT} {timeout_s:g} s; allow more with {limit}"
+    too_long = Failure(Ending.TIMED_OUT, f"not finished after {timeout_s:g} s; allow more with {limit}")
     numbered = enumerate(items)
     first = list(itertools.islice(numbered, jobs))
     todo = itertools.chain(first, numbered)
     workers = [_Worker(function, number) for number, _ in enumerate(first, 1)]
-    done: dict[int, tuple[Item, Result | None, str]] = {}
+    done: dict[int, tuple[Item, Result | None, Failure | None]] = {}
     num_given = num_yielded = 0
     try:
         while True:

@@ -4,12 +4,14 @@ python -m data_tools.tiny_world.make_demo --out wantrain/assets/demo
 """
 
 import argparse
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
 
+from data_tools.command import FFMPEG, answer, needed
 from data_tools.tiny_world.clips import DEMO_SEED
 from data_tools.tiny_world.world import OBJECTS, Scene, caption, draw_scene, mask, render
 
@@ -24,7 +26,7 @@ SETS = {
 
 def write_clip(path: Path, frames_FCHW: np.ndarray, crf: int) -> None:
     """Writes an h264 mp4."""
-    writer = imageio_ffmpeg.write_frames(
+    writer = needed("imageio_ffmpeg", "make_demo", FFMPEG, "dev").write_frames(
         str(path),
         (WIDTH, HEIGHT),
         fps=FPS,
@@ -66,24 +68,33 @@ def deal(first_seed: int, count: int, objects: tuple[str, ...]) -> list[Scene]:
     return [replace(draw_scene(first_seed + i), object=objects[i % len(objects)]) for i in range(count)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+def write_sets(folder: Path, seed: int, args: argparse.Namespace) -> str:
+    """The set of this folder's name with its regularisation and held-out clips; what they are, in numbers."""
+    style, trigger, objects = SETS[folder.name]
+    write_set(folder, deal(seed, args.num_clips, objects), style, trigger, args.crf)
+    write_set(folder / "regularisation", deal(seed + 1000, args.num_regularisation, OBJECTS), "natural", "", args.crf)
+    write_set(folder / "heldout", deal(seed + 2000, args.num_held_out, objects), style, trigger, args.crf)
+    sizes = [path.stat().st_size for path in folder.rglob("*.mp4")]
+    return f"{folder.name}: {len(sizes)} clips, {sum(sizes) / 2**20:.2f} MiB"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m data_tools.tiny_world.make_demo", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", dest="folder", type=Path, required=True)
     parser.add_argument("--num-clips", type=int, default=40)
     parser.add_argument("--num-regularisation", type=int, default=14)
     parser.add_argument("--num-held-out", type=int, default=8)
     parser.add_argument("--crf", type=int, default=20)
     parser.add_argument("--seed", type=int, default=DEMO_SEED, help="first scene; base training uses 1,000,000 onwards")
-    args = parser.parse_args()
-    for number, (name, (style, trigger, objects)) in enumerate(SETS.items()):
-        seed, folder = args.seed + 10_000 * number, args.out / name
-        write_set(folder, deal(seed, args.num_clips, objects), style, trigger, args.crf)
-        plain = deal(seed + 1000, args.num_regularisation, OBJECTS)
-        write_set(folder / "regularisation", plain, "natural", "", args.crf)
-        write_set(folder / "heldout", deal(seed + 2000, args.num_held_out, objects), style, trigger, args.crf)
-        size = sum(path.stat().st_size for path in folder.rglob("*.mp4"))
-        print(f"{name}: {len(list(folder.rglob('*.mp4')))} clips, {size / 2**20:.2f} MiB")
+
+    def work(args: argparse.Namespace) -> str:
+        return "\n".join(write_sets(args.folder / name, args.seed + 10_000 * number, args)
+                         for number, name in enumerate(SETS))
+
+    return answer(parser, work, arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,6 +8,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from tests.fuzz.harness import Kind, made
@@ -41,9 +42,9 @@ def manifests() -> Kind:
             (path.parent / name).touch()
         readers: list[Callable[[], object]] = [
             lambda: manifest.read(manifest.Source("fuzz", str(path), fetched=path.parent / "fetched")),
-            lambda: [(row.id, row.clip, row.captions) for row in rows.read_rows(path)[0]]]
+            lambda: [(entry.id, entry.clip, entry.captions) for entry in rows.read_entries(path)[0]]]
         if path.suffix != ".parquet":
-            readers += [lambda: measuring.read_rows(path), lambda: review.Manifest(path).content()]
+            readers += [lambda: measuring.read(path), lambda: review.Manifest(path).content()]
         if path.suffix == ".jsonl":
             readers += [lambda: split._merged(path, {"a.mp4"}, [])]
         all_of(readers)
@@ -82,7 +83,7 @@ def captions() -> Kind:
 
     answer = "<think>it is\na cat</think> **Sure, here is the caption:** \"A cat walks. It sits.\"\n"
 
-    journals = (caption._remembered, measuring._remembered, split._remembered)
+    journals = (caption.journal_of, measuring.journal_of, split.journal_of)
 
     def attempt(path: Path) -> None:
         (path.parent / "a.mp4").write_bytes(b"film\0")
@@ -90,7 +91,7 @@ def captions() -> Kind:
         all_of([lambda: manifest.read(manifest.Source("fuzz", str(path.parent))),
                 lambda: tool.build([path.parent], path.parent / "m.jsonl", None, {}),
                 lambda: caption.gather(path.parent, path.parent / "n.jsonl"),
-                *(lambda read=read: read(path) for read in journals),
+                *(lambda of=of: replace(of(path), path=path).read() for of in journals),
                 lambda: caption.judge(caption.Answer(text), 250), lambda: caption.readable(text)])
 
     journal = json.dumps({"key": "k", "text": answer, "is_finished": True, "fault": ""}) + "\n"

@@ -362,8 +362,8 @@ def test_ordered_results_keep_their_place_where_a_worker_dies_or_hangs():
     got = list(in_workers(eval, items, 2, 0.5, ordered=True))
     assert [(item, result) for item, result, _ in got] == [(items[0], 1), (items[1], None), (items[2], None),
                                                            (items[3], 4)]
-    assert "exit code 3" in got[1][2]
-    assert "not finished after 0.5 s" in got[2][2]
+    assert "exit code 3" in str(got[1][2])
+    assert "not finished after 0.5 s" in str(got[2][2])
 
 
 def test_an_endless_row_of_items_is_taken_up_two_ahead_for_each_worker():

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from data_tools import filter as tool
+from data_tools import journal
 from tests import odd_files
 from wantrain.terms import UserError
 
@@ -55,6 +56,21 @@ def measured(*pictures, gap_s=0.125):
 
 def colour(frames_FHW):
     return np.repeat(np.stack(frames_FHW)[..., None], 3, -1)
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Clips are measured in this process, pickled as if in another; the list of files that were looked at."""
+    looked = []
+
+    def in_workers(function, jobs, number, timeout_s):
+        for job in jobs:
+            looked.append(job.path.name)
+            found = pickle.loads(pickle.dumps(function))(pickle.loads(pickle.dumps(job)))
+            yield job, pickle.loads(pickle.dumps(found)), None
+
+    monkeypatch.setattr(journal, "in_workers", in_workers)
+    return looked
 
 
 @pytest.fixture
@@ -218,7 +234,8 @@ def test_copies_are_near_and_other_shots_far(tmp_path, here):
     odd_files.ffmpeg("-i", source, "-vf", "scale=240:-2", "-crf", 30, small)
     odd_files.ffmpeg("-i", source, "-vf", "eq=brightness=0.12:contrast=0.8,pad=iw:ih+40:0:20,fps=30", bright)
     names = [*map(str, DEMO[6:9]), small.name, bright.name]
-    rows, _, _ = run(write(tmp_path / "m.jsonl", [{"video": name, "caption": ""} for name in names]))
+    entries, _, _ = run(write(tmp_path / "m.jsonl", [{"video": name, "caption": ""} for name in names]))
+    rows = [entry.values for entry in entries]
     assert rows[0]["duplicate"] == 256
     assert [row.get("duplicate_of") for row in rows] == [None, None, None, str(source), str(source)]
     assert max(row["duplicate"] for row in rows[3:]) < 15
@@ -336,19 +353,19 @@ def test_csv_stays_csv(tmp_path, cheap):
 def test_a_killed_call_goes_on_and_only_what_is_new_or_changed_is_measured(tmp_path, cheap, monkeypatch):
     films = [film_of_greys(tmp_path / f"{name}.mp4", (40, 200)) for name in "abc"]
     manifest = write(tmp_path / "m.jsonl", [{"video": f.name, "caption": "", "end_s": 0.5} for f in films])
-    given, in_workers = manifest.read_bytes(), tool.in_workers
+    given, in_workers = manifest.read_bytes(), journal.in_workers
 
     def killed(*arguments):
         yield next(in_workers(*arguments))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tool, "in_workers", killed)
+    monkeypatch.setattr(journal, "in_workers", killed)
     with pytest.raises(KeyboardInterrupt):
         run(manifest)
     assert manifest.read_bytes() == given
     with (tmp_path / "m.jsonl.measured").open("a") as memory:
         memory.write('{"key": "0", "lu')
-    monkeypatch.setattr(tool, "in_workers", in_workers)
+    monkeypatch.setattr(journal, "in_workers", in_workers)
     assert run(manifest)[2] == 1
     assert cheap == ["a.mp4", "b.mp4", "c.mp4"]
     whole = manifest.read_bytes()
@@ -368,14 +385,14 @@ def test_a_killed_call_goes_on_and_only_what_is_new_or_changed_is_measured(tmp_p
 def test_captions_written_meanwhile_are_kept(tmp_path, cheap, monkeypatch):
     film_of_greys(tmp_path / "a.mp4", (40, 200))
     manifest = write(tmp_path / "m.jsonl", [{"video": "a.mp4", "caption": ""}])
-    in_workers = tool.in_workers
+    in_workers = journal.in_workers
 
     def meanwhile(*arguments):
         yield from in_workers(*arguments)
         if len(cheap) == 1:
             write(manifest, [{"video": "a.mp4", "caption": "a caption"}, {"video": "a.mp4", "id": "b", "start_s": 0.5}])
 
-    monkeypatch.setattr(tool, "in_workers", meanwhile)
+    monkeypatch.setattr(journal, "in_workers", meanwhile)
     run(manifest)
     first, second = read(manifest)
     assert first["caption"] == "a caption"
@@ -433,16 +450,16 @@ def test_faults_of_the_manifest_are_told_together_and_nothing_is_written(tmp_pat
     assert tool.main([str(manifest)]) == 2
     said = capsys.readouterr().err
     assert "7 fault(s)" in said
-    assert re.findall(r"^  line (\d+):", said, re.M) == ["2", "3", "5", "6", "7", "8", "9"]
+    assert sorted(re.findall(r"m.jsonl line (\d+):", said)) == ["2", "3", "5", "6", "7", "8", "9"]
     assert "the id 'a.mp4' is also that of line 1" in said
     assert manifest.read_text() == "\n".join(lines)
     assert list(tmp_path.iterdir()) == [manifest]
     (tmp_path / "m.csv").write_text("video,caption\na.mp4,x,too many\n")
     assert tool.main([str(tmp_path / "m.csv")]) == 2
-    assert "line 2: no row of a manifest" in capsys.readouterr().err
-    for wrong in (tmp_path, tmp_path / "gone.jsonl"):
+    assert "line 2: 3 cells for 2 columns" in capsys.readouterr().err
+    for wrong, words in ((tmp_path, "is no manifest"), (tmp_path / "gone.jsonl", "gone.jsonl cannot be read")):
         assert tool.main([str(wrong)]) == 2
-        assert "is no manifest" in capsys.readouterr().err
+        assert words in capsys.readouterr().err
     with pytest.raises(SystemExit, match="0"):
         tool.main(["--help"])
     assert "data.limits" in capsys.readouterr().out

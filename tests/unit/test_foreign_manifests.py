@@ -101,7 +101,8 @@ def test_an_absolute_path_and_a_relative_one_are_one_clip(folder):
 
 @pytest.mark.parametrize("text", ['{"video": "clips/a.mp4", "caption": "x", "caption": "y"}', "[" * 100_000,
                                   '{"video": "clips/a.mp4", "caption": "x", "motion": 1' + "0" * 400 + "}",
-                                  '[{"video": "clips/a.mp4", "caption": "x"}'])
+                                  '[{"video": "clips/a.mp4", "caption": "x"}',
+                                  '{"video": "clips/a.mp4", "caption": "x", "start_s": true}'])
 def test_json_that_says_two_things_or_none_is_a_fault(text, folder):
     with pytest.raises(UserError, match="line 1"):
         said(folder, "m.jsonl", text)

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import strategies as st
 from pyarrow import Table, parquet
 
+from data_tools import journal
 from data_tools import manifest as tool
-from data_tools import probe
-from data_tools.rows import KINDS, Row, read_rows
+from data_tools.probing import Probed
+from data_tools.rows import Entry, read_entries, sidecars
 from data_tools.split import GUARD_S, shot_of
 from tests import odd_files
 from tests.conftest import write_clips
@@ -21,6 +22,20 @@ from wantrain.terms import UserError
 
 BYTES = b"\0\1\2\3"
 """Of a file that is only named, never opened."""
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Files are looked into in this process; the list of those that were."""
+    looked = []
+
+    def in_workers(function, items, jobs, timeout_s):
+        for item in items:
+            looked.append(Path(item).name)
+            yield item, function(item), None
+
+    monkeypatch.setattr(journal, "in_workers", in_workers)
+    return looked
 
 
 def run(*arguments):
@@ -106,7 +121,7 @@ def test_rows_that_are_there_keep_what_they_say(tmp_path, capsys):
 
 def test_files_that_probe_found_faulty_are_left_out_and_no_caption_with_them(tmp_path, capsys):
     touch(tmp_path / "in", "a.mp4", "bad.mp4", "bad.txt", "changed.mp4")
-    found = [probe.Probed(str(tmp_path / "in" / name), *tool.stamp(tmp_path / "in" / name), fault=fault)
+    found = [Probed(str(tmp_path / "in" / name), *tool.stamp(tmp_path / "in" / name), fault=fault)
              for name, fault in (("a.mp4", ""), ("bad.mp4", "bad.mp4: damaged"), ("changed.mp4", "changed.mp4: cut"))]
     write(tmp_path / "in/probe.jsonl", *(dataclasses.asdict(p) | {"path": Path(p.path).name} for p in found))
     (tmp_path / "in/changed.mp4").write_bytes(BYTES * 2)
@@ -154,7 +169,7 @@ def test_three_forms_give_the_same_rows(tmp_path):
                                     'a.mp4,"one, \u2028 two","[""x""]",007,1.5,2.0,0.25,81\nb.mp4,,,b,,,,7\n',
                                     encoding="utf-8")
     parquet.write_table(Table.from_pylist(values), tmp_path / "m.parquet")
-    read = [read_rows(tmp_path / f"m.{kind}") for kind in ("jsonl", "csv", "parquet")]
+    read = [read_entries(tmp_path / f"m.{kind}") for kind in ("jsonl", "csv", "parquet")]
     assert [faults for _, faults in read] == [[], [], []]
     for found, _ in read:
         assert [{k: v for k, v in row.values.items() if v is not None} for row in found] == [
@@ -183,7 +198,7 @@ def test_all_broken_lines_are_told_and_nothing_is_written(tmp_path, here, capsys
                        "split": [first, "--train", out, "--heldout", tmp_path / "h.jsonl"]}[verb]) == 2
     said = capsys.readouterr().err
     assert [f"m.jsonl line {n}: " in said for n in range(1, 14)] == [True, False, *[True] * 10, False]
-    assert ("m.csv line 2: more cells than columns" in said) == (verb == "merge")
+    assert ("m.csv line 2: 3 cells for 2 columns" in said) == (verb == "merge")
     assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.suffix != ".looked"} == before
 
 
@@ -335,7 +350,7 @@ def test_clashes_and_contradictions_are_told_and_prefixes_help(tmp_path, capsys)
 
 def clip(film, start_s, end_s, **columns):
     values = {"video": f"{film}.mp4", "caption": "", "start_s": start_s, "end_s": end_s} | columns
-    return Row(Path("/nowhere"), f"line {film} {start_s}", values)
+    return Entry(Path("/nowhere"), f"line {film} {start_s}", values)
 
 
 @st.composite
@@ -540,11 +555,6 @@ def test_what_a_user_does_wrong(tmp_path, capsys):
         run("split", file, "--train", "t", "--heldout", "h", "--share", "1.5")
 
 
-def test_the_columns_are_those_of_training():
-    assert set(KINDS) == set(manifest.COLUMNS)
-    assert tool.MEDIA == manifest.MEDIA
-
-
 def test_names_that_differ_in_case_or_accents_and_what_macos_leaves_beside_clips(tmp_path):
     """The same rules as for a folder that is a source."""
     from data_tools import caption, command
@@ -556,9 +566,10 @@ def test_names_that_differ_in_case_or_accents_and_what_macos_leaves_beside_clips
         (tmp_path / name).write_text(f"a caption of {name}")
     media, others = command.find_files([tmp_path])
     assert [file.name for file in media] == ["Clip.mp4", "b.mp4", f"{nfd}.mp4"]
-    texts, strays = tool._sidecars(media, others)
+    texts, strays = sidecars(media, others)
     assert {clip.name: [text.name for text in found] for clip, found in texts.items()} == {
         "Clip.mp4": ["clip.txt"], "b.mp4": ["b.TXT"], f"{nfd}.mp4": [f"{nfc}.txt"]}
     assert [text.name for text in strays] == ["c.txt"]
-    assert {stem: [text.name for text in found] for stem, found in caption.sidecars(tmp_path).items()} == {
-        "Clip": ["clip.txt"], "b": ["b.TXT"], nfd: [f"{nfc}.txt"]}
+    rows = [Entry(tmp_path, "", {"video": file.name}) for file in media]
+    assert caption.from_texts(rows, "sidecars")[0] == [[f"a caption of {name}"] for name in (
+        "clip.txt", "b.TXT", f"{nfc}.txt")]

@@ -8,7 +8,7 @@ from PIL import Image
 
 from data_tools import caption, command
 from data_tools import manifest as tool
-from data_tools.rows import sound_rows
+from data_tools.rows import sound_entries
 from wantrain.data import manifest, plan
 from wantrain.data.cache import Cache
 from wantrain.terms import Bucket, Found
@@ -49,7 +49,7 @@ def merged(folder, out):
 
 def divided(folder, out):
     run(tool.main, "build", folder, "--out", out / "d.jsonl")
-    rows, = sound_rows([out / "d.jsonl"])
+    rows, = sound_entries([out / "d.jsonl"])
     tool.divide(rows, tool.Rule(0.1, None, 0, False), {row.clip: False for row in rows[::2]})
     assert not tool._notes(rows)[1:]
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools import probe as tool
+from data_tools import probing as tool
 from tests import odd_files
 from wantrain.data import decode, media, plan
 from wantrain.data.cache import LATENTS, Cache

@@ -20,7 +20,7 @@ from tests.conftest import moving_square
 from wantrain import cli, pictures
 from wantrain.data import decode, media, plan
 from wantrain.data.plan import Rules
-from wantrain.jobs import TIME_LIMIT, in_workers
+from wantrain.jobs import Ending, Failure, in_workers
 from wantrain.terms import Bucket, Clip, Found, UserError
 
 quickly = hypothesis.settings(max_examples=100, deadline=None, database=None, derandomize=True)
@@ -419,7 +419,7 @@ def looked(monkeypatch):
     def here(function, items, *_):
         for item in items:
             seen.append(item)
-            yield item, function(item), ""
+            yield item, function(item), None
 
     monkeypatch.setattr(media, "in_workers", here)
     return seen
@@ -472,7 +472,7 @@ def test_a_last_line_cut_off_by_a_kill_costs_that_line_only(three, looked, tmp_p
 
 def test_what_was_found_before_a_kill_is_kept(three, monkeypatch, tmp_path):
     def dies_after_one(function, items, *_):
-        yield items[0], function(items[0]), ""
+        yield items[0], function(items[0]), None
         assert '"width": 8' in (tmp_path / "cache" / "sources.jsonl").read_text()
         raise KeyboardInterrupt
 
@@ -488,14 +488,14 @@ def test_what_was_found_before_a_kill_is_kept(three, monkeypatch, tmp_path):
 def test_a_file_that_hangs_is_a_fault_after_the_limit_and_stops_nothing(three, tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")
     found = media.look_all([tmp_path / "pipe.mp4", *three], tmp_path / "cache", 1, 1.0)
-    assert found[tmp_path / "pipe.mp4"].fault.startswith(f"{TIME_LIMIT} 1 s; allow more with data.timeout_s")
+    assert found[tmp_path / "pipe.mp4"].fault == "not finished after 1 s; allow more with data.timeout_s"
     assert [found[path].width for path in three] == [8, 9, 0]
 
 
 def test_a_look_that_crashes_or_hangs_takes_no_other_with_it():
     work = ["1 + 1", "__import__('os')._exit(7)", "__import__('time').sleep(99)", "'last'"]
     got = {item: (result, why) for item, result, why in in_workers(eval, work, 1, 0.5)}
-    assert got[work[0]] == (2, "")
-    assert got[work[1]] == (None, "its reader crashed (exit code 7)")
-    assert got[work[2]][1].startswith(TIME_LIMIT)
-    assert got[work[3]] == ("last", "")
+    assert got[work[0]] == (2, None)
+    assert got[work[1]] == (None, Failure(Ending.CRASHED, "its reader crashed (exit code 7)"))
+    assert got[work[2]][1].ending is Ending.TIMED_OUT
+    assert got[work[3]] == ("last", None)

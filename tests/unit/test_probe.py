@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -9,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools import command, probe
+from data_tools import command, journal, probe, probing
 from tests import odd_files
-from wantrain import jobs
 from wantrain.data import decode
+from wantrain.jobs import Ending, Failure
 from wantrain.terms import UserError
 
 
@@ -33,7 +35,7 @@ def done(folder, tmp_path_factory):
     """(what the command found by file name, ignored files, where it wrote)."""
     out = tmp_path_factory.mktemp("out") / "probe.jsonl"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe, "probe_files", lambda paths, jobs, timeout_s: map(probe.probe_file, paths))
+        patch.setattr(journal, "in_workers", in_this_process(probing.probe_file))
         found, ignored = probe.run([folder], out, jobs=1, timeout_s=60)
     return {Path(p.path).name: p for p in found}, ignored, out
 
@@ -84,11 +86,16 @@ def test_lines_read_back_with_paths_that_open(done):
     assert all(not Path(json.loads(line)["path"]).is_absolute() for line in out.read_text().splitlines())
 
 
+def in_this_process(function):
+    """Takes the place of the workers."""
+    return lambda _, paths, jobs, timeout_s: ((path, function(path), None) for path in paths)
+
+
 def noted(path):
     """A probe that leaves a note of each call (it runs in a worker)."""
     with path.with_name("calls").open("a") as file:
         file.write(path.name + "\n")
-    return probe.probe_file(path)
+    return probing.probe_file(path)
 
 
 def crash_on_b(path):
@@ -113,7 +120,7 @@ def three(tmp_path):
 
 def test_a_second_call_looks_only_at_what_changed(three, monkeypatch):
     files, calls, out = command.find_files([three])[0], three / "calls", three / "out" / "probe.jsonl"
-    monkeypatch.setattr(probe, "probe_files", lambda paths, jobs, timeout_s: map(noted, paths))
+    monkeypatch.setattr(journal, "in_workers", in_this_process(noted))
     first = probe.run(files, out, 1, 60)
     assert calls.read_text().split() == ["a.png", "b.png", "c.png"]
     assert probe.run(files, out, 1, 60) == first
@@ -127,46 +134,55 @@ def test_a_second_call_looks_only_at_what_changed(three, monkeypatch):
 
 
 def test_a_kill_loses_nothing(three, monkeypatch):
-    def killed(paths, jobs, timeout_s):
-        yield from map(noted, paths[:2])
+    def killed(_, paths, jobs, timeout_s):
+        yield from in_this_process(noted)(_, paths[:2], jobs, timeout_s)
         raise KeyboardInterrupt
 
     calls, out = three / "calls", three / "out" / "probe.jsonl"
     files = command.find_files([three])[0]
-    monkeypatch.setattr(probe, "probe_files", killed)
+    monkeypatch.setattr(journal, "in_workers", killed)
     with pytest.raises(KeyboardInterrupt):
         probe.run(files, out, 1, 60)
     assert not out.exists()
-    with out.with_name("probe.jsonl.journal").open("a") as journal:
-        journal.write('{"path": "../c.png", "size_by')
-    monkeypatch.setattr(probe, "probe_files", lambda paths, jobs, timeout_s: map(noted, paths))
+    with out.with_name("probe.jsonl.journal").open("a") as memory:
+        memory.write('{"path": "../c.png", "size_by')
+    monkeypatch.setattr(journal, "in_workers", in_this_process(noted))
     assert len(probe.run(files, out, 1, 60)[0]) == 3
     assert calls.read_text().split() == ["a.png", "b.png", "c.png"]
     assert [p.name for p in out.parent.iterdir()] == ["probe.jsonl"]
 
 
-@pytest.mark.parametrize(("function", "timeout_s", "cause"), [
-    (hang_on_b, 2, "not finished after 2 s; allow more with --timeout-s"),
-    (crash_on_b, 60, "its reader crashed (exit code -11)"),
+@pytest.mark.parametrize(("function", "timeout_s", "ending", "cause"), [
+    (hang_on_b, 2, Ending.TIMED_OUT, "not finished after 2 s; allow more with --timeout-s"),
+    (crash_on_b, 60, Ending.CRASHED, "its reader crashed (exit code -11)"),
 ])
-def test_a_file_that_hangs_or_crashes_its_reader_stops_nothing(three, function, timeout_s, cause):
+def test_a_file_that_hangs_or_crashes_its_reader_stops_nothing(three, function, timeout_s, ending, cause):
     began = time.monotonic()
-    found = {Path(p.path).name: p for p in probe.probe_files(sorted(three.glob("*.png")), 1, timeout_s, function)}
+    files = {path.name: path for path in sorted(three.glob("*.png"))}
+    outcomes = {name: outcome for some in journal.by_workers(function, files, probing.failed, 1, timeout_s)(files)
+                for name, outcome in some.items()}
+    found = {name: outcome.result for name, outcome in outcomes.items()}
     assert time.monotonic() - began < 100
     assert {name: p.fault for name, p in found.items()} == {
         "a.png": "", "b.png": f"{three / 'b.png'}: {cause}", "c.png": ""}
+    assert [outcome.ending for _, outcome in sorted(outcomes.items())] == [Ending.DONE, ending, Ending.DONE]
     assert found["b.png"].size_bytes == (three / "b.png").stat().st_size
 
 
-def test_a_file_that_ran_into_the_limit_is_tried_again(three, monkeypatch):
+def test_a_file_that_ran_into_the_limit_is_tried_again_and_one_that_crashed_is_not(three, monkeypatch):
     files, out = command.find_files([three])[0], three / "out" / "probe.jsonl"
-    late = f"b.png: {jobs.TIME_LIMIT} 1 s"
-    monkeypatch.setattr(probe, "probe_files", lambda paths, jobs, timeout_s: (
-        probe.dataclasses.replace(noted(p), fault=late if p.name == "b.png" else "") for p in paths))
-    assert probe.run(files, out, 1, 1)[0][1].fault == late
-    monkeypatch.setattr(probe, "probe_files", lambda paths, jobs, timeout_s: map(noted, paths))
-    assert probe.run(files, out, 1, 60)[0][1].fault == ""
-    assert (three / "calls").read_text().split() == ["a.png", "b.png", "c.png", "b.png"]
+    failures = {"b.png": Failure(Ending.TIMED_OUT, "late"), "c.png": Failure(Ending.CRASHED, "not finished after 1 s")}
+
+    def some_fail(_, paths, jobs, timeout_s):
+        yield from ((path, None if path.name in failures else noted(path), failures.get(path.name)) for path in paths)
+
+    monkeypatch.setattr(journal, "in_workers", some_fail)
+    found, _ = probe.run(files, out, 1, 1)
+    assert [(p.fault.rpartition(": ")[2], p.is_timed_out) for p in found] == [
+        ("", False), ("late", True), ("not finished after 1 s", False)]
+    monkeypatch.setattr(journal, "in_workers", in_this_process(noted))
+    assert [bool(p.fault) for p in probe.run(files, out, 1, 60)[0]] == [False, False, True]
+    assert (three / "calls").read_text().split() == ["a.png", "b.png"]
 
 
 @pytest.mark.parametrize(("times_s", "tick", "claim", "expected"), [
@@ -178,7 +194,7 @@ def test_a_file_that_ran_into_the_limit_is_tried_again(three, monkeypatch):
     (np.zeros(1), Fraction(1, 24), Fraction(24), (0.0, False)),
 ])
 def test_the_rate_is_what_the_times_say(times_s, tick, claim, expected):
-    assert probe.rate(times_s, tick, [claim])[:2] == expected
+    assert probing.rate(times_s, tick, [claim])[:2] == expected
 
 
 def test_a_named_file_is_never_ignored_and_links_are_followed_once(tmp_path):
@@ -197,15 +213,23 @@ def test_a_name_that_is_not_utf8_is_a_fault_and_can_be_written(tmp_path):
     path = Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9.png"))
     odd_files.make(tmp_path, ["still.png"])
     (tmp_path / "still.png").rename(path)
-    found = probe.probe_file(path)
+    found = probing.probe_file(path)
     assert "not UTF-8" in found.fault
     (tmp_path / "probe.jsonl").write_text(probe._line(found, tmp_path / "probe.jsonl"))
     assert probe.read(tmp_path / "probe.jsonl") == [found]
     print(probe.summary([found], []))
 
 
+def test_help_loads_nothing_that_reads_pictures():
+    code = ("import contextlib, sys\nfrom data_tools import probe\nwith contextlib.suppress(SystemExit):\n"
+            "    probe.main(['--help'])\nprint('loaded:', *{'av', 'numpy', 'PIL', 'tqdm', 'hashlib'} & {*sys.modules})")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\nloaded:\n")
+    assert "--timeout-s" in done.stdout
+
+
 def test_the_command_and_its_faults(three, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(probe, "probe_files", lambda paths, jobs, timeout_s: map(probe.probe_file, paths))
+    monkeypatch.setattr(journal, "in_workers", in_this_process(probing.probe_file))
     assert probe.main([str(three), "--out", str(tmp_path / "p.jsonl"), "--jobs", "1"]) == 0
     assert "found 3 = 3 probed + 0 faulty + 0 ignored" in capsys.readouterr().out
     assert probe.main([str(three / "none")]) == 2

@@ -15,6 +15,7 @@ from data_tools import review
 from data_tools.review import Edit, Manifest
 from tests import odd_files
 from wantrain.data.decode import choose_frames
+from wantrain.jobs import Ending, Failure
 from wantrain.terms import UserError
 
 ROWS = [
@@ -157,7 +158,7 @@ def test_csv_records_stay_as_they_are(tmp_path):
 def test_all_faults_are_told_with_their_lines_and_stay_in_the_file(path, capsys, monkeypatch):
     monkeypatch.setattr(review.Review, "serve_forever", lambda server: None)
     path.write_bytes(path.read_bytes() + b'\n{"video": \n[1]\n{"video": "x", "captions": "y"}\n'
-                     b'{"video": "x", "start_s": "3"}\n{"video": "x", "caption": 7}\n')
+                     b'{"video": "x", "start_s": "soon"}\n{"video": "x", "caption": 7}\n')
     assert review.main([str(path)]) == 2
     said = capsys.readouterr().err
     assert "has 5 fault(s)" in said
@@ -251,7 +252,7 @@ def server(path, film, monkeypatch):
     """A server that makes previews in its own process."""
     (path.parent / "film.mp4").symlink_to(film)
     (path.parent / "secret.txt").write_text("not for the page")
-    monkeypatch.setattr(review, "in_workers", lambda do, items, jobs, timeout_s: ((i, do(i), "") for i in items))
+    monkeypatch.setattr(review, "in_workers", lambda do, items, jobs, timeout_s: ((i, do(i), None) for i in items))
     server = review.Review(Manifest(path), path.parent / "previews", 16, "sks", 0, jobs=1, timeout_s=9)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -426,7 +427,7 @@ def test_a_preview_is_made_once_and_no_more_than_jobs_at_a_time(server, path, mo
         most.append(len(busy))
         made.append(items[0].target)
         time.sleep(0.1)
-        yield items[0], do(busy.pop()), ""
+        yield items[0], do(busy.pop()), None
 
     monkeypatch.setattr(review, "in_workers", slow)
     threads = [threading.Thread(target=server.preview, args=(key, lambda: False))
@@ -445,7 +446,7 @@ def test_a_source_on_another_machine_is_not_fetched(tmp_path):
 
 def test_previews_are_made_by_workers_with_a_time_limit(server, monkeypatch):
     def late(do, items, jobs, timeout_s):
-        yield items[0], None, f"not finished after {timeout_s:g} s"
+        yield items[0], None, Failure(Ending.TIMED_OUT, f"not finished after {timeout_s:g} s")
 
     monkeypatch.setattr(review, "in_workers", late)
     with pytest.raises(UserError, match=r"film.mp4: not finished after 9 s"):

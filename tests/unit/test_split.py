@@ -12,7 +12,7 @@ import av
 import numpy as np
 import pytest
 
-from data_tools import split
+from data_tools import journal, split
 from tests import odd_files
 from tests.splitting import DEMO, RULES, rows, run
 from wantrain.data import decode, manifest
@@ -26,6 +26,29 @@ UNEVEN_MS = tuple(np.cumsum(np.random.default_rng(0).integers(17, 70, sum(SHOTS)
 @pytest.fixture(scope="module")
 def film():
     return odd_files.film_of_shots(SHOTS)
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Jobs run in this process, pickled as if they went to another; the list of films that were looked at."""
+    looked = []
+
+    def in_workers(function, jobs, number, timeout_s):
+        for job in jobs:
+            looked.append(job.path.name)
+            found = pickle.loads(pickle.dumps(function))(pickle.loads(pickle.dumps(job)))
+            yield job, pickle.loads(pickle.dumps(found)), None
+
+    monkeypatch.setattr(journal, "in_workers", in_workers)
+    return looked
+
+
+def run(paths, out, rules=RULES, cut_to=None):
+    return split.run(paths, out, rules, cut_to, jobs=1, timeout_s=60)[0]
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def nearest(frames_FHWC, film_FHWC):
@@ -203,19 +226,19 @@ def test_the_manifest_is_one_and_captions_stay(tmp_path, film, here):
 def test_a_killed_call_goes_on_and_only_what_is_new_is_looked_at(tmp_path, film, here, monkeypatch):
     for name in ("a.mp4", "b.mp4"):
         odd_files.write_film(tmp_path / name, film)
-    out, in_workers = tmp_path / "out" / "m.jsonl", split.in_workers
+    out, in_workers = tmp_path / "out" / "m.jsonl", journal.in_workers
 
     def killed(*given):
         yield next(in_workers(*given))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(split, "in_workers", killed)
+    monkeypatch.setattr(journal, "in_workers", killed)
     with pytest.raises(KeyboardInterrupt):
         run([tmp_path], out)
     assert not out.exists()
     with out.with_name("m.jsonl.shots").open("a") as memory:
         memory.write('{"key": "0", "pa')
-    monkeypatch.setattr(split, "in_workers", in_workers)
+    monkeypatch.setattr(journal, "in_workers", in_workers)
     run([tmp_path], out)
     assert here == ["a.mp4", "b.mp4"]
     whole = rows(out)
@@ -300,7 +323,7 @@ def test_what_a_user_does_wrong(tmp_path, here, capsys):
     assert "--max-s 3 is less than twice --min-s 2" in capsys.readouterr().err
     (tmp_path / "m.jsonl").write_text("no manifest\n")
     assert split.main([str(tmp_path), "--out", str(tmp_path / "m.jsonl")]) == 2
-    assert "is no manifest of JSON lines" in capsys.readouterr().err
+    assert "m.jsonl line 1: not JSON" in capsys.readouterr().err
     assert (tmp_path / "m.jsonl").read_text() == "no manifest\n"
     with pytest.raises(SystemExit, match="0"):
         split.main(["--help"])

@@ -1,5 +1,7 @@
 """What the data tools cannot do is one message and exit code 2; nothing is lost or left half done."""
 
+import argparse
+import hashlib
 import json
 import os
 import resource
@@ -7,8 +9,10 @@ import sys
 
 import pytest
 
-from data_tools import caption, filter, manifest, review, split
-from data_tools.command import answer, journal
+from data_tools import caption, cut_footage, filter, manifest, review, split
+from data_tools.command import answer
+from data_tools.journal import appending
+from data_tools.tiny_world import make_demo
 from tests import odd_files
 from tests.splitting import RULES, rows, run
 from wantrain.files import atomic_path, remembered
@@ -66,10 +70,10 @@ def test_outputs_that_would_overwrite_are_refused(tmp_path, capsys):
 
 
 def test_an_os_error_is_told_with_its_path(tmp_path, capsys):
-    def work():
+    def work(args):
         raise PermissionError(13, "Permission denied", str(tmp_path / "locked"))
 
-    assert answer(work, []) == 2
+    assert answer(argparse.ArgumentParser(), work, []) == 2
     assert f"error: {tmp_path / 'locked'}: Permission denied" in capsys.readouterr().err
     for out in ("/proc/nowhere/m.jsonl", "/dev/null/m.jsonl"):
         (tmp_path / "a.mp4").touch()
@@ -111,10 +115,10 @@ def test_cutting_onto_a_full_disk_loses_nothing(tmp_path, here, request):
 
 def test_a_journal_keeps_every_line(tmp_path, small_disk):
     path = tmp_path / "j"
-    with journal(path) as write:
+    with appending(path) as write:
         write(json.dumps({"key": ODD}, ensure_ascii=False) + "\n")
         write('[1]\n"x"\n' + "[" * 99 + '\n{"key": "cut')
-    with journal(path) as write:
+    with appending(path) as write:
         write('{"key": "last"}\n')
         with pytest.raises(UserError, match="could not write"):
             write("x" * 4096)
@@ -122,12 +126,12 @@ def test_a_journal_keeps_every_line(tmp_path, small_disk):
 
 
 def test_the_tools_remember_what_holds_odd_ends_of_lines(tmp_path):
-    for read, value in ((caption._remembered, caption.Answer(ODD)), (filter._remembered, filter.Measured(fault=ODD))):
-        with journal(tmp_path / "j") as write:
+    for tool, value in ((caption, caption.Answer(ODD)), (filter, filter.Measured(fault=ODD))):
+        journal = tool.journal_of(tmp_path / "m.jsonl")
+        with appending(journal.path) as write:
             row = {name: getattr(value, name) for name in value.__dataclass_fields__}
             write(json.dumps({"key": "k"} | row, ensure_ascii=False) + "\n")
-        assert read(tmp_path / "j") == {"k": value}
-        (tmp_path / "j").unlink()
+        assert journal.read() == {"k": value}
 
 
 @pytest.mark.parametrize(("name", "module"), [("split", "scenedetect"), ("filter", "cv2")])
@@ -143,6 +147,21 @@ def test_a_missing_package_is_named_with_its_command(tmp_path, monkeypatch, caps
     assert 'pip install "wantrain[data]"' in told
     with pytest.raises(SystemExit, match="0"):
         tool.main(["--help"])
+
+
+@pytest.mark.parametrize("tool", [cut_footage, make_demo], ids=["cut_footage", "make_demo"])
+def test_the_maintainers_tools_name_the_package_of_ffmpeg(tmp_path, monkeypatch, capsys, tool):
+    excerpt = tmp_path / "excerpt.mp4"
+    excerpt.write_bytes(b"film")
+    monkeypatch.setattr(cut_footage, "EXCERPT_SHA256", hashlib.sha256(b"film").hexdigest())
+    monkeypatch.setattr(cut_footage.shutil, "which", lambda name: None)
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    given = [str(excerpt)] if tool is cut_footage else []
+    (tmp_path / "out").mkdir()
+    assert tool.main([*given, "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert "needs the package imageio_ffmpeg" in told
+    assert 'next: pip install "wantrain[dev]"    (or: pip install "imageio-ffmpeg>=0.6,<1")' in told
 
 
 @pytest.mark.parametrize("name", TOOLS)

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-import fsspec
-
 from wantrain.data.tables import SUFFIXES, Row, text_of
 from wantrain.files import owner
 from wantrain.terms import PARTNERS
@@ -52,6 +50,8 @@ def read_folder(path: str, account: Account) -> Iterator[tuple[str, Row | str]]:
     Captions are NAME.txt and NAME.*.txt (further ones), partners NAME.* in control/, mask/, ...; a name that differs
     in case or in the form of its accents belongs to the clip as well, where there is one such clip alone.
     """
+    import fsspec  # the data tools need the rest of this module, and no other file system
+
     filesystem, root = fsspec.core.url_to_fs(path)
     files, folders = _entries(filesystem, root, "", account)
     for name in folders:

@@ -7,12 +7,9 @@ A folder with sidecars; .jsonl, .csv or .parquet; WebDataset shards (.tar); each
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import os
 import posixpath
 import shlex
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -32,10 +29,13 @@ from wantrain.data.tables import (
     MEDIA,
     SUFFIXES,
     Row,
+    captions_of,
     columns_of,
-    one_line,
+    lacking,
+    number_of,
     proposed,
     rows_of,
+    spelled,
 )
 from wantrain.files import atomic_path
 from wantrain.terms import PARTNERS, Clip, Media, Remote, UserError
@@ -149,17 +149,15 @@ def _sorted_out(source: Source, rows: Sequence[tuple[str, Row | str]]) -> tuple[
 
 def _refuse_columns(source: Source, rows: Sequence[Row], fault: str) -> None:
     """Raise UserError where no row has a column for the video, or none for the caption, and say what there is."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    known = {ours for row in rows for ours in columns_of(row, source.columns)}
-    lacking = [ours for ours in ("video", "caption") if not known & {ours, f"{ours}s"}]
-    if not lacking or not names or {*names} <= {*COLUMNS}:
+    names, missing = lacking(rows, source.columns)
+    if not missing or not names or {*names} <= {*COLUMNS}:
         return
-    pairs = {**source.columns, **{ours: theirs for ours, theirs in proposed(rows[0]).items() if ours in lacking}}
+    pairs = {**source.columns, **{ours: theirs for ours, theirs in proposed(rows[0]).items() if ours in missing}}
     said = "{" + ", ".join(f"{ours}: {theirs}" for ours, theirs in pairs.items()) + "}"
     raise UserError(f"source {source.name!r}: {source.path} has the columns {', '.join(map(repr, names))}, and none "
-                    f"that is certainly the {' and the '.join(lacking)}:\n  {fault}",
+                    f"that is certainly the {' and the '.join(missing)}:\n  {fault}",
                     f"say which they are: {shlex.quote(f'{source.columns_key}={said}')}" if source.columns_key else
-                    f"give them these names in the file: {', '.join(lacking)}")
+                    f"give them these names in the file: {', '.join(missing)}")
 
 
 def _rows(source: Source, account: Account) -> Iterator[tuple[str, Row | str]]:
@@ -214,9 +212,9 @@ def _clip(given: Row, source: Source) -> tuple[Clip | None, str]:
             return None, "no video"
         name = _name(video, source)
         name.encode()  # UnicodeEncodeError is a ValueError
-        measures = {str(column): _number(str(column), value) for column, value in measured.items()}
-        start_s, end_s = _number("start_s", row.get("start_s")) or 0.0, _number("end_s", row.get("end_s"))
-        captions, where = _captions(row), {kind: _media(row.get(kind), source) for kind in MEDIA}
+        measures = {str(column): number_of(str(column), value) for column, value in measured.items()}
+        start_s, end_s = number_of("start_s", row.get("start_s")) or 0.0, number_of("end_s", row.get("end_s"))
+        captions, where = captions_of(row), {kind: _media(row.get(kind), source) for kind in MEDIA}
     except (ValueError, RecursionError) as error:
         return None, str(error)
     clip = Clip(f"{source.name}/{row.get('id') or name}", where["video"] or Path(), captions[0] if captions else "",
@@ -244,55 +242,12 @@ def _name(media: Any, source: Source) -> str:
     name = str(media)
     if "://" in name:
         return name
-    return posixpath.normpath(name if source.is_remote else _spelled(_folder_of(source), name))
+    return posixpath.normpath(name if source.is_remote else spelled(_folder_of(source), name))
 
 
 def _folder_of(source: Source) -> Path:
     """Where the paths of a source of this machine begin."""
     return source.local if source.is_folder else source.local.parent
-
-
-def _spelled(folder: Path, name: str) -> str:
-    """The path as the disk has it: as written, or without blanks around it, with / for the \\ of Windows, or with
-    another form of accents; as written where none is there. ValueError where the disk refuses to look.
-    """
-    names = [name, name.strip(), name.strip().replace("\\", "/")]
-    names += [unicodedata.normalize(form, names[-1]) for form in ("NFC", "NFD")]
-    try:
-        return next((one for one in dict.fromkeys(names) if (folder / one).is_file()), name)
-    except OSError as error:
-        raise ValueError(f"{folder / name}: {error.strerror}") from error
-
-
-def _number(column: str, value: Any) -> float | None:
-    """The number, None where there is none. ValueError for anything else."""
-    if value is None or value == "":
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{column} is a number, not {value!r}" if column in COLUMNS else f"unknown column {column!r} "
-                         f"with {value!r}; known: {', '.join(COLUMNS)}; any other holds numbers (the source's "
-                         "columns={OURS: THEIRS} renames)") from None
-    if math.isinf(number):
-        raise ValueError(f"{column} is a number, not {value!r}")
-    return None if math.isnan(number) else number
-
-
-def _captions(row: Row) -> list[str]:
-    """Every caption of the clip, on one line each; empty where the row has none."""
-    further = row.get("captions") or []
-    if isinstance(further, str) and further.startswith("["):  # a cell of a .csv
-        try:
-            further = json.loads(further)
-        except RecursionError as error:
-            raise ValueError("captions is nested too deep") from error
-    if not isinstance(further, list) or not all(isinstance(text, str) for text in further):
-        raise ValueError("captions is a list of texts")
-    if not isinstance(row.get("caption"), str | None):
-        raise ValueError(f"caption is a text, not {row['caption']!r}")
-    first = [] if row.get("caption") is None else [row["caption"]]
-    return list(dict.fromkeys(one_line(text) for text in [*first, *further]))
 
 
 def _media(value: Any, source: Source) -> Media | None:
@@ -319,7 +274,7 @@ def _media(value: Any, source: Source) -> Media | None:
             raise ValueError(f"missing file {remote}")
         return Remote(remote, PurePosixPath(name).name, str(filesystem.ukey(place)))
     folder = _folder_of(source)
-    path = folder / _spelled(folder, name)
+    path = folder / spelled(folder, name)
     if not path.is_file():
         raise ValueError(f"missing file {path}" + ("; its \\ is a part of the name here" if "\\" in name else ""))
     return path

@@ -145,7 +145,7 @@ def look_all(media: Sequence[Media], folder: Path, jobs: int, timeout_s: float) 
     with memory.open("a", encoding="utf-8") as file, progress(len(keys), len(found), "file", "look", delay_s=2) as bar:
         file.write("\n")  # ends a line that a kill cut off
         for one, seen, why in in_workers(look, unknown, jobs, timeout_s, "data.timeout_s"):
-            found[one] = seen or Found(fault=why)
+            found[one] = seen or Found(fault=str(why))
             if not found[one].fault:
                 file.write(json.dumps({"key": keys[one], **dataclasses.asdict(found[one])}) + "\n")
                 file.flush()

@@ -9,10 +9,11 @@ import codecs
 import csv
 import io
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from wantrain.terms import IMAGE_SUFFIXES, PARTNERS, VIDEO_SUFFIXES
@@ -20,6 +21,9 @@ from wantrain.terms import IMAGE_SUFFIXES, PARTNERS, VIDEO_SUFFIXES
 MEDIA = ("video", *PARTNERS)
 COLUMNS = (*MEDIA, "caption", "captions", "id", "start_s", "end_s", "duplicate_of")
 """What a row may say; every other column is a measurement, and a number."""
+
+TEXTS = (*MEDIA, "caption", "captions", "id", "duplicate_of")
+"""Those of them whose cells stay texts in a table without types."""
 
 ALIASES = {
     **{kind: (f"{kind}_path", f"{kind}_file") for kind in PARTNERS},
@@ -233,3 +237,55 @@ def proposed(row: Row) -> dict[str, str]:
              if PurePosixPath(value.replace("\\", "/").strip()).suffix.lower() in SUFFIXES]
     others = sorted((name for name in texts if name not in files), key=lambda name: -len(texts[name]))
     return {"video": files[0] if files else "NAME", "caption": others[0] if others else "NAME"}
+
+
+def lacking(rows: Sequence[Row], columns: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """(the columns that the rows have, "video" and "caption" where none of these is certainly that)."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    known = {ours for row in rows for ours in columns_of(row, columns)}
+    return names, [ours for ours in ("video", "caption") if not known & {ours, f"{ours}s"}]
+
+
+def number_of(column: str, value: Any) -> float | None:
+    """The number, None where there is none. ValueError for anything else."""
+    if value is None or value == "":
+        return None
+    try:
+        if isinstance(value, bool) and column in COLUMNS:
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{column} is a number, not {value!r}" if column in COLUMNS else f"unknown column {column!r} "
+                         f"with {value!r}; known: {', '.join(COLUMNS)}; any other holds numbers (the source's "
+                         "columns={OURS: THEIRS} renames)") from None
+    if math.isinf(number):
+        raise ValueError(f"{column} is a number, not {value!r}")
+    return None if math.isnan(number) else number
+
+
+def captions_of(row: Row) -> list[str]:
+    """Every caption of the clip, on one line each; empty where the row has none."""
+    further = row.get("captions") or []
+    if isinstance(further, str) and further.startswith("["):  # a cell of a .csv
+        try:
+            further = json.loads(further)
+        except RecursionError as error:
+            raise ValueError("captions is nested too deep") from error
+    if not isinstance(further, list) or not all(isinstance(text, str) for text in further):
+        raise ValueError("captions is a list of texts")
+    if not isinstance(row.get("caption"), str | None):
+        raise ValueError(f"caption is a text, not {row['caption']!r}")
+    first = [] if row.get("caption") is None else [row["caption"]]
+    return list(dict.fromkeys(one_line(text) for text in [*first, *further]))
+
+
+def spelled(folder: Path, name: str) -> str:
+    """The path as the disk has it: as written, or without blanks around it, with / for the \\ of Windows, or with
+    another form of accents; as written where none is there. ValueError where the disk refuses to look.
+    """
+    names = [name, name.strip(), name.strip().replace("\\", "/")]
+    names += [unicodedata.normalize(form, names[-1]) for form in ("NFC", "NFD")]
+    try:
+        return next((one for one in dict.fromkeys(names) if (folder / one).is_file()), name)
+    except OSError as error:
+        raise ValueError(f"{folder / name}: {error.strerror}") from error

@@ -185,7 +185,7 @@ def cards(recipe: Opened, shown: Sequence[PlannedClip], count: Callable[[str], i
                          "data.timeout_s", ordered=True)
     with progress(len(shown), 0, "clip", "report", delay_s=2) as bar:
         for (planned, _), result, why in decoded:
-            found, _, fault = result or ({}, "", why)
+            found, _, fault = result or ({}, "", str(why))
             frames = found.get(CLIP)
             texts = batches.captions_of(planned.clip, 0)
             to_s = planned.start_s + planned.bucket.num_frames / planned.fps

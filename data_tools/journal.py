@@ -1,0 +1,127 @@
+"""Long work item by item: results by key, in worker processes, with a progress bar, remembered as they come."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+import av
+
+from data_tools.command import json_line, shown
+from wantrain.files import remembered
+from wantrain.jobs import Ending, Failure, in_workers, progress
+from wantrain.terms import UserError
+
+UNREADABLE = (UserError, av.FFmpegError, OSError, ValueError)
+"""What a file that cannot be read or decoded raises."""
+
+
+def fault_of(path: Path, error: Exception) -> str:
+    """What people are told of one of UNREADABLE."""
+    if isinstance(error, UserError):
+        return error.message
+    how = " cannot be decoded" if isinstance(error, av.FFmpegError) else ""
+    return f"{shown(path)}{how}: {getattr(error, 'strerror', None) or error}"
+
+
+class Told(Protocol):
+    """A result: a dataclass that tells by `fault` what is wrong with its item, '' if nothing."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def fault(self) -> str: ...
+
+
+Key = TypeVar("Key")
+Item = TypeVar("Item")
+Result = TypeVar("Result", bound=Told)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome(Generic[Result]):
+    """What came of the work on one item."""
+
+    result: Result
+    ending: Ending
+
+
+Outcomes = Mapping[Key, Outcome[Result]]
+
+
+def by_workers(function: Callable[[Item], Result], items: Mapping[Key, Item], failed: Callable[[Item, Failure], Result],
+               jobs: int, timeout_s: float) -> Callable[[Iterable[Key]], Generator[Outcomes[Key, Result]]]:
+    """What gives the outcomes of items by their keys, as they finish in `wantrain.jobs.in_workers`.
+
+    `failed` makes the result of an item that has none. No two keys have the same item.
+    """
+
+    def work(wanted: Iterable[Key]) -> Generator[Outcomes[Key, Result]]:
+        keys = {items[key]: key for key in wanted}
+        with contextlib.closing(in_workers(function, list(keys), jobs, timeout_s)) as answers:
+            for item, result, failure in answers:
+                if failure or result is None:
+                    assert failure, "what has no result says why"
+                    yield {keys[item]: Outcome(failed(item, failure), failure.ending)}
+                else:
+                    yield {keys[item]: Outcome(result, Ending.FAULT if result.fault else Ending.DONE)}
+
+    return work
+
+
+@dataclass(frozen=True, slots=True)
+class Journal(Generic[Result]):
+    """Results by key in a file, a JSON line each, written when they are there: a kill loses only what is in work.
+
+    `restore` makes a result of a line without its key. Remembered are results of the endings `kept`; what ended
+    otherwise is tried again by the next call.
+    """
+
+    path: Path
+    restore: Callable[[dict[str, Any]], Result]
+    kept: Collection[Ending] = (Ending.DONE,)
+
+    def read(self) -> dict[str, Result]:
+        """What is remembered. Left out are a line that a kill cut off and lines of another version."""
+        return dict(remembered(self.path, lambda row: (row.pop("key"), self.restore(row))))
+
+    def filled(self, known: Mapping[str, Result], keys: Sequence[str],
+               work: Callable[[Sequence[str]], Generator[Outcomes[str, Result]]], unit: str, what: str
+               ) -> dict[str, Result]:
+        """`known`, and the results of those keys that are not in it; `work` gives their outcomes, some at a time."""
+        found = dict(known)
+        missing = list(dict.fromkeys(key for key in keys if key not in found))
+        if not missing:
+            return found
+        with (appending(self.path) as write, progress(len(keys), len(keys) - len(missing), unit, what) as bar,
+              contextlib.closing(work(missing)) as coming):
+            for some in coming:
+                found |= {key: outcome.result for key, outcome in some.items()}
+                write("".join(json_line({"key": key} | dataclasses.asdict(outcome.result))
+                              for key, outcome in some.items() if outcome.ending in self.kept))
+                bar.update(len(some))
+        return found
+
+
+@contextlib.contextmanager
+def appending(path: Path) -> Iterator[Callable[[str], None]]:
+    """What appends lines to a file at once; a line that a kill cut off is ended first. UserError for a full disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab", buffering=0) as file:
+
+        def write(text: str) -> None:
+            data = text.encode()
+            try:
+                while data:
+                    data = data[file.write(data):]
+            except OSError as error:
+                raise UserError(f"could not write {shown(path)}: {error.strerror}",
+                                "free some disk space, then run the same command again: what was finished is kept"
+                                ) from error
+
+        write("\n")
+        yield write
