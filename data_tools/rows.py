@@ -154,7 +154,10 @@ def _fault(values: Mapping[str, Any]) -> str:
             return f"{column}: a path cannot hold the character NUL"
     if not all(isinstance(text, str) for text in values.get("captions") or []):
         return "captions is a list of texts"
-    start_s, end_s = Row(Path(), "", dict(values)).span
+    try:
+        start_s, end_s = Row(Path(), "", dict(values)).span
+    except OverflowError:
+        return "a span of so many digits is none"
     return "" if 0 <= start_s < end_s else f"span {start_s:g}..{end_s:g} s is empty"
 
 
