@@ -424,7 +424,7 @@ def _span(row: Row) -> tuple[float, float | None]:
     """(start_s, end_s); ValueError where they are no span."""
     try:
         start_s, end_s = (None if row.get(key) in (None, "") else float(row[key]) for key in ("start_s", "end_s"))
-    except TypeError as error:
+    except (TypeError, OverflowError) as error:
         raise ValueError(f"start_s and end_s are seconds: {error}") from error
     if not 0 <= (start_s or 0.0) < (math.inf if end_s is None else end_s):
         raise ValueError(f"the span {start_s} to {end_s} s is empty")

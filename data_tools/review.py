@@ -50,6 +50,7 @@ from data_tools.command import (
     shown,
     stamp,
 )
+from data_tools.rows import LARGEST
 from wantrain.data import media
 from wantrain.files import atomic_path, digest_text
 from wantrain.jobs import in_workers
@@ -254,7 +255,7 @@ def _fault(values: Any) -> str:
         return "captions is a list of texts"
     if not isinstance(values.get("caption") or "", str):
         return "caption is a text"
-    if not all(n is None or (isinstance(n, int | float) and math.isfinite(n)) for n in numbers):
+    if not all(n is None or (isinstance(n, int | float) and abs(n) <= LARGEST) for n in numbers):
         return "start_s, end_s and keep are numbers"
     return ""
 

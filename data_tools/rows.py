@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "end_s": ((int, float), "a number of seconds"), "id": ((str, int), "a text"), "duplicate_of": ((str, int), "an id")}
 """What the columns of `wantrain.data.manifest` hold; any other is a measurement. (Its module would be imported by every
 worker process, and takes seconds.)"""
+
+LARGEST = sys.float_info.max
+"""Integers beyond it, of which JSON has any, are no numbers to compute with."""
 
 MEDIA = ("video", *PARTNERS)
 
@@ -146,6 +150,8 @@ def _fault(values: Mapping[str, Any]) -> str:
     """Why nothing can be done with a row, '' if something can."""
     if not values.get("video"):
         return "no video"
+    if beyond := [column for column, value in values.items() if isinstance(value, int) and abs(value) > LARGEST]:
+        return f"{beyond[0]} is a number beyond {LARGEST:.0e}"
     for column, (kind, wanted) in KINDS.items():
         value = values.get(column)
         if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
@@ -154,10 +160,7 @@ def _fault(values: Mapping[str, Any]) -> str:
             return f"{column}: a path cannot hold the character NUL"
     if not all(isinstance(text, str) for text in values.get("captions") or []):
         return "captions is a list of texts"
-    try:
-        start_s, end_s = Row(Path(), "", dict(values)).span
-    except OverflowError:
-        return "a span of so many digits is none"
+    start_s, end_s = Row(Path(), "", dict(values)).span
     return "" if 0 <= start_s < end_s else f"span {start_s:g}..{end_s:g} s is empty"
 
 
