@@ -28,8 +28,9 @@ from wantrain.terms import UserError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-QUOTA = Path("/sys/fs/cgroup/cpu.max")
-"""`MICROSECONDS PERIOD` that a container may compute, or `max PERIOD`."""
+CGROUP = Path("/sys/fs/cgroup")
+QUOTAS = ("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")
+"""Where cgroup 2 and cgroup 1 say `MICROSECONDS PERIOD` that a container may compute; `max` and -1 are no limit."""
 
 TIME_LIMIT = "not finished after"
 """Begins the reason of an item that ran into the time limit."""
@@ -38,9 +39,10 @@ TIME_LIMIT = "not finished after"
 def cores() -> int:
     """How many cores this process may use: by its affinity, which batch systems set, and its container's quota."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # no container, or one without a quota
-        quota, period = QUOTA.read_text().split()
-        allowed = min(allowed, math.ceil(int(quota) / int(period)))
+    for names in QUOTAS:
+        with contextlib.suppress(OSError, ValueError):  # no container, or one without a quota
+            quota, period = (int(word) for name in names for word in (CGROUP / name).read_text().split())
+            allowed = min(allowed, math.ceil(quota / period)) if quota > 0 else allowed
     return max(1, allowed)
 
 
