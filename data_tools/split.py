@@ -509,6 +509,8 @@ def _merged(out: Path, films: Collection[str], rows: Sequence[dict[str, Any]]) -
     """
     try:
         old = [json.loads(line) for line in out.read_text(encoding="utf-8").split("\n") if line] if out.exists() else []
+        if not all(isinstance(row, dict) and isinstance(row.get("id", ""), str | int | None) for row in old):
+            raise TypeError("a row is an object, and its id a text")
         ours = {row["id"]: row for row in old
                 if "id" in row and shot_of(str(row["id"])).rpartition("@")[0] in films}
     except (ValueError, TypeError, RecursionError) as error:
