@@ -38,8 +38,16 @@ def described(fault: BaseException) -> str:
     return f"{type(fault).__name__}{f': {text[:500]}' if text else ''}"
 
 
+class Silent(TimeoutError):
+    """Foreign code has not answered; its `thread` may still do so."""
+
+    def __init__(self, limit_s: float, thread: threading.Thread) -> None:
+        super().__init__(f"no answer within {limit_s:g} s")
+        self.thread = thread
+
+
 def awaited(function: Callable[[], Result], limit_s: float, progress: Callable[[], object] = bool) -> Result:
-    """What foreign code gives, called in a thread of its own. Raises what it raises, and TimeoutError once `limit_s`
+    """What foreign code gives, called in a thread of its own. Raises what it raises, and Silent once `limit_s`
     seconds have passed in which `progress` did not change; the thread is left to itself then.
     """
     results: list[Result] = []
@@ -58,7 +66,7 @@ def awaited(function: Callable[[], Result], limit_s: float, progress: Callable[[
     if caught.fault is not None:
         raise caught.fault
     if not results:
-        raise TimeoutError(f"no answer within {limit_s:g} s")
+        raise Silent(limit_s, thread)
     return results[0]
 
 

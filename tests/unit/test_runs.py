@@ -297,7 +297,7 @@ def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., threading
 def test_a_mirror_that_hangs_while_it_is_read_is_told_once_the_time_is_up(tmp_path, hanging, method):
     place = Place(tmp_path / "run", f"file://{tmp_path}")
     hanging(method)
-    with pytest.raises(Stalled, match=r"train\.mirror = .*: TimeoutError: no answer within 0\.1 s") as told:
+    with pytest.raises(Stalled, match=r"train\.mirror = .*: Silent: no answer within 0\.1 s") as told:
         checkpoint.newest_whole(place, {})
     assert "train.mirror=null" in told.value.next_step
     checkpoint.save(place, Progress(4), TENSORS, Record({}))
@@ -326,6 +326,25 @@ def test_a_checkpoint_that_comes_after_it_was_given_up_changes_nothing(tmp_path,
         thread.join()
     assert left
     assert [path.name for path in place.folder.iterdir()] == ["step_000004"]
+
+
+def test_a_mirror_that_hangs_is_asked_once_until_it_answers(tmp_path, hanging, monkeypatch):
+    place = Place(tmp_path / "run", f"file://{tmp_path / 'mirror'}")
+    for step in (4, 5, 6):
+        checkpoint.save(Place(tmp_path / "mirror", keep=3), Progress(step), TENSORS, Record({}))
+    asked, before = [], set(threading.enumerate())
+    release = hanging("get_file")
+    hang = LocalFileSystem.get_file
+    monkeypatch.setattr(LocalFileSystem, "get_file", lambda *a, **k: (asked.append(a), hang(*a, **k)))
+    with pytest.raises(UserError, match="no answer within"):
+        checkpoint.newest_whole(place, {})
+    assert len(asked) == 1
+    release.set()
+    for thread in set(threading.enumerate()) - before:
+        thread.join()
+    found = checkpoint.newest_whole(place, {})
+    assert found is not None
+    assert found.progress.step == 6
 
 
 def test_a_mirror_that_is_slow_and_not_silent_is_waited_for(tmp_path, monkeypatch):

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from wantrain.files import temporary_for
-from wantrain.outside import Caught, awaited, described
+from wantrain.outside import Caught, Silent, awaited, described
 from wantrain.terms import Stalled, UserError
 
 Result = TypeVar("Result")
 
 ANSWER_S = 60.0
 """How long a start waits for an answer, or for the next bytes of a checkpoint."""
+_owing: dict[str, Silent] = {}
+"""Mirrors that have not answered, by URL: nothing more is asked of them until they do."""
 
 
 @contextlib.contextmanager
@@ -41,15 +43,20 @@ def _refused(url: str, fault: BaseException) -> UserError:
 
 
 def _answer(url: str, asked: Callable[[Any, str], Result], progress: Callable[[], object] = bool) -> Result:
-    """asked(filesystem, path of the URL). UserError also where ANSWER_S pass and `progress` does not change."""
+    """asked(filesystem, path of the URL). UserError also where ANSWER_S pass and `progress` does not change; the next
+    ones then do not wait.
+    """
     def ask() -> Result:
         with _opened(url) as (filesystem, root):
             return asked(filesystem, root)
 
+    if url in _owing and _owing[url].thread.is_alive():
+        raise _refused(url, _owing[url])
     try:
         return awaited(ask, ANSWER_S, progress)
-    except TimeoutError as error:
-        raise _refused(url, error) from error
+    except Silent as silent:
+        _owing[url] = silent
+        raise _refused(url, silent) from silent
 
 
 def names(url: str) -> list[str]:
