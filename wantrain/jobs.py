@@ -31,8 +31,9 @@ if TYPE_CHECKING:  # a command's help needs no progress bar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-QUOTA = Path("/sys/fs/cgroup/cpu.max")
-"""`MICROSECONDS PERIOD` that a container may compute, or `max PERIOD`."""
+CGROUP = Path("/sys/fs/cgroup")
+QUOTAS = ("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")
+"""Where cgroup 2 and cgroup 1 say `MICROSECONDS PERIOD` that a container may compute; `max` and -1 are no limit."""
 
 
 class Ending(enum.Enum):
@@ -60,9 +61,10 @@ class Failure:
 def cores() -> int:
     """How many cores this process may use: by its affinity, which batch systems set, and its container's quota."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # no container, or one without a quota
-        quota, period = QUOTA.read_text().split()
-        allowed = min(allowed, math.ceil(int(quota) / int(period)))
+    for names in QUOTAS:
+        with contextlib.suppress(OSError, ValueError):  # no container, or one without a quota
+            quota, period = (int(word) for name in names for word in (CGROUP / name).read_text().split())
+            allowed = min(allowed, math.ceil(quota / period)) if quota > 0 else allowed
     return max(1, allowed)
 
 

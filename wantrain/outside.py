@@ -6,8 +6,11 @@ import queue
 import threading
 from collections.abc import Callable
 from types import TracebackType
+from typing import TypeVar
 
 from wantrain.terms import UserError
+
+Result = TypeVar("Result")
 
 MOST_WAITING = 1000
 """Calls that wait for one that hangs; later ones are left out."""
@@ -33,6 +36,38 @@ def described(fault: BaseException) -> str:
         return fault.message
     text = " ".join(str(fault).split())
     return f"{type(fault).__name__}{f': {text[:500]}' if text else ''}"
+
+
+class Silent(TimeoutError):
+    """Foreign code has not answered; its `thread` may still do so."""
+
+    def __init__(self, limit_s: float, thread: threading.Thread) -> None:
+        super().__init__(f"no answer within {limit_s:g} s")
+        self.thread = thread
+
+
+def awaited(function: Callable[[], Result], limit_s: float, progress: Callable[[], object] = bool) -> Result:
+    """What foreign code gives, called in a thread of its own. Raises what it raises, and Silent once `limit_s`
+    seconds have passed in which `progress` did not change; the thread is left to itself then.
+    """
+    results: list[Result] = []
+    caught = Caught()
+
+    def work() -> None:
+        with caught:
+            results.append(function())
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    before = None
+    while thread.is_alive() and before != (now := (progress(),)):
+        before = now
+        thread.join(limit_s)
+    if caught.fault is not None:
+        raise caught.fault
+    if not results:
+        raise Silent(limit_s, thread)
+    return results[0]
 
 
 class Outside:

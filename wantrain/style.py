@@ -46,10 +46,12 @@ def mean(styles: Sequence[Style]) -> Style:
 def _of_video(frames_FCHW: torch.Tensor) -> Style:
     """Sums over its frames, of which as many at once as have PIXELS_AT_ONCE."""
     num_frames, _, height, width = frames_FCHW.shape
-    parts = torch.split(frames_FCHW, max(1, PIXELS_AT_ONCE // (height * width)))
-    histogram = sum((_histogram(part) for part in parts), torch.zeros(BINS**3, dtype=torch.float64))
-    grams = [sum(scale) / num_frames for scale in zip(*(_grams(part) for part in parts), strict=True)]
-    triangles = [gram[tuple(torch.triu_indices(*gram.shape))] for gram in grams]
+    histogram = torch.zeros(BINS**3, dtype=torch.float64)
+    grams = torch.zeros(NUM_SCALES, 3 * NUM_ORIENTATIONS, 3 * NUM_ORIENTATIONS, dtype=torch.float64)
+    for part in torch.split(frames_FCHW, max(1, PIXELS_AT_ONCE // (height * width))):
+        histogram += _histogram(part)
+        grams += torch.stack(_grams(part))
+    triangles = [gram[tuple(torch.triu_indices(*gram.shape))] for gram in grams / num_frames]
     return Style(histogram / histogram.sum(), torch.cat(triangles).sqrt().float())
 
 

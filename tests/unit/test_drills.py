@@ -82,6 +82,8 @@ MISTAKES = {
     "sampler.guidance=nan": ["sampler.guidance", "finite"],
     "sampler.num_frames=16": ["sampler.num_frames", "4n+1"],
     "sampler.strengths=[]": ["sampler.strengths", "at least one"],
+    "sampler.strengths=0,5": ["sampler.strengths", "[0.5] is one number, [0, 5] are two", "sampler.strengths=[0.5]"],
+    "validation.sigmas=0,1e-3": ["validation.sigmas", "[0.1e-3] is one number, [0, 1e-3] are two"],
     "sampler.strengths=[1,inf]": ["sampler.strengths", "finite"],
     "sampler.strength=2": ["sampler.strength", "(0, 1]"],
     "sampler.prompts=['']": ["sampler.prompts", "not empty"],
@@ -115,6 +117,10 @@ MISTAKES = {
     "run.name=${nope:1}": ["run.name", "${nope:...} is not known"],
     "run.name=a${": ["run.name", "not closed"],
     "optim.lr=${data.trigger}": ["optim.lr", "'celanime style' is no number"],
+    "model.parts==1e-4,[],${assets:../..}": ["model.parts: it refers to '=1e-4,[],", "one value"],
+    "data.num_frames=${train.seed}": ["data.num_frames: it refers to 0", "data.num_frames="],
+    "sampler.resolution=${data.trigger}": ["sampler.resolution: it refers to"],
+    "data.sources.style.columns=${data.trigger}": ["data.sources.style.columns: it refers to"],
     "train.num_steps:5": ["did you mean train.num_steps=5?"],
     "--num-steps=5": ["this one is train.num_steps=5"],
     "--resume": ["unknown option --resume", "train.resume=..."],
@@ -163,6 +169,9 @@ UNDERSTOOD = {
     "train.num_steps=1_000": ("train.num_steps", 1000),
     "train.activation_checkpointing=True": ("train.activation_checkpointing", True),
     "data.num_frames=17": ("data.num_frames", [17]),
+    "sampler.strengths=0,0.5": ("sampler.strengths", [0, 0.5]),
+    "optim.betas=0.9,0.99": ("optim.betas", [0.9, 0.99]),
+    "sampler.strengths=[0,5]": ("sampler.strengths", [0, 5]),
     "data.num_frames=1,17": ("data.num_frames", [1, 17]),
     "data.resolutions=64x96": ("data.resolutions", [[64, 96]]),
     "data.resolutions=[[64,96],[96,64]]": ("data.resolutions", [[64, 96], [96, 64]]),
@@ -255,6 +264,8 @@ RECIPES = {
     "sampler: {prompts: 3: 4}\n": (":4: ",),
     "- a\n- b\n": ("mend that line",),
     "data: {trigger: yes}\n": (":4: data.trigger = 'yes'", "YAML takes this for True", "'yes'"),
+    "sampler: {strengths: 0,5}\n": (":4: sampler.strengths = '0'", "a list"),
+    "sampler:\n  strengths: 0,5\n": (":5: sampler.strengths = '0,5'", "[0.5] is one number", "strengths: [0.5]"),
     "run: {name: 007}\n": (":4: run.name = '007'", "YAML takes this for 7", "'007'"),
     "sampler: {prompts: [a house, on]}\n": (":4: sampler.prompts = 'on'", "wants quotes"),
     "data:\n  trigger:\n": (":5: data.trigger = ''", "for null", "write '' there"),
@@ -273,6 +284,22 @@ RECIPES = {
     "  - mine\n": ("lead back to itself",),
     "  - override /optim: prodigy\n": (":3: ", "optim.name=prodigy"),
 }
+
+
+def test_a_recipe_says_by_quotes_or_by_a_tag_that_a_word_is_text(tmp_path):
+    (tmp_path / "recipe").mkdir()
+    path = tmp_path / "recipe" / "mine.yaml"
+    path.write_text("""# @package _global_
+defaults: [demo_anime, _self_]
+run: {name: !!str 007}
+data:
+  trigger: !!str yes
+  heldout: !!str null
+sampler: {prompts: [!!str on, 'off', &x !!str 1:30, *x]}
+""")
+    composed = config.load(["recipe=mine"], tmp_path)
+    assert (composed.run.name, composed.data.trigger, composed.data.heldout) == ("007", "yes", "null")
+    assert composed.sampler.prompts == ["on", "off", "1:30", "1:30"]
 
 
 @pytest.mark.parametrize("text", RECIPES)

@@ -199,10 +199,15 @@ def test_a_folder_that_cannot_be_written_costs_only_memory(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(("affinity", "quota", "wanted"), [
-    ({0, 5, 7}, "max 100000", 3), ({0, 5, 7}, "150000 100000", 2), ({3}, "", 1), ({0, 1}, "1000 100000", 1)])
+    ({0, 5, 7}, {"cpu.max": "max 100000"}, 3), ({0, 5, 7}, {"cpu.max": "150000 100000"}, 2), ({3}, {"cpu.max": ""}, 1),
+    ({0, 1}, {"cpu.max": "1000 100000"}, 1), ({0, 5, 7}, {}, 3),
+    ({0, 5, 7}, {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+    ({0, 5, 7}, {"cpu/cpu.cfs_quota_us": "150000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2)])
 def test_cores_are_those_that_this_process_may_use(affinity, quota, wanted, tmp_path, monkeypatch):
-    (tmp_path / "cpu.max").write_text(quota)
-    monkeypatch.setattr(jobs, "QUOTA", tmp_path / "cpu.max")
+    (tmp_path / "cpu").mkdir()
+    for name, text in quota.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(jobs, "CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: affinity)
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     assert jobs.cores() == wanted

@@ -28,7 +28,8 @@ NEEDED = {name for name in FILES if not name.endswith((".md", ".svg", ".jpg", ".
 
 class Hub(ThreadingHTTPServer):
     """The part of the hub's API that a download uses; `refusal` is (status, X-Error-Code) for every API answer, or
-    with `gated` set for the files alone.
+    with `gated` set for the files alone. `bodies` answer for the paths with these words in them; paths with `silent` in
+    them are never answered, of those with `cut` a part comes.
     """
 
     def __init__(self) -> None:
@@ -36,6 +37,13 @@ class Hub(ThreadingHTTPServer):
         self.asked: list[str] = []
         self.refusal: tuple[int, str] | None = None
         self.gated = False
+        self.bodies: dict[str, bytes] = {}
+        self.silent = self.cut = ""
+        self.ended = threading.Event()
+
+    def shutdown(self) -> None:
+        self.ended.set()
+        super().shutdown()
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -45,6 +53,10 @@ class Answer(BaseHTTPRequestHandler):
         self.server.asked.append(self.path)
         is_api = self.path.startswith("/api/models/some/model")
         name = self.path.partition("/resolve/")[2].partition("/")[2].replace("%5Bx%5D%20", "[x] ")
+        if self.server.silent and self.server.silent in self.path:
+            self.server.ended.wait(20)
+        if bodies := [body for word, body in self.server.bodies.items() if word in self.path]:
+            return self.answer(bodies[0])
         if self.server.refusal and is_api != self.server.gated:
             status, code = self.server.refusal
             return self.answer(b"<html>", status, {"X-Error-Code": code})
@@ -61,7 +73,10 @@ class Answer(BaseHTTPRequestHandler):
 
     def answer(self, body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
-        for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
+        if self.server.cut and self.server.cut in self.path and self.command == "GET":
+            body, self.close_connection = body[:1], True
+            headers = {**(headers or {}), "Content-Length": "100"}
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body * (self.command == "GET"))
@@ -252,7 +267,7 @@ def test_offline_mode(server, monkeypatch):
     ((401, "RepoNotFound"), "private, or its name is wrong", "`hf auth login`"),
     ((403, "GatedRepo"), "gated", "`hf auth login`"), ((403, ""), "gated", "`hf auth login`"),
     ((503, ""), "answers 503", "again later, or run `hf download"),
-    ((200, ""), "cannot be reached", "run `hf download"),
+    ((200, ""), "is not Hugging Face", "HF_ENDPOINT"),
 ])
 def test_what_the_hub_refuses(cache, server, answer, said, step):
     fill(cache, ["model_index.json"])
@@ -260,6 +275,68 @@ def test_what_the_hub_refuses(cache, server, answer, said, step):
     error = refusal("some/model", lambda folder: False)
     assert said in error.message
     assert step in error.next_step
+
+
+@pytest.mark.parametrize("is_tree", [False, True])
+@pytest.mark.parametrize("body", [b"[]", b"[1]", b"{}", b"null", b'{"id": 1}', b'{"id": "some/model", "sha": 1}',
+                                  b'[{"type": "file"}]', b"\xff", b"<html>"])
+def test_what_answers_in_the_place_of_the_hub(cache, server, is_tree, body):
+    if is_tree and body in (b"[]", b"{}"):
+        pytest.skip("an empty list of files is one")
+    server.bodies["/tree/" if is_tree else "/revision/"] = body
+    for _ in range(2):
+        error = refusal("some/model@v2")
+        assert "is not Hugging Face" in error.message
+        assert "HF_ENDPOINT" in error.next_step
+        assert "run `hf download" in error.next_step
+    assert not held(cache)
+
+
+def test_a_page_in_the_place_of_a_file(cache, server):
+    server.bodies["/resolve/"] = b"<html>"
+    for _ in range(2):
+        assert "is not Hugging Face" in refusal("some/model").message
+    assert not list(cache.rglob("snapshots/*/*"))
+
+
+@pytest.mark.parametrize("place", ["/api/models/some/model", "/tree/"])
+def test_a_hub_that_never_answers(cache, server, monkeypatch, place):
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.05)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    server.silent = place
+    error = refusal("some/model")
+    assert "cannot be reached" in error.message
+    assert "timed out" in error.message
+    assert "run `hf download" in error.next_step
+
+
+def test_a_download_that_is_cut_off_is_not_taken_for_whole(cache, server, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    server.cut = "transformer/a.safetensors"
+    assert "cannot be reached" in refusal("some/model").message
+    point_at(monkeypatch, "http://127.0.0.1:9")
+    assert "Connection refused" in refusal("some/model").message
+    assert not list(cache.rglob("snapshots/*/transformer/a.safetensors"))
+
+
+@pytest.mark.parametrize(("file", "content"), [
+    ("refs/main", b"\xff"), (f"trees/{COMMIT}.json", b"[]"),
+    (f"trees/{COMMIT}.json", b'{"format_version": 1, "files": 3}'),
+    (f"trees/{COMMIT}.json", b"[" * 9000),
+])
+def test_a_cache_that_cannot_be_read_is_not_there(cache, file, content):
+    fill(cache, listed=True)
+    (cache / "models--some--model" / file).write_bytes(content)
+    error = refusal("some/model")
+    assert "does not hold it whole" in error.message
+    assert "run `hf download" in error.next_step
+
+
+def test_an_endpoint_that_is_no_address(monkeypatch):
+    point_at(monkeypatch, "http://some\0where")
+    error = refusal("some/model")
+    assert "InvalidURL" in error.message
+    assert "HF_ENDPOINT" in error.next_step
 
 
 @pytest.mark.parametrize("code", ["GatedRepo", ""])
@@ -334,6 +411,14 @@ def test_what_modelscope_refuses(modelscope, tmp_path, status, said, step):
     assert said in error.message
     assert str(tmp_path / "ms") in error.message
     assert step in error.next_step
+
+
+@pytest.mark.parametrize("error", [KeyError("Data"), TypeError("not a mapping"), AttributeError("get"), SystemExit(1)])
+def test_what_modelscope_does_not_understand(modelscope, error):
+    modelscope.error = error
+    refused = refusal("modelscope:some/model")
+    assert "is not ModelScope" in refused.message
+    assert "run `modelscope download" in refused.next_step
 
 
 def test_a_modelscope_file_that_finds_the_disk_full(modelscope):

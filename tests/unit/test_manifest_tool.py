@@ -180,7 +180,8 @@ def test_three_forms_give_the_same_rows(tmp_path):
 BROKEN = ['{"video": "a.mp4"', "[1]", '{"caption": "x"}', '{"video": 7}', '{"video": "a.mp4", "start_s": "soon"}',
           '{"video": "a.mp4", "start_s": 2, "end_s": 2}', '{"video": "a.mp4", "start_s": -1}',
           '{"video": "a.mp4", "captions": "x"}', '{"video": "a.mp4", "captions": [1]}',
-          '{"video": "a.mp4", "caption": true}', '{"video": "a.mp4", "start_s": true}']
+          '{"video": "a.mp4", "caption": true}', '{"video": "a.mp4", "start_s": true}',
+          *(f'{{"video": "a.mp4", "{column}": -{"9" * 400}}}' for column in ("end_s", "luma"))]
 
 
 @pytest.mark.parametrize("verb", ["build", "check", "merge", "split", "stats"])
@@ -197,8 +198,8 @@ def test_all_broken_lines_are_told_and_nothing_is_written(tmp_path, here, capsys
                        "merge": [first, tmp_path / "m.csv", "--out", out],
                        "split": [first, "--train", out, "--heldout", tmp_path / "h.jsonl"]}[verb]) == 2
     said = capsys.readouterr().err
-    assert [f"m.jsonl line {n}: " in said for n in range(1, 14)] == [True, False, *[True] * 10, False]
-    assert ("m.csv line 2: 3 cells for 2 columns" in said) == (verb == "merge")
+    assert [f"m.jsonl line {n}: " in said for n in range(1, 16)] == [True, False, *[True] * 12, False]
+    assert ("m.csv line 2: more cells than columns" in said) == (verb == "merge")
     assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.suffix != ".looked"} == before
 
 

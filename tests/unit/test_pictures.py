@@ -105,6 +105,26 @@ def test_sixteen_bits_of_grey_and_of_colour_are_read_by_their_upper_eight(tmp_pa
         media.read_image(tmp_path / "float.png")
 
 
+@pytest.mark.parametrize(("name", "density", "said"), [
+    ("a.png", (300, 600), "300:600"), ("a.jpg", (300, 600), "300:600"), ("film.png", None, "16:11"),
+    ("film.jpg", None, "16:11"), ("a.png", (300, 300), ""), ("a.png", (300, 301), ""), ("a.jpg", (0, 72), ""),
+    ("a.jpg", (72, 72), ""), ("a.webp", (300, 600), ""),
+])
+def test_images_whose_pixels_are_not_square_are_refused_by_name(tmp_path, name, density, said):
+    """The PNG standard counts pixels a metre, so 16:11 are narrow ones; ffmpeg writes 16:11 for wide ones."""
+    path = tmp_path / name
+    if density:
+        Image.new("RGB", (96, 64)).save(path, dpi=density)
+    else:
+        odd_files.ffmpeg("-f", "lavfi", "-i", "color=s=96x64,setsar=16/11", "-frames:v", "1", path)
+    found = media.look(path)
+    assert ("not square" in found.fault, said in found.fault) == (bool(said), True)
+    if said:
+        assert "setsar=1" in found.fault
+        with pytest.raises(UserError, match=f"{name} cannot be decoded: .*not square"):
+            media.read_image(path)
+
+
 def test_what_is_transparent_is_laid_on_white_and_told(tmp_path):
     odd_files.make(tmp_path, ["hidden colour.png", "clear.mov", "clear.webm", "moving.gif"])
     shown = np.asarray(media.read_image(tmp_path / "hidden colour.png"))

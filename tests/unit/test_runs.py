@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 
 from tests.runs import state
 from wantrain import files, lock, logs, metrics, outside, report
@@ -267,6 +269,101 @@ def test_an_unreadable_mirror_and_an_empty_folder_begin_nothing_anew(tmp_path, u
     with pytest.raises(UserError, match=r"train\.mirror") as told:
         checkpoint.newest_whole(Place(tmp_path / "run", str(tmp_path / "mirror")), {})
     assert isinstance(told.value, Stalled) is passes  # another start may go through
+
+
+@pytest.fixture
+def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., threading.Event]]:
+    """A local file system of which one method does its work; the call `number` hangs then until its event is set."""
+    release = threading.Event()
+
+    def make(method: str, number: int = 1) -> threading.Event:
+        whole, calls = getattr(LocalFileSystem, method), itertools.count(1)
+
+        def hang(*arguments: object, **options: object) -> object:
+            result = whole(*arguments, **options)
+            if next(calls) >= number:
+                release.wait(30)
+            return result
+
+        monkeypatch.setattr(LocalFileSystem, method, hang)
+        monkeypatch.setattr(mirror, "ANSWER_S", 0.1)
+        return release
+
+    yield make
+    release.set()
+
+
+@pytest.mark.parametrize("method", ["exists", "ls"])
+def test_a_mirror_that_hangs_while_it_is_read_is_told_once_the_time_is_up(tmp_path, hanging, method):
+    place = Place(tmp_path / "run", f"file://{tmp_path}")
+    hanging(method)
+    with pytest.raises(Stalled, match=r"train\.mirror = .*: Silent: no answer within 0\.1 s") as told:
+        checkpoint.newest_whole(place, {})
+    assert "train.mirror=null" in told.value.next_step
+    checkpoint.save(place, Progress(4), TENSORS, Record({}))
+    found = checkpoint.newest_whole(place, {})
+    assert found is not None
+    assert (found.progress.step, "no answer" in found.passed[0]) == (4, True)
+
+
+def test_a_mirror_that_hangs_while_it_is_probed_is_told_and_the_training_goes_on(tmp_path, hanging):
+    hanging("pipe_file")
+    told, = checkpoint.refuse_unwritable(Place(tmp_path / "run", f"file://{tmp_path / 'mirror'}"))
+    assert "no answer within 0.1 s" in told
+
+
+def test_a_checkpoint_that_comes_after_it_was_given_up_changes_nothing(tmp_path, hanging):
+    place = Place(tmp_path / "run", f"file://{tmp_path / 'mirror'}")
+    checkpoint.save(Place(tmp_path / "mirror"), Progress(4), TENSORS, Record({}))
+    (place.folder / "step_000004").mkdir(parents=True)
+    running = set(threading.enumerate())
+    release = hanging("get_file", number=3)
+    with pytest.raises(UserError, match="no answer within"):
+        checkpoint.newest_whole(place, {})
+    left = set(threading.enumerate()) - running
+    release.set()
+    for thread in left:
+        thread.join()
+    assert left
+    assert [path.name for path in place.folder.iterdir()] == ["step_000004"]
+
+
+def test_a_mirror_that_hangs_is_asked_once_until_it_answers(tmp_path, hanging, monkeypatch):
+    place = Place(tmp_path / "run", f"file://{tmp_path / 'mirror'}")
+    for step in (4, 5, 6):
+        checkpoint.save(Place(tmp_path / "mirror", keep=3), Progress(step), TENSORS, Record({}))
+    asked, before = [], set(threading.enumerate())
+    release = hanging("get_file")
+    hang = LocalFileSystem.get_file
+    monkeypatch.setattr(LocalFileSystem, "get_file", lambda *a, **k: (asked.append(a), hang(*a, **k)))
+    with pytest.raises(UserError, match="no answer within"):
+        checkpoint.newest_whole(place, {})
+    assert len(asked) == 1
+    release.set()
+    for thread in set(threading.enumerate()) - before:
+        thread.join()
+    found = checkpoint.newest_whole(place, {})
+    assert found is not None
+    assert found.progress.step == 6
+
+
+def test_a_mirror_that_is_slow_and_not_silent_is_waited_for(tmp_path, monkeypatch):
+    place = Place(tmp_path / "run", f"file://{tmp_path / 'mirror'}")
+    checkpoint.save(Place(tmp_path / "mirror"), Progress(4), TENSORS, Record({}))
+
+    def slowly(self: object, there: str, here: str) -> None:
+        with Path(here).open("wb") as file:
+            for byte in Path(there).read_bytes():
+                file.write(bytes([byte]))
+                file.flush()
+                time.sleep(0.001)
+
+    monkeypatch.setattr(LocalFileSystem, "get_file", slowly)
+    monkeypatch.setattr(mirror, "ANSWER_S", 0.1)
+    began, found = time.monotonic(), checkpoint.newest_whole(place, {})
+    assert found is not None
+    assert found.progress.step == 4
+    assert time.monotonic() - began > 0.3
 
 
 def test_what_the_mirror_has_beyond_the_folder_stays(tmp_path):

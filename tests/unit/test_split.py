@@ -321,9 +321,10 @@ def test_what_a_user_does_wrong(tmp_path, here, capsys):
     (tmp_path / "a.mp4").touch()
     assert split.main([str(tmp_path), "--min-s", "2", "--max-s", "3"]) == 2
     assert "--max-s 3 is less than twice --min-s 2" in capsys.readouterr().err
-    (tmp_path / "m.jsonl").write_text("no manifest\n")
-    assert split.main([str(tmp_path), "--out", str(tmp_path / "m.jsonl")]) == 2
-    assert "m.jsonl line 1: not JSON" in capsys.readouterr().err
+    for line in ("[1]", "7", '{"id": [1]}', "no manifest"):
+        (tmp_path / "m.jsonl").write_text(f"{line}\n")
+        assert split.main([str(tmp_path), "--out", str(tmp_path / "m.jsonl")]) == 2
+        assert "is no manifest of JSON lines" in capsys.readouterr().err
     assert (tmp_path / "m.jsonl").read_text() == "no manifest\n"
     with pytest.raises(SystemExit, match="0"):
         split.main(["--help"])

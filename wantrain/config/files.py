@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from wantrain.config.keys import example_of
 from wantrain.config.known import annotation, choice, nearest_keys
-from wantrain.config.values import Unfit, convert, read_yaml
+from wantrain.config.values import Unfit, convert, is_said_text, read_yaml
 from wantrain.terms import UserError
 
 PACKAGE_LINE = "# @package _global_"
@@ -203,9 +203,9 @@ def _refuse_other_reading(path: Path, name: str, value: yaml.Node, wanted: Any) 
 
 
 def _refuse_other_scalar(path: Path, name: str, value: yaml.ScalarNode, wanted: type, is_key: bool = False) -> None:
-    """The same of one unquoted word; a key must be text itself, where a value may be a number that looks the same."""
+    """The same of one plain word; a key must be text itself, where a value may be a number that looks the same."""
     text = value.value
-    if value.style is not None or "${" in text or "???" in text or "\n" in text:
+    if value.style is not None or is_said_text(value) or "${" in text or "???" in text or "\n" in text:
         return
     read = OmegaConf.create(f"v: {text}")
     assert isinstance(read, DictConfig), "it is a mapping"

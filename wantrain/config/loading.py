@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
@@ -75,6 +76,7 @@ def load(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
                 _put(composed, key, value)
         if missing := sorted(OmegaConf.missing_keys(composed)):
             raise UserError(f"no value for {', '.join(missing)}", pasted(missing[0], example_of(missing[0])))
+        _refuse_other_shapes(composed)
         config = OmegaConf.to_object(composed)
     except RecursionError as error:
         raise told(OmegaConfBaseException("RecursionError"), folders) from error
@@ -95,6 +97,18 @@ def _composed(groups: Mapping[str, str], config_dir: Path | None) -> DictConfig:
     search = [f"hydra.searchpath=[{_quoted(f'file://{config_dir.resolve()}')}]"] if config_dir else []
     with initialize_config_dir(str(configs_folder()), version_base="1.3"):
         return compose("wantrain", overrides=[*(f"{group}={_quoted(name)}" for group, name in groups.items()), *search])
+
+
+def _refuse_other_shapes(composed: DictConfig) -> None:
+    """Raise UserError where `${...}` gives text for a list or a dictionary, which OmegaConf does not look at."""
+    found = {key: OmegaConf.select(composed, key) for key in key_types() if not key.startswith("data.sources")}
+    found |= {f"data.sources.{name}.columns": source.columns for name, source in composed.data.sources.items()}
+    for key, value in found.items():
+        wanted = annotation(key)
+        shapes = [typing.get_origin(one) for one in (wanted, *typing.get_args(wanted))]
+        if isinstance(value, str | int | float) and (list in shapes[:1] or dict in shapes[:1] or (
+                isinstance(wanted, types.UnionType) and (list in shapes or dict in shapes))):
+            raise UserError(f"{key}: it refers to {value!r}, which is one value", pasted(key, example_of(key)))
 
 
 def _quoted(text: str) -> str:

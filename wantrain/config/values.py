@@ -160,7 +160,14 @@ def read_yaml(node: yaml.Node) -> Node:
     if isinstance(node, yaml.MappingNode):
         return Node("a dictionary", pairs=[(key.value, read_yaml(value)) for key, value in node.value])
     assert isinstance(node, yaml.ScalarNode), "YAML has no other nodes"
-    return Node(node.value, is_quoted=node.style in ("'", '"'))
+    return Node(node.value, is_quoted=is_said_text(node))
+
+
+def is_said_text(node: yaml.ScalarNode) -> bool:
+    """Whether quotes, or the tag `!!str`, say that a word is text whatever it looks like."""
+    start, end = node.start_mark, node.end_mark
+    written = start.buffer[start.pointer : end.pointer] if start.buffer else ""
+    return node.style in ("'", '"') or ("!" in written.removesuffix(node.value) and node.tag == "tag:yaml.org,2002:str")
 
 
 def convert(node: Node, wanted: Any) -> Any:
@@ -209,6 +216,9 @@ def _as_items(node: Node, inner: Any) -> Sequence[Node]:
         return [node] if is_one and node.items else node.items
     if not node.is_quoted and node.text in ("null", "~", ""):
         return []
+    if inner is float and (number := _with_point(node.text)):
+        raise Unfit(f"numbers in brackets, for a comma may be a decimal sign: [{number}] is one number, "
+                    f"[{node.text.replace(',', ', ')}] are two", f"[{number}]")
     if inner in (int, float):
         return [Node(part.strip()) for part in re.split("[,x]", node.text)]
     return [node]
@@ -246,10 +256,14 @@ def _as_float(text: str) -> float:
     try:
         return float(text.replace("_", ""))
     except ValueError as error:
-        number = text.replace(",", ".")
-        if re.fullmatch(r"[+-]?\d+,\d+([eE][+-]?\d+)?", text):
+        if number := _with_point(text):
             raise Unfit(f"a number; a comma makes a list, the decimal sign is a point: {number}", number) from error
         raise Unfit("a number such as 1e-4") from error
+
+
+def _with_point(text: str) -> str:
+    """The number that is written with a decimal comma, with a point; '' for other text."""
+    return text.replace(",", ".") if re.fullmatch(r"[+-]?\d+,\d+([eE][+-]?\d+)?", text) else ""
 
 
 def _as_bool(text: str) -> bool:

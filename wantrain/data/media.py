@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import os
+import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,8 +21,11 @@ from wantrain.files import digest_file, digest_text, remembered
 from wantrain.jobs import in_workers, progress
 from wantrain.terms import IMAGE_SUFFIXES, Found, Media, Remote, UserError
 
-LOOK_VERSION = 2
+LOOK_VERSION = 3
 """Raise this when `Found` or what fills it changes."""
+
+NEARLY_SQUARE = 0.02
+"""Pixels whose sides differ by less of their length are square: resolutions are rounded."""
 
 DEEP = "16-bit grey (the upper 8 are read)"
 
@@ -52,6 +56,7 @@ def _read_image(path: Path) -> tuple[Image.Image, str]:
     """(the image, what may surprise about it)"""
     try:
         with Image.open(path) as opened:
+            _refuse_not_square(opened, path)
             image = ImageOps.exif_transpose(opened)
             image.load()
             return _in_rgb(image)
@@ -59,6 +64,21 @@ def _read_image(path: Path) -> tuple[Image.Image, str]:
         raise unreachable(path, error) from error
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
         raise broken(path, error) from error
+
+
+def _refuse_not_square(image: Image.Image, path: Path) -> None:
+    """ValueError where it says of its pixels that they are not square.
+
+    A film's pixels are shown in their shape; an image's is not known. By the standards (PNG's pHYs, JFIF) its numbers
+    count pixels, so that more of them across are narrow ones; ffmpeg writes width and height; viewers look at neither.
+    """
+    info = image.info
+    shape = info["jfif_density"] if info.get("jfif_unit") == 0 else info.get("aspect")
+    across, down = shape or info.get("dpi") or (1, 1)
+    if across > 0 and down > 0 and abs(across / down - 1) > NEARLY_SQUARE:
+        command = ["ffmpeg", "-i", str(path), "-vf", "setsar=1", f"{path.with_suffix('')}-square{path.suffix}"]
+        raise ValueError(f"its pixels are said to be not square ({across:.4g}:{down:.4g}), and programs do not agree "
+                         f"which side is the long one; where it looks right, write it anew: {shlex.join(command)}")
 
 
 def _in_rgb(image: Image.Image) -> tuple[Image.Image, str]:

@@ -11,13 +11,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from httpx2 import HTTPError
-from huggingface_hub import HfApi, constants, parse_hf_uri, snapshot_download
-from huggingface_hub.errors import HfUriError, IncompleteSnapshotError, OfflineModeIsEnabled
+from httpx2 import HTTPError, Request
+from huggingface_hub import HfApi, constants, get_session, parse_hf_uri, snapshot_download
+from huggingface_hub.errors import FileMetadataError, HfUriError, IncompleteSnapshotError, OfflineModeIsEnabled
 
+from wantrain.outside import Caught
 from wantrain.terms import UserError
 
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".gguf")
+_UNREACHED = (OSError, HTTPError, RuntimeError)
+"""What a network's fault is; RuntimeError is hf_xet's."""
 _SKIPPED = ["assets/*", "example*/*", "*.md", "*.png", "*.jpg", "*.jpeg", "*.webp", "*.gif", "*.mp4", "*.mov", "*.wav"]
 """What no trainer reads of a whole repository."""
 
@@ -27,10 +30,11 @@ class _Hub(NamedTuple):
     tool: str
     login: str
     cache_variable: str
+    address_variable: str
 
 
-_HUGGING_FACE = _Hub("Hugging Face", "hf", "hf auth login", "HF_HUB_CACHE")
-_MODELSCOPE = _Hub("ModelScope", "modelscope", "modelscope login", "MODELSCOPE_CACHE")
+_HUGGING_FACE = _Hub("Hugging Face", "hf", "hf auth login", "HF_HUB_CACHE", "HF_ENDPOINT")
+_MODELSCOPE = _Hub("ModelScope", "modelscope", "modelscope login", "MODELSCOPE_CACHE", "MODELSCOPE_DOMAIN")
 _HUBS = {"": _HUGGING_FACE, "hf": _HUGGING_FACE, "modelscope": _MODELSCOPE}
 
 
@@ -71,23 +75,22 @@ def _parse(where: str) -> _Wanted:
 
 
 def _cached(wanted: _Wanted, whole: Callable[[Path], bool] | None) -> Path | None:
-    try:
-        folder = _fetch(wanted, offline=True)
-    except IncompleteSnapshotError as error:
-        if whole is None:
-            return None
-        folder = Path(error.snapshot_path)
-    except OSError:
+    with Caught() as caught:
+        path = _fetch(wanted, offline=True) / wanted.inside
+    if isinstance(caught.fault, UserError):
+        raise caught.fault
+    if isinstance(caught.fault, IncompleteSnapshotError) and whole is not None:
+        path = Path(caught.fault.snapshot_path) / wanted.inside
+    elif caught.fault is not None:
         return None
-    path = folder / wanted.inside
     return path if path.exists() and (whole is None or whole(path)) else None
 
 
 def _downloaded(wanted: _Wanted) -> Path:
-    try:
+    with Caught() as caught:
         path = _fetch(wanted, offline=False) / wanted.inside
-    except (OSError, RuntimeError, ValueError, HTTPError) as error:  # RuntimeError is hf_xet's
-        raise _refused(wanted, error) from error
+    if caught.fault is not None:
+        raise _refused(wanted, caught.fault) from caught.fault
     if not path.exists():
         raise UserError(f"{wanted.where} is no local path, and {wanted.repo} holds no {wanted.inside or 'model'}",
                         "correct what stands behind the name, or give the name alone")
@@ -101,9 +104,17 @@ def _fetch(wanted: _Wanted, *, offline: bool) -> Path:
     if wanted.hub is _MODELSCOPE:
         return _fetch_modelscope(wanted.repo, revision=wanted.revision, local_files_only=offline, **files)
     if not offline:
+        if _limit not in (hooks := get_session().event_hooks["request"]):
+            hooks.append(_limit)
         # Asked first, because snapshot_download answers for a hub out of reach with whatever the cache holds.
         HfApi().repo_info(wanted.repo, revision=wanted.revision)
     return Path(snapshot_download(wanted.repo, revision=wanted.revision, local_files_only=offline, **files))
+
+
+def _limit(request: Request) -> None:
+    """Give a time limit to the requests that huggingface_hub makes without one."""
+    limits = request.extensions["timeout"]
+    limits |= {what: constants.HF_HUB_DOWNLOAD_TIMEOUT for what, limit in limits.items() if limit is None}
 
 
 def _fetch_modelscope(repo: str, **options: Any) -> Path:
@@ -119,7 +130,7 @@ def _fetch_modelscope(repo: str, **options: Any) -> Path:
         raise OSError(str(error)) from error
 
 
-def _refused(wanted: _Wanted, error: Exception) -> UserError:
+def _refused(wanted: _Wanted, error: BaseException) -> UserError:
     """What happened, where the model was looked for, and what to run."""
     hub, causes = wanted.hub, list(_causes(error))
     cache = os.environ.get("MODELSCOPE_CACHE", "~/.cache/modelscope") if hub is _MODELSCOPE else constants.HF_HUB_CACHE
@@ -138,6 +149,9 @@ def _refused(wanted: _Wanted, error: Exception) -> UserError:
         what, step = f"{hub.name} has no such repository or revision (404)", "check the name and the revision"
     elif status:
         what, step = f"{hub.name} answers {status}", f"try again later, or {_by_hand(wanted)}"
+    elif any(isinstance(e, FileMetadataError) for e in causes) or not any(isinstance(e, _UNREACHED) for e in causes):
+        what = f"what answers in its place is not {hub.name}, or the cache is damaged ({said})"
+        step = f"look at {hub.address_variable} and at the settings of a proxy; or {_by_hand(wanted)}"
     else:
         what, step = f"{hub.name} cannot be reached: is there a network? ({said})", _by_hand(wanted)
     return UserError(f"{wanted.where} is no local path, and the cache {cache} does not hold it whole; {what}", step)

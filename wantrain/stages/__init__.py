@@ -377,9 +377,14 @@ def _weighted(planned: list[PlannedClip], config: Config) -> list[PlannedClip]:
 
 
 def manifest_digest(recipe: Opened) -> str:
-    """A digest of which clips, captions, spans and repeats were trained on."""
+    """A digest of which clips, captions, spans and repeats were trained on.
+
+    Blanks part its words. Where a clip has several captions, their lengths follow and say where each ends; a clip with
+    one has none, as in the versions before.
+    """
     return digest_text(*(" ".join(map(str, (
         p.found.digest, p.clip.caption, *p.clip.more_captions, p.start_s, p.latest_s, p.fps, p.clip.repeats, p.bucket,
+        *(len(text) for text in (p.clip.caption, *p.clip.more_captions) if p.clip.more_captions),
         *(f"{name} {other.found.digest}" for name, other in p.partners.items())))) for p in recipe.planned))
 
 
