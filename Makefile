@@ -1,4 +1,5 @@
-# make demo: the whole job on the tiny base that ships with wantrain. make test: lint, types and tests.
+# make demo: the whole job on the tiny base that ships with wantrain. make test: lint, types and tests. make slow and
+# make long: the tests that the default tier leaves out.
 # Each makes .venv and installs what it needs, once.
 PYTHON ?= python3
 RECIPE ?= demo_anime
@@ -10,7 +11,7 @@ export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 20000000000
 export MALLOC_TOP_PAD_ ?= 300000000
 
-.PHONY: demo test clean
+.PHONY: demo test slow long clean
 demo: .venv/installed
 	$(RUN) cache recipe=$(RECIPE)
 	$(RUN) train recipe=$(RECIPE)
@@ -22,6 +23,12 @@ test: .venv/installed-dev
 	.venv/bin/ruff check
 	.venv/bin/mypy
 	.venv/bin/pytest
+
+slow: .venv/installed-dev
+	.venv/bin/pytest -m "slow and not long" --dist loadfile
+
+long: .venv/installed-dev
+	.venv/bin/pytest -m long --dist loadfile
 
 # CPU-only machines take the CPU build of torch where one is offered (pip's find-links); others the default build.
 .venv/installed: pyproject.toml

@@ -25,14 +25,17 @@ import torch
 
 from benchmarks.step import timed
 from tests import odd_files
+from tests.conftest import opened
 from wantrain import cli
-from wantrain.config import load
 from wantrain.data import decode
 from wantrain.data.cache import LATENTS
 from wantrain.jobs import in_workers
-from wantrain.stages import Cached, Encoder, Opened, opened, train
+from wantrain.recipe.clips import Clips
+from wantrain.recipe.samples import Cached, Encoder
+from wantrain.recipe.training import prepare
+from wantrain.stages import train
 from wantrain.tensors import digest_tensors
-from wantrain.terms import CLIP
+from wantrain.terms import WINDOW
 
 REAL_LATENTS_CTHW = (16, 21, 60, 104)
 REAL_FRAMES_FCHW = (81, 3, 480, 832)
@@ -43,29 +46,29 @@ def real_frames(number: int) -> np.ndarray:
     return np.full(REAL_FRAMES_FCHW, number % 256, np.uint8)
 
 
-def encode_loop(recipe: Opened, encoder: Encoder, jobs: int) -> float:
+def encode_loop(clips: Clips, encoder: Encoder, jobs: int) -> float:
     """How long `wantrain cache` takes to decode, encode and write every window but the first, of its time in the VAE.
 
     A ratio within one loop, because the speed drifts from one to the next.
     """
     began = encoding_s = 0.0
-    wanted = [(planned, (CLIP,)) for planned in recipe.planned]
+    wanted = [(planned, (WINDOW,)) for planned in clips.planned]
     for (planned, _), result, why in in_workers(decode.frames_in_worker, wanted, jobs, 300):
         if result is None or not result[0]:
             raise SystemExit(why or "a clip does not decode")
         before = time.perf_counter()
-        entry = encoder.encode(LATENTS, planned, {CLIP: torch.from_numpy(result[0][CLIP])})
+        entry = encoder.encode(LATENTS, planned, {WINDOW: torch.from_numpy(result[0][WINDOW])})
         encoding_s += (time.perf_counter() - before) * bool(began)
-        recipe.cache.write((LATENTS, planned), entry)
+        clips.cache.write((LATENTS, planned), entry)
         began = began or time.perf_counter()
     return (time.perf_counter() - began) / encoding_s
 
 
-def decode_alone(recipe: Opened, encoder: Encoder) -> float:
+def decode_alone(clips: Clips, encoder: Encoder) -> float:
     """The same with no worker."""
     began, encoding_s = time.perf_counter(), 0.0
-    for planned in recipe.planned[1:]:
-        frames = {CLIP: decode.read_window(planned)}
+    for planned in clips.planned[1:]:
+        frames = {WINDOW: decode.read_window(planned)}
         encoding_s += timed(lambda planned=planned, frames=frames: encoder.encode(LATENTS, planned, frames))
     return (time.perf_counter() - began) / encoding_s
 
@@ -111,20 +114,20 @@ def main() -> None:
     arguments = write_recipe(folder, given.clips)
     if cli.main(["cache", *arguments]) != 0:
         raise SystemExit(1)
-    recipe = opened(load(arguments), arguments)
-    encoder = Encoder(recipe, torch.device("cpu"))
+    recipe, clips = opened(arguments)
+    encoder = Encoder(recipe, clips.cache, torch.device("cpu"))
     for name, ratio in medians({
-        "the cache's loop, 1 worker": lambda: encode_loop(recipe, encoder, 1),
-        "the cache's loop, 2 workers": lambda: encode_loop(recipe, encoder, 2),
-        "decoding in this process, without writing": lambda: decode_alone(recipe, encoder),
+        "the cache's loop, 1 worker": lambda: encode_loop(clips, encoder, 1),
+        "the cache's loop, 2 workers": lambda: encode_loop(clips, encoder, 2),
+        "decoding in this process, without writing": lambda: decode_alone(clips, encoder),
     }, given.rounds).items():
         print(f"{ratio:7.3f}  {name}")
 
-    training = train.prepare(recipe)
-    make = train.batch_maker(training, Cached(recipe), 0)
+    training = prepare(recipe, clips)
+    make = train.batch_maker(training, Cached(clips), 0)
     batch, = make(0)
     real = torch.randn(REAL_LATENTS_CTHW)
-    large = dataclasses.replace(recipe.planned[0], start_s=99.0)
+    large = dataclasses.replace(clips.planned[0], start_s=99.0)
     recipe.cache.write((LATENTS, large), {"x": real})
     found = medians({
         "a training step (reference)": lambda: timed(lambda: train.train_step(training, 0, [batch])),

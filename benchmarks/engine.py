@@ -4,8 +4,8 @@
 
 Checkpoint: an adapter of so many million parameters with AdamW's moments. Reference (1.00): writing it as `save` does
 (safetensors, fsync, checksums, rename). Against it: the copy that `train` waits for before a thread writes.
-Meeting: processes over gloo. Reference (1.00): one `any_process`, a plain gather. Against it: one exchange of a
-`Meeting`, which a step has two of, whatever its number of micro-batches.
+Rendezvous: processes over gloo. Reference (1.00): one `any_process`, a plain gather. Against it: one exchange of a
+`Rendezvous`, which a step has two of, whatever its number of micro-batches.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 from wantrain import engine
-from wantrain.engine import checkpoint
-from wantrain.engine.meeting import Meeting
+from wantrain.engine import checkpoint, launch
+from wantrain.engine.rendezvous import Rendezvous
 
 
 def timed(work: Callable[[], object], rounds: int) -> float:
@@ -40,7 +40,7 @@ def checkpoints(million: int) -> None:
     keys = ("value", "exp_avg", "exp_avg_sq")
     tensors = {f"{i}|{key}": torch.randn(million * 10_000) for i in range(100) for key in keys}
     with tempfile.TemporaryDirectory() as folder:
-        place = checkpoint.Place(Path(folder))
+        place = checkpoint.CheckpointStore(Path(folder))
         written = timed(lambda: checkpoint.save(place, checkpoint.Progress(1), tensors, checkpoint.Record({})), 3)
     copied = timed(lambda: {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, 3)
     size = sum(t.nbytes for t in tensors.values()) / 2**30
@@ -51,14 +51,14 @@ def meet(rank: int, processes: int, port: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
                    "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    accelerator = engine.start(processes, 1, [], Path(tempfile.gettempdir()), max_grad_norm=1, timeout_s=60)
-    meeting = Meeting(60)
+    accelerator = launch.start(processes, 1, max_grad_norm=1, timeout_s=60)
+    meeting = Rendezvous(60)
     values = torch.zeros(8)
     plain = timed(lambda: engine.any_process(accelerator, False), 300)
     exchange = timed(lambda: meeting.gather(values), 300)
     if rank == 0:
         print(f"meeting of {processes}: plain gather 1.00 ({plain * 1e6:.0f} us), an exchange {exchange / plain:.2f}")
-    engine.end(accelerator, False)
+    launch.end(accelerator, False)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from wantrain.data.batches import Order
-from wantrain.terms import Bucket, Clip, Found, PlannedClip
+from wantrain.terms import Bucket, Clip, MediaInfo, PlannedClip
 
 BUCKETS = [Bucket(frames, 16 * height, 16 * width) for frames in (17, 49, 81)
            for height, width in ((20, 36), (36, 20), (28, 28), (24, 32))]
@@ -25,7 +25,7 @@ NUM_STEPS = 1000
 
 def windows(number: int) -> list[PlannedClip]:
     """So many windows, dealt to the buckets unevenly; every third is of a source of 0.3 repeats."""
-    found = Found("digest", 9.0)
+    found = MediaInfo("digest", 9.0)
     sources = [Clip("clip", Path("x"), "caption", "s", repeats) for repeats in (1.0, 1.0, 0.3)]
     return [PlannedClip(sources[i % 3], BUCKETS[i * i % 13 % len(BUCKETS)], found, 16.0) for i in range(number)]
 

@@ -25,14 +25,18 @@ from pathlib import Path
 
 import torch
 
-from data_tools.tiny_world import world
-from data_tools.tiny_world.clips import HEIGHT, HELD_OUT_SEED, NUM_FRAMES, WIDTH
-from data_tools.tiny_world.make_demo import deal, write_masks, write_set
+from tests.conftest import opened
+from tools.tiny_world import world
+from tools.tiny_world.clips import HEIGHT, HELD_OUT_SEED, NUM_FRAMES, WIDTH
+from tools.tiny_world.make_demo import deal, write_masks, write_set
 from wantrain import cli, pictures, style
-from wantrain.config import asset, load
+from wantrain.config import asset
 from wantrain.data import decode
 from wantrain.models import sampling
-from wantrain.stages import Opened, evaluate, inputs_of, lora_files, opened, sampler_of, sampler_settings
+from wantrain.recipe.clips import Clips
+from wantrain.recipe.recipe import Recipe
+from wantrain.recipe.sampler import inputs_of, load_pipeline, lora_files, sampler_settings
+from wantrain.stages import evaluate
 
 TRIGGER = "celanime style"
 CRF = 20
@@ -78,15 +82,15 @@ class Bench:
             runs |= {f"{name}_preserved": second(path, True), f"{name}_trained": second(path, False)}
         return runs
 
-    def trained(self, name: str, *more: str) -> Opened:
-        """The recipe after cache, train and export."""
+    def trained(self, name: str, *more: str) -> tuple[Recipe, Clips]:
+        """The recipe and its clips after cache, train and export."""
         arguments = ["recipe=demo_anime", "tracker=none", f"run.name={name}", f"run.dir={self.out / name}",
                      f"data.cache_dir={self.out / 'cache'}", f"data.num_frames=[{self.num_frames}]",
                      f"train.num_steps={self.steps}", "train.save_every=1000000", "validation.every_steps=0", *more]
         for verb in ("cache", "train", "export"):
             if code := cli.main([verb, *arguments]):
                 raise SystemExit(code)
-        return opened(load(arguments), arguments)
+        return opened(arguments)
 
 
 def write_sets(bench: Bench) -> None:
@@ -128,17 +132,19 @@ def edited(bench: Bench, name: str) -> list[Edited]:
     """Train the run of MASKED, and let base and LoRA paint over every held-out scene."""
     videos = heldout_videos(bench)
     prompts = ",".join(f"'{TRIGGER}, {world.caption(scene)}'" for scene in videos.values())
-    recipe = bench.trained(name, *ALONE, f"data.sources.style.path={bench.out / 'clips' / 'objects'}", *MASKED[name],
+    objects = f"data.sources.style.path={bench.out / 'clips' / 'objects'}"
+    recipe, clips = bench.trained(name, *ALONE, objects, *MASKED[name],
                            f"sampler.inputs=[{','.join(f'{{video: {path}}}' for path in videos)}]",
                            f"sampler.prompts=[{prompts}]", "sampler.strength=0.6")
-    sampler, settings = sampler_of(recipe, lora_files(recipe, ())), sampler_settings(recipe)
+    pipeline, settings = load_pipeline(recipe, lora_files(recipe, ())), sampler_settings(recipe)
     found = []
     texts = recipe.config.sampler.prompts
-    for scene, prompt, given in zip(videos.values(), texts, inputs_of(recipe, len(texts)), strict=True):
+    inputs = inputs_of(recipe, len(texts), lambda: clips)
+    for scene, prompt, given in zip(videos.values(), texts, inputs, strict=True):
         painted = []
         for strength in (0.0, 1.0):
-            sampling.set_strength(sampler, strength)
-            painted.append(sampling.sample(sampler, prompt, 0, settings, given))
+            sampling.set_strength(pipeline, strength)
+            painted.append(sampling.sample(pipeline, prompt, 0, settings, given))
         drawn = [torch.from_numpy(frames)[:bench.num_frames] for frames in (
             world.mask(scene, HEIGHT, WIDTH, NUM_FRAMES), world.render(scene, "anime", HEIGHT, WIDTH, NUM_FRAMES))]
         found.append(Edited(scene, *drawn, *painted))
@@ -182,9 +188,11 @@ def measure_kept(bench: Bench, names: Sequence[str]) -> dict[str, dict[str, floa
     """A row of the second table each, and `NAME.png`: base, with trigger, without."""
     table = {}
     for name in names:
-        recipe = bench.trained(name, *bench.kept[name])
-        trios = list(evaluate.sample_trios(recipe, sampler_of(recipe, lora_files(recipe, ()))))
-        distances = evaluate.style_distances(recipe, {c: style.describe(trio.videos[c] for trio in trios)
+        recipe, clips = bench.trained(name, *bench.kept[name])
+        pipeline = load_pipeline(recipe, lora_files(recipe, ()))
+        inputs = inputs_of(recipe, len(recipe.config.evaluate.prompts), lambda clips=clips: clips)
+        trios = list(evaluate.sample_trios(recipe, pipeline, inputs))
+        distances = evaluate.style_distances(clips, {c: style.describe(trio.videos[c] for trio in trios)
                                                       for c in evaluate.CONDITIONS})
         without = [trio.videos["lora_without_trigger"] for trio in trios]
         table[name] = {

@@ -19,12 +19,14 @@ from pathlib import Path
 
 import torch
 
-from tests.conftest import write_clips
+from tests.conftest import opened, write_clips
 from wantrain import cli, flow
-from wantrain.config import load
 from wantrain.lora import KINDS
 from wantrain.models.encode import predict_velocity
-from wantrain.stages import Cached, opened, train
+from wantrain.recipe.samples import Cached
+from wantrain.recipe.training import Training, prepare
+from wantrain.stages import train
+from wantrain.terms import Batch
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -33,7 +35,7 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def bare(training: train.Training, batch: train.Batch) -> None:
+def bare(training: Training, batch: Batch) -> None:
     """Forward and backward on the batch's own latents as noisy input."""
     training.model.disable_gradient_checkpointing()
     sigma_B = torch.full((len(batch.ids),), 0.5)
@@ -56,7 +58,7 @@ def main() -> None:
                  f"train.micro_batch_size={given.batch}"]
     if cli.main(["cache", *arguments]) != 0:
         raise SystemExit(1)
-    training = train.prepare(opened(load(arguments), arguments))
+    training = prepare(*opened(arguments))
     make = train.batch_maker(training, Cached(training.recipe), 0)
     batch, = make(0)
 
@@ -72,7 +74,7 @@ def main() -> None:
         "a batch from the cache": lambda: make(0),
     }
     for kind in KINDS:
-        other = train.prepare(opened(load([*arguments, f"lora.kind={kind}"]), arguments))
+        other = prepare(*opened([*arguments, f"lora.kind={kind}"]))
         work[f"train_step, lora.kind={kind}"] = partial(train.train_step, other, 0, [batch])
     times: dict[str, list[float]] = {name: [] for name in work}
     for round_number in range(given.steps + 1):

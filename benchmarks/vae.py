@@ -29,7 +29,7 @@ from wantrain.data.cache import LATENTS, TEXT, Cache
 from wantrain.jobs import in_workers
 from wantrain.models import encode
 from wantrain.models.variants import VARIANTS
-from wantrain.terms import CLIP, Bucket, Clip, PlannedClip
+from wantrain.terms import WINDOW, Bucket, Clip, PlannedClip
 
 REAL, FPS = Bucket(81, 480, 832), 16.0
 TFLOPS = (20, 100, 200, 400, 1000)
@@ -70,14 +70,14 @@ def cache_loop(planned: list[PlannedClip], jobs: int) -> dict[str, float]:
     vae, spent = AutoencoderKLWan().eval(), {"in the VAE": 0.0, "waiting for frames": 0.0, "writing": 0.0}
     with tempfile.TemporaryDirectory() as folder:
         cache = Cache(Path(folder), "vae", "text", "")
-        arriving = in_workers(decode.frames_in_worker, [(one, (CLIP,)) for one in planned], jobs, 600)
+        arriving = in_workers(decode.frames_in_worker, [(one, (WINDOW,)) for one in planned], jobs, 600)
         for number in range(len(planned)):
             moments = [time.perf_counter()]
             (one, _), result, why = next(arriving)
             if result is None or not result[0]:
                 raise SystemExit(why or "a clip does not decode")
             moments.append(time.perf_counter())
-            latents = encode.encode_frames(vae, torch.from_numpy(result[0][CLIP]))
+            latents = encode.encode_frames(vae, torch.from_numpy(result[0][WINDOW]))
             moments.append(time.perf_counter())
             cache.write((LATENTS, one), {"x": latents})
             moments.append(time.perf_counter())
@@ -102,7 +102,7 @@ def read_s() -> tuple[float, float]:
     """(seconds to read a clip's latents and text from the warm cache, checksums included: wall, CPU), medians of 30."""
     with tempfile.TemporaryDirectory() as folder:
         cache = Cache(Path(folder), "vae", "text", "")
-        clip = PlannedClip(Clip("a", Path("a"), "a", "a"), REAL, media.Found("a", 6.0), FPS)
+        clip = PlannedClip(Clip("a", Path("a"), "a", "a"), REAL, media.MediaInfo("a", 6.0), FPS)
         cache.write((LATENTS, clip), {"x": torch.randn(REAL_LATENTS_CTHW)})
         cache.write((TEXT, "a"), {"x": torch.randn(NUM_TEXT, TEXT_DIM).bfloat16()})
         both = []

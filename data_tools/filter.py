@@ -365,40 +365,7 @@ def read(manifest: Path) -> list[Entry]:
     return entries
 
 
-def _readable_lines(manifest: Path) -> list[tuple[int, Any]]:
-    """(line, the row or its text) of all rows. UserError where the file itself cannot be read."""
-    try:
-        return list(_lines_of(manifest))
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{shown(manifest)} cannot be read: {error}", "give a .jsonl or .csv in UTF-8") from error
-
-
-def _lines_of(manifest: Path) -> Iterator[tuple[int, Any]]:
-    with manifest.open(encoding="utf-8-sig", newline="") as file:
-        if manifest.suffix == ".csv":
-            reader = csv.DictReader(file, restval="")
-            yield from ((reader.line_num, row) for row in reader)
-        else:
-            yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
-
-
-def identity(row: Row) -> str:
-    """What a row is called."""
-    return str(row.get("id") or row["video"])
-
-
-def _span(row: Row) -> tuple[float, float | None]:
-    """(start_s, end_s); ValueError where they are no span."""
-    try:
-        start_s, end_s = (None if row.get(key) in (None, "") else float(row[key]) for key in ("start_s", "end_s"))
-    except (TypeError, OverflowError) as error:
-        raise ValueError(f"start_s and end_s are seconds: {error}") from error
-    if not 0 <= (start_s or 0.0) < (math.inf if end_s is None else end_s):
-        raise ValueError(f"the span {start_s} to {end_s} s is empty")
-    return start_s or 0.0, end_s
-
-
-def _text(rows: Sequence[Row], out: Path) -> str:
+def _text(rows: Sequence[dict[str, Any]], out: Path) -> str:
     if out.suffix != ".csv":
         return "".join(map(json_line, rows))
     file = io.StringIO()

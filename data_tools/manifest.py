@@ -54,7 +54,7 @@ from data_tools.rows import (
 from wantrain.data import media
 from wantrain.data.tables import COLUMNS, MEDIA, one_line
 from wantrain.files import digest_text
-from wantrain.terms import IMAGE_SUFFIXES, PARTNERS, Found, UserError
+from wantrain.terms import IMAGE_SUFFIXES, PARTNERS, MediaInfo, UserError
 
 OF_SPLIT = re.compile(r"(?P<shot>(?P<film>.+)@\d+\.\d{3})#\d+")
 """An id that `data_tools.split` gave; its `shot_of` is the group of this name."""
@@ -67,7 +67,7 @@ NUMS_FRAMES, FPS = (17, 33, 49, 81), (16, 24)
 
 
 @dataclass(frozen=True, slots=True)
-class Medium(Found):
+class Medium(MediaInfo):
     """What a file holds, and its mean rate; 0 for one frame."""
 
     fps: float = 0.0
@@ -232,7 +232,7 @@ def _refused_by_training(file: Path) -> list[str]:
     from wantrain.data import manifest
 
     try:
-        manifest.read(manifest.Source("check", str(file)))
+        manifest.read(manifest.ClipSource("check", str(file)))
     except UserError as error:
         return [error.message]
     return []

@@ -39,20 +39,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import av
-
-from data_tools.command import (
-    absolute,
-    add_job_arguments,
-    answer,
-    check_openable,
-    json_line,
-    parsed,
-    positive,
-    shown,
-    stamp,
-)
-from data_tools.rows import LARGEST
+from data_tools.command import absolute, add_job_arguments, answer, check_openable, json_line, positive, shown, stamp
+from data_tools.journal import UNREADABLE, fault_of
+from data_tools.rows import read_entries, understood
 from wantrain.data import media
 from wantrain.data.tables import Row, columns_of, number_of, rows_of
 from wantrain.files import atomic_path, digest_text
@@ -260,26 +249,16 @@ def _records(text: str, path: Path) -> Iterator[Piece]:
         yield _piece(piece, fault or row, path, begin) if any(cell.strip() for cell in cells) else Piece(piece)
 
 
-def _number(cell: str) -> Any:
-    """The number in a cell as JSON has it, else the text (which is a fault)."""
-    for parse in (int, float):
-        with contextlib.suppress(ValueError):
-            return parse(cell)
-    return cell or None
-
-
-def _fault(values: Any) -> str:
-    """Why a row cannot be shown and edited, '' if it can."""
-    if not isinstance(values, dict) or not isinstance(values.get("video"), str) or not values["video"]:
-        return "no object with a video"
-    captions, numbers = values.get("captions") or [], [values.get(name) for name in ("start_s", "end_s", "keep")]
-    if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
-        return "captions is a list of texts"
-    if not isinstance(values.get("caption") or "", str):
-        return "caption is a text"
-    if not all(n is None or (isinstance(n, int | float) and abs(n) <= LARGEST) for n in numbers):
-        return "start_s, end_s and keep are numbers"
-    return ""
+def _piece(text: str, row: Row | str, path: Path, line: int) -> Piece:
+    """The piece of a row, with what training's reader understands of it, or the fault why it cannot be edited."""
+    try:
+        if isinstance(row, str):
+            raise ValueError(row)
+        values = understood(row, path, "").values
+        number_of("keep", values.get("keep"))
+    except (ValueError, RecursionError) as error:
+        return Piece(text, None, f"line {line}: {error}")
+    return Piece(text, values)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import os
 import posixpath
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,18 +37,6 @@ from wantrain.data.tables import (
 )
 from wantrain.files import write_text
 from wantrain.terms import PARTNERS, UserError
-
-KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
-    **dict.fromkeys(("video", *PARTNERS), (str, "a path")), "caption": (str, "a text"),
-    "captions": (list, "a list of texts"), "start_s": ((int, float), "a number of seconds"),
-    "end_s": ((int, float), "a number of seconds"), "id": ((str, int), "a text"), "duplicate_of": ((str, int), "an id")}
-"""What the columns of `wantrain.data.manifest` hold; any other is a measurement. (Its module would be imported by every
-worker process, and takes seconds.)"""
-
-LARGEST = sys.float_info.max
-"""Integers beyond it, of which JSON has any, are no numbers to compute with."""
-
-MEDIA = ("video", *PARTNERS)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -181,6 +170,8 @@ def understood(row: Row, path: Path, place: str) -> Entry:
     if isinstance(cells.get("captions"), str):
         values["captions"] = captions_of({"captions": cells["captions"]})
     captions_of(values)
+    if beyond := [name for name, value in values.items() if isinstance(value, int) and abs(value) > sys.float_info.max]:
+        raise ValueError(f"{beyond[0]} is a number beyond {sys.float_info.max:.0e}")  # JSON has them, no float does
     if not values.get("video"):
         raise ValueError("no video")
     entry = Entry(folder, place, values)
@@ -199,22 +190,13 @@ def _cell(name: str, text: str | None) -> Any:
     return text
 
 
-def _fault(values: Mapping[str, Any]) -> str:
-    """Why nothing can be done with a row, '' if something can."""
-    if not values.get("video"):
-        return "no video"
-    if beyond := [column for column, value in values.items() if isinstance(value, int) and abs(value) > LARGEST]:
-        return f"{beyond[0]} is a number beyond {LARGEST:.0e}"
-    for column, (kind, wanted) in KINDS.items():
-        value = values.get(column)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
-            return f"{column} is {wanted}, not {str(value)[:40]!r}"
-        if column in MEDIA and "\0" in (value or ""):
-            return f"{column}: a path cannot hold the character NUL"
-    if not all(isinstance(text, str) for text in values.get("captions") or []):
-        return "captions is a list of texts"
-    start_s, end_s = Row(Path(), "", dict(values)).span
-    return "" if 0 <= start_s < end_s else f"span {start_s:g}..{end_s:g} s is empty"
+def _path(name: str, value: Any, folder: Path) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is a path, not {str(value)[:40]!r}")
+    if "\0" in value:
+        raise ValueError(f"{name}: a path cannot hold the character NUL")
+    value.encode()  # UnicodeEncodeError is a ValueError
+    return value if is_url(value) else spelled(folder, value)
 
 
 def sound_entries(paths: Iterable[Path]) -> list[list[Entry]]:

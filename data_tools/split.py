@@ -504,14 +504,8 @@ def _merged(out: Path, films: Collection[str], rows: Sequence[dict[str, Any]]) -
 
     UserError where a caption would be lost, because its span is no longer there.
     """
-    try:
-        old = [json.loads(line) for line in out.read_text(encoding="utf-8").split("\n") if line] if out.exists() else []
-        if not all(isinstance(row, dict) and isinstance(row.get("id", ""), str | int | None) for row in old):
-            raise TypeError("a row is an object, and its id a text")
-        ours = {row["id"]: row for row in old
-                if "id" in row and shot_of(str(row["id"])).rpartition("@")[0] in films}
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{out} is there and is no manifest of JSON lines: {error}", "give another --out") from error
+    old = sound_entries([out])[0] if out.exists() else []
+    ours = {entry.id: entry.values for entry in old if shot_of(entry.id).rpartition("@")[0] in films}
     lost = [row["id"] for row in ours.values() if row.get("caption")]
     for row in rows:
         earlier = ours.get(row["id"], {})

@@ -91,6 +91,16 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 Wantrain = Callable[..., int]
 
 
+def opened(arguments, refuse=True):
+    """(the recipe of these overrides, its clips)."""
+    from wantrain.config import load
+    from wantrain.recipe.clips import open_clips
+    from wantrain.recipe.recipe import open_recipe
+
+    recipe = open_recipe(load(arguments))
+    return recipe, open_clips(recipe, arguments, refuse=refuse)
+
+
 def arguments_for(clips: Path, cache_dir: Path, run_dir: Path) -> list[str]:
     """Overrides that turn the anime demo into a run of seconds: 5 frames of 32x48 px, 8 clips, batch 4."""
     return [

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanAnimateTransformer3DModel
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
@@ -12,9 +14,10 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 from tests import tiny_models as tiny
 from tests.conftest import SIZE, moving_square, write_clips
 from wantrain import pictures
+from wantrain.flow import inference_sigmas
 from wantrain.models import sampling
-from wantrain.models.base import EMBEDDED, Base, set_steps
-from wantrain.models.conditioning import Encoders
+from wantrain.models.base import EMBEDDED, Base
+from wantrain.models.fit import AdapterFile, fit
 from wantrain.models.variants import VARIANTS, diffusers_config
 
 CLASSES = {c.__name__: c for c in (tiny.WanTransformer3DModel, tiny.WanVACETransformer3DModel,
@@ -89,23 +92,24 @@ class OfficialSteps(UniPCMultistepScheduler):
     def set_timesteps(self, num_inference_steps: int | None = None, device: torch.device | None = None,
                       sigmas: object = None, mu: object = None) -> None:
         if sigmas is None:
-            set_steps(self, num_inference_steps, device)
+            super().set_timesteps(sigmas=np.array(inference_sigmas(num_inference_steps)), device=device)
         else:
             super().set_timesteps(sigmas=sigmas, device=device)
 
 
 def official_steps(found: Base, shift: float) -> OfficialSteps:
     """The base's scheduler for one of diffusers' pipelines."""
-    return OfficialSteps.from_config(found.scheduler(shift).config)
+    return OfficialSteps.from_config(sampling.UNIPC, flow_shift=shift)
 
 
-def sampler(found: Base) -> sampling.Sampler:
-    """The base's parts in float32, ready to sample."""
+def pipeline(found: Base, loras: Mapping[str | None, Path] | None = None) -> sampling.Pipeline:
+    """The base's parts in float32, ready to sample, with LoRA files by expert."""
     cpu = torch.device("cpu")
-    image = found.image_encoder(torch.float32, cpu) if found.variant.architecture.image_dim else None
-    return sampling.Sampler(found.variant, [one.transformer(torch.float32, cpu) for one in found.each()],
-                            found.text(torch.float32, cpu), Encoders(found.vae(cpu), image),
-                            found.scheduler(found.variant.shift), torch.float32)
+    transformers = [one.transformer(torch.float32, cpu) for one in found.each()]
+    for one, transformer in zip(found.each(), transformers, strict=True):
+        fit(transformer, cpu, AdapterFile(loras[one.expert], one.expert) if loras else None)
+    return sampling.Pipeline(found.variant, transformers, found.text(torch.float32, cpu), found.encoders(cpu),
+                             torch.float32)
 
 
 def write_partners(folder: Path, task: str, number: int, height: int = 2 * SIZE[0], width: int = 2 * SIZE[1]) -> None:

@@ -12,7 +12,8 @@ import torch
 
 from tests import tiny_models as tiny
 from wantrain.models import variants
-from wantrain.models.containers import empty_weights, find_parts, load_into, open_container
+from wantrain.models.containers import find_parts, open_container
+from wantrain.models.loading import empty_weights, load_into
 from wantrain.models.variants import VARIANTS, Architecture, read_architecture
 
 PAGE = Path(__file__).parents[1] / "docs" / "weight-files.md"

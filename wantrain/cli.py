@@ -13,9 +13,9 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from wantrain import logs
+from wantrain.options import FILE_VERBS, parse, parser
 from wantrain.terms import EXIT_INTERRUPTED, EXIT_STALLED, EXIT_USER_ERROR, Interrupted, Stalled, UserError
 
 VERBS = {
@@ -35,38 +35,6 @@ READERS = ("check", "report", "cache", "train")
 """What reads the clips; the others work from what these left."""
 
 
-class FileVerb(NamedTuple):
-    """What a verb for any file does, how it is called, and its options."""
-
-    does: str
-    usage: str
-    options: dict[str, str]
-
-
-_EXPERT = {"expert=high|low": "which half of a file that holds LoRAs for both A14B experts"}
-FILE_VERBS = {
-    "inspect": FileVerb("say what a weight or LoRA file holds, and where it loads", "inspect FILE", {
-        "norms=all": "the norm of every module's delta, not a line for each kind of module", **_EXPERT}),
-    "convert": FileVerb("rewrite a LoRA in another tool's format, proven by reading it back", "convert IN OUT", {
-        "format=universal": "or comfy_updown, kohya, fun, diffusers, peft, lycoris, diffsynth, diffsynth_pipe",
-        "dtype=float32": "or bfloat16, float16", **_EXPERT}),
-    "merge": FileVerb("fold LoRAs into a transformer, read back to prove it", "merge BASE LORA[=STRENGTH] ... OUT", {
-        "layout=official": "one file with the names of the public and ComfyUI files; diffusers: a folder",
-        "dtype=bfloat16": "or float16, float32", **_EXPERT}),
-    "extract": FileVerb("take a LoRA out of a tuned transformer, with the share of the change it keeps, by layer",
-                        "extract TUNED BASE OUT", {
-        "rank=32": "of every module", "format=universal": "as for convert", "dtype=float32": "or bfloat16, float16",
-        "rest=refuse": "when norms or biases changed; diff: keep them whole (comfy_updown), drop: leave them out",
-    }),
-    "prune": FileVerb("list what each run needs of a cache, and delete what none does",
-                      "prune CACHE_FOLDER [RUN ...]", {
-        "delete=no": "yes: delete it; else it is only counted",
-        "verify=no": "yes: read every entry and count damaged ones as not needed",
-    }),
-}
-"""Options are `key=value` or `--key value`; files may be model ids."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, 2 for a fault the user can mend, 75 where a process was lost, 130 when
     interrupted; 1 is for our own faults.
@@ -83,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                   f"{shlex.join(['wantrain', *close, *rest]) if close else 'wantrain --help'}", file=sys.stderr)
             return EXIT_USER_ERROR
         if {"-h", "--help"} & set(rest):
-            print(_verb_help(verb) if verb in VERBS else _file_verb_help(FILE_VERBS[verb]))
+            print(_verb_help(verb) if verb in VERBS else parser(verb).format_help())
             return 0
         return _run_and_tell(verb, rest)
 
@@ -97,7 +65,7 @@ def _run_and_tell(verb: str, rest: list[str]) -> int:
     except (UserError, OSError) as error:
         fault = _of_system(error) if isinstance(error, OSError) else error
         print(f"error{f' in process {process}' if process else ''}: {fault}", file=sys.stderr)
-        return _left(EXIT_STALLED if isinstance(fault, Stalled) else EXIT_USER_ERROR)
+        return _leave(EXIT_STALLED if isinstance(fault, Stalled) else EXIT_USER_ERROR)
     except (KeyboardInterrupt, Interrupted) as stop:
         print(f"\n{stop if str(stop) else 'interrupted; what was finished is kept'}\n  next: "
               f"{shlex.join(['wantrain', verb, *rest])}    goes on from there", file=sys.stderr)
@@ -143,8 +111,10 @@ def _of_system(error: OSError) -> UserError:
                      "command again: what was finished is kept")
 
 
-def _left(code: int) -> int:
-    """The code; but where others wait for this process, it takes no leave of them, which could last."""
+def _leave(code: int) -> int:
+    """Give the exit code back. Where a process group runs, end the process at once instead: at a normal exit torch
+    waits for the other processes, and those may wait for this one.
+    """
     distributed = sys.modules.get("torch.distributed")  # which takes seconds to import, where nothing else has
     if distributed and distributed.is_available() and distributed.is_initialized():
         sys.stdout.flush()
@@ -155,9 +125,8 @@ def _left(code: int) -> int:
 
 def _run(verb: str, rest: list[str]) -> int:
     if verb in FILE_VERBS:
-        if not rest:  # before the libraries behind the verb, which take seconds to import
-            raise UserError(f"{verb} takes files, and none is given", f"wantrain {FILE_VERBS[verb].usage}")
-        importlib.import_module(f"wantrain.stages.{verb}").run(rest)
+        given = parse(verb, rest)  # before the libraries behind the verb, which take seconds to import
+        importlib.import_module(f"wantrain.stages.{verb}").run(given)
         return 0
     config_dir, overrides = _config_dir(rest)
     # The libraries behind a verb take seconds to import, so help and faults of the config come first.
@@ -203,16 +172,10 @@ def _config_dir(rest: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 def _help() -> str:
     verbs = "\n".join(f"  {name:10}{does}" for name, does in VERBS.items())
-    file_verbs = "\n".join(f"  {name:10}{verb.does}: {verb.usage}" for name, verb in FILE_VERBS.items())
+    file_verbs = "\n".join(f"  {name:10}{verb.does}" for name, verb in FILE_VERBS.items())
     return (f"usage: wantrain VERB recipe=NAME [key=value ...]\n\n{verbs}\n\nfor any file:\n{file_verbs}\n\n"
             "wantrain VERB --help lists recipes and keys. With several processes:\n"
             "  accelerate launch --config_file launch/ddp.yaml -m wantrain train recipe=NAME")
-
-
-def _file_verb_help(verb: FileVerb) -> str:
-    options = "\n".join(f"  {option:20}{text}" for option, text in verb.options.items())
-    return (f"usage: wantrain {verb.usage} [key=value ...]\n\n  {verb.does}\n\noptions with defaults (--key value "
-            f"is the same as key=value):\n{options}\n\nA file may be a model id: owner/name/path/in/it.")
 
 
 def _verb_help(verb: str) -> str:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,6 +41,26 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def set_in_place(path: Path) -> Iterator[Path]:
+    """A path of the same name in a hidden folder beside `path`. What the block makes there, a file or a folder of
+    files, takes its place at `path` when the block ends well, and vanishes when it does not.
+    """
+    folder = temporary_for(path)
+    made = folder / path.name
+    try:
+        folder.mkdir(parents=True)
+        yield made
+        if made.is_dir():
+            path.mkdir(exist_ok=True)
+        for file in sorted(made.iterdir()) if made.is_dir() else [made]:
+            file.replace(path / file.name if made.is_dir() else path)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def temporary_for(path: Path) -> Path:

@@ -78,7 +78,7 @@ class _Both:
 
 
 def console() -> TextIO:
-    """Where to draw what a log does not want, such as a progress bar."""
+    """The stream for progress bars, which do not belong into a log file."""
     return sys.stderr.console if isinstance(sys.stderr, _Both) else sys.stderr
 
 

@@ -30,7 +30,7 @@ TARGET_PRESETS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class AdapterKind:
     """One of PEFT's adapters: what makes its config, the word for alpha there, and the tensors a module may get."""
 
     config: Callable[..., Any]
@@ -39,12 +39,13 @@ class Kind:
 
 
 _PAIR = ("lora_A", "lora_B")
-KINDS: dict[str, Kind] = {
-    "lora": Kind(LoraConfig, "lora_alpha", _PAIR),
-    "rslora": Kind(partial(LoraConfig, use_rslora=True), "lora_alpha", _PAIR),
-    "dora": Kind(partial(LoraConfig, use_dora=True), "lora_alpha", (*_PAIR, MAGNITUDE)),
-    "loha": Kind(LoHaConfig, "alpha", ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")),
-    "lokr": Kind(LoKrConfig, "alpha", ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")),
+KINDS: dict[str, AdapterKind] = {
+    "lora": AdapterKind(LoraConfig, "lora_alpha", _PAIR),
+    "rslora": AdapterKind(partial(LoraConfig, use_rslora=True), "lora_alpha", _PAIR),
+    "dora": AdapterKind(partial(LoraConfig, use_dora=True), "lora_alpha", (*_PAIR, MAGNITUDE)),
+    "loha": AdapterKind(LoHaConfig, "alpha", ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")),
+    "lokr": AdapterKind(LoKrConfig, "alpha",
+                        ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")),
 }
 """rslora scales by alpha/sqrt(rank) (Kalajdzievski 2023); dora learns each row's length apart (Liu et al. 2024); loha
 and lokr are the Hadamard and Kronecker products of LyCORIS (Yeh et al. 2023)."""
@@ -111,13 +112,14 @@ def inject(transformer: torch.nn.Module, targets: Sequence[str], spec: Spec, see
     names = match_targets(transformer, targets)
     transformer.requires_grad_(False)
     kind = KINDS[spec.kind]
+    on_meta = next(transformer.parameters()).is_meta  # where PEFT would draw the adapter on the CPU, for nothing
     config = kind.config(
         r=spec.rank, target_modules=names, rank_pattern=_by_name(names, spec.rank_pattern, "lora.rank_pattern"),
         alpha_pattern=_by_name(names, spec.alpha_pattern, "lora.alpha_pattern"), **{kind.alpha: spec.alpha})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, transformer, adapter_name=ADAPTER)
-    for name, parameter in trainable(transformer).items():
+        inject_adapter_in_model(config, transformer, adapter_name=ADAPTER, low_cpu_mem_usage=on_meta)
+    for name, parameter in trainable_parameters(transformer).items():
         parameter.data = parameter.data.float()
         if MAGNITUDE in name:  # PEFT took the rows' lengths in the base's dtype
             weight = transformer.get_parameter(name.partition(f".{MAGNITUDE}")[0] + ".base_layer.weight")
@@ -132,7 +134,7 @@ def _by_name(names: Sequence[str], patterns: Mapping[str, Any], key: str) -> dic
     return {re.escape(name): value for target, value in patterns.items() for name in _matching(names, target, key)}
 
 
-def trainable(transformer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+def trainable_parameters(transformer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The parameters with a gradient, by name."""
     return {name: p for name, p in transformer.named_parameters() if p.requires_grad}
 
@@ -143,12 +145,12 @@ def lr_factors(transformer: torch.nn.Module, b_factor: float, patterns: Mapping[
     That of the last preset or regular expression over the adapted modules' names that matches, times `b_factor` for
     the B of a LoRA: LoRA+ (Hayou et al. 2024). Raises UserError when a pattern matches no adapted module.
     """
-    leaves = _by_module(trainable(transformer))
+    leaves = _by_module(trainable_parameters(transformer))
     chosen = dict.fromkeys(leaves, 1.0)
     for target, factor in patterns.items():
         chosen |= dict.fromkeys(_matching(list(leaves), target, "optim.lr_factors"), factor)
     return {name: chosen[found["module"]] * (b_factor if found["leaf"] == "lora_B" else 1.0)
-            for name, found in ((name, _parsed(name)) for name in trainable(transformer))}
+            for name, found in ((name, _parsed(name)) for name in trainable_parameters(transformer))}
 
 
 def _parsed(name: str) -> re.Match[str]:
@@ -167,9 +169,9 @@ def _by_module(parameters: Mapping[str, torch.Tensor]) -> dict[str, dict[str, to
     return tensors
 
 
-def _check_trainable(transformer: torch.nn.Module, names: Iterable[str], kind: Kind) -> None:
+def _check_trainable(transformer: torch.nn.Module, names: Iterable[str], kind: AdapterKind) -> None:
     """Refuse unless exactly the adapter's tensors of `names` are trainable."""
-    found = _by_module(trainable(transformer))
+    found = _by_module(trainable_parameters(transformer))
     strays = [(name, leaf) for name, leaves in found.items() for leaf in leaves if leaf not in kind.leaves]
     assert found.keys() == set(names), f"the adapted modules are wrong: {sorted(found.keys() ^ set(names))}"
     assert not strays, f"the trainable set is wrong: {strays}"
@@ -182,7 +184,8 @@ def scales(transformer: torch.nn.Module) -> dict[str, float]:
 
 
 def adapter_state(parameters: Mapping[str, torch.Tensor], factors: Mapping[str, float]) -> AdapterState:
-    """The state from named trainable tensors (whole, as `trainable` or the engine's gather gives them) and `scales`.
+    """The state from named trainable tensors and `scales`. The tensors are whole, as
+    `trainable_parameters` or the engine's gather gives them.
 
     Tensors on the meta device stay there.
     """
@@ -214,7 +217,7 @@ def start_from(transformer: torch.nn.Module, given: AdapterState) -> None:
     A smaller LoRA rank fills the first rows and leaves the rest at their start, so the delta is the same and can grow.
     Raises UserError for modules that are no targets, another kind, ranks above ours and products of other sizes.
     """
-    own, factors = _by_module(trainable(transformer)), scales(transformer)
+    own, factors = _by_module(trainable_parameters(transformer)), scales(transformer)
     for module, theirs in given.tensors.items():
         if module not in own:
             raise UserError(f"the LoRA adapts {module}, which lora.targets does not match",

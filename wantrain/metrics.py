@@ -167,7 +167,7 @@ class Trackers:
             outside.call(partial(_log, opened, dict(values), step))
 
     def news(self) -> str:
-        """What went wrong with them, once."""
+        """Problems with the trackers since the last call, each told once."""
         return "\n".join(filter(None, (outside.news() for outside, _ in self._open.values())))
 
     def close(self, limit_s: float) -> str:

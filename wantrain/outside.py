@@ -16,6 +16,13 @@ MOST_WAITING = 1000
 """Calls that wait for one that hangs; later ones are left out."""
 
 
+def remote_errors() -> tuple[type[Exception], ...]:
+    """The exceptions of libraries that read from another machine. A function, because httpx2 is slow to import."""
+    import httpx2
+
+    return OSError, ImportError, ValueError, RuntimeError, httpx2.HTTPError
+
+
 class Caught:
     """In the block, whatever foreign code raises ends the block and is kept in `fault`. Ctrl-C goes through."""
 
@@ -124,6 +131,6 @@ class Outside:
             return self._calls.all_tasks_done.wait_for(lambda: self.is_idle, limit_s)
 
     def news(self) -> str:
-        """What went wrong since it was last asked; nothing is told twice."""
+        """Problems since the last call; none is told twice."""
         told, self._news = self._news, []
         return "\n".join(told)

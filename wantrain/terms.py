@@ -54,7 +54,7 @@ ROOM = ("free some disk space (or point the folder elsewhere), then run the same
 
 
 def unwritable(path: Path, error: OSError) -> UserError:
-    """What to say of a path of the user's that cannot be written."""
+    """The error for a path of the user's that cannot be written."""
     advice = {
         errno.EROFS: "its disk is read-only: choose another folder",
         errno.EACCES: "allow this user to write there, or choose another folder",
@@ -83,6 +83,10 @@ class Bucket:
 
     def __str__(self) -> str:
         return f"{self.num_frames}f {self.height}x{self.width}"
+
+    def num_tokens(self, multiple_px: int) -> int:
+        """Transformer tokens of a clip: latent frames x patches of `multiple_px` pixels."""
+        return (1 + (self.num_frames - 1) // 4) * (self.height // multiple_px) * (self.width // multiple_px)
 
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".mkv", ".mov", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m4v", ".gif"})
@@ -116,7 +120,7 @@ Media = Path | Remote
 OF_A_PLACE = re.compile(r"data\.sources\.[^.]*\.(path$|columns(\.|$))")
 """Keys of a config that say where clips and captions are. What they are is compared itself: they may have moved."""
 
-CLIP = "clip"
+WINDOW = "clip"
 """The name of a window itself among its partners."""
 
 PARTNERS = ("control", "control_mask", "reference", "face", "mask")
@@ -149,8 +153,8 @@ class Clip:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What looking into a file told: digest of its bytes, length, size as shown, number of frames, and who reads it.
+class MediaInfo:
+    """What a look into a file told: digest of its bytes, length, size as shown, number of frames, and who reads it.
 
     `why_not_decord` is empty when decord does, "image" for an image. `surprises` is what a person would want to know
     of its pictures (HDR, interlaced, transparent, ...), or empty. `fault` is empty for a usable file.
@@ -177,7 +181,7 @@ class PlannedClip:
 
     clip: Clip
     bucket: Bucket
-    found: Found
+    found: MediaInfo
     fps: float
     start_s: float = 0.0
     latest_s: float | None = None
@@ -190,8 +194,8 @@ class PlannedClip:
         return f"{self.bucket} with a reference" if "reference" in self.partners else str(self.bucket)
 
     def part(self, name: str) -> PlannedClip:
-        """This window (CLIP), or the same window of one of its partners."""
-        return self if name == CLIP else self.partners[name]
+        """This window (WINDOW), or the same window of one of its partners."""
+        return self if name == WINDOW else self.partners[name]
 
     @property
     def name(self) -> str:
@@ -236,7 +240,7 @@ class Sample:
 
 @dataclass(slots=True)
 class Batch:
-    """What one micro-step trains on.
+    """The samples of one micro-step.
 
     `latents_BCTHW` float32, normalised VAE output; `text_BLD` zero-padded to TEXT_LEN; `mask_B1THW` float32 in [0, 1],
     where the loss looks (None: everywhere); `condition` by name, stacked; `known_BT` 1 for latent frames that are given

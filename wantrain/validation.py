@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 import torch
 
 from wantrain import flow
-from wantrain.models.encode import predict_velocity
-from wantrain.terms import PlannedClip, Sample
+from wantrain.data.batches import stack
+from wantrain.terms import Batch, PlannedClip, Sample
 
 SEED = "validation"
 
-Row = tuple[int, int]
+ClipSigma = tuple[int, int]
 """(place of the clip, place of the sigma)."""
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
@@ -33,7 +33,7 @@ class Share:
     process_index: int = 0
     gather: Gather = lambda values_N: values_N[None]
 
-    def of(self, chunks: Sequence[list[Row]]) -> list[list[Row]]:
+    def of(self, chunks: Sequence[list[ClipSigma]]) -> list[list[ClipSigma]]:
         """Its chunks, as many as each other process has: those that lack one repeat the first, which does not count.
 
         Under ZeRO-3 and FSDP2 every process must call the transformer equally often.
@@ -55,7 +55,7 @@ class HeldOut:
     share: Share = field(default_factory=Share)
 
     @property
-    def chunks(self) -> list[list[Row]]:
+    def chunks(self) -> list[list[ClipSigma]]:
         """Every clip at every sigma, at most `size` rows at a time and of one kind; the same in every process."""
         found = []
         for kind in dict.fromkeys(p.kind for p in self.clips):
@@ -70,42 +70,32 @@ class HeldOut:
 
 
 @torch.no_grad()
-def losses(transformer: torch.nn.Module, heldout: HeldOut, device: torch.device) -> torch.Tensor:
+def losses(heldout: HeldOut, loss_of: Callable[[Batch], torch.Tensor]) -> torch.Tensor:
     """Loss of every held-out clip at every sigma, float32 [clips, sigmas], the same in every process.
 
-    Latent frames that are given clean do not count. Precision is the caller's (its autocast).
+    `loss_of` gives loss_B of a batch (wantrain.objective.losses of a model). Latent frames that are given clean do not
+    count.
     """
     share, chunks = heldout.share, heldout.chunks
     own = torch.zeros(len(share.of(chunks)), heldout.size)
     for number, rows in enumerate(share.of(chunks)):
-        own[number, :len(rows)] = _chunk(transformer, [
-            (heldout.clips[place], heldout.sample(place), heldout.sigmas[s]) for place, s in rows], device)
-    found = share.gather(own.flatten()).view(share.num_processes, *own.shape)
+        own[number, :len(rows)] = loss_of(_batch(heldout, rows)).cpu()
+    gathered = share.gather(own.flatten()).view(share.num_processes, *own.shape)
     table = torch.empty(len(heldout.clips), len(heldout.sigmas))
     for number, rows in enumerate(chunks):
         round_number, process = divmod(number, share.num_processes)
         for k, (place, s) in enumerate(rows):
-            table[place, s] = found[process, round_number, k]
+            table[place, s] = gathered[process, round_number, k]
     return table
 
 
-def _chunk(transformer: torch.nn.Module, rows: Sequence[tuple[PlannedClip, Sample, float]], device: torch.device
-           ) -> torch.Tensor:
-    """loss_B of rows of one kind."""
-    samples = [sample for _, sample, _ in rows]
-    latents = torch.stack([sample.latents_CTHW for sample in samples])
-    noise = torch.stack([noise_of(planned, sigma, sample.latents_CTHW.shape) for planned, sample, sigma in rows])
-    sigma, unknown = torch.tensor([sigma for _, _, sigma in rows]), None
-    if samples[0].known_T is not None:
-        known_BT = torch.stack([sample.known_T for sample in samples if sample.known_T is not None])
-        sigma = sigma[:, None] * (1 - known_BT)
-        unknown = (1 - known_BT)[:, None, :, None, None].expand(-1, 1, -1, *latents.shape[3:])
-    condition = {name: torch.stack([sample.condition[name] for sample in samples]).to(device)
-                 for name in samples[0].condition}
-    text_BLD = torch.stack([sample.text_LD for sample in samples]).to(device)
-    predicted = predict_velocity(transformer, flow.mix(latents, noise, sigma).to(device), sigma.to(device), text_BLD,
-                                 condition)
-    return flow.loss_per_sample(predicted.cpu(), flow.velocity(latents, noise), unknown)
+def _batch(heldout: HeldOut, rows: Sequence[ClipSigma]) -> Batch:
+    """Rows of one kind as a batch, with the noise of each."""
+    planned = [heldout.clips[place] for place, _ in rows]
+    samples, sigmas = [heldout.sample(place) for place, _ in rows], [heldout.sigmas[s] for _, s in rows]
+    noise = torch.stack([noise_of(p, sigma, sample.latents_CTHW.shape)
+                         for p, sample, sigma in zip(planned, samples, sigmas, strict=True)])
+    return stack(samples, planned, noise, torch.tensor(sigmas), [place for place, _ in rows])
 
 
 def noise_of(planned: PlannedClip, sigma: float, shape_CTHW: Sequence[int]) -> torch.Tensor:

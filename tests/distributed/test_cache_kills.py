@@ -23,11 +23,10 @@ from typing import Any
 import pytest
 
 from tests import odd_files
+from tests.conftest import opened
 from tests.distributed.forked import LONGEST_RUN_S, ROOT, Forker, in_sessions, kill_session, left_over
 from wantrain import cli
-from wantrain.config import load
 from wantrain.data.cache import LATENTS, describe
-from wantrain.stages import opened
 from wantrain.terms import UserError
 
 pytestmark = pytest.mark.slow
@@ -175,7 +174,7 @@ def whole(job, tmp_path_factory):
     _, arguments = job
     own = [*arguments, f"data.cache_dir={tmp_path_factory.mktemp('whole') / 'cache'}"]
     assert cli.main(["cache", *own]) == 0
-    return opened(load(own), own), own
+    return opened(own)[1], own
 
 
 def flips(content: bytes, places: Sequence[int]) -> Iterator[bytes]:

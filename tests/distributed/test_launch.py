@@ -116,7 +116,6 @@ BAD = ["recipe=demo_anime", "train.no_such_key=1"]
 def test_a_launcher_turns_every_code_into_1(file):
     done = launch(file, BAD, code=1)
     assert "train.no_such_key" in done.stderr
-    assert "error in process" in done.stderr or file == "cpu.yaml"
 
 
 def test_elastic_does_not_start_anew_what_a_person_must_mend():
@@ -125,7 +124,8 @@ def test_elastic_does_not_start_anew_what_a_person_must_mend():
                                             "RESTARTS": "5",
                                             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
     assert done.returncode == 1
-    assert len(re.findall(r"^error: ", done.stderr, re.MULTILINE)) == 1
+    said = re.findall(r"^error(?: in process (\d))?: ", done.stderr, re.MULTILINE)
+    assert len(said) == len(set(said)) > 0  # of each process once; one may be ended before it says anything
 
 
 def test_the_files_say_what_the_readme_says():

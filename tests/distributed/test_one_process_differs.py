@@ -16,11 +16,9 @@ import time
 import pytest
 import torch
 
-from tests.conftest import arguments_for
-from wantrain.config import load
+from tests.conftest import arguments_for, opened
 from wantrain.data.cache import LATENTS
 from wantrain.engine import checkpoint
-from wantrain.stages import opened
 from wantrain.terms import EXIT_STALLED, EXIT_USER_ERROR
 
 pytestmark = pytest.mark.slow
@@ -29,9 +27,10 @@ DRIVER = """
 import math, os, sys, time
 import torch
 from wantrain import cli
+from wantrain.recipe.training import Training
 from wantrain.stages import train
 
-plain, make = train.batch_loss, train.batch_maker
+plain, make = Training.losses, train.batch_maker
 
 def poisoned(training, batch):  # of one sample, which one process alone has
     bad = [training.progress.step == 1 and place == 3 for place in batch.index_B]
@@ -44,7 +43,7 @@ def slow(training, source, start):
 
 if __name__ == "__main__":
     if "poisoned" in sys.argv[1]:
-        train.batch_loss = poisoned
+        Training.losses = poisoned
     if "slow" in sys.argv[1]:
         train.batch_maker = slow
     sys.exit(cli.main(sys.argv[2:]))
@@ -128,8 +127,8 @@ def test_a_process_with_another_config_is_named_with_the_key(started):
 
 def test_a_fault_of_one_process_ends_the_other_at_once(started, clips, cache_dir, arguments):
     """A damaged entry that process 1 alone reads: it says so, and process 0 does not wait for the time limit."""
-    recipe = opened(load(arguments), arguments)
-    path = recipe.cache.path_of((LATENTS, next(p for p in recipe.planned if p.clip.source == "style")))
+    _, clips = opened(arguments)
+    path = clips.cache.path_of((LATENTS, next(p for p in clips.planned if p.clip.source == "style")))
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     try:
@@ -157,7 +156,7 @@ def test_a_process_that_stands_still_is_named_and_the_run_goes_on_later(started,
     second.send_signal(signal.SIGCONT)
     (code, said), = ended([second])
     assert (code, "error in process 1" in said) == (EXIT_STALLED, True)
-    newest = checkpoint.newest_whole(checkpoint.Place(tmp_path / "run" / "checkpoints"), None)
+    newest = checkpoint.newest_whole(checkpoint.CheckpointStore(tmp_path / "run" / "checkpoints"), None)
     last = [f"train.num_steps={newest.progress.step + 1}"]
     assert [code for code, _ in ended(started("none", last, last))] == [0, 0]
 

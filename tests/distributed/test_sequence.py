@@ -14,9 +14,8 @@ from tests.conftest import arguments_for
 from tests.runs import assert_same_training
 from tests.tiny_tasks import CLASSES, write_a14b
 from wantrain import lora
-from wantrain.engine import autocast
 from wantrain.models import sequence
-from wantrain.models.encode import predict_velocity
+from wantrain.models.encode import autocast, predict_velocity
 from wantrain.models.variants import VARIANTS, diffusers_config
 from wantrain.terms import UserError
 
@@ -42,7 +41,7 @@ def adapted(name, dtype):
             parameter.data = parameter.data.to(dtype)
     lora.inject(model, ["all_linear"], lora.Spec(4, 4.0), 0)
     generator = torch.Generator().manual_seed(2)
-    for parameter in lora.trainable(model).values():
+    for parameter in lora.trainable_parameters(model).values():
         parameter.data.normal_(std=0.1, generator=generator)
     if dtype == torch.bfloat16:  # as a GPU's autocast leaves them: there rms_norm gives float32
         for key, module in model.named_modules():
@@ -67,7 +66,7 @@ def step(model, name, dtype, sigma_by_frame=False):
         output = predict_velocity(model, noisy, sigma, text, condition)
     loss = (output.float() - target).square().mean()
     loss.backward()
-    return loss.detach(), output.detach(), {key: p.grad for key, p in lora.trainable(model).items()}
+    return loss.detach(), output.detach(), {key: p.grad for key, p in lora.trainable_parameters(model).items()}
 
 
 def compare(case, checkpointing=False, dtype=torch.float32, **more):

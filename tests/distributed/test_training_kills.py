@@ -21,7 +21,7 @@ import torch
 from tests.distributed.engine_table import OPTIMIZERS, Bench
 from tests.distributed.forked import Forker, kill_session, left_over
 from wantrain.engine import checkpoint
-from wantrain.engine.checkpoint import Place
+from wantrain.engine.checkpoint import CheckpointStore
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +55,7 @@ class Killer:
         self.log = self.run.with_suffix(".log")
         self.command = ["train", *bench.arguments(self.run, OPTIMIZERS["adamw"], 2), f"train.num_steps={STEPS}",
                         "train.keep_checkpoints=2", f"train.stall_timeout_s={STALL_TIMEOUT_S}"]
-        self.place = Place(self.run / "high" / "checkpoints")
+        self.place = CheckpointStore(self.run / "high" / "checkpoints")
 
     def undisturbed(self) -> tuple[dict[str, torch.Tensor], list[float], float]:
         """(final tensors, losses, seconds) of a run of which nothing is left."""

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from tests.conftest import arguments_for
 from wantrain.models.base import EMBEDDED
-from wantrain.models.containers import empty_weights
+from wantrain.models.loading import empty_weights
 from wantrain.models.variants import VARIANTS, diffusers_config
 
 pytestmark = pytest.mark.slow

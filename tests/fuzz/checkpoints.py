@@ -18,7 +18,7 @@ import torch
 
 from wantrain import cli, config
 from wantrain.engine import checkpoint
-from wantrain.engine.checkpoint import CHECKSUMS, STATE, TENSORS, Place, Progress, Record
+from wantrain.engine.checkpoint import CHECKSUMS, STATE, TENSORS, CheckpointStore, Progress, Record
 from wantrain.terms import UserError
 
 VALUES: tuple[Any, ...] = (None, True, -1, 0, 1e308, 10**30, "", "x", "\ud800", [], {}, [[1]], {"a": {"b": 1}}, "nan")
@@ -31,7 +31,7 @@ def _arguments() -> tuple[str, ...]:
 
 @cache
 def _record() -> Record:
-    own = config.fingerprint(config.load(_arguments()))
+    own = config.resume_keys(config.load(_arguments()))
     return Record(own, "lora", {"blocks.0.attn1.to_q": 1.0, "blocks.1.ffn.net.2": 1.0}, {"wantrain.trigger": "x"})
 
 
@@ -43,7 +43,7 @@ def _tensors() -> dict[str, torch.Tensor]:
 
 def one(random: Random, folder: Path) -> None:
     """Export a run whose newest checkpoint is mutated."""
-    place = Place(folder / "run" / "checkpoints")
+    place = CheckpointStore(folder / "run" / "checkpoints")
     path = checkpoint.save(place, Progress(3), _tensors(), _record())
     for _ in range(random.randint(1, 3)):
         random.choice((mutate_state, mutate_bytes, mutate_folder))(random, path)

@@ -35,7 +35,7 @@ def one(random: Random, folder: Path) -> None:
         given, others = cli._config_dir([f"--config-dir={own}", *typed])
         composed = config.load(others, given)
         config.digest(composed)
-        config.fingerprint(config.for_expert(composed, random.choice((None, "high", "low"))))
+        config.resume_keys(config.expert_config(composed, random.choice((None, "high", "low"))))
 
 
 def argument(random: Random) -> str:

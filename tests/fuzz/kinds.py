@@ -41,7 +41,7 @@ def manifests() -> Kind:
         for name in ("a.mp4", "b.png"):
             (path.parent / name).touch()
         readers: list[Callable[[], object]] = [
-            lambda: manifest.read(manifest.Source("fuzz", str(path), fetched=path.parent / "fetched")),
+            lambda: manifest.read(manifest.ClipSource("fuzz", str(path), fetched=path.parent / "fetched")),
             lambda: [(entry.id, entry.clip, entry.captions) for entry in rows.read_entries(path)[0]]]
         if path.suffix != ".parquet":
             readers += [lambda: measuring.read(path), lambda: review.Manifest(path).content()]
@@ -71,7 +71,7 @@ def shards() -> Kind:
         return file.getvalue()
 
     return Kind({"gnu.tar": packed(tarfile.GNU_FORMAT), "pax.tar": packed(tarfile.PAX_FORMAT)},
-                lambda path: all_of([lambda: manifest.read(manifest.Source("fuzz", str(path)))]))
+                lambda path: all_of([lambda: manifest.read(manifest.ClipSource("fuzz", str(path)))]))
 
 
 def captions() -> Kind:
@@ -88,7 +88,7 @@ def captions() -> Kind:
     def attempt(path: Path) -> None:
         (path.parent / "a.mp4").write_bytes(b"film\0")
         text = path.read_bytes().decode("utf-8", "replace")
-        all_of([lambda: manifest.read(manifest.Source("fuzz", str(path.parent))),
+        all_of([lambda: manifest.read(manifest.ClipSource("fuzz", str(path.parent))),
                 lambda: tool.build([path.parent], path.parent / "m.jsonl", None, {}),
                 lambda: caption.gather(path.parent, path.parent / "n.jsonl"),
                 *(lambda of=of: replace(of(path), path=path).read() for of in journals),

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save
 
 from tests import tiny_models as tiny
 from wantrain import cli
-from wantrain.models import base, sampling
+from wantrain.models import base
+from wantrain.models.fit import AdapterFile, fit
 from wantrain.models.variants import VARIANTS
 from wantrain.terms import UserError
 
@@ -172,7 +173,7 @@ def one(random: Random, folder: Path) -> None:
 
 def _sampled(path: Path) -> None:
     """As sampler.lora and lora.start_from take it."""
-    sampling.load_lora(copy.deepcopy(_frozen()), path)
+    fit(copy.deepcopy(_frozen()), torch.device("cpu"), AdapterFile(path))
 
 
 def _merged(path: Path) -> None:

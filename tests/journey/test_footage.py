@@ -7,11 +7,12 @@ import pytest
 
 from data_tools import caption, filter, manifest, probe, split
 from tests import odd_files
+from tests.conftest import opened
 from tests.tiny_captioner import write_model
 from wantrain import cli
-from wantrain.config import asset, load
+from wantrain.config import asset
 from wantrain.data import decode
-from wantrain.stages import Cached, opened
+from wantrain.recipe.samples import Cached
 
 pytestmark = pytest.mark.slow
 
@@ -97,9 +98,9 @@ def test_from_a_folder_of_odd_films_to_a_trained_adapter(footage, capsys, monkey
     assert cli.main(["train", *recipe]) == 0
     assert "trained 3 steps" in capsys.readouterr().out
 
-    opened_recipe = opened(load(recipe), recipe)
-    cached = Cached(opened_recipe)
-    for planned in opened_recipe.planned:
+    _, clips = opened(recipe)
+    cached = Cached(clips)
+    for planned in clips.planned:
         frames = decode.read_window(planned)
         assert frames.shape == (planned.bucket.num_frames, 3, planned.bucket.height, planned.bucket.width)
         assert cached.window(planned).latents_CTHW.isfinite().all()

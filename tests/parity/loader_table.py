@@ -22,8 +22,9 @@ from diffusers import WanAnimateTransformer3DModel
 from tests import tiny_models as tiny
 from tests.parity.loaders import CALLED, MODELS_LACKED, RULES, SOURCES, Base, Refused, Tensors, changed, load, verdict
 from wantrain import lora
-from wantrain.models.lora_formats import GRAMMARS, LoraFile, read_lora, write_lora
+from wantrain.models.lora_formats import GRAMMARS, LoraFile, read_lora
 from wantrain.models.lora_updates import from_adapter
+from wantrain.models.lora_writing import write_lora
 from wantrain.models.names import ANIMATE_ONLY, transformer_to_official
 from wantrain.models.variants import VARIANTS, diffusers_config
 from wantrain.terms import UserError
@@ -76,9 +77,9 @@ def adapted(base: Base, kind: str, targets: str) -> tuple[LoraFile, Tensors]:
     names, ranks = TARGETS[targets]
     lora.inject(module, names, lora.Spec(4, 3, kind, ranks), seed=0)
     generator = torch.Generator().manual_seed(1)
-    for parameter in lora.trainable(module).values():
+    for parameter in lora.trainable_parameters(module).values():
         parameter.data = parameter.data + 0.3 * torch.randn(parameter.shape, generator=generator)
-    state = lora.adapter_state(lora.trainable(module), lora.scales(module))
+    state = lora.adapter_state(lora.trainable_parameters(module), lora.scales(module))
     return LoraFile(Path("trained"), "universal", *from_adapter(state)), changed(module, base)
 
 

@@ -54,8 +54,8 @@ def test_architecture_targets_and_counts(folder):
                 for m in ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_k",
                           "attn2.to_v", "attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2")]
     assert names == expected
-    assert sum(p.numel() for p in lora.trainable(transformer).values()) == TRAINABLE == 43_745_280
-    assert all(p.dtype == torch.float32 for p in lora.trainable(transformer).values())
+    assert sum(p.numel() for p in lora.trainable_parameters(transformer).values()) == TRAINABLE == 43_745_280
+    assert all(p.dtype == torch.float32 for p in lora.trainable_parameters(transformer).values())
 
 
 @pytest.mark.parametrize("recipe", ["anime_1b3", "architecture_1b3"])

@@ -12,17 +12,15 @@ import torch
 from diffusers import WanPipeline
 from safetensors.torch import load_file
 
-from tests.tiny_tasks import official_steps, sampler, write_a14b
-from wantrain import flow
+from tests.tiny_tasks import official_steps, pipeline, write_a14b
+from wantrain import flow, objective
 from wantrain.config import load
-from wantrain.data.cache import Cache
-from wantrain.data.plan import Plan
 from wantrain.engine import checkpoint
 from wantrain.models import base, sampling
 from wantrain.models.lora_formats import read_lora
 from wantrain.models.lora_updates import worst_difference
 from wantrain.models.variants import VARIANTS
-from wantrain.stages import Opened, train
+from wantrain.recipe.recipe import Recipe
 from wantrain.terms import Bucket, UserError
 
 CPU = torch.device("cpu")
@@ -58,7 +56,7 @@ def config():
 def density_of(name, expert):
     """How training draws sigma of a variant, unless told otherwise."""
     own = base.Base(VARIANTS[name], {}, {}, expert)
-    return Opened(config(), own, [], Plan([], []), [], Cache(Path(), "", "", "")).density(Bucket(5, 32, 48))
+    return Recipe(config(), own).density(Bucket(5, 32, 48))
 
 
 def below(sigma, shift):
@@ -118,13 +116,13 @@ def test_the_draw_nearest_to_the_boundary_does_not_round_onto_it(variant):
 
 def test_each_expert_is_trained_at_its_own_sigmas_only(wantrain, own, monkeypatch):
     asked = []
-    predict = train.predict_velocity
+    predict = objective.predict_velocity
 
     def recording(model, noisy, sigma_B, *more):
         asked.append(sigma_B)
         return predict(model, noisy, sigma_B, *more)
 
-    monkeypatch.setattr(train, "predict_velocity", recording)
+    monkeypatch.setattr(objective, "predict_velocity", recording)
     assert wantrain("train", *own, "train.num_steps=6") == 0
     high, low = torch.stack(asked).chunk(2)
     assert (high >= 0.875).all()
@@ -163,15 +161,13 @@ def test_diffusers_loads_the_pair_and_samples_what_we_sample(wantrain, own, a14b
     theirs.load_lora_weights(str(pair["low"]), load_into_transformer_2=True)
     found = base.find(VARIANTS["tiny_wan_a14b"], str(a14b), {})
     assert [one.expert for one in found.each()] == ["high", "low"]
-    ours = sampler(found)
-    for transformer, path in zip(ours.transformers, pair.values(), strict=True):
-        sampling.load_lora(transformer, path)
+    ours = pipeline(found, pair)
     low, high = 1.0, 60.0  # far apart, as random experts hardly hear the prompt
     one = sampling.sample(ours, "a square", 1, sampling.Settings(4, (low, high), 12.0, sampling.Bucket(5, 32, 48), ""))
-    for pipeline, guidance, differs in ((theirs, (high, low), False), (theirs, (low, high), True),
+    for other, guidance, differs in ((theirs, (high, low), False), (theirs, (low, high), True),
                                         (plain, (high, low), True)):
-        pipeline.scheduler = official_steps(found, 12.0)
-        video_BFHWC = pipeline("a square", negative_prompt="", height=32, width=48, num_frames=5, num_inference_steps=4,
+        other.scheduler = official_steps(found, 12.0)
+        video_BFHWC = other("a square", negative_prompt="", height=32, width=48, num_frames=5, num_inference_steps=4,
                                guidance_scale=guidance[0], guidance_scale_2=guidance[1], output_type="np",
                                generator=torch.Generator().manual_seed(1)).frames
         difference = abs(one.movedim(1, -1).numpy() / 255 - video_BFHWC[0]).mean()

@@ -13,12 +13,13 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.tiny_tasks import sampler
+from tests.tiny_tasks import pipeline
 from wantrain import cli, lora, pictures
 from wantrain.config import LoraFormat
 from wantrain.data import decode
 from wantrain.engine import checkpoint
-from wantrain.models import base, lora_formats, lora_updates, sampling
+from wantrain.models import base, lora_formats, lora_updates, lora_writing, sampling
+from wantrain.models.fit import AdapterFile, fit
 from wantrain.models.names import transformer_to_diffusers
 from wantrain.models.variants import VARIANTS
 from wantrain.terms import UserError
@@ -114,17 +115,17 @@ def test_what_is_read_back_is_compared_with_peft_itself(tmp_path, kind):
     """The comparison says 0 for a right file and the true error for a wrong one, by what PEFT makes of the weights."""
     transformer = TINY.transformer(torch.float32, CPU)
     lora.inject(transformer, [r"blocks\.0\..*"], lora.Spec(4, 3, kind), seed=0)
-    for parameter in lora.trainable(transformer).values():
+    for parameter in lora.trainable_parameters(transformer).values():
         parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
-    state = lora.adapter_state(lora.trainable(transformer), lora.scales(transformer))
+    state = lora.adapter_state(lora.trainable_parameters(transformer), lora.scales(transformer))
     pairs, extras = lora_updates.from_adapter(state)
     path, form = tmp_path / "x.safetensors", {"lora": "universal", "rslora": "universal", "dora": "diffusers"}.get(kind)
-    lora_formats.write_lora(path, pairs, form or "kohya", {}, dtype=torch.float32, extras=extras)
-    assert lora_updates.refuse_difference(path, state, "float32") < 1e-6
+    lora_writing.write_lora(path, pairs, form or "kohya", {}, dtype=torch.float32, extras=extras)
+    assert lora_updates.refuse_difference(path, lora_formats.read_lora(path), state, "float32") < 1e-6
     module = "blocks.0.ffn.net.2"
     state.scales[module] *= 1.01
     with pytest.raises(UserError, match=rf"the delta of {module} differs from the checkpoint's by 9\.9e-03"):
-        lora_updates.refuse_difference(path, state, "float32")
+        lora_updates.refuse_difference(path, lora_formats.read_lora(path), state, "float32")
     state.scales[module] /= 1.01
     layer = transformer.get_submodule(module)
     want = layer.get_delta_weight("default") if kind != "dora" else layer.scaling["default"] * (
@@ -148,8 +149,21 @@ def test_an_export_that_reads_back_wrong_is_an_error(trained, wantrain, capsys, 
         write(path, {m: lora_formats.LoraPair(p.a, p.b, p.rank) for m, p in pairs.items()}, *rest, **options)
 
     monkeypatch.setattr(lora_updates, "write_lora", losing)
-    assert wantrain("export", *OWN) == 2
-    assert "read back, the delta of" in capsys.readouterr().err
+    folder = trained / "export"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert wantrain("export", *OWN, "run.name=other") == 2
+    assert "other.safetensors: read back, the delta of" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before, "nothing wrong is left"
+
+
+def test_sampling_with_a_named_file_and_export_need_no_clips(trained, wantrain, tmp_path):
+    gone = [f"data.sources.{name}.path={tmp_path / 'gone'}" for name in ("style", "regularisation")]
+    gone += [f"data.heldout={tmp_path / 'gone'}", f"data.cache_dir={tmp_path / 'empty'}"]
+    assert wantrain("export", *OWN, *gone, "run.name=elsewhere") == 0
+    file = trained / "export" / "elsewhere.safetensors"
+    assert wantrain("sample", *OWN, *gone, f"sampler.lora={file}", "sampler.strengths=[1]", "sampler.num_steps=2") == 0
+    assert len(list((trained / "samples").glob("*.mp4"))) == 1
+    assert wantrain("check", *OWN, *gone) == 2
 
 
 def test_every_format_of_the_config_reads_back_as_what_was_trained(trained, wantrain):
@@ -215,7 +229,7 @@ def test_a_file_without_effect_is_refused_by_the_sampler(tmp_path):
     save_file({"blocks.0.attn1.to_qq.lora_A.weight": torch.zeros(2, 192),
                "blocks.0.attn1.to_qq.lora_B.weight": torch.zeros(192, 2)}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="is no known module of a Wan transformer"):
-        sampling.load_lora(TINY.transformer(torch.float32, CPU), tmp_path / "x.safetensors")
+        fit(TINY.transformer(torch.float32, CPU), CPU, AdapterFile(tmp_path / "x.safetensors"))
 
 
 def test_sample_writes_playable_videos_whose_strength_0_is_the_base(trained, wantrain):
@@ -223,7 +237,7 @@ def test_sample_writes_playable_videos_whose_strength_0_is_the_base(trained, wan
     folder = trained / "samples"
     assert len(list(folder.glob("*.mp4"))) == 6
     assert Image.open(folder / "contact_sheet.png").size[0] > 3 * 200
-    plain = sampler(TINY)
+    plain = pipeline(TINY)
     settings = sampling.Settings(2, (4.0, 4.0), 3.0, sampling.Bucket(5, 32, 48), "")
     want = sampling.sample(plain, "a square", 1, settings)
     pictures.write_mp4(trained / "want.mp4", want, 16)
@@ -259,7 +273,7 @@ def _assert_pipeline_computes_the_checkpoint(run, kind):
     _, tensors = checkpoint.load(checkpoint.steps_on_disk(run / "checkpoints")[-1], None)
     lora.start_from(trained_on, lora.adapter_state(checkpoint.values(tensors), lora.scales(trained_on)))
     sampled_with = TINY.transformer(torch.float32, CPU)
-    sampling.load_lora(sampled_with, run / "export" / "demo_anime.safetensors")
+    fit(sampled_with, CPU, AdapterFile(run / "export" / "demo_anime.safetensors"))
     after = trained_on(**inputs())[0]
     assert (after - before).abs().max() > 1e-3
     torch.testing.assert_close(sampled_with(**inputs())[0], after, atol=1e-4, rtol=1e-4)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from wantrain.models import sampling
-from wantrain.models.base import Base, set_steps
 from wantrain.models.conditioning import Encoders
 from wantrain.models.variants import VARIANTS
 from wantrain.terms import Bucket
@@ -19,8 +18,7 @@ OFFICIAL = {"wan21_t2v_1b3": (5, 50, 0.99980, 0.09251), "wan22_t2v_a14b": (12, 4
 
 @pytest.mark.parametrize(("shift", "num_steps", "first", "last"), OFFICIAL.values(), ids=list(OFFICIAL))
 def test_the_grid_is_the_official_one(shift, num_steps, first, last):
-    scheduler = Base(VARIANTS["tiny_wan"], {}).scheduler(shift)
-    set_steps(scheduler, num_steps)
+    scheduler = sampling.scheduler_for(shift, num_steps)
     assert len(scheduler.timesteps) == len(scheduler.sigmas) - 1 == num_steps
     assert scheduler.sigmas[[0, -2]].tolist() == pytest.approx([first, last], abs=6e-6)
     before = [0.999 * (num_steps - i) / num_steps for i in range(num_steps)]
@@ -93,11 +91,11 @@ class Field(torch.nn.Module):
 
 
 def sampled(variant, models, settings, noise, film=None):
-    sampler = sampling.Sampler(VARIANTS[variant], models, None, Encoders(None, None),
-                               Base(VARIANTS[variant], {}).scheduler(settings.shift), torch.float32)
-    given = sampling.Given(noise if film is None else film, None, {}, [torch.zeros(1, 4, 8)] * 2, film is not None)
+    pipeline = sampling.Pipeline(VARIANTS[variant], models, None, Encoders(None, None), torch.float32)
+    texts = [torch.zeros(1, 4, 8)] * 2
+    given = sampling.DenoisingInputs(noise if film is None else film, None, {}, texts, film is not None)
     with torch.no_grad():
-        return sampling.denoise(sampler, settings, noise, given)
+        return sampling.denoise(pipeline, settings, noise, given)
 
 
 def official(shift, num_steps):

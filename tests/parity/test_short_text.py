@@ -13,7 +13,7 @@ def adapted():
     transformer = WanTransformer3DModel.from_pretrained(base.EMBEDDED / "transformer", dtype=torch.float32)
     lora.inject(transformer, ["attn_ffn"], lora.Spec(4, 4), seed=0)
     generator = torch.Generator().manual_seed(1)
-    for parameter in lora.trainable(transformer).values():
+    for parameter in lora.trainable_parameters(transformer).values():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
     return transformer
 
@@ -35,6 +35,6 @@ def test_outputs_and_gradients_are_those_of_512_tokens(lengths):
     torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
     for out in (want, got):
         out.square().mean().backward()
-    ours = dict(lora.trainable(short))
-    for name, parameter in lora.trainable(plain).items():
+    ours = dict(lora.trainable_parameters(short))
+    for name, parameter in lora.trainable_parameters(plain).items():
         torch.testing.assert_close(ours[name].grad, parameter.grad, rtol=1e-3, atol=1e-6)

@@ -24,7 +24,11 @@ from tests.tiny_tasks import write_checkpoint
 from wantrain import config as schema
 from wantrain import flow, pictures
 from wantrain.data.decode import read_clip
-from wantrain.stages import Encoder, Opened, opened, train
+from wantrain.recipe.clips import open_clips
+from wantrain.recipe.recipe import Recipe, open_recipe
+from wantrain.recipe.samples import Encoder
+from wantrain.recipe.training import Training, prepare
+from wantrain.stages import train
 from wantrain.terms import Batch, Bucket, Encoded, PlannedClip
 
 CPU = torch.device("cpu")
@@ -183,8 +187,8 @@ class Twin:
 
     name: str
     checkpoint: Path
-    recipe: Opened
-    trainings: dict[str | None, train.Training]
+    recipe: Recipe
+    trainings: dict[str | None, Training]
     source: Direct
     official: Official
 
@@ -207,13 +211,13 @@ class Twin:
         return made
 
 
-def record(training: train.Training, number: int, batch: Batch) -> Step:
+def record(training: Training, number: int, batch: Batch) -> Step:
     told = []
     hooks = [training.model.register_forward_pre_hook(lambda _, args, kwargs: told.append((args, dict(kwargs))),
                                                       with_kwargs=True, prepend=True),
              training.model.register_forward_hook(lambda _, args, output: told.append(output))]
     with torch.no_grad():
-        loss_B = train.batch_loss(training, batch)
+        loss_B = training.losses(batch)
     for hook in hooks:
         hook.remove()
     (args, given), answer = told
@@ -284,9 +288,10 @@ def twins(tmp_path_factory):
                 "validation.every_steps=0", f"data.num_frames=[1,{NUM_FRAMES}]", f"data.resolutions=[{list(size)}]",
                 f"data.batch_size={BATCH}", f"train.micro_batch_size={BATCH}", "train.num_steps=100", "lora.rank=2",
                 "lora.alpha=2", "data.num_workers=1"])
-            recipe = opened(config, [])
-            trainings = {own.base.expert: train.prepare(own) for own in recipe.trainings()}
-            made[name] = Twin(name, checkpoint, recipe, trainings, Direct(Encoder(recipe, CPU)),
+            recipe = open_recipe(config)
+            clips = open_clips(recipe, [])
+            trainings = {own.base.expert: prepare(own, clips) for own in recipe.trainings()}
+            made[name] = Twin(name, checkpoint, recipe, trainings, Direct(Encoder(recipe, clips.cache, CPU)),
                               Official(checkpoint, FPS.get(name, 16)))
         return made[name]
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from tests import tiny_models as tiny
 from tests.conftest import NUM_FRAMES, arguments_for, moving_square
-from tests.tiny_tasks import PIPELINES, TASKS, official_steps, random, sampler, write_checkpoint, write_set
+from tests.tiny_tasks import PIPELINES, TASKS, official_steps, pipeline, random, write_checkpoint, write_set
 from wantrain import cli, pictures
 from wantrain.models import base, conditioning, sampling
 from wantrain.models.variants import VARIANTS
@@ -106,14 +106,13 @@ def test_cached_is_streamed_and_four_at_once_are_four_times_one_in_mixed_buckets
 def sampler_and_pipeline(twin: Twin, exports: dict[str | None, Path] | None):
     """Ours and diffusers', each with the LoRA files loaded its own way."""
     found = base.find(twin.variant, str(twin.path), {})
-    ours = sampler(found)
+    ours = pipeline(found, exports)
     kind = getattr(diffusers, PIPELINES[twin.variant.task])
     theirs = kind.from_pretrained(twin.path, dtype=torch.float32)
     theirs.scheduler = official_steps(found, twin.variant.shift)
     theirs.set_progress_bar_config(disable=True)
-    for one, transformer in zip(found.each(), ours.transformers, strict=True):
+    for one in found.each():
         if exports:
-            sampling.load_lora(transformer, exports[one.expert])
             theirs.load_lora_weights(str(exports[one.expert]), **({"load_into_transformer_2": True}
                                                                   if one.expert == "low" else {}))
     return ours, theirs
@@ -181,7 +180,7 @@ def test_video_to_video_is_what_diffusers_pipeline_gives(twins):
     found = base.find(twin.variant, str(twin.path), {})
     # of the embedded VAE this pipeline gets the stride wrong
     vae = random(diffusers.AutoencoderKLWan(**tiny.VAES["2.1"]), 5)
-    ours = replace(sampler(found), encoders=conditioning.Encoders(vae, None))
+    ours = replace(pipeline(found), encoders=conditioning.Encoders(vae, None))
     theirs = diffusers.WanVideoToVideoPipeline(ours.text.tokenizer, ours.text.text_encoder, ours.transformers[0], vae,
                                                official_steps(found, 3.0))
     theirs.set_progress_bar_config(disable=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import filter, manifest, split
+from data_tools import journal
 
 
 @pytest.fixture
@@ -17,8 +17,16 @@ def here(monkeypatch):
         for job in jobs:
             looked.append(Path(getattr(job, "path", job)).name)
             found = pickle.loads(pickle.dumps(function))(pickle.loads(pickle.dumps(job)))
-            yield job, pickle.loads(pickle.dumps(found)), ""
+            yield job, pickle.loads(pickle.dumps(found)), None
 
-    for tool in (filter, manifest, split):
-        monkeypatch.setattr(tool, "in_workers", in_workers)
+    monkeypatch.setattr(journal, "in_workers", in_workers)
     return looked
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with the two films of tests.foreign."""
+    (tmp_path / "clips").mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / "clips" / name).write_bytes(name.encode())
+    return tmp_path

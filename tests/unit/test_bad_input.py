@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -13,9 +12,11 @@ import sys
 import pytest
 
 from tests.conftest import arguments_for, write_clips
-from wantrain import cli
+from wantrain import cli, options
 from wantrain.files import write_json
-from wantrain.stages import train
+from wantrain.models.lora_formats import GRAMMARS
+from wantrain.models.lora_updates import STORAGE
+from wantrain.recipe.training import Training
 
 
 def failing(wantrain, capsys, verb, *overrides):
@@ -41,12 +42,15 @@ def test_help_of_every_verb(capsys):
         shown = capsys.readouterr().out
         assert "optim.lr" in shown
         assert "demo_anime" in shown
-    for verb, told in cli.FILE_VERBS.items():
+    for verb, told in options.FILE_VERBS.items():
         assert cli.main([verb, "--help"]) == 0
         shown = capsys.readouterr().out
-        assert f"usage: wantrain {told.usage}" in shown
-        options = importlib.import_module(f"wantrain.stages.{verb}").OPTIONS
-        assert [option.partition("=")[0] for option in told.options] == list(options)
+        assert f"usage: wantrain {verb} " in shown
+        assert all(f"--{option.name} VALUE" in shown for option in told.options)
+        assert all(name in shown for name, _, _ in told.files)
+    assert set(options.LORA_FORMATS) == set(GRAMMARS)
+    assert {one for verb in ("convert", "merge", "extract") for option in options.FILE_VERBS[verb].options
+            if option.name == "dtype" for one in option.values} == set(STORAGE)
 
 
 def test_a_missing_video(wantrain, capsys, tmp_path):
@@ -153,14 +157,14 @@ def test_a_full_disk_while_caching_loses_nothing_and_the_same_command_goes_on(cl
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_stop_in_training_saves_and_goes_on(wantrain, tmp_path, monkeypatch, capsys, number):
-    plain = train.batch_loss
+    plain = Training.losses
 
     def stopped(training, batch):
         if training.progress.step == 2:
             os.kill(os.getpid(), number)
         return plain(training, batch)
 
-    monkeypatch.setattr(train, "batch_loss", stopped)
+    monkeypatch.setattr(Training, "losses", stopped)
     assert wantrain("train", "train.num_steps=5") == 130
     assert "next: wantrain train" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000003"]

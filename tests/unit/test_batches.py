@@ -9,11 +9,11 @@ import torch
 
 from wantrain.data.batches import Draws, Order, Split, ahead, caption_for, micro_batches
 from wantrain.flow import Density
-from wantrain.terms import Bucket, Clip, Found, PlannedClip, Sample
+from wantrain.terms import Bucket, Clip, MediaInfo, PlannedClip, Sample
 
 
 def planned(number, bucket, repeats=1, prefix="clip"):
-    return [PlannedClip(Clip(f"{prefix}{i}", Path("x"), f"caption {i}", "s", repeats), bucket, Found("d"), 16.0)
+    return [PlannedClip(Clip(f"{prefix}{i}", Path("x"), f"caption {i}", "s", repeats), bucket, MediaInfo("d"), 16.0)
             for i in range(number)]
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Cache, Conditioning
-from wantrain.terms import Bucket, Clip, Found, PlannedClip, UserError
+from wantrain.terms import Bucket, Clip, MediaInfo, PlannedClip, UserError
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def cache(tmp_path):
 
 
 CLIP = Clip("s/a", Path("a.mp4"), "a", "s", 1)
-PLANNED = PlannedClip(CLIP, Bucket(5, 32, 48), Found("source", 3.0), 16.0)
+PLANNED = PlannedClip(CLIP, Bucket(5, 32, 48), MediaInfo("source", 3.0), 16.0)
 ENTRY = (LATENTS, PLANNED)
 
 
@@ -38,7 +38,7 @@ def test_each_thing_the_latents_depend_on_changes_their_address(cache):
     changed = [
         (dataclasses.replace(cache, vae_digest="other"), PLANNED),
         (cache, dataclasses.replace(PLANNED, fps=24.0)),
-        (cache, dataclasses.replace(PLANNED, found=Found("other", 3.0))),
+        (cache, dataclasses.replace(PLANNED, found=MediaInfo("other", 3.0))),
         (cache, dataclasses.replace(PLANNED, start_s=0.5)),
         (cache, dataclasses.replace(PLANNED, bucket=Bucket(9, 32, 48))),
     ]
@@ -91,7 +91,7 @@ def test_non_finite_latents_are_refused_and_not_written(cache):
 
 def test_what_a_task_encodes_depends_on_the_task_its_encoder_the_vae_and_every_medium_it_is_made_of(cache):
     def partner(name, **settings):
-        found = Found(name, 3.0)
+        found = MediaInfo(name, 3.0)
         return dataclasses.replace(PLANNED, found=found, **settings)
 
     planned = dataclasses.replace(PLANNED, partners={"control": partner("c"), "mask": partner("m")})
@@ -103,7 +103,7 @@ def test_what_a_task_encodes_depends_on_the_task_its_encoder_the_vae_and_every_m
 
     elsewhere, less = Conditioning("other", ("clip", "control")), Conditioning("control clip", ("control",))
     changed = [
-        task.path_of((CONDITION, moved(found=Found("other", 3.0)))),
+        task.path_of((CONDITION, moved(found=MediaInfo("other", 3.0)))),
         task.path_of((CONDITION, moved(partners=planned.partners | {"control": partner("other")}))),
         task.path_of((CONDITION, moved(partners=planned.partners | {"control": partner("c", start_s=1.0)}))),
         task.path_of((CONDITION, moved(bucket=Bucket(9, 32, 48)))),

@@ -12,6 +12,7 @@ from PIL import Image
 
 from data_tools import caption, journal
 from tests import odd_files
+from tests.tiny_captioner import SAID, TEMPLATE, write_model
 from wantrain.data import decode, manifest
 from wantrain.jobs import Ending, Failure
 
@@ -114,7 +115,8 @@ def test_rows_without_a_caption_get_one_and_the_rest_stays(set_, model, asked, c
 def test_the_manifest_with_captions_is_what_training_reads(set_, model):
     rows = [{k: v for k, v in row.items() if k != "note"} for row in read_rows(set_)]
     call(write_rows(set_, rows), "--model", model)
-    assert [clip.caption for clip in manifest.read(manifest.Source("set", str(set_)))] == [SAID, "by hand", SAID, SAID]
+    read = manifest.read(manifest.ClipSource("set", str(set_)))
+    assert [clip.caption for clip in read] == [SAID, "by hand", SAID, SAID]
 
 
 def test_overwrite_makes_all_anew_without_doubling_the_trigger(set_, model, capsys):

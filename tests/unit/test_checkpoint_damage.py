@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from wantrain.engine import checkpoint
-from wantrain.engine.checkpoint import CHECKSUMS, STATE, TENSORS, Damaged, Place, Progress, Record
+from wantrain.engine.checkpoint import CHECKSUMS, STATE, TENSORS, CheckpointStore, Damaged, Progress, Record
 from wantrain.terms import UserError
 
 FINGERPRINT = {"train.seed": 0, "optim.lr": 1e-3, "data.trigger": "sqstyle", "(base weights)": "0f3a"}
@@ -25,20 +25,20 @@ def tensors_of(step: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory) -> Place:
+def written(tmp_path_factory) -> CheckpointStore:
     """Steps 1 to 3."""
-    place = Place(tmp_path_factory.mktemp("run") / "checkpoints", keep=3)
+    place = CheckpointStore(tmp_path_factory.mktemp("run") / "checkpoints", keep=3)
     for step in (1, 2, 3):
         checkpoint.save(place, Progress(step), tensors_of(step), Record(FINGERPRINT))
     return place
 
 
 @pytest.fixture
-def place(written: Place, tmp_path: Path) -> Place:
+def place(written: CheckpointStore, tmp_path: Path) -> CheckpointStore:
     return written._replace(folder=Path(shutil.copytree(written.folder, tmp_path / "checkpoints")))
 
 
-def assert_passed_over(place: Place, what: object) -> None:
+def assert_passed_over(place: CheckpointStore, what: object) -> None:
     """The newest is named with what is wrong with it, and the one before is what was written."""
     newest = place.on_disk()[-1]
     found = checkpoint.newest_whole(place, FINGERPRINT)
@@ -60,7 +60,7 @@ def flips(content: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_flipped_bit_anywhere_is_noticed(place: Place, name: str) -> None:
+def test_a_flipped_bit_anywhere_is_noticed(place: CheckpointStore, name: str) -> None:
     path = place.folder / "step_000003" / name
     content = path.read_bytes()
     for bit, damaged in flips(content):
@@ -71,7 +71,7 @@ def test_a_flipped_bit_anywhere_is_noticed(place: Place, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_cut_anywhere_or_longer_or_gone_is_noticed(place: Place, name: str) -> None:
+def test_a_file_cut_anywhere_or_longer_or_gone_is_noticed(place: CheckpointStore, name: str) -> None:
     path = place.folder / "step_000003" / name
     content = path.read_bytes()
     for length in sorted({*range(min(len(content), 300)), *range(0, len(content), 97), len(content) - 1}):
@@ -88,7 +88,7 @@ def test_a_file_cut_anywhere_or_longer_or_gone_is_noticed(place: Place, name: st
     assert_passed_over(place, (name, "a folder"))
 
 
-def test_files_of_another_checkpoint_are_noticed(place: Place) -> None:
+def test_files_of_another_checkpoint_are_noticed(place: CheckpointStore) -> None:
     for name in FILES:
         path = place.folder / "step_000003" / name
         content = path.read_bytes()
@@ -100,14 +100,14 @@ def test_files_of_another_checkpoint_are_noticed(place: Place) -> None:
     assert_passed_over(place, "empty")
 
 
-def test_where_none_is_whole_it_says_so_of_the_oldest_and_begins_nothing_anew(place: Place) -> None:
+def test_where_none_is_whole_it_says_so_of_the_oldest_and_begins_nothing_anew(place: CheckpointStore) -> None:
     for path in place.on_disk():
         (path / TENSORS).unlink()
     with pytest.raises(Damaged, match="step_000001 is incomplete"):
         checkpoint.newest_whole(place, FINGERPRINT)
 
 
-def assert_whole(place: Place, *steps: int) -> None:
+def assert_whole(place: CheckpointStore, *steps: int) -> None:
     """These are there, as they were written, and nothing else."""
     assert [path.name for path in sorted(place.folder.iterdir())] == [f"step_{step:06d}" for step in steps]
     for step in steps:
@@ -117,7 +117,7 @@ def assert_whole(place: Place, *steps: int) -> None:
 
 
 @pytest.mark.parametrize("room", [0, 1, 500, 2000])
-def test_a_write_that_fails_loses_nothing_older_and_leaves_nothing(place: Place, room: int) -> None:
+def test_a_write_that_fails_loses_nothing_older_and_leaves_nothing(place: CheckpointStore, room: int) -> None:
     """A limit on the size of files is what a full disk is to a write: it fails in the middle."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
@@ -133,7 +133,7 @@ def test_a_write_that_fails_loses_nothing_older_and_leaves_nothing(place: Place,
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_a_damaged_one_takes_no_place_of_those_that_stay(place: Place, keep: int) -> None:
+def test_a_damaged_one_takes_no_place_of_those_that_stay(place: CheckpointStore, keep: int) -> None:
     """A run that went on from step 1 and saves step 2 again does not count the damaged step 3 as the newest."""
     shutil.rmtree(place.folder / "step_000002")
     (place.folder / "step_000003" / TENSORS).unlink()

@@ -105,7 +105,7 @@ def test_help_needs_no_heavy_library():
 
 def test_fingerprint_holds_what_changes_the_numbers_only():
     def keys(*overrides):
-        return config.fingerprint(config.load(["recipe=demo_anime", *overrides]))
+        return config.resume_keys(config.load(["recipe=demo_anime", *overrides]))
 
     assert keys() == keys("train.num_steps=9", "train.micro_batch_size=1", "data.mode=stream", "run.dir=x")
     for changed in ("lora.rank=3", "train.seed=1", "optim.lr=1", "data.caption_dropout=0.5", "data.batch_size=16"):

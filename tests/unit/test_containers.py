@@ -23,9 +23,9 @@ from wantrain.models.containers import (
     ContainerError,
     expand_scale,
     find_parts,
-    load_into,
     open_container,
 )
+from wantrain.models.loading import load_into
 
 Weights = tiny.Tensors
 KEEP = ("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")

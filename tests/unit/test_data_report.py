@@ -12,11 +12,12 @@ import av
 import numpy as np
 import pytest
 
-from tests.conftest import SIZE, moving_square, write_clips
+from tests.conftest import SIZE, moving_square, opened, write_clips
 from wantrain import cli, pictures
 from wantrain.config import load
 from wantrain.data import decode
-from wantrain.stages import check, opened, report
+from wantrain.models.encode import count_tokens
+from wantrain.stages import check, report
 
 
 @pytest.fixture(scope="module")
@@ -58,29 +59,29 @@ def test_the_page_accounts_for_every_clip_and_says_every_surprise(odd_set, page)
     for kind, reason in (("outside limits", "motion = 0.1 is below 0.5"), ("too short", "1 frame at 16 fps"),
                          ("unreadable", "broken.mp4")):
         assert re.search(rf"<td>{kind}</td><td>[^<]*{reason}", page), kind
-    told = dict(report.surprises(recipe := opened(load(odd_set), odd_set, refuse=False), lambda c: len(c.split())))
+    told = dict(report.surprises(clips := opened(odd_set, refuse=False)[1], lambda c: len(c.split())))
     assert [[name.removeprefix("style/").split(" ")[0] for name in which] for which in told.values()] == [
         ["slow.mp4"], ["clip_2.mp4"], ["clip_0.mp4", "clip_1.mp4"], ["tall.mp4"], ["slow.mp4"]]
     assert "&lt;b&gt;two&lt;/b&gt;" in page
-    assert {p.clip.id for p in recipe.planned} == {f"style/{n}.mp4" for n in ("clip_0", "clip_1", "clip_2", "slow",
+    assert {p.clip.id for p in clips.planned} == {f"style/{n}.mp4" for n in ("clip_0", "clip_1", "clip_2", "slow",
                                                                               "tall")}
 
 
 def test_what_the_look_told_of_pictures_is_said_by_check_and_report(odd_set, capsys):
-    recipe = opened(load(odd_set), odd_set, refuse=False)
-    one = recipe.plan.used[0]
-    recipe.plan.used[0] = replace(one, found=replace(one.found, surprises="HDR (PQ), interlaced"))
-    told = dict(report.surprises(recipe, lambda c: len(c.split())))
+    _, clips = opened(odd_set, refuse=False)
+    one = clips.plan.used[0]
+    clips.plan.used[0] = replace(one, found=replace(one.found, surprises="HDR (PQ), interlaced"))
+    told = dict(report.surprises(clips, lambda c: len(c.split())))
     assert told["HDR (PQ)"] == told["interlaced"] == [one.name]
-    check.print_data(recipe)
+    check.print_data(clips)
     assert "\nbeware       HDR (PQ): 1 clips, interlaced: 1 clips\n" in capsys.readouterr().out
 
 
 def test_the_clips_on_the_page_are_the_frames_of_training(odd_set, page):
     shown = re.findall(r'<video src="data:video/mp4;base64,([^"]+)"', page)
-    recipe = opened(load(odd_set), odd_set, refuse=False)
-    assert len(shown) == len(recipe.planned) == 5
-    for data, planned in zip(shown, recipe.planned, strict=True):
+    _, clips = opened(odd_set, refuse=False)
+    assert len(shown) == len(clips.planned) == 5
+    for data, planned in zip(shown, clips.planned, strict=True):
         with av.open(io.BytesIO(base64.b64decode(data))) as film:
             frames = np.stack([frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)])
         wanted = decode.read_window(planned).movedim(1, -1).numpy()
@@ -89,10 +90,10 @@ def test_the_clips_on_the_page_are_the_frames_of_training(odd_set, page):
 
 
 def test_the_size_of_the_cache_is_told_before_it_is_made(arguments, cached):
-    recipe = opened(load(arguments), arguments)
+    recipe, clips = opened(arguments)
     tokenizer = recipe.base.tokenizer()
-    told = report.cache_bytes(recipe, lambda caption: report.encode.count_tokens(tokenizer, caption))
-    entries = recipe.cache.entries(recipe.planned + recipe.heldout, recipe.captions)
+    entries = clips.cache.entries(clips.everything, clips.captions)
+    told = clips.cache_bytes({c: count_tokens(tokenizer, c) for c in clips.captions}, recipe.dtype.itemsize)
     real = sum(path.stat().st_size for path in entries)
     assert 0.9 * real < told + 168 * len(entries) < 1.1 * real  # 168 bytes of header each
 

@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from wantrain import flow, stages
+from wantrain import flow
 from wantrain.data import batches
 from wantrain.data.batches import Draws, Order, Split, caption_for, captions_of, window_for
-from wantrain.data.plan import num_tokens
 from wantrain.jobs import in_workers
 from wantrain.models.encode import pool_mask
-from wantrain.terms import Bucket, Clip, Found, PlannedClip, Sample, UserError
+from wantrain.recipe import clips as clips_of_recipe
+from wantrain.terms import Bucket, Clip, MediaInfo, PlannedClip, Sample, UserError
 
 SMALL, LARGE = Bucket(5, 32, 32), Bucket(9, 32, 64)
 
@@ -30,8 +30,8 @@ def shifted(bucket):
 
 
 def planned(number, bucket=SMALL, prefix="clip", **settings):
-    return [PlannedClip(Clip(f"{prefix}{i}", Path("x"), f"caption {i}", prefix, **settings), bucket, Found("d", 9.0),
-                        16.0) for i in range(number)]
+    return [PlannedClip(Clip(f"{prefix}{i}", Path("x"), f"caption {i}", prefix, **settings), bucket,
+                        MediaInfo("d", 9.0), 16.0) for i in range(number)]
 
 
 def ids(order, steps):
@@ -84,30 +84,30 @@ def config(**weights):
 
 def test_weights_share_the_samples_whatever_the_sizes_and_keep_their_total():
     clips = planned(40, prefix="big") + planned(5, prefix="small") + planned(5, LARGE, prefix="small")
-    weighted = stages._weighted(clips, config(big=1, small=3))
+    weighted = clips_of_recipe._weighted(clips, config(big=1, small=3))
     total = sum(p.clip.repeats for p in weighted)
     assert math.isclose(total, 50)
     assert [p.clip.id for p in weighted] == [p.clip.id for p in clips]
     order = Order(weighted, 2, seed=0)
     seen = Counter(p.clip.source for step in range(500) for p in order.samples(step))
     assert abs(seen["small"] / seen.total() - 0.75) < 0.01
-    assert stages._weighted(clips, config(big=None, small=None)) == clips
+    assert clips_of_recipe._weighted(clips, config(big=None, small=None)) == clips
 
 
 def test_weights_without_a_source_that_has_no_clips_left():
-    weighted = stages._weighted(planned(4, prefix="big"), config(big=1, gone=9))
+    weighted = clips_of_recipe._weighted(planned(4, prefix="big"), config(big=1, gone=9))
     assert [p.clip.repeats for p in weighted] == [1.0] * 4
 
 
 # Batch sizes by tokens
 
 def test_a_step_has_as_many_samples_as_fit_in_whole_multiples():
-    assert (num_tokens(SMALL, 16), num_tokens(LARGE, 16)) == (8, 24)
+    assert (SMALL.num_tokens(16), LARGE.num_tokens(16)) == (8, 24)
     assert batches.batch_factors([SMALL, LARGE], 2, None, 16) == {}
     for budget in range(48, 200, 7):
         factors = batches.batch_factors([SMALL, LARGE], 2, budget, 16)
         for bucket, factor in factors.items():
-            tokens = 2 * num_tokens(bucket, 16)
+            tokens = 2 * bucket.num_tokens(16)
             assert factor * tokens <= budget < (factor + 1) * tokens
     with pytest.raises(UserError, match=r"max_tokens_per_batch = 47, .*batch_size = 2 of bucket 9f 32x64 has 48 tokens"
                        ) as caught:
@@ -144,7 +144,7 @@ def number_of(p, caption, first):
 @pytest.mark.parametrize(("micro", "processes"), SPLITS)
 def test_every_split_trains_on_the_same_global_batches(micro, processes):
     clips = [PlannedClip(Clip(f"{i}", Path("x"), f"red, {'tag, ' * i}end", "s", more_captions=("x" * 50,)), bucket,
-                         Found("d", 9.0), 16.0, 1.0, 5.0)
+                         MediaInfo("d", 9.0), 16.0, 1.0, 5.0)
              for i, bucket in enumerate([SMALL] * 7 + [LARGE] * 3)]
     draws = Draws(shifted, dropout=0.2, first_frame=0.5)
 
@@ -195,7 +195,7 @@ def test_tags_may_be_separated_by_bare_commas():
 
 def test_captions_are_drawn_in_equal_shares_and_emptied_in_theirs():
     clip = planned(1)[0].clip
-    one = PlannedClip(Clip("a", clip.path, "t, a, b", "s", more_captions=("second",)), SMALL, Found("d"), 16.0)
+    one = PlannedClip(Clip("a", clip.path, "t, a, b", "s", more_captions=("second",)), SMALL, MediaInfo("d"), 16.0)
     texts = captions_of(one.clip, 5)
     assert len(texts) == 3
     drawn = Counter(caption_for(one, 0, step, i, Draws(unshifted, dropout=0.1, tag_orders=5))
@@ -207,7 +207,8 @@ def test_captions_are_drawn_in_equal_shares_and_emptied_in_theirs():
 
 def test_caption_and_dropout_are_drawn_apart_from_each_other():
     """With more dropout fewer samples have a caption, and those that have keep theirs."""
-    one = PlannedClip(Clip("a", Path("x"), "first", "s", more_captions=("second", "third")), SMALL, Found("d"), 16.0)
+    clip = Clip("a", Path("x"), "first", "s", more_captions=("second", "third"))
+    one = PlannedClip(clip, SMALL, MediaInfo("d"), 16.0)
     without, some = ([caption_for(one, 0, step, 1, Draws(unshifted, dropout=dropout)) for step in range(200)]
                      for dropout in (0.0, 0.5))
     assert "" not in without
@@ -218,8 +219,8 @@ def test_caption_and_dropout_are_drawn_apart_from_each_other():
 # Windows
 
 def drawn_window(**settings):
-    mask = PlannedClip(Clip("a", Path("m"), "x", "s"), SMALL, Found("m", 9.0), 16.0, 1.0)
-    return PlannedClip(Clip("a", Path("x"), "x", "s", start_s=1.0), SMALL, Found("d", 9.0), 16.0, 1.0,
+    mask = PlannedClip(Clip("a", Path("m"), "x", "s"), SMALL, MediaInfo("m", 9.0), 16.0, 1.0)
+    return PlannedClip(Clip("a", Path("x"), "x", "s", start_s=1.0), SMALL, MediaInfo("d", 9.0), 16.0, 1.0,
                        **{"latest_s": 5.0, "partners": {"mask": mask, "control": mask}} | settings)
 
 

@@ -4,7 +4,7 @@ import json
 import re
 from html.parser import HTMLParser
 
-from wantrain import report
+from wantrain.pages import html
 
 
 class Links(HTMLParser):
@@ -43,9 +43,9 @@ def test_the_report_is_self_contained_and_its_numbers_are_in_json(wantrain, tmp_
 
 def test_the_curve_spans_its_frame():
     lines = [{"step": s, "loss": 1.0 / s, **({"validation_loss": 0.4} if s == 3 else {})} for s in range(1, 6)]
-    drawn = report.curve(lines)
+    drawn = html.curve(lines)
     points = [tuple(map(float, p.split(","))) for p in drawn["loss"].split()]
     assert points[0] == (0.0, 0.0)
-    assert points[-1] == report.CURVE_PX
+    assert points[-1] == html.CURVE_PX
     assert drawn["validation"].startswith("320.0,")
-    assert report.curve(lines[:1]) == {}
+    assert html.curve(lines[:1]) == {}

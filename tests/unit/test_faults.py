@@ -15,22 +15,24 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.conftest import opened
 from tests.runs import lines, losses, same_bits, state
 from wantrain import logs
-from wantrain.config import load
+from wantrain.data import batches
 from wantrain.data.cache import LATENTS, TEXT
-from wantrain.data.plan import num_tokens
 from wantrain.engine import checkpoint
-from wantrain.engine.checkpoint import Place, Progress, Record, Writer
+from wantrain.engine.checkpoint import CheckpointStore, Progress, Record, Writer
+from wantrain.engine.stopping import Stopper
 from wantrain.metrics import Trackers
-from wantrain.stages import cache, opened, train
-from wantrain.terms import EXIT_INTERRUPTED, Bucket, Clip, Found, PlannedClip, UserError
+from wantrain.recipe.training import Training
+from wantrain.stages import cache, train
+from wantrain.terms import EXIT_INTERRUPTED, Bucket, Clip, MediaInfo, PlannedClip, UserError
 
 
 @pytest.fixture
 def poison(monkeypatch):
     """poison(*steps): the loss of one sample is not a number in these steps, counted from 0."""
-    plain = train.batch_loss
+    plain = Training.losses
 
     def call(*steps):
         def poisoned(training, batch):
@@ -38,7 +40,7 @@ def poison(monkeypatch):
             bad = training.progress.step in steps and 1 in batch.index_B
             return loss_B * torch.tensor([math.nan if bad and i == 1 else 1.0 for i in batch.index_B])
 
-        monkeypatch.setattr(train, "batch_loss", poisoned)
+        monkeypatch.setattr(Training, "losses", poisoned)
 
     return call
 
@@ -87,14 +89,14 @@ def test_more_skips_than_allowed_stop_the_run(trained, wantrain, tmp_path, poiso
 @pytest.mark.parametrize("way", ["stop", "skip"])
 def test_a_gradient_that_is_not_finite_leaves_the_update_out(trained, wantrain, tmp_path, monkeypatch, way):
     before = state(trained("run", "train.num_steps=2"))[1]
-    plain = train.batch_loss
+    plain = Training.losses
 
     def overflowing(training, batch):
         loss_B = plain(training, batch)
         loss_B.register_hook(lambda grad_B: grad_B * math.inf)
         return loss_B
 
-    monkeypatch.setattr(train, "batch_loss", overflowing)
+    monkeypatch.setattr(Training, "losses", overflowing)
     code = wantrain("train", f"run.dir={tmp_path / 'run'}", "train.num_steps=3", f"train.on_nonfinite={way}")
     step, after = state(tmp_path / "run")
     assert (code, step) == ((2, 2) if way == "stop" else (0, 3))
@@ -105,25 +107,25 @@ def test_a_gradient_that_is_not_finite_leaves_the_update_out(trained, wantrain, 
 # Checkpoints: which stay, the mirror
 
 
-def saved(place: Place, *steps: int) -> None:
+def saved(place: CheckpointStore, *steps: int) -> None:
     for step in steps:
         checkpoint.save(place, Progress(step), {"a|value": torch.full((2,), float(step))}, Record({}))
 
 
 def test_the_newest_and_every_so_many_stay(tmp_path):
-    saved(Place(tmp_path, keep=2, keep_every=4), *range(1, 12))
+    saved(CheckpointStore(tmp_path, keep=2, keep_every=4), *range(1, 12))
     assert [checkpoint.step_of(p.name) for p in checkpoint.steps_on_disk(tmp_path)] == [4, 8, 10, 11]
 
 
 def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
-    saved(Place(tmp_path, keep=3), 999_999, 1_000_000)
-    found = checkpoint.newest_whole(Place(tmp_path), {})
+    saved(CheckpointStore(tmp_path, keep=3), 999_999, 1_000_000)
+    found = checkpoint.newest_whole(CheckpointStore(tmp_path), {})
     assert found is not None
     assert found.progress.step == 1_000_000
 
 
 def test_b2sum_reads_the_checksums(tmp_path):
-    saved(Place(tmp_path), 1)
+    saved(CheckpointStore(tmp_path), 1)
     done = subprocess.run(["b2sum", "-l", "128", "-c", checkpoint.CHECKSUMS], cwd=tmp_path / "step_000001",
                           capture_output=True, text=True, check=True)
     assert done.stdout == "training.safetensors: OK\nstate.json: OK\n"
@@ -143,7 +145,7 @@ def test_a_run_goes_on_from_its_mirror_where_the_folder_is_lost(trained, tmp_pat
 
 
 def test_the_mirror_stands_in_for_a_damaged_checkpoint(tmp_path):
-    place = Place(tmp_path / "run", str(tmp_path / "mirror"), keep=2)
+    place = CheckpointStore(tmp_path / "run", str(tmp_path / "mirror"), keep=2)
     writer = Writer(place)
     for step in (1, 2):
         writer.write(Progress(step), {"a|value": torch.full((2,), float(step))}, Record({}))
@@ -159,7 +161,7 @@ def test_the_mirror_stands_in_for_a_damaged_checkpoint(tmp_path):
 def test_a_mirror_that_cannot_be_written_is_told_and_caught_up(tmp_path):
     blocked = tmp_path / "mirror"
     blocked.write_text("a file where a folder should be")
-    writer = Writer(Place(tmp_path / "run", str(blocked), keep=3))
+    writer = Writer(CheckpointStore(tmp_path / "run", str(blocked), keep=3))
     tensors = {"a|value": torch.zeros(2)}
     writer.write(Progress(1), tensors, Record({}))
     writer.finish()
@@ -174,11 +176,11 @@ def test_a_mirror_that_cannot_be_written_is_told_and_caught_up(tmp_path):
 
 def test_an_address_that_no_file_system_knows_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"train\.mirror = nosuch://bucket"):
-        checkpoint.newest_whole(Place(tmp_path, "nosuch://bucket/run"), {})
+        checkpoint.newest_whole(CheckpointStore(tmp_path, "nosuch://bucket/run"), {})
 
 
 def test_the_writer_writes_what_was_given_though_training_goes_on(tmp_path):
-    writer, tensors = Writer(Place(tmp_path, keep=9)), {"a|value": torch.ones(3)}
+    writer, tensors = Writer(CheckpointStore(tmp_path, keep=9)), {"a|value": torch.ones(3)}
     progress = Progress(1, run_id="x")
     writer.write(progress, tensors, Record({}))
     progress.step = 2
@@ -258,8 +260,8 @@ def test_printing_fails_for_a_full_disk_but_not_for_a_reader_that_is_gone():
 @pytest.mark.slow
 def test_one_more_signal_ends_a_step_that_does_not_end():
     """The handler alone, in a process that hangs."""
-    code = ("import time; from wantrain.stages import train; train.ONE_PRESS_S = 0.2\n"
-            "with train.Stopper(): print('ready', flush=True); [time.sleep(1) for _ in range(60)]")
+    code = ("import time; from wantrain.engine import stopping; stopping.ONE_PRESS_S = 0.2\n"
+            "with Stopper(): print('ready', flush=True); [time.sleep(1) for _ in range(60)]")
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.readline()
@@ -273,11 +275,11 @@ def test_one_more_signal_ends_a_step_that_does_not_end():
 def test_nohup_stays_in_force():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with train.Stopper() as stopper:
+        with Stopper() as stopper:
             os.kill(os.getpid(), signal.SIGHUP)
             assert not stopper.asked
         assert signal.signal(signal.SIGHUP, signal.SIG_DFL) is signal.SIG_IGN
-        with train.Stopper() as stopper:
+        with Stopper() as stopper:
             os.kill(os.getpid(), signal.SIGHUP)
             assert stopper.asked
     finally:
@@ -297,7 +299,7 @@ def refused(*_: object) -> torch.Tensor:
 
 @pytest.mark.parametrize("what", [exhausted, refused])
 def test_no_memory_tells_the_peak_and_three_settings(wantrain, monkeypatch, capsys, what):
-    monkeypatch.setattr(train, "batch_loss", what)
+    monkeypatch.setattr(Training, "losses", what)
     assert wantrain("train") == 2
     told = capsys.readouterr().err
     assert "out of memory, with " in told
@@ -309,7 +311,7 @@ def test_no_memory_tells_the_peak_and_three_settings(wantrain, monkeypatch, caps
 
 
 def test_settings_that_are_in_use_already_are_not_offered(wantrain, monkeypatch, capsys):
-    monkeypatch.setattr(train, "batch_loss", refused)
+    monkeypatch.setattr(Training, "losses", refused)
     assert wantrain("train", "train.activation_checkpointing=true", "train.micro_batch_size=1") == 2
     told = capsys.readouterr().err
     assert "activation_checkpointing" not in told
@@ -318,7 +320,7 @@ def test_settings_that_are_in_use_already_are_not_offered(wantrain, monkeypatch,
 
 
 def test_another_fault_stays_what_it_is(wantrain, monkeypatch):
-    monkeypatch.setattr(train, "batch_loss", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    monkeypatch.setattr(Training, "losses", lambda *_: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
         wantrain("train")
 
@@ -360,14 +362,14 @@ def test_a_later_process_prints_into_its_log_alone(tmp_path):
 def test_the_run_says_how_much_each_process_did_and_waited(trained):
     run = trained("run")
     row, = json.loads((run / "processes.json").read_text())
-    assert row["tokens"] == 4 * 4 * num_tokens(Bucket(5, 32, 48), 16)
+    assert row["tokens"] == 4 * 4 * Bucket(5, 32, 48).num_tokens(16)
     assert row["seconds"] > row["waited_for_clips_s"] > 0
     assert row["waited_for_others_s"] == 0
 
 
 def window(number: int, num_frames: int, side: int) -> PlannedClip:
     clip = Clip(str(number), Path(f"{number}.mp4"), "x", "style")
-    return PlannedClip(clip, Bucket(num_frames, side, side), Found(), 16.0)
+    return PlannedClip(clip, Bucket(num_frames, side, side), MediaInfo(), 16.0)
 
 
 def test_windows_are_dealt_to_caching_processes_by_tokens_and_not_by_number():
@@ -378,16 +380,16 @@ def test_windows_are_dealt_to_caching_processes_by_tokens_and_not_by_number():
     assert {path: entry for share in dealt for path, entry in share.items()} == entries
     held = [{w.clip.id for kind, w in share.values() if kind != TEXT} for share in dealt]
     assert held[0].isdisjoint(held[1])  # a window's latents and mask are decoded once
-    tokens = [sum(num_tokens(w.bucket, 16) for kind, w in share.values() if kind == LATENTS) for share in dealt]
+    tokens = [sum(w.bucket.num_tokens(16) for kind, w in share.values() if kind == LATENTS) for share in dealt]
     assert tokens == [336, 352]
     assert [sum(kind == TEXT for kind, _ in share.values()) for share in dealt] == [2, 2]
 
 
 def test_every_process_gets_as_many_tokens_in_every_step(arguments, cached):
     """A step is of one bucket, so that no process waits for another that has longer clips."""
-    recipe = opened(load([*arguments, "data.num_frames=[1,5]", "data.resolutions=[[32,48],[48,32]]"]), arguments)
-    order = train.order_of(recipe)
+    _, clips = opened([*arguments, "data.num_frames=[1,5]", "data.resolutions=[[32,48],[48,32]]"])
+    order = train.order_of(clips)
     for step in range(6):
-        tokens = [[num_tokens(p.bucket, 16) for micro in train.batches.mine(order, train.Split(4, 1, 2, i), step)
+        tokens = [[p.bucket.num_tokens(16) for micro in batches.mine(order, batches.Split(4, 1, 2, i), step)
                    for _, p in micro] for i in range(2)]
         assert tokens[0] == tokens[1]

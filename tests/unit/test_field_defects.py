@@ -32,8 +32,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers import UniPCMultistepScheduler
 
-from wantrain import flow, lora, stages
+from wantrain import flow, lora
 from wantrain.config import Config, Lora, Weighting, load
 from wantrain.data import batches, plan
 from wantrain.data.batches import Draws, Order, Split
@@ -44,9 +45,13 @@ from wantrain.models import base, sampling
 from wantrain.models.base import Base
 from wantrain.models.conditioning import Encoders
 from wantrain.models.encode import predict_velocity
-from wantrain.models.variants import VARIANTS, diffusers_config, trainable
-from wantrain.stages import Opened, train
-from wantrain.terms import Bucket, Clip, Encoded, Found, PlannedClip, Sample, UserError
+from wantrain.models.variants import VARIANTS, diffusers_config, is_trainable
+from wantrain.recipe.clips import Clips
+from wantrain.recipe.recipe import Recipe
+from wantrain.recipe.sampler import lora_files, sampler_settings
+from wantrain.recipe.training import prepare
+from wantrain.stages import train
+from wantrain.terms import Bucket, Clip, Encoded, MediaInfo, PlannedClip, Sample, UserError
 
 CPU = torch.device("cpu")
 BUCKET = Bucket(5, 32, 48)
@@ -61,15 +66,14 @@ def config_of(*overrides: str) -> Config:
     return load(["recipe=demo_anime", *overrides])
 
 
-def recipe_of(variant: str, expert: str | None = None, *overrides: str) -> Opened:
+def recipe_of(variant: str, expert: str | None = None, *overrides: str) -> Recipe:
     """A recipe without files."""
     parts = {"high": Path("high"), "low": Path("low")} if VARIANTS[variant].experts else {}
-    return Opened(config_of(*overrides), Base(VARIANTS[variant], parts, {}, expert), [], Plan([], []), [],
-                  Cache(Path(), "vae", "text", ""))
+    return Recipe(config_of(*overrides), Base(VARIANTS[variant], parts, {}, expert))
 
 
 def windows(number: int) -> list[PlannedClip]:
-    return [PlannedClip(Clip(f"clip{i}", Path("x"), f"caption {i}", "s"), BUCKET, Found("d", 9.0), 16.0)
+    return [PlannedClip(Clip(f"clip{i}", Path("x"), f"caption {i}", "s"), BUCKET, MediaInfo("d", 9.0), 16.0)
             for i in range(number)]
 
 
@@ -175,9 +179,9 @@ def test_sampling_takes_the_files_that_export_writes_of_each_expert(tmp_path):
     paths[0].parent.mkdir(parents=True)
     paths[0].touch()
     with pytest.raises(UserError, match=paths[1].name):
-        stages.lora_files(recipe, [])
+        lora_files(recipe, [])
     paths[1].touch()
-    assert stages.lora_files(recipe, []) == dict(zip(("high", "low"), paths, strict=True))
+    assert lora_files(recipe, []) == dict(zip(("high", "low"), paths, strict=True))
     assert paths[0] != paths[1]
 
 
@@ -187,22 +191,22 @@ def test_sampling_takes_the_files_that_export_writes_of_each_expert(tmp_path):
 def test_a_preview_is_not_made_by_one_expert_alone_nor_with_one_guidance(variant, num_high, monkeypatch):
     """Of 40 steps 26 (T2V) and 15 (I2V) are the high noise expert's: docs/facts.md, "Schedules", shares."""
     recipe = recipe_of(variant, None, "sampler.guidance=null", "sampler.num_steps=null")
-    settings = replace(stages.sampler_settings(recipe), guidance=(2.0, 7.0))
+    settings = replace(sampler_settings(recipe), guidance=(2.0, 7.0))
     assert settings.num_steps == 40
     told: list[tuple[str, torch.Tensor]] = []
     models = [Model("high", told), Model("low", told)]
-    scheduler, velocities = recipe.base.scheduler(settings.shift), []
-    step = scheduler.step
-    monkeypatch.setattr(scheduler, "step", lambda velocity, *args, **kwargs: (
-        velocities.append(float(velocity.mean())), step(velocity, *args, **kwargs))[1])
-    sampler = sampling.Sampler(VARIANTS[variant], models, None, Encoders(None, None), scheduler, torch.float32)
+    velocities, step = [], UniPCMultistepScheduler.step
+    monkeypatch.setattr(UniPCMultistepScheduler, "step", lambda self, velocity, *args, **kwargs: (
+        velocities.append(float(velocity.mean())), step(self, velocity, *args, **kwargs))[1])
+    pipeline = sampling.Pipeline(VARIANTS[variant], models, None, Encoders(None, None), torch.float32)
     noise = torch.zeros(1, 16, 1, 4, 6)
     texts = [torch.ones(1, 512, 8), torch.zeros(1, 512, 8)]
-    sampling.denoise(sampler, settings, noise, sampling.Given(noise, None, {}, texts, False))
+    sampling.denoise(pipeline, settings, noise, sampling.DenoisingInputs(noise, None, {}, texts, False))
     assert Counter(name for name, _ in told) == {"high": 2 * num_high, "low": 2 * (40 - num_high)}
     for name, timestep in told:
         assert (float(timestep) >= 1000 * BOUNDARIES[variant]) == (name == "high")
-    assert torch.cat([timestep for _, timestep in told[::2]]).tolist() == pytest.approx(scheduler.timesteps.tolist())
+    assert torch.cat([timestep for _, timestep in told[::2]]).tolist() == pytest.approx(
+        sampling.scheduler_for(settings.shift, 40).timesteps.tolist())
     assert velocities == [7.0] * num_high + [2.0] * (40 - num_high), "0 without the prompt, 1 with it"
 
 
@@ -211,9 +215,8 @@ def test_a_preview_is_not_made_by_one_expert_alone_nor_with_one_guidance(variant
     ("wan21_vace_14b", 16), ("wan22_t2v_a14b", 12), ("wan22_i2v_a14b", 5), ("wan22_ti2v_5b", 5)])
 def test_previews_are_not_all_made_with_one_shift(variant, shift):
     recipe = recipe_of(variant)
-    assert stages.sampler_settings(recipe).shift == shift
-    scheduler = recipe.base.scheduler(stages.sampler_settings(recipe).shift)
-    base.set_steps(scheduler, 20)
+    assert sampler_settings(recipe).shift == shift
+    scheduler = sampling.scheduler_for(shift, 20)
     before = torch.linspace(0.999, 0, 21, dtype=torch.float64)[:-1]  # docs/facts.md, "Sampler"
     want = shift * before / (1 + (shift - 1) * before)
     torch.testing.assert_close(scheduler.sigmas[:-1].double(), want, rtol=1e-6, atol=1e-6)
@@ -242,7 +245,7 @@ def test_the_tempo_does_not_depend_on_the_length_of_the_clip():
 
 @pytest.mark.parametrize("extract", plan.EXTRACTIONS)
 def test_every_window_of_a_long_film_has_the_models_frame_rate(extract):
-    film = Found("d", 30.0, 96, 64, "", 720)
+    film = MediaInfo("d", 30.0, 96, 64, "", 720)
     clip = Clip("film", Path("film.mp4"), "a film", "s")
     used = plan.place([clip], {clip.path: film}, plan.Rules([Bucket(81, 32, 48)], 16, extract)).used
     assert used
@@ -252,7 +255,7 @@ def test_every_window_of_a_long_film_has_the_models_frame_rate(extract):
 
 # Targets
 
-@pytest.mark.parametrize("name", [name for name, v in VARIANTS.items() if trainable(v)])
+@pytest.mark.parametrize("name", [name for name, v in VARIANTS.items() if is_trainable(v)])
 def test_the_default_targets_match_every_block_of_every_variant(name):
     variant = VARIANTS[name]
     small = replace(variant.architecture, num_layers=2, vace_layers=variant.architecture.vace_layers[:1])
@@ -288,8 +291,8 @@ def steps(tmp_path_factory):
                            f"run.dir={tmp_path_factory.mktemp('run')}", "optim.warmup_steps=0", "lora.rank=2",
                            "lora.alpha=2", *overrides)
         found = base.find(VARIANTS["tiny_wan"], "embedded", {})
-        training = train.prepare(Opened(config, found, [BUCKET], Plan(windows(4), []), [],
-                                        Cache(tmp_path_factory.mktemp("cache"), "vae", "text", "")))
+        cache = Cache(tmp_path_factory.mktemp("cache"), "vae", "text", "")
+        training = prepare(Recipe(config, found), Clips(config, found.variant, Plan(windows(4), []), [], cache))
         updates = []
 
         def note(optimizer, *_):

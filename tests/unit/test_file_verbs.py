@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wantrain import cli
-from wantrain.models import base, lora_formats
+from wantrain.models import base, lora_formats, lora_writing
 from wantrain.models.lora_formats import LoraPair
 from wantrain.models.lora_updates import worst_difference
 
@@ -19,7 +19,7 @@ def kohya(tmp_path):
     pairs = {f"blocks.{i}.self_attn.{p}": LoraPair(torch.randn(4, 192, generator=generator),
                                                   torch.randn(192, 4, generator=generator), 2.0)
              for i in range(2) for p in "qkvo"}
-    lora_formats.write_lora(tmp_path / "kohya.safetensors", pairs, "kohya", {"ss_output_name": "mine"})
+    lora_writing.write_lora(tmp_path / "kohya.safetensors", pairs, "kohya", {"ss_output_name": "mine"})
     return tmp_path / "kohya.safetensors"
 
 
@@ -35,9 +35,9 @@ def test_convert_there_and_back_keeps_the_deltas(kohya, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    (["x"], "an input and an output"), (["IN", "OUT", "--format", "zip"], "format=zip"),
+    (["x"], "convert takes IN OUT, and got 1: x"), (["IN", "OUT", "--format", "zip"], "format=zip"),
     (["IN", "OUT", "rank=3"], "rank=3"), (["gone.safetensors", "OUT"], "does not exist"),
-    (["IN"], "got 1"),
+    (["IN"], "got 1"), (["IN", "~no_such_user/out"], "~no_such_user/out: Could not determine home"),
 ])
 def test_convert_refuses_what_it_cannot_do(kohya, tmp_path, capsys, arguments, said):
     paths = {"IN": str(kohya), "OUT": str(tmp_path / "out.safetensors")}

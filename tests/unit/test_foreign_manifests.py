@@ -10,66 +10,17 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import arguments_for
+from tests.foreign import FORMS, ROWS, read
 from wantrain import cli, config, files, jobs, metrics
 from wantrain.data import manifest, media, tables
 from wantrain.engine import checkpoint
 from wantrain.terms import UserError
-
-ROWS = [("clips/a.mp4", "red, drifting"), ("clips/b.mp4", "blue café")]
-
-
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "clips").mkdir()
-    for name in ("a.mp4", "b.mp4"):
-        (tmp_path / "clips" / name).write_bytes(name.encode())
-    return tmp_path
-
-
-def read(path, **settings):
-    return manifest.read(manifest.Source("s", str(path), **settings))
 
 
 def said(folder, name, text, encoding="utf-8", **settings):
     """(file, caption) of every clip of the manifest of this text."""
     (folder / name).write_bytes(text.encode(encoding))
     return [(str(c.path.relative_to(folder)), c.caption) for c in read(folder / name, **settings)]
-
-
-def as_csv(head="video,caption", separator=","):
-    return f"{head}\n" + "".join(f'{video}{separator}"{caption}"\n' for video, caption in ROWS)
-
-
-OBJECTS = [{"video": video, "caption": caption} for video, caption in ROWS]
-JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in OBJECTS)
-FORMS = {
-    "semicolons": ("m.csv", as_csv("video;caption", ";"), "utf-8"),
-    "tabs": ("m.csv", as_csv("video\tcaption", "\t"), "utf-8"),
-    "tsv": ("m.tsv", as_csv("video\tcaption", "\t"), "utf-8"),
-    "sep= of spreadsheets": ("m.csv", "sep=;\r\n" + as_csv("video;caption", ";"), "utf-8"),
-    "utf-16": ("m.csv", as_csv("video;caption", ";"), "utf-16"),
-    "utf-16 without a mark": ("m.csv", as_csv(), "utf-16-le"),
-    "utf-16 jsonl": ("m.jsonl", JSONL, "utf-16"),
-    "cp1252": ("m.csv", as_csv(), "cp1252"),
-    "two marks": ("m.csv", "\ufeff\ufeff" + as_csv(), "utf-8"),
-    "capitals": ("M.CSV", as_csv("Video,Caption"), "utf-8"),
-    "hub": ("metadata.csv", as_csv("file_name,text"), "utf-8"),
-    "hub, jsonl": ("metadata.jsonl", JSONL.replace("video", "file_name").replace("caption", "text"), "utf-8"),
-    "musubi": ("m.jsonl", JSONL.replace('"video"', '"video_path"'), "utf-8"),
-    "array": ("m.jsonl", json.dumps(OBJECTS), "utf-8"),
-    "array over lines": ("m.json", json.dumps(OBJECTS, indent=1), "utf-8"),
-    "objects over lines": ("m.jsonl", "\n".join(json.dumps(row, indent=1) for row in OBJECTS), "utf-8"),
-    "trailing commas": ("m.jsonl", JSONL.replace("}\n", "},\n"), "utf-8"),
-    "array with a trailing comma": ("m.json", f"[{JSONL.replace('}', '},')}]", "utf-8"),
-    "names": ("captions.json", json.dumps(dict(ROWS)), "utf-8"),
-    "CRLF": ("m.jsonl", JSONL.replace("\n", "\r\n"), "utf-8"),
-    "CR": ("m.csv", as_csv().replace("\n", "\r"), "utf-8"),
-    "joined by cat": ("m.jsonl", "\ufeff" + JSONL.replace("\n", "\n\ufeff", 1), "utf-8"),
-    "backslashes": ("m.csv", as_csv().replace("/", "\\"), "utf-8"),
-    "blanks": ("m.csv", as_csv(" video , caption ", " , ").replace("clips", "  clips"), "utf-8"),
-    "an index and empty columns": ("m.csv", ",video,caption,\n" + "".join(
-        f'{i},{v},"{c}",\n' for i, (v, c) in enumerate(ROWS)) + ",,,\n", "utf-8"),
-}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -140,7 +91,7 @@ def test_every_file_of_a_folder_is_used_or_passed_over_by_name(tmp_path):
     for name in [*used, *used.values(), *others]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"caption {name}")
-    listing = manifest.listed(manifest.Source("s", str(tmp_path)))
+    listing = manifest.listed(manifest.ClipSource("s", str(tmp_path)))
     assert {c.path.name: c.caption for c in listing.clips} == {k: f"caption {v}" for k, v in used.items()}
     assert [c.partners.keys() for c in listing.clips if c.path.name == "a.mp4"] == [{"control"}]
     assert listing.account.with_clips == {"captions": 3, "partners": 1}
@@ -237,7 +188,7 @@ def test_check_and_report_count_files_and_name_a_trigger_that_no_caption_holds(c
 
 def test_where_clips_are_is_no_part_of_what_a_resume_compares():
     def keys(*overrides):
-        return config.fingerprint(config.load(["recipe=demo_anime", *overrides]))
+        return config.resume_keys(config.load(["recipe=demo_anime", *overrides]))
 
     moved = keys("data.sources.style.path=/elsewhere", "+data.sources.style.columns.caption=text")
     assert moved == keys()

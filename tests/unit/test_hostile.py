@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.conftest import opened
 from wantrain.data import manifest, media
 from wantrain.jobs import Ending, Failure, in_workers
 from wantrain.terms import Bucket, Clip, UserError
@@ -155,7 +156,7 @@ def test_pipes_and_links_in_circles_are_named_and_not_opened(tmp_path, film):
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "in").symlink_to(tmp_path)
     with within(5), pytest.raises(UserError) as caught:
-        manifest.read(manifest.Source("s", str(tmp_path)))
+        manifest.read(manifest.ClipSource("s", str(tmp_path)))
     for name in ("pipe", "loop", "pool", "folder"):
         assert f"missing file {tmp_path / name}.mp4" in caught.value.message
     assert "good" not in caught.value.message
@@ -165,7 +166,7 @@ def test_a_pipe_as_a_caption_does_not_hang_the_job(tmp_path, film):
     shutil.copy(film, tmp_path / "good.mp4")
     os.mkfifo(tmp_path / "good.txt")
     with within(1), pytest.raises(UserError, match=r"good\.txt"):
-        manifest.read(manifest.Source("s", str(tmp_path)))
+        manifest.read(manifest.ClipSource("s", str(tmp_path)))
 
 
 HLS = "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:1,\n{}\n#EXT-X-ENDLIST\n"
@@ -351,8 +352,6 @@ def listing(root: Path) -> dict[str, tuple[int, int, bytes]]:
 def test_a_folder_of_hostile_files_is_cached_but_for_them(world, monkeypatch, capsys):
     """Refused with every fault; then without them; what only decoding shows is named, remembered, and then dropped."""
     from wantrain import cli
-    from wantrain.config import load
-    from wantrain.stages import opened
 
     root, faults = world
     monkeypatch.chdir(root)
@@ -372,14 +371,14 @@ def test_a_folder_of_hostile_files_is_cached_but_for_them(world, monkeypatch, ca
     assert cli.main(["cache", *arguments, "data.allow_drops=true"]) == 0
     shown = capsys.readouterr().out
     assert "(0 clips and 0 captions made now)" in shown
-    recipe = opened(load([*arguments, "data.allow_drops=true"]), arguments)
-    dropped = {one.clip.id.removeprefix("style/"): one.reason for one in recipe.plan.dropped}
+    _, clips = opened([*arguments, "data.allow_drops=true"])
+    dropped = {one.clip.id.removeprefix("style/"): one.reason for one in clips.plan.dropped}
     expected = faults | {"bad tail.mp4": "cannot be decoded"}
     assert dropped.keys() == expected.keys()
     assert all(words in dropped[name] for name, words in expected.items())
-    used = {planned.clip.id.removeprefix("style/") for planned in recipe.planned}
+    used = {planned.clip.id.removeprefix("style/") for planned in clips.planned}
     assert used == {"film.mp4", "clear moving.webp", "moving.gif", *ODD_NAMES}
-    assert not recipe.cache.missing(recipe.planned, recipe.captions)
+    assert not clips.cache.missing(clips.planned, clips.captions)
     assert listing(root) == before
     assert {path.name for path in root.iterdir()} <= {"style", "cache", "run"}
 
@@ -396,7 +395,7 @@ def test_a_name_that_is_not_utf8_is_named_or_used(tmp_path, film, suffix):
         Image.new("RGB", (96, 64)).save(path)
     path.with_suffix(".txt").write_text("x")
     with contextlib.suppress(UserError):
-        clip, = manifest.read(manifest.Source("s", str(tmp_path)))
+        clip, = manifest.read(manifest.ClipSource("s", str(tmp_path)))
         assert isinstance(clip.path, Path)
         decode.read_clip(clip.path, 0, None, 24, Bucket(1, 64, 96))
         write_text(tmp_path / "report.html", clip.id)  # as the report and run.json do

@@ -8,15 +8,19 @@ import shutil
 import pytest
 import torch
 
-from tests.conftest import arguments_for
+from tests.conftest import arguments_for, opened
 from tests.runs import lines, losses, same_bits, state
 from wantrain import cli, flow, lora
 from wantrain import config as schema
 from wantrain.config import load
+from wantrain.data.batches import Order
 from wantrain.engine import checkpoint
+from wantrain.engine.stopping import Stopper
 from wantrain.files import digest_folder
 from wantrain.models import base
-from wantrain.stages import opened, train
+from wantrain.recipe.samples import Cached
+from wantrain.recipe.training import prepare
+from wantrain.stages import train
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +38,10 @@ def copied(plain, tmp_path):
 
 
 def test_the_base_is_bit_identical_after_training_and_the_adapter_is_not(wantrain, arguments, cached):
-    config = load([*arguments, "train.num_steps=3"])
-    training = train.prepare(opened(config, arguments))
+    training = prepare(*opened([*arguments, "train.num_steps=3"]))
     before = {n: p.detach().clone() for n, p in training.model.named_parameters()}
-    with train.Stopper() as stopper:
-        train.train(training, train.Cached(training.recipe), stopper)
+    with Stopper() as stopper:
+        train.train(training, Cached(training.clips), stopper)
     training.writer.finish()
     assert training.progress.step == 3
     for name, parameter in training.model.named_parameters():
@@ -134,33 +137,32 @@ def test_activation_checkpointing_changes_no_number(plain, trained):
 
 
 def test_the_model_is_told_1000_sigma_and_the_noisy_latents_of_that_sigma(wantrain, arguments, cached):
-    config = load([*arguments, "train.num_steps=2"])
-    training = train.prepare(opened(config, arguments))
+    training = prepare(*opened([*arguments, "train.num_steps=2"]))
     told = []
     training.model.register_forward_pre_hook(lambda _, args, kwargs: told.append(kwargs), with_kwargs=True,
                                              prepend=True)
-    with train.Stopper() as stopper:
-        train.train(training, train.Cached(training.recipe), stopper)
+    with Stopper() as stopper:
+        train.train(training, Cached(training.clips), stopper)
     training.writer.finish()
     for step, kwargs in enumerate(told):
         sigma_B = flow.draw_sigma(0, step, range(4), 4, flow.Density("uniform", (), 3.0))
         assert kwargs["timestep"].dtype == torch.float32
         assert torch.equal(kwargs["timestep"], 1000 * sigma_B)
         assert kwargs["encoder_hidden_states"].shape == (4, 512, 128)
-        clean = train.Cached(training.recipe)
-        order = train.Order(training.recipe.planned, 4, 0)
+        clean = Cached(training.clips)
+        order = Order(training.clips.planned, 4, 0)
         latents = torch.stack([clean.window(p).latents_CTHW for p in order.samples(step)])
         noise = flow.draw_noise(0, step, range(4), latents.shape[1:])
         assert torch.equal(kwargs["hidden_states"], flow.mix(latents, noise, sigma_B))
 
 
 def test_the_adapter_in_training_starts_as_the_base(wantrain, arguments, cached):
-    training = train.prepare(opened(load(arguments), arguments))
-    batch, = train.batch_maker(training, train.Cached(training.recipe), 0)(0)
+    training = prepare(*opened(arguments))
+    batch, = train.batch_maker(training, Cached(training.clips), 0)(0)
     with torch.no_grad():
-        adapted = train.batch_loss(training, batch)
+        adapted = training.losses(batch)
         lora.set_strength(training.model, 0)
-        frozen = train.batch_loss(training, batch)
+        frozen = training.losses(batch)
     assert torch.equal(adapted, frozen)
 
 

@@ -33,12 +33,12 @@ def inputs():
 def randomize(transformer):
     """Far from the start, where every kind has an effect of its own."""
     generator = torch.Generator().manual_seed(1)
-    for parameter in lora.trainable(transformer).values():
+    for parameter in lora.trainable_parameters(transformer).values():
         parameter.data = parameter.data + torch.randn(parameter.shape, generator=generator) * 0.1
 
 
 def state_of(transformer):
-    return lora.adapter_state(lora.trainable(transformer), lora.scales(transformer))
+    return lora.adapter_state(lora.trainable_parameters(transformer), lora.scales(transformer))
 
 
 @torch.no_grad()
@@ -59,8 +59,9 @@ def test_the_trainable_set_is_exactly_the_targets(transformer):
     expected = [f"blocks.{i}.attn{k}.{p}" for i in range(6) for k in (1, 2)
                 for p in ("to_q", "to_k", "to_v", "to_out.0")]
     assert sorted(names) == sorted(expected)
-    assert set(lora.trainable(transformer)) == {f"{n}.lora_{x}.default.weight" for n in expected for x in "AB"}
-    assert {p.dtype for p in lora.trainable(transformer).values()} == {torch.float32}
+    parameters = lora.trainable_parameters(transformer)
+    assert set(parameters) == {f"{n}.lora_{x}.default.weight" for n in expected for x in "AB"}
+    assert {p.dtype for p in parameters.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize(("targets", "number"), [(["attn_ffn"], 60), (["all_linear"], 66),
@@ -97,7 +98,7 @@ def test_the_start_is_a_function_of_the_seed(transformer, kind):
     torch.manual_seed(99)
     lora.inject(other, ["attn"], Spec(4, 4, kind), seed=3)
     lora.inject(third, ["attn"], Spec(4, 4, kind), seed=4)
-    one, two, three = ([p.detach() for p in lora.trainable(t).values()] for t in (transformer, other, third))
+    one, two, three = ([p.detach() for p in lora.trainable_parameters(t).values()] for t in (transformer, other, third))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
 

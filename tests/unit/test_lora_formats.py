@@ -22,17 +22,10 @@ from tests import tiny_models as tiny
 from wantrain.lora import MAGNITUDE
 from wantrain.models import names
 from wantrain.models.containers import ContainerError
-from wantrain.models.lora_formats import (
-    GRAMMARS,
-    PEFT_CONFIG,
-    PEFT_WEIGHTS,
-    LoraFile,
-    LoraPair,
-    check_fit,
-    read_lora,
-    write_lora,
-)
+from wantrain.models.lora_formats import GRAMMARS, LoraFile, LoraPair, check_fit, read_lora
+from wantrain.models.lora_names import PEFT_CONFIG, PEFT_WEIGHTS
 from wantrain.models.lora_updates import worst_difference
+from wantrain.models.lora_writing import write_lora
 from wantrain.terms import UserError
 
 MODULES = [f"blocks.{n}.{m}" for n in (0, 1) for m in (

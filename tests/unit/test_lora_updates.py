@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,14 +48,14 @@ def adapted(spec: Spec, targets: list[str]) -> torch.nn.Module:
     module = copy.deepcopy(tiny.transformer("t2v"))
     lora.inject(module, targets, spec, seed=0)
     generator = torch.Generator().manual_seed(1)
-    for parameter in lora.trainable(module).values():
+    for parameter in lora.trainable_parameters(module).values():
         parameter.data = parameter.data + 0.3 * torch.randn(parameter.shape, generator=generator)
     return module
 
 
 def file_of(module: torch.nn.Module) -> LoraFile:
     return LoraFile(Path("trained"), "universal",
-                    *from_adapter(lora.adapter_state(lora.trainable(module), lora.scales(module))))
+                    *from_adapter(lora.adapter_state(lora.trainable_parameters(module), lora.scales(module))))
 
 
 @torch.no_grad()
@@ -87,7 +88,7 @@ def test_a_trained_adapter_comes_back_from_every_format(kind: str, rank: int, al
     base = tiny.official_transformer(tiny.transformer("t2v"))
     for format in FORMATS[kind]:
         path = tmp_path / format / ("adapter" if format == "peft" else "lora.safetensors")
-        assert write_proven(path, file, format, {}, "float32") < 1e-6
+        assert write_proven(replace(file, path=path), format, {}, "float32") < 1e-6
         back = read_lora(path)
         for name, update in updates(file).items():
             torch.testing.assert_close(updates(back)[name](base[name]), update(base[name]), rtol=1e-5, atol=1e-5)
@@ -98,7 +99,7 @@ def test_formats_that_load_it_wrongly_are_refused_and_another_is_named(kind: str
     file = file_of(adapted(Spec(4, 4, kind), ["attn"]))
     for format in set(FORMATS["lora"]) - set(FORMATS[kind]):
         with pytest.raises(UserError, match=f"the format {format} cannot hold") as caught:
-            write_proven(tmp_path / "no", file, format, {}, "float32")
+            write_proven(replace(file, path=tmp_path / "no"), format, {}, "float32")
         assert all(able in caught.value.next_step for able in FORMATS[kind])
     assert not (tmp_path / "no").exists()
 
@@ -106,8 +107,8 @@ def test_formats_that_load_it_wrongly_are_refused_and_another_is_named(kind: str
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
 def test_diffusers_and_peft_compute_what_was_trained(kind: str, tmp_path: Path) -> None:
     trained = adapted(Spec(4, 6, kind, {"attn": 3}), ["attn_ffn"])
-    write_proven(tmp_path / "d.safetensors", file_of(trained), "diffusers", {}, "float32")
-    write_proven(tmp_path / "p", file_of(trained), "peft", {}, "float32")
+    write_proven(replace(file_of(trained), path=tmp_path / "d.safetensors"), "diffusers", {}, "float32")
+    write_proven(replace(file_of(trained), path=tmp_path / "p"), "peft", {}, "float32")
     loaded = copy.deepcopy(tiny.transformer("t2v"))
     state, metadata = WanPipeline.lora_state_dict(str(tmp_path / "d.safetensors"), return_lora_metadata=True)
     WanPipeline.load_lora_into_transformer(state, loaded, metadata=metadata)
@@ -120,7 +121,7 @@ def test_diffusers_and_peft_compute_what_was_trained(kind: str, tmp_path: Path) 
 def test_a_padded_file_becomes_an_adapter_of_its_own_ranks(tmp_path: Path) -> None:
     """So that training goes on from an export of the same rank_pattern."""
     trained = adapted(Spec(4, 6, "lora", {"attn": 2}), ["attn_ffn"])
-    write_proven(tmp_path / "x.safetensors", file_of(trained), "universal", {}, "float32")
+    write_proven(replace(file_of(trained), path=tmp_path / "x.safetensors"), "universal", {}, "float32")
     file = read_lora(tmp_path / "x.safetensors")
     assert {pair.rank for pair in file.pairs.values()} == {4}
     state = to_adapter(file)
@@ -135,7 +136,8 @@ def test_a_padded_file_becomes_an_adapter_of_its_own_ranks(tmp_path: Path) -> No
 @pytest.mark.parametrize(("storage", "dtype"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)])
 def test_products_are_stored_in_the_dtype_asked_for(kind: str, storage: str, dtype: torch.dtype, tmp_path: Path
                                                     ) -> None:
-    write_proven(tmp_path / "x.safetensors", file_of(adapted(Spec(4, 6, kind), ["attn"])), "kohya", {}, storage)
+    lora = replace(file_of(adapted(Spec(4, 6, kind), ["attn"])), path=tmp_path / "x.safetensors")
+    write_proven(lora, "kohya", {}, storage)
     extras = read_lora(tmp_path / "x.safetensors").extras
     stored = {split_extra(name)[1]: tensor.dtype for name, tensor in extras.items()}
     assert stored.pop("alpha") == torch.float32

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from tests import tiny_models as tiny
 from wantrain import cli, lora
-from wantrain.models import base, lora_formats, sampling
+from wantrain.models import base, lora_formats
+from wantrain.models.fit import AdapterFile, fit
 from wantrain.models.lora_names import is_lora, lora_argument
 from wantrain.models.lora_updates import adapter_for, product_delta, product_norm, read_given
 from wantrain.models.variants import VARIANTS, diffusers_config, expert_named
@@ -67,7 +68,7 @@ def merged(folder: Path, *words: object, out: str = "merged.safetensors") -> Ten
 
 def sample_with(path: Path) -> torch.nn.Module:
     transformer = tiny_wan()
-    sampling.load_lora(transformer, path)
+    fit(transformer, CPU, AdapterFile(path))
     return transformer
 
 

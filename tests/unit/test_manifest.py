@@ -10,7 +10,7 @@ from wantrain.terms import UserError
 
 
 def read(path, name="s", **settings):
-    return manifest.read(manifest.Source(name, str(path), **settings))
+    return manifest.read(manifest.ClipSource(name, str(path), **settings))
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import strategies as st
 from pyarrow import Table, parquet
 
-from data_tools import journal
 from data_tools import manifest as tool
 from data_tools.probing import Probed
 from data_tools.rows import Entry, read_entries, sidecars
@@ -22,20 +21,6 @@ from wantrain.terms import UserError
 
 BYTES = b"\0\1\2\3"
 """Of a file that is only named, never opened."""
-
-
-@pytest.fixture
-def here(monkeypatch):
-    """Files are looked into in this process; the list of those that were."""
-    looked = []
-
-    def in_workers(function, items, jobs, timeout_s):
-        for item in items:
-            looked.append(Path(item).name)
-            yield item, function(item), None
-
-    monkeypatch.setattr(journal, "in_workers", in_workers)
-    return looked
 
 
 def run(*arguments):
@@ -91,7 +76,7 @@ def test_the_folder_form_and_the_manifest_built_of_it_are_the_same_clips(tmp_pat
 
     def clips(path):
         return [(c.path, c.caption, c.more_captions, c.partners)
-                for c in manifest.read(manifest.Source("s", str(path)))]
+                for c in manifest.read(manifest.ClipSource("s", str(path)))]
 
     assert clips(tmp_path / "m.jsonl") == clips(folder)
 
@@ -199,7 +184,7 @@ def test_all_broken_lines_are_told_and_nothing_is_written(tmp_path, here, capsys
                        "split": [first, "--train", out, "--heldout", tmp_path / "h.jsonl"]}[verb]) == 2
     said = capsys.readouterr().err
     assert [f"m.jsonl line {n}: " in said for n in range(1, 16)] == [True, False, *[True] * 12, False]
-    assert ("m.csv line 2: more cells than columns" in said) == (verb == "merge")
+    assert ("m.csv line 2: 3 cells for 2 columns" in said) == (verb == "merge")
     assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.suffix != ".looked"} == before
 
 
@@ -245,7 +230,7 @@ def test_check_tells_every_fault_with_its_line_and_training_agrees(media, tmp_pa
     for row in wrong:
         alone = write(media / "alone.jsonl", *fine[:1], row)
         try:
-            manifest.read(manifest.Source("s", str(alone)))
+            manifest.read(manifest.ClipSource("s", str(alone)))
         except UserError:
             assert run("check", alone) == 2
     assert run("check", write(media / "fine.jsonl", *fine), "--trigger", "sks") == 0

@@ -11,7 +11,7 @@ from data_tools import manifest as tool
 from data_tools.rows import sound_entries
 from wantrain.data import manifest, plan
 from wantrain.data.cache import Cache
-from wantrain.terms import Bucket, Found
+from wantrain.terms import Bucket, MediaInfo
 
 FEW, MANY = 60, 240
 
@@ -55,8 +55,8 @@ def divided(folder, out):
 
 
 def planned(folder, out):
-    clips = manifest.read(manifest.Source("many", str(folder)))
-    found = {path: Found(path.name, 0.0, 4, 4, "image", 1) for path in plan.media_of(clips)}
+    clips = manifest.read(manifest.ClipSource("many", str(folder)))
+    found = {path: MediaInfo(path.name, 0.0, 4, 4, "image", 1) for path in plan.files_of(clips)}
     made = plan.place(clips, found, plan.Rules([Bucket(1, 32, 32)], 16.0))
     assert made.num_found == len(clips) == len(made.used)
     assert len(Cache(out, "v", "t", "").missing(made.used, [c.caption for c in clips])) == 2 * len(clips)

@@ -11,16 +11,19 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from tests.conftest import opened
 from wantrain import engine, lora
 from wantrain.config import defaults, load
 from wantrain.engine import checkpoint, optimizers, states
-from wantrain.engine.checkpoint import Place, Progress, Record
+from wantrain.engine.checkpoint import CheckpointStore, Progress, Record
 from wantrain.engine.ema import Ema, decay_at
-from wantrain.engine.optimizers import OPTIMIZERS, Kind
+from wantrain.engine.optimizers import OPTIMIZERS, OptimizerKind
 from wantrain.models import base
 from wantrain.models.lora_updates import read_adapter
 from wantrain.models.variants import VARIANTS
-from wantrain.stages import Cached, opened, train
+from wantrain.recipe.samples import Cached
+from wantrain.recipe.training import prepare
+from wantrain.stages import train
 from wantrain.tensors import read_tensors
 from wantrain.terms import UserError
 
@@ -50,7 +53,7 @@ class Learner:
     accelerator: Accelerator
     model: torch.nn.Module
     optimizer: object
-    kind: Kind
+    kind: OptimizerKind
     ema: Ema | None
     lr: float
 
@@ -105,7 +108,7 @@ def test_n_steps_are_k_and_resume_and_the_rest_bitwise(learner, tmp_path, name, 
                 "ema_decay": None if name == "schedule_free" else 0.5}
     whole = learner(name, **settings).train(range(MANY)).tensors()
     part = learner(name, **settings).train(range(k)).tensors()
-    saved = checkpoint.save(Place(tmp_path), Progress(k), part, Record({}))
+    saved = checkpoint.save(CheckpointStore(tmp_path), Progress(k), part, Record({}))
     progress, tensors = checkpoint.load(saved, {})
     going_on = learner(name, **settings).restore(tensors, progress.step)
     assert same_bits(going_on.tensors(), tensors)
@@ -198,7 +201,7 @@ def test_factors_of_lora_plus_and_of_patterns():
     transformer = base.find(VARIANTS["tiny_wan"], "embedded", {}).meta_transformer()
     lora.inject(transformer, ["attn_ffn"], lora.Spec(4, 4, "dora"), 0)
     found = lora.lr_factors(transformer, 16, {"attn_ffn": 2, r"blocks\.0\..*": 0.5, r"blocks\.0\.attn2\.to_v": 3})
-    assert found.keys() == lora.trainable(transformer).keys()
+    assert found.keys() == lora.trainable_parameters(transformer).keys()
     for name, factor in found.items():
         module = 3 if name.startswith("blocks.0.attn2.to_v.") else 0.5 if name.startswith("blocks.0.") else 2
         assert factor == module * (16 if ".lora_B." in name else 1), name
@@ -287,10 +290,10 @@ def test_validation_under_schedule_free_is_at_its_average_and_moves_nothing(want
                         f"validation.every_steps={every}") == 0
         kept.append(checkpoint.load(tmp_path / name / "checkpoints" / "step_000002", None)[1])
     assert same_bits(*kept)
-    training = train.prepare(opened(load(arguments), arguments))
+    training = prepare(*opened(arguments))
     for name, value in checkpoint.values(kept[0]).items():
         training.model.get_parameter(name).data.copy_(value)
-    loss = train.validate(training, train.heldout_of(training, Cached(training.recipe)))
+    loss = train.validate(training, train.heldout_of(training, Cached(training.clips)))
     told = (tmp_path / "validated" / "metrics.jsonl").read_text().splitlines()[-1]
     assert json.loads(told)["validation_loss"] == loss
 
@@ -344,7 +347,8 @@ def refused(name, stage, offloads=False):
 
 def test_a_checkpoint_of_a_version_without_a_key_goes_on_where_the_key_is_at_its_default(tmp_path):
     now = {"optim.name": "adamw", "optim.lora_plus": 1.0, "lora.rank": 4}
-    path = checkpoint.save(Place(tmp_path), Progress(1), {"a|value": torch.zeros(1)}, Record({"lora.rank": 4}))
+    tensors = {"a|value": torch.zeros(1)}
+    path = checkpoint.save(CheckpointStore(tmp_path), Progress(1), tensors, Record({"lora.rank": 4}))
     assert checkpoint.load(path, now, defaults())[0] == Progress(1)
     with pytest.raises(UserError, match=r"optim\.lora_plus: 1\.0 -> 16\.0"):
         checkpoint.load(path, now | {"optim.lora_plus": 16.0}, defaults())

@@ -17,7 +17,7 @@ from data_tools import probing as tool
 from tests import odd_files
 from wantrain.data import decode, media, plan
 from wantrain.data.cache import LATENTS, Cache
-from wantrain.terms import CLIP, Bucket, Clip, Found, PlannedClip, Remote, UserError
+from wantrain.terms import WINDOW, Bucket, Clip, MediaInfo, PlannedClip, Remote, UserError
 
 CASES = Path(__file__).parents[2] / "../shared/cases/media"
 
@@ -183,7 +183,7 @@ def test_a_file_of_the_same_size_and_time_is_another_file(tmp_path):
 
 @pytest.fixture
 def window(tmp_path) -> PlannedClip:
-    return PlannedClip(Clip("a", tmp_path / "a.mp4", "x", "s"), Bucket(5, 64, 96), Found("digest", 3.0), 16.0)
+    return PlannedClip(Clip("a", tmp_path / "a.mp4", "x", "s"), Bucket(5, 64, 96), MediaInfo("digest", 3.0), 16.0)
 
 
 def test_what_is_read_out_of_the_ordinary_has_entries_of_its_own(tmp_path, window):
@@ -192,18 +192,18 @@ def test_what_is_read_out_of_the_ordinary_has_entries_of_its_own(tmp_path, windo
         {"why_not_decord": "turned or mirrored"}, {"surprises": "pixels not square (shown in their true shape)"})]
     paths = {cache.path_of((LATENTS, one)) for one in (ordinary, *other)}
     assert len(paths) == 3
-    image = replace(window, found=Found("digest", why_not_decord="image"))
-    assert cache.path_of((LATENTS, image)) == cache.path_of((LATENTS, replace(image, found=Found("digest"))))
+    image = replace(window, found=MediaInfo("digest", why_not_decord="image"))
+    assert cache.path_of((LATENTS, image)) == cache.path_of((LATENTS, replace(image, found=MediaInfo("digest"))))
 
 
 @pytest.mark.parametrize("place", ["gone.mp4", Remote("http://127.0.0.1:9/a.mp4", "a.mp4", "key")])
 def test_a_file_out_of_reach_is_not_said_to_be_broken(tmp_path, window, place):
     unreached = replace(window, clip=replace(window.clip, path=tmp_path / place if isinstance(place, str) else place))
-    frames, name, fault = decode.frames_in_worker((unreached, (CLIP,)))
+    frames, name, fault = decode.frames_in_worker((unreached, (WINDOW,)))
     assert (frames, name) == ({}, "")
     assert "clip a: " in fault
     (tmp_path / "a.mp4").write_bytes(b"no film")
-    assert decode.frames_in_worker((window, (CLIP,)))[1] == CLIP
+    assert decode.frames_in_worker((window, (WINDOW,)))[1] == WINDOW
 
 
 def test_what_is_remembered_as_a_fault_is_forgotten_by_the_command_it_names(tmp_path, window):

@@ -21,7 +21,7 @@ from wantrain import cli, pictures
 from wantrain.data import decode, media, plan
 from wantrain.data.plan import Rules
 from wantrain.jobs import Ending, Failure, in_workers
-from wantrain.terms import Bucket, Clip, Found, UserError
+from wantrain.terms import Bucket, Clip, MediaInfo, UserError
 
 quickly = hypothesis.settings(max_examples=100, deadline=None, database=None, derandomize=True)
 
@@ -33,7 +33,7 @@ def clip(name="a", **settings):
 
 
 def film(duration_s, width=64, height=64, **settings):
-    return Found("digest", duration_s, width, height, **settings)
+    return MediaInfo("digest", duration_s, width, height, **settings)
 
 
 def placed(one, found, *buckets, **settings):
@@ -125,7 +125,7 @@ def test_a_longer_clip_has_a_smaller_picture_within_the_budget(length, rows, col
     assert bucket.height % multiple == bucket.width % multiple == 0
     assert 0 < bucket.height <= size[0]
     assert 0 < bucket.width <= size[1]
-    assert plan.num_tokens(bucket, multiple) <= budget
+    assert bucket.num_tokens(multiple) <= budget
     if latent_frames * rows * columns <= budget:
         assert [bucket.height, bucket.width] == size
 
@@ -203,13 +203,13 @@ def test_every_limit_counts():
 
 def test_reasons_say_their_numbers():
     assert placed(clip(end_s=0.25), film(1)).reason == "4 frames at 16 fps, the shortest bucket needs 5"
-    assert placed(clip(), Found("d", 0.0, 64, 64, "image", 1)).reason == (
+    assert placed(clip(), MediaInfo("d", 0.0, 64, 64, "image", 1)).reason == (
         "1 frame at 16 fps, the shortest bucket needs 5; add 1 to data.num_frames")
     assert placed(clip(start_s=2), film(1)).kind == "too short"
     narrow = placed(clip(), film(1, 640, 64))
     assert (narrow.kind, narrow.reason) == ("shape", "640x64 would lose 90% of its picture in 5f 64x64")
     assert placed(clip(), film(1, 256, 64))[0].bucket == SQUARE  # three quarters, exactly
-    assert placed(clip(), Found(fault="no video in it")).reason == "a.mp4: no video in it"
+    assert placed(clip(), MediaInfo(fault="no video in it")).reason == "a.mp4: no video in it"
 
 
 PARTNERED = clip(partners={"control": Path("c.mp4"), "mask": Path("m.mp4")})
@@ -244,15 +244,15 @@ def test_a_partner_that_ends_before_the_last_window_drops_the_clip(extract, kind
 
 
 def test_an_unreadable_partner_or_a_still_control_drops_the_clip():
-    found = {PARTNERED.path: film(1), Path("c.mp4"): film(1), Path("m.mp4"): Found(fault="no video frames")}
+    found = {PARTNERED.path: film(1), Path("c.mp4"): film(1), Path("m.mp4"): MediaInfo(fault="no video frames")}
     assert placed(PARTNERED, found).reason == "its mask m.mp4: no video frames"
-    still = Found("d", 0.0, 64, 64, "image", 1)
+    still = MediaInfo("d", 0.0, 64, 64, "image", 1)
     assert placed(PARTNERED, found | {Path("m.mp4"): still, Path("c.mp4"): still}).kind == "partner"
 
 
 def test_a_reference_is_an_image_shown_whole():
     one = clip(partners={"reference": Path("r.png")})
-    found = {one.path: film(1), Path("r.png"): Found("d", 0.0, 32, 64, "image", 1)}
+    found = {one.path: film(1), Path("r.png"): MediaInfo("d", 0.0, 32, 64, "image", 1)}
     window, = placed(one, found)
     assert (window.partners["reference"].bucket, window.partners["reference"].contain) == (Bucket(1, 64, 64), True)
     assert window.kind != placed(clip(), found)[0].kind, "a batch has references or none"
@@ -261,7 +261,7 @@ def test_a_reference_is_an_image_shown_whole():
 
 
 def test_one_image_masks_every_window():
-    found = {PARTNERED.path: film(1), Path("c.mp4"): film(1), Path("m.mp4"): Found("d", 0.0, 64, 64, "image", 1)}
+    found = {PARTNERED.path: film(1), Path("c.mp4"): film(1), Path("m.mp4"): MediaInfo("d", 0.0, 64, 64, "image", 1)}
     windows = placed(PARTNERED, found, extract="sliding")
     assert [p.partners["mask"].bucket for p in windows] == [Bucket(1, 64, 64)] * 6
     assert [p.partners["control"].bucket for p in windows] == [SQUARE] * 6
@@ -296,7 +296,7 @@ def test_trimmed_seconds_are_those_that_no_window_shows(extract, frames, missing
 
 
 def test_an_image_is_never_trimmed():
-    windows = placed(clip(), Found("d", 0.0, 64, 64, "image", 1), Bucket(1, 64, 64))
+    windows = placed(clip(), MediaInfo("d", 0.0, 64, 64, "image", 1), Bucket(1, 64, 64))
     assert plan.trimmed_s(windows) == 0
 
 
@@ -308,7 +308,7 @@ def test_found_is_used_plus_dropped_and_no_clip_is_both(films, extract):
     found, clips = {}, []
     for number, (duration_s, width, height, motion, is_broken) in enumerate(films):
         clips.append(clip(str(number), measures={"motion": motion}))
-        found[clips[-1].path] = Found(fault="bad") if is_broken else film(duration_s, width, height)
+        found[clips[-1].path] = MediaInfo(fault="bad") if is_broken else film(duration_s, width, height)
     made = plan.place(clips, found, Rules([SQUARE, Bucket(9, 32, 64)], 16, extract, {"motion": (1, None)}))
     used, dropped = {p.clip.id for p in made.used}, {d.clip.id for d in made.dropped}
     assert used | dropped == {c.id for c in clips}
@@ -321,7 +321,7 @@ def test_found_is_used_plus_dropped_and_no_clip_is_both(films, extract):
 def test_files_to_look_into_are_each_named_once_with_their_partners():
     films = [clip("a", partners={"mask": Path("m.png")}), clip("a", start_s=1.0),
              clip("b", partners={"control": Path("c.mp4"), "mask": Path("m.png")})]
-    assert plan.media_of(films) == [Path("a.mp4"), Path("b.mp4"), Path("c.mp4"), Path("m.png")]
+    assert plan.files_of(films) == [Path("a.mp4"), Path("b.mp4"), Path("c.mp4"), Path("m.png")]
 
 
 # The verbs, on a set with a clip of each kind

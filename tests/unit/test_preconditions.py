@@ -51,11 +51,12 @@ def test_evaluate_without_a_cache_or_a_lora_says_so_before_anything_is_loaded(wa
 
 def test_exporting_an_expert_that_was_not_trained_names_the_one_that_was(arguments, tmp_path, capsys):
     own = [*arguments, "model.variant=tiny_wan_a14b"]
-    fingerprint = config.fingerprint(config.for_expert(config.load(own), "low"))
+    fingerprint = config.resume_keys(config.expert_config(config.load(own), "low"))
     record = Record(fingerprint, "lora", {"blocks.0.attn1.to_q": 1.0})
     pair = {f"blocks.0.attn1.to_q.lora_{x}.default.weight|value": torch.ones(size) for x, size in
             (("A", (4, 96)), ("B", (96, 4)))}
-    checkpoint.save(checkpoint.Place(tmp_path / "run" / "low" / "checkpoints"), checkpoint.Progress(1), pair, record)
+    store = checkpoint.CheckpointStore(tmp_path / "run" / "low" / "checkpoints")
+    checkpoint.save(store, checkpoint.Progress(1), pair, record)
     assert cli.main(["export", *own]) == 2
     said = capsys.readouterr().err
     assert f"no checkpoint in {tmp_path / 'run' / 'high' / 'checkpoints'}" in said

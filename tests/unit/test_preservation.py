@@ -8,10 +8,13 @@ import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from wantrain import lora
-from wantrain.config import load
+from tests.conftest import opened
+from wantrain import flow, lora, objective
 from wantrain.models.encode import predict_velocity
-from wantrain.stages import Cached, Encoder, opened, train
+from wantrain.models.fit import fit
+from wantrain.recipe.samples import Cached, Encoder, sample_of
+from wantrain.recipe.training import prepare
+from wantrain.stages import train
 
 PRESERVE_ALL = ("data.sources.style.preserve=true", "data.sources.regularisation.preserve=true")
 PRESERVE_PLAIN = ("data.sources.regularisation.preserve=true",)
@@ -34,10 +37,10 @@ def prepared(arguments, cached):
 
     def call(*more, perturb=True):
         own = [*arguments, "train.micro_batch_size=${data.batch_size}", *more]
-        training = train.prepare(opened(load(own), own))
+        training = prepare(*opened(own))
         if perturb:
             give_effect(training.model)
-        return training, train.batch_maker(training, Cached(training.recipe), 0)(0)
+        return training, train.batch_maker(training, Cached(training.clips), 0)(0)
 
     return call
 
@@ -50,7 +53,7 @@ def with_words(wantrain):
 
 def give_effect(model):
     generator = torch.Generator().manual_seed(0)
-    for name, parameter in lora.trainable(model).items():
+    for name, parameter in lora.trainable_parameters(model).items():
         if "lora_B" in name:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
 
@@ -67,7 +70,9 @@ def predicted(model, batch, text_BLD):
 
 def base_of(training):
     """The frozen transformer, read from disk once more."""
-    return training.recipe.base.transformer(torch.float32, training.device)
+    transformer = training.recipe.base.transformer(torch.float32, training.device)
+    fit(transformer, training.device)
+    return transformer
 
 
 def squared(a_BCTHW, b_BCTHW):
@@ -90,8 +95,8 @@ def test_where_everything_is_preserved_the_first_step_has_nothing_to_learn(prepa
 
 def test_preserved_clips_aim_at_the_frozen_base_and_the_others_at_their_pixels(prepared):
     training, (batch,) = prepared(*PRESERVE_PLAIN, *ALL_CLIPS)
-    asked = train.asked_of(training, batch)
-    train.answer_of_base(training, asked)
+    asked = objective.loss_inputs(batch, training.recipe.objective, training.device, torch.float32)
+    objective.ask_base(training.model, asked, torch.float32)
     plain = torch.tensor([p.clip.source == "regularisation" for p in batch.planned_B])
     assert plain.sum() == 2
     assert torch.equal(asked.target[~plain], (batch.noise_BCTHW - batch.latents_BCTHW)[~plain])
@@ -99,7 +104,7 @@ def test_preserved_clips_aim_at_the_frozen_base_and_the_others_at_their_pixels(p
     assert torch.equal(asked.target[plain], wanted)
     assert not asked.target.requires_grad
     with torch.no_grad():
-        loss_B = train.batch_loss(training, batch)
+        loss_B = training.losses(batch)
     torch.testing.assert_close(loss_B, squared(predicted(training.model, batch, batch.text_BLD), asked.target))
 
 
@@ -109,14 +114,14 @@ def test_class_words_add_the_distance_from_the_base_and_only_where_the_trigger_i
     training, (batch,) = prepared(*WORDS, *ALL_CLIPS)
     has_trigger = torch.tensor(["sqstyle" in p.clip.caption for p in batch.planned_B])
     assert has_trigger.sum() == 6
-    source = Cached(training.recipe)
-    words_BLD = torch.stack([train.sample_of(training.recipe, source, p, p.clip.caption.replace("sqstyle", "shape"),
+    source = Cached(training.clips)
+    words_BLD = torch.stack([sample_of(training.clips, source, p, p.clip.caption.replace("sqstyle", "shape"),
                                              False).text_LD for p in batch.planned_B])
     own_B = squared(predicted(training.model, batch, batch.text_BLD), batch.noise_BCTHW - batch.latents_BCTHW)
     from_base_B = squared(predicted(training.model, batch, words_BLD), predicted(base_of(training), batch, words_BLD))
     assert from_base_B.min() > 1e-3
     with torch.no_grad():
-        loss_B = train.batch_loss(training, batch)
+        loss_B = training.losses(batch)
     torch.testing.assert_close(loss_B, own_B + 0.5 * has_trigger * from_base_B, rtol=1e-4, atol=0)
 
 
@@ -140,21 +145,21 @@ def test_class_words_without_any_trigger_are_refused(wantrain, capsys):
 
 def test_the_cache_verb_makes_the_captions_with_the_class_words(arguments, wantrain, capsys):
     own = [*arguments, "loss.class_words=a figure"]
-    recipe = opened(load(own), own)
+    _, clips = opened(own)
     wanted = {f"a figure, square number {i}" for i in range(6)}
-    assert wanted <= {caption for _, caption in recipe.cache.missing([], recipe.captions).values()}
+    assert wanted <= {caption for _, caption in clips.cache.missing([], clips.captions).values()}
     assert wantrain("train", "loss.class_words=a figure") == 2
     assert "caption 'a figure, " in capsys.readouterr().err
     assert wantrain("cache", "loss.class_words=a figure") == 0
-    assert recipe.cache.missing(recipe.planned, recipe.captions) == {}
+    assert clips.cache.missing(clips.planned, clips.captions) == {}
 
 
 def test_the_cache_and_streaming_give_the_same_class_words(prepared, with_words):
     training, (batch,) = prepared(*WORDS, "data.num_workers=1", "train.num_steps=1")
-    streamed, = train.batch_maker(training, Encoder(training.recipe, training.device), 0)(0)
+    streamed, = train.batch_maker(training, Encoder(training.recipe, training.clips.cache, training.device), 0)(0)
     assert batch.class_text_BLD.ne(0).any()
     assert torch.equal(streamed.class_text_BLD, batch.class_text_BLD)
-    assert torch.equal(train.batch_loss(training, streamed), train.batch_loss(training, batch))
+    assert torch.equal(training.losses(streamed), training.losses(batch))
 
 
 # The adapter while the base answers
@@ -165,17 +170,17 @@ def test_the_adapter_is_on_again_after_the_base_has_answered(prepared, with_word
     with lora.switched_off(training.model):
         assert torch.equal(predicted(training.model, batch, batch.text_BLD),
                            predicted(base_of(training), batch, batch.text_BLD))
-    train.batch_loss(training, batch)
+    training.losses(batch)
     assert torch.equal(predicted(training.model, batch, batch.text_BLD), before)
 
     def fails(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(train, "predict_velocity", fails)
+    monkeypatch.setattr(objective, "predict_velocity", fails)
     with pytest.raises(RuntimeError, match="out of memory"):
-        train.batch_loss(training, batch)
+        training.losses(batch)
     assert torch.equal(predicted(training.model, batch, batch.text_BLD), before)
-    assert len(lora.trainable(training.model)) == 120
+    assert len(lora.trainable_parameters(training.model)) == 120
 
 
 def test_an_adapter_that_was_off_stays_off(prepared):
@@ -212,11 +217,11 @@ def test_what_lies_outside_a_mask_counts_nothing(prepared):
     masked = replace(batch, mask_B1THW=mask)
     outside, inside = exchanged(masked, mask == 0), exchanged(masked, mask == 1)
     assert torch.equal(noisy(outside), noisy(batch))
-    loss_B = train.batch_loss(training, masked)
-    assert torch.equal(train.batch_loss(training, outside), loss_B)
-    assert (train.batch_loss(training, inside) - loss_B).abs().min() > 0.01
-    assert (train.batch_loss(training, replace(outside, mask_B1THW=None))
-            - train.batch_loss(training, batch)).abs().min() > 0.01
+    loss_B = training.losses(masked)
+    assert torch.equal(training.losses(outside), loss_B)
+    assert (training.losses(inside) - loss_B).abs().min() > 0.01
+    assert (training.losses(replace(outside, mask_B1THW=None))
+            - training.losses(batch)).abs().min() > 0.01
 
 
 @torch.no_grad()
@@ -229,9 +234,9 @@ def test_a_mask_weighs_the_errors_and_its_size_does_not(prepared, background):
     errors = (predicted(training.model, batch, batch.text_BLD) - batch.noise_BCTHW + batch.latents_BCTHW).square()
     weight = torch.where(mask == 1, 1.0, background).expand_as(errors)
     wanted_B = (errors * weight).flatten(1).sum(1) / weight.flatten(1).sum(1)
-    torch.testing.assert_close(train.batch_loss(training, replace(batch, mask_B1THW=mask)), wanted_B)
+    torch.testing.assert_close(training.losses(replace(batch, mask_B1THW=mask)), wanted_B)
     if background == 1:
-        torch.testing.assert_close(train.batch_loss(training, batch), wanted_B)
+        torch.testing.assert_close(training.losses(batch), wanted_B)
 
 
 @torch.no_grad()
@@ -246,8 +251,8 @@ def test_what_lies_outside_a_mask_may_be_held_at_the_base(prepared):
                        for part, wanted in ((mask, target), (1 - mask, frozen)))
     wanted_B = inside + 0.5 * outside.nan_to_num(0)
     assert outside.isnan().sum() == 1
-    torch.testing.assert_close(train.batch_loss(training, replace(batch, mask_B1THW=mask)), wanted_B, rtol=1e-4, atol=0)
-    torch.testing.assert_close(train.batch_loss(training, batch), squared(adapted, target), rtol=1e-4, atol=0)
+    torch.testing.assert_close(training.losses(replace(batch, mask_B1THW=mask)), wanted_B, rtol=1e-4, atol=0)
+    torch.testing.assert_close(training.losses(batch), squared(adapted, target), rtol=1e-4, atol=0)
 
 
 @torch.no_grad()
@@ -259,9 +264,9 @@ def test_given_first_frames_count_nothing_with_and_without_a_mask(prepared):
     other = replace(given, noise_BCTHW=torch.where(known.bool()[:, None, :, None, None], 7.0, given.noise_BCTHW))
     mask = left_half(batch)
     for mask_B1THW, kept in ((None, 1.0), (mask, mask)):
-        loss_B = train.batch_loss(training, replace(given, mask_B1THW=mask_B1THW))
-        assert torch.equal(train.batch_loss(training, replace(other, mask_B1THW=mask_B1THW)), loss_B)
-        errors = (predict_velocity(training.model, train.flow.mix(given.latents_BCTHW, given.noise_BCTHW, given.sigma),
+        loss_B = training.losses(replace(given, mask_B1THW=mask_B1THW))
+        assert torch.equal(training.losses(replace(other, mask_B1THW=mask_B1THW)), loss_B)
+        errors = (predict_velocity(training.model, flow.mix(given.latents_BCTHW, given.noise_BCTHW, given.sigma),
                                    given.sigma, given.text_BLD) - given.noise_BCTHW + given.latents_BCTHW).square()
         weight = ((1 - known)[:, None, :, None, None] * kept).expand_as(errors)
         torch.testing.assert_close(loss_B, (errors * weight).flatten(1).sum(1) / weight.flatten(1).sum(1))

@@ -14,9 +14,9 @@ import torch
 from wantrain import cli
 from wantrain.data.cache import LATENTS, MASK, TEXT, Cache
 from wantrain.stages.prune import YOUNG_S
-from wantrain.terms import Bucket, Clip, Found, PlannedClip
+from wantrain.terms import Bucket, Clip, MediaInfo, PlannedClip
 
-WINDOWS = {name: PlannedClip(Clip(f"s/{name}", Path(name), "x", "s"), Bucket(5, 32, 48), Found(name, 3.0), 16.0)
+WINDOWS = {name: PlannedClip(Clip(f"s/{name}", Path(name), "x", "s"), Bucket(5, 32, 48), MediaInfo(name, 3.0), 16.0)
            for name in "abc"}
 WINDOWS["b"] = dataclasses.replace(WINDOWS["b"], partners={"mask": WINDOWS["a"]})
 ONE = [(LATENTS, WINDOWS["a"]), (LATENTS, WINDOWS["b"]), (MASK, WINDOWS["b"]), (TEXT, "")]
@@ -153,7 +153,7 @@ def test_files_that_are_not_ours_are_left_alone(cache):
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    ([], "no cache folder is given"),
+    ([], "prune takes CACHE_FOLDER [RUN], and got 0: nothing"),
     (["nowhere"], "nowhere is no cache"),
     ([".", "three"], "no run 'three' uses .: "),
     ([".", "delete=maybe"], "delete=maybe is not allowed: no, yes"),
@@ -166,7 +166,7 @@ def test_bad_arguments_are_told_and_delete_nothing(cache, monkeypatch, capsys, a
                     ["prune", *arguments]) == 2
     shown = capsys.readouterr().err
     assert words in shown
-    assert "next: wantrain prune CACHE_FOLDER" in shown
+    assert "next: wantrain prune " in shown
     assert files(cache) == before
 
 

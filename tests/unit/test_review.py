@@ -158,7 +158,7 @@ def test_csv_records_stay_as_they_are(tmp_path):
 def test_all_faults_are_told_with_their_lines_and_stay_in_the_file(path, capsys, monkeypatch):
     monkeypatch.setattr(review.Review, "serve_forever", lambda server: None)
     path.write_bytes(path.read_bytes() + b'\n{"video": \n[1]\n{"video": "x", "captions": "y"}\n'
-                     b'{"video": "x", "start_s": "3"}\n{"video": "x", "caption": 7}\n'
+                     b'{"video": "x", "start_s": "soon"}\n{"video": "x", "caption": 7}\n'
                      + b'{"video": "x", "end_s": %s}\n' % (b"9" * 400))
     assert review.main([str(path)]) == 2
     said = capsys.readouterr().err

@@ -23,10 +23,11 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from tests.runs import state
-from wantrain import files, lock, logs, metrics, outside, report
+from wantrain import files, lock, logs, metrics, outside
 from wantrain.engine import checkpoint, mirror
-from wantrain.engine.checkpoint import Place, Progress, Record, Writer
+from wantrain.engine.checkpoint import CheckpointStore, Progress, Record, Writer
 from wantrain.metrics import Metrics, Trackers
+from wantrain.pages import html
 from wantrain.stages import train
 from wantrain.terms import Stalled, UserError
 
@@ -216,7 +217,7 @@ def test_a_mirror_that_raises_anything_costs_a_message_and_is_caught_up(monkeypa
     def refuse(*_: object, **__: object) -> None:
         raise fault
 
-    writer = Writer(Place(tmp_path / "run", str(tmp_path / "mirror"), keep=3))
+    writer = Writer(CheckpointStore(tmp_path / "run", str(tmp_path / "mirror"), keep=3))
     with monkeypatch.context() as broken:
         broken.setattr("fsspec.implementations.local.LocalFileSystem.put_file", refuse)
         for step in (1, 2):
@@ -233,7 +234,8 @@ def test_a_mirror_that_raises_anything_costs_a_message_and_is_caught_up(monkeypa
 def test_a_mirror_that_hangs_holds_a_training_up_once(monkeypatch, tmp_path):
     release = threading.Event()
     monkeypatch.setattr(mirror, "put", lambda *_: release.wait())
-    writer, began = Writer(Place(tmp_path / "run", str(tmp_path / "mirror")), patience_s=0.2), time.monotonic()
+    store, began = CheckpointStore(tmp_path / "run", str(tmp_path / "mirror")), time.monotonic()
+    writer = Writer(store, patience_s=0.2)
     for step in range(1, 6):
         writer.write(Progress(step), TENSORS, Record({}))
     assert writer.close() == "it hangs"
@@ -255,7 +257,7 @@ def unreadable(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], Non
 
 
 def test_a_mirror_that_cannot_be_read_is_told_where_the_folder_has_a_checkpoint(tmp_path, unreadable):
-    place = Place(tmp_path / "run", str(tmp_path / "mirror"))
+    place = CheckpointStore(tmp_path / "run", str(tmp_path / "mirror"))
     checkpoint.save(place, Progress(4), TENSORS, Record({}))
     unreadable(Odd("network down"))
     found = checkpoint.newest_whole(place, {})
@@ -267,7 +269,7 @@ def test_a_mirror_that_cannot_be_read_is_told_where_the_folder_has_a_checkpoint(
 def test_an_unreadable_mirror_and_an_empty_folder_begin_nothing_anew(tmp_path, unreadable, fault, passes):
     unreadable(fault)
     with pytest.raises(UserError, match=r"train\.mirror") as told:
-        checkpoint.newest_whole(Place(tmp_path / "run", str(tmp_path / "mirror")), {})
+        checkpoint.newest_whole(CheckpointStore(tmp_path / "run", str(tmp_path / "mirror")), {})
     assert isinstance(told.value, Stalled) is passes  # another start may go through
 
 
@@ -295,7 +297,7 @@ def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., threading
 
 @pytest.mark.parametrize("method", ["exists", "ls"])
 def test_a_mirror_that_hangs_while_it_is_read_is_told_once_the_time_is_up(tmp_path, hanging, method):
-    place = Place(tmp_path / "run", f"file://{tmp_path}")
+    place = CheckpointStore(tmp_path / "run", f"file://{tmp_path}")
     hanging(method)
     with pytest.raises(Stalled, match=r"train\.mirror = .*: Silent: no answer within 0\.1 s") as told:
         checkpoint.newest_whole(place, {})
@@ -308,13 +310,13 @@ def test_a_mirror_that_hangs_while_it_is_read_is_told_once_the_time_is_up(tmp_pa
 
 def test_a_mirror_that_hangs_while_it_is_probed_is_told_and_the_training_goes_on(tmp_path, hanging):
     hanging("pipe_file")
-    told, = checkpoint.refuse_unwritable(Place(tmp_path / "run", f"file://{tmp_path / 'mirror'}"))
+    told, = checkpoint.refuse_unwritable(CheckpointStore(tmp_path / "run", f"file://{tmp_path / 'mirror'}"))
     assert "no answer within 0.1 s" in told
 
 
 def test_a_checkpoint_that_comes_after_it_was_given_up_changes_nothing(tmp_path, hanging):
-    place = Place(tmp_path / "run", f"file://{tmp_path / 'mirror'}")
-    checkpoint.save(Place(tmp_path / "mirror"), Progress(4), TENSORS, Record({}))
+    place = CheckpointStore(tmp_path / "run", f"file://{tmp_path / 'mirror'}")
+    checkpoint.save(CheckpointStore(tmp_path / "mirror"), Progress(4), TENSORS, Record({}))
     (place.folder / "step_000004").mkdir(parents=True)
     running = set(threading.enumerate())
     release = hanging("get_file", number=3)
@@ -329,9 +331,9 @@ def test_a_checkpoint_that_comes_after_it_was_given_up_changes_nothing(tmp_path,
 
 
 def test_a_mirror_that_hangs_is_asked_once_until_it_answers(tmp_path, hanging, monkeypatch):
-    place = Place(tmp_path / "run", f"file://{tmp_path / 'mirror'}")
+    place = CheckpointStore(tmp_path / "run", f"file://{tmp_path / 'mirror'}")
     for step in (4, 5, 6):
-        checkpoint.save(Place(tmp_path / "mirror", keep=3), Progress(step), TENSORS, Record({}))
+        checkpoint.save(CheckpointStore(tmp_path / "mirror", keep=3), Progress(step), TENSORS, Record({}))
     asked, before = [], set(threading.enumerate())
     release = hanging("get_file")
     hang = LocalFileSystem.get_file
@@ -348,8 +350,8 @@ def test_a_mirror_that_hangs_is_asked_once_until_it_answers(tmp_path, hanging, m
 
 
 def test_a_mirror_that_is_slow_and_not_silent_is_waited_for(tmp_path, monkeypatch):
-    place = Place(tmp_path / "run", f"file://{tmp_path / 'mirror'}")
-    checkpoint.save(Place(tmp_path / "mirror"), Progress(4), TENSORS, Record({}))
+    place = CheckpointStore(tmp_path / "run", f"file://{tmp_path / 'mirror'}")
+    checkpoint.save(CheckpointStore(tmp_path / "mirror"), Progress(4), TENSORS, Record({}))
 
     def slowly(self: object, there: str, here: str) -> None:
         with Path(here).open("wb") as file:
@@ -367,7 +369,7 @@ def test_a_mirror_that_is_slow_and_not_silent_is_waited_for(tmp_path, monkeypatc
 
 
 def test_what_the_mirror_has_beyond_the_folder_stays(tmp_path):
-    place = Place(tmp_path / "run", str(tmp_path / "mirror"), keep=2)
+    place = CheckpointStore(tmp_path / "run", str(tmp_path / "mirror"), keep=2)
     ahead = Writer(place)
     ahead.write(Progress(9), TENSORS, Record({}))
     ahead.close()
@@ -405,7 +407,7 @@ def test_two_pods_of_one_process_id_write_one_file_at_once(monkeypatch, tmp_path
 
 def test_what_a_killed_process_left_goes_with_the_next_save_and_start(tmp_path):
     (tmp_path / "checkpoints" / ".step_000004.0123456789ab.tmp").mkdir(parents=True)
-    checkpoint.save(Place(tmp_path / "checkpoints"), Progress(5), TENSORS, Record({}))
+    checkpoint.save(CheckpointStore(tmp_path / "checkpoints"), Progress(5), TENSORS, Record({}))
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_000005"]
     old, new = tmp_path / ".config.yaml.0123456789ab.tmp", tmp_path / ".run.json.0123456789ab.tmp"
     for path in (old, new):
@@ -439,7 +441,7 @@ def test_every_fault_of_a_write_is_a_message_with_the_path(monkeypatch, tmp_path
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     for act in (lambda: files.write_text(tmp_path / "a" / "b", ""),
-                lambda: checkpoint.refuse_unwritable(Place(tmp_path)),
+                lambda: checkpoint.refuse_unwritable(CheckpointStore(tmp_path)),
                 lambda: lock.held(tmp_path, []).__enter__(), lambda: logs.kept(tmp_path, 0, []).__enter__()):
         with pytest.raises(UserError, match=f"could not write {tmp_path}.*{os.strerror(code)}"):
             act()
@@ -456,19 +458,19 @@ def test_checkpoints_that_cannot_be_written_are_told_before_the_base_is_loaded(w
 # What is done already
 
 
-def done(place: Place, step: int) -> None:
+def done(place: CheckpointStore, step: int) -> None:
     checkpoint.save(place, Progress(step), TENSORS, Record({}))
 
 
 @pytest.fixture
 def light(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any checkpoint's fingerprint fits, and nothing heavy may be loaded."""
-    monkeypatch.setattr(train, "fingerprint", lambda recipe: {})
+    monkeypatch.setattr(train, "run_fingerprint", lambda recipe, clips: {})
     monkeypatch.setattr(train, "prepare", lambda *_: pytest.fail("the base is loaded"))
 
 
 def test_fewer_steps_than_done_are_refused_and_as_many_are_told(wantrain, light, tmp_path, capsys):
-    done(Place(tmp_path / "run" / "checkpoints"), 9)
+    done(CheckpointStore(tmp_path / "run" / "checkpoints"), 9)
     assert wantrain("train", "train.num_steps=8") == 2
     told = capsys.readouterr().err
     assert "train.num_steps = 8" in told
@@ -481,7 +483,7 @@ def test_fewer_steps_than_done_are_refused_and_as_many_are_told(wantrain, light,
 
 
 def test_what_is_done_is_copied_to_a_mirror_that_lacks_it(wantrain, light, tmp_path, capsys):
-    done(Place(tmp_path / "run" / "checkpoints"), 9)
+    done(CheckpointStore(tmp_path / "run" / "checkpoints"), 9)
     (tmp_path / "mirror").write_text("in the way")
     own = ("train.num_steps=9", f"train.mirror={tmp_path / 'mirror'}")
     assert wantrain("train", *own) == 0
@@ -493,7 +495,7 @@ def test_what_is_done_is_copied_to_a_mirror_that_lacks_it(wantrain, light, tmp_p
 
 @pytest.mark.parametrize("where", ["run/checkpoints", "mirror"])
 def test_resume_never_refuses_a_folder_and_a_mirror_alike(wantrain, light, tmp_path, capsys, where):
-    done(Place(tmp_path / where), 2)
+    done(CheckpointStore(tmp_path / where), 2)
     assert wantrain("train", "train.resume=never", f"train.mirror={tmp_path / 'mirror'}") == 2
     told = capsys.readouterr().err
     assert f"{tmp_path / where}" in told
@@ -522,10 +524,10 @@ def test_a_loss_that_is_not_finite_is_a_gap_in_the_curve():
     nan = math.nan
     lines = [{"step": s, "loss": loss} for s, loss in enumerate([4.0, 3.0, nan, 1.0, 2.0], 1)]
     lines[3]["validation_loss"] = nan
-    drawn = report.curve(lines)
+    drawn = html.curve(lines)
     assert drawn["loss"].split("\n") == ["0.0,0.0 160.0,66.7", "480.0,200.0 640.0,133.3"]
     assert (drawn["low"], drawn["high"], drawn["validation"]) == (1.0, 4.0, "")
-    assert report.curve([{"step": s, "loss": nan} for s in (1, 2, 3)]) == {}
+    assert html.curve([{"step": s, "loss": nan} for s in (1, 2, 3)]) == {}
 
 
 # The commit

@@ -41,13 +41,13 @@ def test_the_demo_sets_are_small_enough_and_whole():
     for name, number, least in (("anime", 40, 8), ("architecture", 40, 8), ("footage", 18, 4)):
         folder = config.asset(f"demo/{name}")
         trigger = config.load([f"recipe=demo_{name}"]).data.trigger
-        styled, heldout = (manifest.read(manifest.Source("s", str(p))) for p in (folder, folder / "heldout"))
+        styled, heldout = (manifest.read(manifest.ClipSource("s", str(p))) for p in (folder, folder / "heldout"))
         assert len(styled) == number
         assert len(heldout) >= least
         assert all(clip.caption.startswith(f"{trigger}, ") for clip in styled + heldout)
         assert not {c.caption for c in styled} & {c.caption for c in heldout} or name != "footage"
     for name in ("anime", "architecture"):
-        plain = manifest.read(manifest.Source("r", str(config.asset(f"demo/{name}/regularisation"))))
+        plain = manifest.read(manifest.ClipSource("r", str(config.asset(f"demo/{name}/regularisation"))))
         assert len(plain) >= 8
         assert not any("style" in clip.caption for clip in plain)
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from wantrain import flow, plots
+from wantrain import flow
+from wantrain.pages import plots
 
 MILLION = 1_000_000
 SHAPES = [("uniform", ()), ("logit_normal", (0.0, 1.0)), ("mode", (1.29,)), ("beta", (2.0, 2.0))]

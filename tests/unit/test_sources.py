@@ -23,7 +23,7 @@ from tests.conftest import moving_square
 from wantrain import pictures
 from wantrain.data import decode, manifest, media
 from wantrain.data.shards import LONGEST_TEXT_BYTES
-from wantrain.terms import PARTNERS, Bucket, Clip, Found, PlannedClip, Remote, UserError
+from wantrain.terms import PARTNERS, Bucket, Clip, MediaInfo, PlannedClip, Remote, UserError
 
 WANTED = {
     "a.mp4": (["red square", "a second text", "a third, in Kyōto"], "control/a.mp4", "mask/a.png"),
@@ -59,7 +59,7 @@ def folder(tmp_path_factory):
 
 
 def read(path, **settings):
-    return manifest.read(manifest.Source("s", str(path), **settings))
+    return manifest.read(manifest.ClipSource("s", str(path), **settings))
 
 
 def content(where):
@@ -419,7 +419,7 @@ def test_frames_of_a_shard_are_those_of_the_plain_file(folder, tmp_path):
     plain = next(c for c in read(folder) if c.id == "s/a.mp4")
 
     def frames(clip):
-        return decode.read_window(PlannedClip(clip, Bucket(3, 32, 48), Found(), 16.0, 1 / 16))
+        return decode.read_window(PlannedClip(clip, Bucket(3, 32, 48), MediaInfo(), 16.0, 1 / 16))
 
     assert isinstance(member.path, Remote)
     assert torch.equal(frames(member), frames(plain))
@@ -579,7 +579,7 @@ def test_json_that_is_no_object_or_has_no_list_of_captions_is_a_fault_of_its_sam
 @pytest.mark.parametrize("name", ["._k.mp4", ".DS_Store", "README.md", "LICENSE"])
 def test_members_that_belong_to_no_sample_are_left_alone(name, tmp_path):
     shard = write_tar(tmp_path / "x.tar", [(name, b"other"), ("k.mp4", b"v"), ("k.txt", b"x")])
-    listing = manifest.listed(manifest.Source("s", str(shard)))
+    listing = manifest.listed(manifest.ClipSource("s", str(shard)))
     assert [clip.caption for clip in listing.clips] == ["x"]
     assert list(listing.account.passed.values()) == [[name]]
 

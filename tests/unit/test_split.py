@@ -28,29 +28,6 @@ def film():
     return odd_files.film_of_shots(SHOTS)
 
 
-@pytest.fixture
-def here(monkeypatch):
-    """Jobs run in this process, pickled as if they went to another; the list of films that were looked at."""
-    looked = []
-
-    def in_workers(function, jobs, number, timeout_s):
-        for job in jobs:
-            looked.append(job.path.name)
-            found = pickle.loads(pickle.dumps(function))(pickle.loads(pickle.dumps(job)))
-            yield job, pickle.loads(pickle.dumps(found)), None
-
-    monkeypatch.setattr(journal, "in_workers", in_workers)
-    return looked
-
-
-def run(paths, out, rules=RULES, cut_to=None):
-    return split.run(paths, out, rules, cut_to, jobs=1, timeout_s=60)[0]
-
-
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def nearest(frames_FHWC, film_FHWC):
     """For each frame the most alike frame of the film."""
     small = film_FHWC[:, ::3, ::5].astype(np.int16)
@@ -219,7 +196,7 @@ def test_the_manifest_is_one_and_captions_stay(tmp_path, film, here):
         run([tmp_path], out, split.Rules(3.0, 0.5, 100.0, None))
     assert len(rows(out)) == 7
     out.write_text("".join(json.dumps(r | {"caption": "x"}) + "\n" for r in rows(out)))
-    clips = manifest.read(manifest.Source("films", str(out)))
+    clips = manifest.read(manifest.ClipSource("films", str(out)))
     assert [(c.start_s, c.end_s) for c in clips][:4] == [(r["start_s"], r["end_s"]) for r in ours]
 
 
@@ -321,10 +298,9 @@ def test_what_a_user_does_wrong(tmp_path, here, capsys):
     (tmp_path / "a.mp4").touch()
     assert split.main([str(tmp_path), "--min-s", "2", "--max-s", "3"]) == 2
     assert "--max-s 3 is less than twice --min-s 2" in capsys.readouterr().err
-    for line in ("[1]", "7", '{"id": [1]}', "no manifest"):
-        (tmp_path / "m.jsonl").write_text(f"{line}\n")
-        assert split.main([str(tmp_path), "--out", str(tmp_path / "m.jsonl")]) == 2
-        assert "is no manifest of JSON lines" in capsys.readouterr().err
+    (tmp_path / "m.jsonl").write_text("no manifest\n")
+    assert split.main([str(tmp_path), "--out", str(tmp_path / "m.jsonl")]) == 2
+    assert "m.jsonl line 1: not JSON" in capsys.readouterr().err
     assert (tmp_path / "m.jsonl").read_text() == "no manifest\n"
     with pytest.raises(SystemExit, match="0"):
         split.main(["--help"])

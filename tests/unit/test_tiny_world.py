@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from data_tools.tiny_world import fast_vae, train_base, world
-from data_tools.tiny_world.base import new_vae
+from tools.tiny_world import fast_vae, train_base, world
+from tools.tiny_world.base import new_vae
 
 
 def test_a_scene_is_a_function_of_its_seed_and_looks_different_in_each_style():

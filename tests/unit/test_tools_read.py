@@ -8,9 +8,8 @@ import pytest
 
 from data_tools import caption, filter, journal, review
 from data_tools import manifest as tool
-from tests.unit.test_foreign_manifests import FORMS, ROWS, folder, read
+from tests.foreign import FORMS, ROWS, read
 
-__all__ = ["folder"]
 FOUND = {"measure": filter.Measured(hashes=(1,)), "look": tool.Medium("", 9.0, 4, 4, fps=24.0)}
 PLAIN = {"hub, jsonl", "musubi", "trailing commas", "CRLF", "hub", "an index and empty columns", "joined by cat",
          "CR", "backslashes", "capitals", "two marks"}

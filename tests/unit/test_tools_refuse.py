@@ -9,12 +9,13 @@ import sys
 
 import pytest
 
-from data_tools import caption, cut_footage, filter, manifest, review, split
+from data_tools import caption, filter, manifest, review, split
 from data_tools.command import answer
 from data_tools.journal import appending
-from data_tools.tiny_world import make_demo
 from tests import odd_files
 from tests.splitting import RULES, rows, run
+from tools import cut_footage
+from tools.tiny_world import make_demo
 from wantrain.files import atomic_path, remembered
 from wantrain.terms import UserError
 

@@ -13,7 +13,7 @@ from wantrain.lora import KINDS, AdapterState, Spec
 from wantrain.models import base as bases
 from wantrain.models.lora_formats import GRAMMARS, LoraFile
 from wantrain.models.lora_updates import STORAGE, from_adapter, refuse_unexportable, write_proven
-from wantrain.models.variants import VARIANTS, trainable
+from wantrain.models.variants import VARIANTS, is_trainable
 from wantrain.terms import UserError
 
 PRESETS = ("attn", "attn_ffn", "all_linear")
@@ -23,7 +23,7 @@ FAMILIES = {"t2v": "t2v", "ti2v": "t2v", "i2v": "i2v", "flf2v": "i2v", "control"
 
 def state_of(module: torch.nn.Module, preset: str, kind: str, rank: int = 4, alpha: float = 3) -> AdapterState:
     lora.inject(module, [preset], Spec(rank, alpha, kind), seed=0)
-    return lora.adapter_state(lora.trainable(module), lora.scales(module))
+    return lora.adapter_state(lora.trainable_parameters(module), lora.scales(module))
 
 
 def refusal(state: AdapterState, format: str, storage: str = "float32") -> str:
@@ -38,7 +38,7 @@ def refusal(state: AdapterState, format: str, storage: str = "float32") -> str:
 def written(state: AdapterState, format: str, path: Path, storage: str = "float32") -> str:
     """What writing a real adapter says, read back and compared; empty where it succeeds."""
     try:
-        write_proven(path, LoraFile(path, format, *from_adapter(state)), format, {}, storage)
+        write_proven(LoraFile(path, format, *from_adapter(state)), format, {}, storage)
     except UserError as error:
         return str(error)
     return ""
@@ -104,7 +104,7 @@ def test_a_rank_above_a_modules_size_is_exported(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if trainable(variant)])
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if is_trainable(variant)])
 def test_real_variants_answer_as_their_tiny_twins(name: str) -> None:
     variant = VARIANTS[name]
     on_meta = bases.Base(variant, {"transformer": Path("none")}).meta_transformer

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from wantrain import flow
-from wantrain.terms import Bucket, Clip, Found, PlannedClip, Sample
+from wantrain import flow, objective
+from wantrain.terms import Bucket, Clip, MediaInfo, PlannedClip, Sample
 from wantrain.validation import HeldOut, Share, losses
 
 CPU = torch.device("cpu")
 SIGMAS = [0.1, 0.5, 0.9]
 SMALL, LARGE = Bucket(5, 32, 32), Bucket(9, 32, 32)
-CLIPS = [PlannedClip(Clip(f"c{i}", Path("x"), "", "s"), bucket, Found(f"digest {i}"), 16.0)
+CLIPS = [PlannedClip(Clip(f"c{i}", Path("x"), "", "s"), bucket, MediaInfo(f"digest {i}"), 16.0)
          for i, bucket in enumerate([SMALL, LARGE, SMALL, SMALL, LARGE])]
 
 
@@ -38,6 +38,10 @@ class Model(torch.nn.Module):
         return (torch.tanh(hidden_states) * told,)
 
 
+def loss_of(model):
+    return lambda batch: objective.losses(model, batch, objective.Objective(), device=CPU, dtype=torch.float32)
+
+
 def heldout(clips=CLIPS, sigmas=SIGMAS, size=4, share=None):
     return HeldOut(clips, sigmas, lambda place: sample_of(clips[place]), size, share or Share())
 
@@ -47,15 +51,15 @@ def in_processes(number, size=4):
     given: list[torch.Tensor] = []
     models = [Model() for _ in range(number)]
     for process in range(number):  # first what each gives
-        losses(models[process], heldout(size=size, share=Share(number, process, lambda v: given.append(v) or v[None]
-                                                               .expand(number, -1))), CPU)
+        share = Share(number, process, lambda v: given.append(v) or v[None].expand(number, -1))
+        losses(heldout(size=size, share=share), loss_of(models[process]))
     calls = [len(model.sizes) for model in models]
-    return [losses(Model(), heldout(size=size, share=Share(number, process, lambda _: torch.stack(given))), CPU)
+    return [losses(heldout(size=size, share=Share(number, process, lambda _: torch.stack(given))), loss_of(Model()))
             for process in range(number)], calls
 
 
 def test_each_number_is_the_clips_own_at_its_sigma():
-    found = losses(Model(), heldout(), CPU)
+    found = losses(heldout(), loss_of(Model()))
     assert found.shape == (5, 3)
     for place, planned in enumerate(CLIPS):
         for s, sigma in enumerate(SIGMAS):
@@ -71,7 +75,7 @@ def test_each_number_is_the_clips_own_at_its_sigma():
 
 @pytest.mark.parametrize(("number", "size"), [(2, 4), (3, 4), (4, 1), (9, 4), (2, 32)])
 def test_any_number_of_processes_measures_the_same_in_as_many_calls_each(number, size):
-    wanted = losses(Model(), heldout(size=size), CPU)
+    wanted = losses(heldout(size=size), loss_of(Model()))
     found, calls = in_processes(number, size)
     assert all(torch.equal(one, wanted) for one in found)
     num_chunks = -(-9 // size) + -(-6 // size)  # nine rows of one bucket, six of the other
@@ -81,18 +85,18 @@ def test_any_number_of_processes_measures_the_same_in_as_many_calls_each(number,
 @pytest.mark.parametrize("size", [1, 2, 7, 100])
 def test_a_forward_has_no_more_rows_than_a_micro_batch_and_its_size_changes_no_number(size):
     model = Model()
-    found = losses(model, heldout(size=size), CPU)
+    found = losses(heldout(size=size), loss_of(model))
     assert max(model.sizes) <= size
     assert sum(model.sizes) == 15
-    torch.testing.assert_close(found, losses(Model(), heldout(size=4), CPU), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found, losses(heldout(size=4), loss_of(Model())), rtol=1e-6, atol=0)
 
 
 def test_a_clip_or_a_sigma_more_or_less_moves_no_other_number():
-    found = losses(Model(), heldout(), CPU)
-    fewer = losses(Model(), heldout(CLIPS[1:4], [0.9, 0.1]), CPU)
+    found = losses(heldout(), loss_of(Model()))
+    fewer = losses(heldout(CLIPS[1:4], [0.9, 0.1]), loss_of(Model()))
     torch.testing.assert_close(fewer, found[1:4][:, [2, 0]], rtol=1e-6, atol=0)
     renamed = [replace(p, clip=replace(p.clip, path=Path("elsewhere"))) for p in CLIPS]
-    assert torch.equal(losses(Model(), heldout(renamed), CPU), found)
+    assert torch.equal(losses(heldout(renamed), loss_of(Model())), found)
 
 
 def test_a_process_reads_its_own_clips_only():
@@ -114,7 +118,7 @@ def test_latent_frames_that_are_given_clean_do_not_count():
             told.append(timestep)
             return (torch.zeros_like(hidden_states),)
 
-    found = losses(Zero(), HeldOut(CLIPS[:1], [0.5], sample, 4), CPU)
+    found = losses(HeldOut(CLIPS[:1], [0.5], sample, 4), loss_of(Zero()))
     clean = sample_of(CLIPS[0]).latents_CTHW
     noise = torch.randn(clean.shape, generator=flow.generator_for("validation", "digest 0", "0.0", "0.5"))
     assert float(found) == pytest.approx(float((noise - clean)[:, 1:].square().mean()), rel=1e-6)

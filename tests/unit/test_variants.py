@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,13 +10,13 @@ from diffusers import AutoencoderKLWan
 
 from tests.tiny_models import official_transformer, transformer
 from wantrain.config import Config, load
-from wantrain.data.cache import Cache
-from wantrain.data.plan import Plan
-from wantrain.models.base import Base, set_steps
+from wantrain.models import sampling
+from wantrain.models.base import Base
 from wantrain.models.names import VaeVersion, transformer_to_diffusers
 from wantrain.models.sizes import VAES
 from wantrain.models.variants import NATIVE_PX, VARIANTS, Architecture, Shapes, detect, read_architecture
-from wantrain.stages import Opened, sampler_settings
+from wantrain.recipe.recipe import Recipe
+from wantrain.recipe.sampler import sampler_settings
 from wantrain.terms import UserError
 
 # Shift, boundary, guidance (low, high), steps, fps, frames, from the sources in docs/facts.md, "Schedules".
@@ -84,11 +83,10 @@ def config() -> Config:
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_sampling_takes_the_rows_numbers_unless_told(name: str) -> None:
     shift, _, guidance, num_steps, *_ = SCHEDULES[name]
-    recipe = Opened(config(), Base(VARIANTS[name], {}), [], Plan([], []), [], Cache(Path(), "", "", ""))
+    recipe = Recipe(config(), Base(VARIANTS[name], {}))
     settings = sampler_settings(recipe)
     assert (settings.shift, settings.guidance, settings.num_steps) == (shift, guidance, num_steps)
-    scheduler = recipe.base.scheduler(settings.shift)
-    set_steps(scheduler, num_steps)
+    scheduler = sampling.scheduler_for(settings.shift, num_steps)
     base = torch.linspace(0.999, 0, num_steps + 1, dtype=torch.float64)[:-1]  # the official grid
     wanted = shift * base / (1 + (shift - 1) * base)
     torch.testing.assert_close(scheduler.sigmas[:-1].double(), wanted, rtol=0, atol=1e-6)

@@ -4,9 +4,9 @@ from wantrain.config.keys import HARMLESS_TO_RESUME as HARMLESS_TO_RESUME
 from wantrain.config.keys import defaults as defaults
 from wantrain.config.keys import described as described
 from wantrain.config.keys import digest as digest
-from wantrain.config.keys import fingerprint as fingerprint
+from wantrain.config.keys import expert_config as expert_config
 from wantrain.config.keys import flat as flat
-from wantrain.config.keys import for_expert as for_expert
+from wantrain.config.keys import resume_keys as resume_keys
 from wantrain.config.keys import to_yaml as to_yaml
 from wantrain.config.known import asset as asset
 from wantrain.config.known import configs_folder as configs_folder

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields, is_dataclass, replace
 from enum import Enum
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from omegaconf import MISSING, OmegaConf
@@ -19,13 +19,15 @@ from wantrain.config.schema import Config, ExpertOwn, Schedule, Source
 from wantrain.files import digest_text
 from wantrain.terms import OF_A_PLACE
 
-HARMLESS_TO_RESUME = ("run.", "sampler.", "evaluate.", "report.", "export.", "tracker.", "validation.", "data.mode",
-                      "data.cache_dir", "data.heldout", "data.num_workers", "data.timeout_s",
-                      "data.allow_drops", "train.num_steps", "train.micro_batch_size",
-                      "train.save_every", "train.keep_checkpoints", "train.keep_every", "train.mirror",
-                      "train.log_every", "train.resume", "train.on_nonfinite", "train.max_skips",
-                      "train.stall_timeout_s", "train.activation_checkpointing", "train.sequence_parallel",
-                      "model.path", "model.parts", "model.experts", "high.", "low.", "data.trigger")
+
+def _harmless() -> Iterator[str]:
+    """What each section says of itself in `may_change`, as prefixes of dotted keys."""
+    for name, section in get_type_hints(Config).items():
+        for entry in getattr(section, "may_change", ()):
+            yield f"{name}." if entry == "*" else f"{name}.{entry}"
+
+
+HARMLESS_TO_RESUME = tuple(_harmless())
 """Keys (prefixes) that may differ between a checkpoint and the config that goes on from it."""
 
 
@@ -119,7 +121,7 @@ def flat(config: Config) -> dict[str, Any]:
 
 
 def defaults() -> dict[str, Any]:
-    """The same of the keys that have a default."""
+    """The default of every key that has one, by dotted key."""
     return {key: value for key, value in _flat(Config).items() if value != MISSING}
 
 
@@ -134,7 +136,7 @@ def _flat(config: Config | type[Config]) -> dict[str, Any]:
     return dict(walk(container, ""))
 
 
-def fingerprint(config: Config) -> dict[str, Any]:
+def resume_keys(config: Config) -> dict[str, Any]:
     """The keys that fix the training's numbers; a resume refuses when one differs."""
     keys = {k: v for k, v in flat(config).items() if not k.startswith(HARMLESS_TO_RESUME) and not OF_A_PLACE.match(k)}
     if config.optim.schedule is not Schedule.constant:
@@ -144,7 +146,7 @@ def fingerprint(config: Config) -> dict[str, Any]:
     return keys
 
 
-def for_expert(config: Config, expert: str | None) -> Config:
+def expert_config(config: Config, expert: str | None) -> Config:
     """The config with what `high` or `low` says of this expert in its places; another rank alone keeps alpha / rank."""
     own = {"high": config.high, "low": config.low}.get(expert or "", ExpertOwn())
     lora, optim, train = config.lora, config.optim, config.train

@@ -47,7 +47,7 @@ from wantrain.terms import UserError
 
 
 @dataclass(slots=True)
-class Asked:
+class CommandLine:
     """What a command line asks for: files of groups by group, values by key in order, and keys to take out."""
 
     groups: dict[str, str]
@@ -119,9 +119,9 @@ def _quoted(text: str) -> str:
 # The command line
 
 
-def _asked(arguments: Sequence[str], folders: Sequence[Path]) -> Asked:
+def _asked(arguments: Sequence[str], folders: Sequence[Path]) -> CommandLine:
     """Sort the arguments. Raises UserError for those that are neither a group's file nor a known key's value."""
-    asked, groups = Asked({}, [], []), groups_of(folders)
+    asked, groups = CommandLine({}, [], []), groups_of(folders)
     for place, argument in enumerate(arguments):
         if argument.startswith("~"):
             asked.without.append(known_key(argument[1:].partition("=")[0], groups))
@@ -137,7 +137,7 @@ def _asked(arguments: Sequence[str], folders: Sequence[Path]) -> Asked:
     return asked
 
 
-def _bare_recipe(argument: str, following: Sequence[str], asked: Asked, folders: Sequence[Path]) -> str:
+def _bare_recipe(argument: str, following: Sequence[str], asked: CommandLine, folders: Sequence[Path]) -> str:
     """The recipe that a word alone names. Raises UserError, with what is likely meant, for any other word."""
     known, groups = choices(folders, "recipe"), groups_of(folders)
     if argument in known and "recipe" not in asked.groups:
@@ -192,7 +192,7 @@ def _of_node(key: str, node: Node) -> list[tuple[str, Any]]:
 
 
 def refused(key: str, text: str, error: Unfit) -> UserError:
-    """What to say of a value that its key cannot have."""
+    """The error for a value that its key cannot have."""
     is_list = typing.get_origin(annotation(key)) is list
     example = error.example if error.example and not (is_list and error.example[0] != "[") else example_of(key)
     return UserError(f"{key} = {text!r} is not allowed: {error.allowed}", pasted(key, example))

@@ -25,7 +25,7 @@ from wantrain.config.schema import (
     Schedule,
 )
 from wantrain.config.values import nearest
-from wantrain.models.variants import VARIANTS, trainable
+from wantrain.models.variants import VARIANTS, is_trainable
 from wantrain.terms import UserError
 
 Rule = tuple[bool, str, object, str]
@@ -206,7 +206,7 @@ def _adapter_rules(config: Config) -> Iterator[Rule]:
 
 def _variant_rules(config: Config) -> Iterator[Rule]:
     """What follows from the row of the variants table."""
-    names = [own.name for own in VARIANTS.values() if trainable(own)]
+    names = [own.name for own in VARIANTS.values() if is_trainable(own)]
     variant = VARIANTS.get(config.model.variant)
     yield variant is not None and variant.name in names, "model.variant", config.model.variant, \
         ", ".join(dict.fromkeys([*nearest(config.model.variant, names), *names]))

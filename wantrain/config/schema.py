@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
@@ -99,6 +99,7 @@ class OnNonfinite(Enum):
 
 @dataclass(slots=True)
 class Run:
+    may_change: ClassVar[tuple[str, ...]] = ("*",)
     name: str = MISSING
     """Name of the run and of the exported LoRA file."""
     dir: str = "runs/${run.name}"
@@ -107,6 +108,7 @@ class Run:
 
 @dataclass(slots=True)
 class Model:
+    may_change: ClassVar[tuple[str, ...]] = ("path", "parts", "experts")
     variant: str = MISSING
     """Entry of the variants table (wantrain/models/variants.py): architecture, fps, shift, guidance, steps."""
     path: str | None = None
@@ -123,6 +125,7 @@ class Model:
 
 @dataclass(slots=True)
 class ExpertOwn:
+    may_change: ClassVar[tuple[str, ...]] = ("*",)
     rank: int | None = None
     """This expert's lora.rank, where it differs."""
     alpha: float | None = None
@@ -162,13 +165,15 @@ class Source:
     speed: float = 1.0
     """2 shows two seconds of the source in one; 1 leaves motion as it was."""
     preserve: bool = False
-    """Learn what the frozen base predicts of these clips and not their pixels: prior preservation by a plain set."""
+    """Teach the adapter to predict, for these clips, what the frozen base predicts (prior preservation)."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our column names to the source's own where they differ, e.g. {video: mp4, caption: text}."""
 
 
 @dataclass(slots=True)
 class Data:
+    may_change: ClassVar[tuple[str, ...]] = ("mode", "cache_dir", "heldout", "num_workers", "timeout_s",
+                                             "allow_drops", "trigger")
     sources: dict[str, Source] = MISSING
     """The training sets by name; a regularisation set is one more source without the trigger in its captions."""
     heldout: str | None = None
@@ -235,6 +240,10 @@ class Optim:
 
 @dataclass(slots=True)
 class Train:
+    may_change: ClassVar[tuple[str, ...]] = ("num_steps", "micro_batch_size", "save_every", "keep_checkpoints",
+                                             "keep_every", "mirror", "log_every", "resume", "on_nonfinite",
+                                             "max_skips", "stall_timeout_s", "activation_checkpointing",
+                                             "sequence_parallel")
     num_steps: int = MISSING
     """Optimizer steps."""
     micro_batch_size: int = 1
@@ -301,6 +310,7 @@ class Loss:
 
 @dataclass(slots=True)
 class Validation:
+    may_change: ClassVar[tuple[str, ...]] = ("*",)
     every_steps: int = 0
     """Steps between validation losses on data.heldout; 0 turns them off."""
     sigmas: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
@@ -309,6 +319,7 @@ class Validation:
 
 @dataclass(slots=True)
 class Sampler:
+    may_change: ClassVar[tuple[str, ...]] = ("*",)
     prompts: list[str] = field(default_factory=list)
     """What to sample."""
     negative_prompt: str = ""
@@ -337,6 +348,7 @@ class Sampler:
 
 @dataclass(slots=True)
 class Evaluate:
+    may_change: ClassVar[tuple[str, ...]] = ("*",)
     prompts: list[str] = field(default_factory=list)
     """Prompts without the trigger; each is sampled from the base, and from the LoRA with and without it."""
     seeds: list[int] = field(default_factory=lambda: [0])
@@ -345,12 +357,14 @@ class Evaluate:
 
 @dataclass(slots=True)
 class Report:
+    may_change: ClassVar[tuple[str, ...]] = ("*",)
     num_windows: int = 60
     """Windows that the data report shows as clips, spread evenly over the set; its tables count all."""
 
 
 @dataclass(slots=True)
 class Export:
+    may_change: ClassVar[tuple[str, ...]] = ("*",)
     format: LoraFormat = LoraFormat.universal
     """universal loads right in most tools; comfy_updown or kohya for loha and lokr; diffusers or peft for dora."""
     dtype: Dtype = Dtype.float32
@@ -362,6 +376,7 @@ TRACKERS = ("tensorboard", "wandb")
 
 @dataclass(slots=True)
 class Tracker:
+    may_change: ClassVar[tuple[str, ...]] = ("*",)
     names: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Trackers beside the JSONL that is always written: tensorboard, wandb (offline unless you are logged in)."""
     project: str = "wantrain"

@@ -142,7 +142,7 @@ def unquoted(text: str) -> str:
 
 
 def read_text(text: str) -> Node:
-    """What a list or dictionary on the command line is made of; anything else is one word."""
+    """Parse a list or dictionary of the command line into nodes; anything else is one word."""
     stripped = text.strip()
     if not stripped.startswith(("[", "{")):
         return Node(unquoted(stripped), is_quoted=unquoted(stripped) != stripped)
@@ -154,7 +154,7 @@ def read_text(text: str) -> Node:
 
 
 def read_yaml(node: yaml.Node) -> Node:
-    """The same of a node of a YAML file."""
+    """Turn a node of a YAML file into our nodes."""
     if isinstance(node, yaml.SequenceNode):
         return Node("a list", items=[read_yaml(item) for item in node.value])
     if isinstance(node, yaml.MappingNode):

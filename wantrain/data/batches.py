@@ -15,7 +15,6 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from wantrain.data.plan import num_tokens
 from wantrain.flow import Density, draw_noise, draw_sigma, generator_for
 from wantrain.terms import Batch, Bucket, Clip, PlannedClip, Sample, UserError
 
@@ -39,7 +38,7 @@ class Order:
     global_batch_size: int
     seed: int
     factors: Mapping[Bucket, int] = field(default_factory=dict)
-    _rows: list[_Row] = field(init=False)
+    _rows: list[_BucketOrder] = field(init=False)
     _shares: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -49,8 +48,8 @@ class Order:
         self._rows, steps = [], []
         for number, (_, members) in enumerate(sorted(kinds.items())):
             size = self.global_batch_size * self.factors.get(self.planned[members[0]].bucket, 1)
-            self._rows.append(_Row(number, np.array(members), [self.planned[i].clip.repeats for i in members], size,
-                                   self.seed))
+            repeats = [self.planned[i].clip.repeats for i in members]
+            self._rows.append(_BucketOrder(number, np.array(members), repeats, size, self.seed))
             steps.append(self._rows[-1].num_samples / size)
         denominator = math.lcm(*(share.denominator for share in steps))
         self._shares = [int(share * denominator) for share in steps]
@@ -76,7 +75,7 @@ class Order:
         return number, turns[number]
 
 
-class _Row:
+class _BucketOrder:
     """The endless row of one bucket: `members` [N] are places in the plan, `repeats` how often an epoch has each."""
 
     def __init__(self, number: int, members: np.ndarray, repeats: Sequence[float], batch_size: int, seed: int) -> None:
@@ -136,11 +135,11 @@ def batch_factors(buckets: Iterable[Bucket], global_batch_size: int, max_tokens:
     """
     if max_tokens is None:
         return {}
-    factors = {b: max_tokens // (global_batch_size * num_tokens(b, multiple_px)) for b in buckets}
+    factors = {b: max_tokens // (global_batch_size * b.num_tokens(multiple_px)) for b in buckets}
     if too_large := [b for b, factor in factors.items() if not factor]:
-        needed = max(global_batch_size * num_tokens(b, multiple_px) for b in too_large)
+        needed = max(global_batch_size * b.num_tokens(multiple_px) for b in too_large)
         raise UserError(f"data.max_tokens_per_batch = {max_tokens}, but data.batch_size = {global_batch_size} of "
-                        f"bucket {too_large[0]} has {global_batch_size * num_tokens(too_large[0], multiple_px)} tokens",
+                        f"bucket {too_large[0]} has {global_batch_size * too_large[0].num_tokens(multiple_px)} tokens",
                         f"data.max_tokens_per_batch={needed} or more, or a smaller data.batch_size")
     return factors
 
@@ -165,7 +164,7 @@ class Split:
         return list(range(first, first + self.micro_batch_size))
 
     def of(self, num_samples: int) -> Split:
-        """The same deal of a batch that is a whole number of times as large: as many micro-steps, each larger."""
+        """How a batch is dealt that is a whole number of times as large: in as many micro-steps, each larger."""
         factor = num_samples // self.global_batch_size
         return replace(self, global_batch_size=num_samples, micro_batch_size=self.micro_batch_size * factor)
 
@@ -207,7 +206,7 @@ def caption_for(planned: PlannedClip, seed: int, step: int, index: int, draws: D
 
 
 def is_given_first_frame(seed: int, step: int, index: int, share: float) -> bool:
-    """Whether this sample is of the share that is given its first frame."""
+    """Whether this sample is given its first frame: a share `share` of all samples is, drawn by (seed, step, index)."""
     return bool(torch.rand((), generator=generator_for(seed, step, "first frame", index)) < share)
 
 
@@ -220,7 +219,7 @@ def window_for(planned: PlannedClip, seed: int, step: int, index: int) -> Planne
 
 
 def planned_at(planned: PlannedClip, start_s: float) -> PlannedClip:
-    """The same window, and its partners', from `start_s` on."""
+    """The window moved to begin at `start_s`, and its partners with it."""
     partners = {name: replace(p, start_s=start_s, latest_s=None) for name, p in planned.partners.items()}
     return replace(planned, start_s=start_s, latest_s=None, partners=partners)
 
@@ -248,18 +247,25 @@ def micro_batches(order: Order, split: Split, step: int, draws: Draws, fetch: Fe
         index_B = [i for i, _ in picked]
         samples = [fetch(p, caption_for(p, order.seed, step, i, draws),
                          is_given_first_frame(order.seed, step, i, draws.first_frame)) for i, p in picked]
-        latents_BCTHW = torch.stack([sample.latents_CTHW for sample in samples])
-        text_BLD = torch.stack([sample.text_LD for sample in samples])
-        everywhere = torch.ones(1, *latents_BCTHW.shape[2:])
-        made.append(Batch(
-            latents_BCTHW, text_BLD, stacked([s.mask_1THW for s in samples], everywhere),
-            {name: torch.stack([s.condition[name] for s in samples]) for name in samples[0].condition},
-            stacked([s.known_T for s in samples], torch.zeros(latents_BCTHW.shape[2])),
-            stacked([s.class_text_LD for s in samples], torch.zeros_like(text_BLD[0])),
-            draw_noise(order.seed, step, index_B, latents_BCTHW.shape[1:]),
-            draw_sigma(order.seed, step, index_B, num_samples, draws.density(picked[0][1].bucket)),
-            index_B, [p for _, p in picked]))
+        shape_CTHW = samples[0].latents_CTHW.shape
+        made.append(stack(samples, [p for _, p in picked], draw_noise(order.seed, step, index_B, shape_CTHW),
+                          draw_sigma(order.seed, step, index_B, num_samples, draws.density(picked[0][1].bucket)),
+                          index_B))
     return made
+
+
+def stack(samples: Sequence[Sample], planned: Sequence[PlannedClip], noise_BCTHW: torch.Tensor, sigma_B: torch.Tensor,
+          index_B: Sequence[int]) -> Batch:
+    """Samples of one kind as a batch, with their noise and sigma."""
+    latents_BCTHW = torch.stack([sample.latents_CTHW for sample in samples])
+    text_BLD = torch.stack([sample.text_LD for sample in samples])
+    return Batch(
+        latents_BCTHW, text_BLD,
+        stacked([s.mask_1THW for s in samples], torch.ones(1, *latents_BCTHW.shape[2:])),
+        {name: torch.stack([s.condition[name] for s in samples]) for name in samples[0].condition},
+        stacked([s.known_T for s in samples], torch.zeros(latents_BCTHW.shape[2])),
+        stacked([s.class_text_LD for s in samples], torch.zeros_like(text_BLD[0])),
+        noise_BCTHW, sigma_B, list(index_B), list(planned))
 
 
 def stacked(tensors: Sequence[torch.Tensor | None], absent: torch.Tensor) -> torch.Tensor | None:

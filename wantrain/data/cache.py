@@ -19,7 +19,7 @@ import torch
 
 from wantrain.files import digest_text, remembered, write_json
 from wantrain.tensors import digest_tensors, read_tensors, write_tensors
-from wantrain.terms import CLIP, PlannedClip, UserError
+from wantrain.terms import WINDOW, PlannedClip, UserError
 
 RECIPE_VERSION = 2
 """Raise this when decoding, resizing, encoding or the layout of an entry changes."""
@@ -43,15 +43,15 @@ def describe(entry: Entry) -> str:
 @dataclass(frozen=True, slots=True)
 class Conditioning:
     """What a task encodes of a window beside its latents: `digest` of the task and its encoders, `media` the names (the
-    window's own is CLIP) of what it is made of, where a window has them. None for text-to-video.
+    window's own is WINDOW) of what it is made of, where a window has them. None for text-to-video.
     """
 
     digest: str = ""
     media: tuple[str, ...] = ()
 
-    def media_of(self, planned: PlannedClip) -> tuple[str, ...]:
-        """Those of `media` that the window has."""
-        return tuple(name for name in self.media if name == CLIP or name in planned.partners)
+    def present_in(self, planned: PlannedClip) -> tuple[str, ...]:
+        """The names of `media` that this window has."""
+        return tuple(name for name in self.media if name == WINDOW or name in planned.partners)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Cache:
         if isinstance(what, str):
             key = digest_text(kind, RECIPE_VERSION, what, self.text_digest)
         elif kind == CONDITION:
-            media = {name: what.part(name) for name in self.conditioning.media_of(what)}
+            media = {name: what.part(name) for name in self.conditioning.present_in(what)}
             key = digest_text(kind, RECIPE_VERSION, self.conditioning.digest, self.vae_digest, what.bucket,
                               *(text for name, one in media.items() for text in (name, *_content(one))))
         else:
@@ -90,17 +90,18 @@ class Cache:
         return {self.path_of(entry): entry for entry in wanted}
 
     def missing(self, planned: Iterable[PlannedClip], captions: Iterable[str]) -> dict[Path, Entry]:
-        """Those of `entries` that are not there yet."""
+        """The entries that are not in the cache yet."""
         return {path: entry for path, entry in self.entries(planned, captions).items() if not path.exists()}
 
     def kinds_of(self, planned: PlannedClip) -> list[str]:
         """The kinds of entries that a window has."""
-        has_condition = bool(self.conditioning.media_of(planned))
+        has_condition = bool(self.conditioning.present_in(planned))
         return [LATENTS, *[MASK] * ("mask" in planned.partners), *[CONDITION] * has_condition]
 
-    def media_of(self, kind: str, planned: PlannedClip) -> tuple[str, ...]:
-        """What has to be decoded for an entry."""
-        return self.conditioning.media_of(planned) if kind == CONDITION else ("mask",) if kind == MASK else (CLIP,)
+    def media_of(self, planned: PlannedClip, kinds: Iterable[str]) -> tuple[str, ...]:
+        """The media to decode for entries of these kinds, each once."""
+        own = {CONDITION: self.conditioning.present_in(planned), MASK: ("mask",), LATENTS: (WINDOW,)}
+        return tuple(dict.fromkeys(name for kind in kinds for name in own[kind]))
 
     def write(self, entry: Entry, tensors: Tensors) -> None:
         """Write one entry. Non-finite values are refused: they would poison the training they are read into."""

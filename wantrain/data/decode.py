@@ -17,13 +17,13 @@ import torch
 
 from wantrain.data.films import FINE_GRACE_S, Probe, Unreachable, frames_at, pixels_of
 from wantrain.data.media import local, probe, read_image
-from wantrain.terms import CLIP, Bucket, Found, PlannedClip, UserError
+from wantrain.terms import WINDOW, Bucket, MediaInfo, PlannedClip, UserError
 
 FAR_S = 10.0
 """A span that starts later than this is reached by PyAV's seek instead of decoding the film up to it."""
 
 
-def count_frames(found: Probe | Found, start_s: float, end_s: float | None, fps: float) -> int:
+def count_frames(found: Probe | MediaInfo, start_s: float, end_s: float | None, fps: float) -> int:
     """How many of the times start_s + k / fps lie in the span (1 for an image)."""
     end = found.duration_s if end_s is None else min(end_s, found.duration_s)
     return max(math.ceil((end - start_s) * fps - 1e-3), 1 if found.duration_s == 0 else 0)
@@ -118,7 +118,7 @@ def frames_in_worker(wanted: Wanted) -> tuple[dict[str, np.ndarray], str, str]:
         try:
             frames[name] = read_window(planned.part(name)).numpy()
         except UserError as error:
-            fault = error.message if name == CLIP else f"{name} of {error.message}"
+            fault = error.message if name == WINDOW else f"{name} of {error.message}"
             return {}, "" if isinstance(error, Unreachable) else name, fault
     return frames, "", ""
 

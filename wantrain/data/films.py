@@ -95,8 +95,10 @@ class Probe:
 
     @property
     def grace_s(self) -> float:
-        """How much later than its frame was on screen a time may be: clocks of a millisecond (Matroska, FLV, ASF) are
-        too coarse for most rates, finer ones are not, and those of a frame a tick are exact.
+        """The seconds by which a frame's stated time may be later than the frame was on screen.
+
+        Matroska, FLV and ASF count in milliseconds, which is too coarse for most frame rates. Finer clocks, and those
+        with one tick a frame, need almost nothing.
         """
         return COARSE_GRACE_S if 2 * FINE_GRACE_S < self.tick_s < 4 * COARSE_GRACE_S else FINE_GRACE_S
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import datasets
 import fsspec
-import httpx2
 from pyarrow import parquet
 
 from wantrain.data.folders import Account, read_folder
@@ -38,13 +37,14 @@ from wantrain.data.tables import (
     spelled,
 )
 from wantrain.files import atomic_path
+from wantrain.outside import remote_errors
 from wantrain.terms import PARTNERS, Clip, Media, Remote, UserError
 
 datasets.disable_progress_bars()
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ClipSource:
     """Where clips come from and how they are used.
 
     `columns` maps our names of columns to those of the source. `fetched` is the folder for media that stand in rows
@@ -95,17 +95,17 @@ class Listing:
     account: Account
 
 
-def read(source: Source) -> list[Clip]:
+def read(source: ClipSource) -> list[Clip]:
     """All clips of one source. Every fault of the manifest is reported at once, with its place."""
     return listed(source).clips
 
 
-def listed(source: Source) -> Listing:
-    """The same, with an account of what else is in it."""
+def listed(source: ClipSource) -> Listing:
+    """All clips of one source, with an account of what else is in it. Raises UserError as `read` does."""
     account = Account()
     try:
         clips, faults = _sorted_out(source, list(_rows(source, account)))
-    except (OSError, ImportError, ValueError, httpx2.HTTPError, datasets.exceptions.DatasetsError) as error:
+    except (*remote_errors(), datasets.exceptions.DatasetsError) as error:
         raise UserError(f"source {source.name!r}: {source.path} cannot be read: {error}",
                         f"check {source.path_key} and your credentials") from error
     about = "".join(f"\n  passed over: {line}" for line in account.lines())
@@ -119,7 +119,7 @@ def listed(source: Source) -> Listing:
     return Listing(clips, account)
 
 
-def _sorted_out(source: Source, rows: Sequence[tuple[str, Row | str]]) -> tuple[list[Clip], list[str]]:
+def _sorted_out(source: ClipSource, rows: Sequence[tuple[str, Row | str]]) -> tuple[list[Clip], list[str]]:
     """(clips, faults with their places) of the rows."""
     clips: list[Clip] = []
     faults: list[str] = []
@@ -147,7 +147,7 @@ def _sorted_out(source: Source, rows: Sequence[tuple[str, Row | str]]) -> tuple[
     return clips, faults
 
 
-def _refuse_columns(source: Source, rows: Sequence[Row], fault: str) -> None:
+def _refuse_columns(source: ClipSource, rows: Sequence[Row], fault: str) -> None:
     """Raise UserError where no row has a column for the video, or none for the caption, and say what there is."""
     names, missing = lacking(rows, source.columns)
     if not missing or not names or {*names} <= {*COLUMNS}:
@@ -160,7 +160,7 @@ def _refuse_columns(source: Source, rows: Sequence[Row], fault: str) -> None:
                     f"give them these names in the file: {', '.join(missing)}")
 
 
-def _rows(source: Source, account: Account) -> Iterator[tuple[str, Row | str]]:
+def _rows(source: ClipSource, account: Account) -> Iterator[tuple[str, Row | str]]:
     """(place for error messages, row, or what is wrong there) of any kind of source."""
     path, suffix = source.path, PurePosixPath(source.path).suffix.lower()
     if source.is_folder:
@@ -190,7 +190,7 @@ def _rows(source: Source, account: Account) -> Iterator[tuple[str, Row | str]]:
                         "give a folder with sidecar .txt captions or convert the manifest")
 
 
-def _table(table: datasets.Dataset, source: Source) -> Iterator[tuple[str, Row]]:
+def _table(table: datasets.Dataset, source: ClipSource) -> Iterator[tuple[str, Row]]:
     """Rows of a table whose videos and images stay encoded. Text columns that we do not know are left out: sets that
     others made have many.
     """
@@ -202,7 +202,7 @@ def _table(table: datasets.Dataset, source: Source) -> Iterator[tuple[str, Row]]
         yield f"row {number}", {k: v for k, v in row.items() if k in known or isinstance(v, int | float)}
 
 
-def _clip(given: Row, source: Source) -> tuple[Clip | None, str]:
+def _clip(given: Row, source: ClipSource) -> tuple[Clip | None, str]:
     """The row as a clip, and what is wrong with it ('' if nothing)."""
     try:
         theirs = columns_of(given, source.columns)
@@ -231,7 +231,7 @@ def _clip(given: Row, source: Source) -> tuple[Clip | None, str]:
     return clip, ""
 
 
-def _name(media: Any, source: Source) -> str:
+def _name(media: Any, source: ClipSource) -> str:
     """How a row's medium is called; a path in one spelling, whatever the row's."""
     if isinstance(media, Mapping):
         return str(media.get("path") or _name(media.get("bytes"), source))
@@ -245,12 +245,12 @@ def _name(media: Any, source: Source) -> str:
     return posixpath.normpath(name if source.is_remote else spelled(_folder_of(source), name))
 
 
-def _folder_of(source: Source) -> Path:
+def _folder_of(source: ClipSource) -> Path:
     """Where the paths of a source of this machine begin."""
     return source.local if source.is_folder else source.local.parent
 
 
-def _media(value: Any, source: Source) -> Media | None:
+def _media(value: Any, source: ClipSource) -> Media | None:
     """Where the bytes are. ValueError where they are not."""
     if isinstance(value, Mapping | bytes):
         data = value if isinstance(value, bytes) else value.get("bytes")

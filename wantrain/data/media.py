@@ -19,7 +19,8 @@ from wantrain.data import films
 from wantrain.data.films import TRANSPARENT, Probe, Unreachable, broken, on_white, unreachable
 from wantrain.files import digest_file, digest_text, remembered
 from wantrain.jobs import in_workers, progress
-from wantrain.terms import IMAGE_SUFFIXES, Found, Media, Remote, UserError
+from wantrain.outside import remote_errors
+from wantrain.terms import IMAGE_SUFFIXES, Media, MediaInfo, Remote, UserError
 
 LOOK_VERSION = 3
 """Raise this when `Found` or what fills it changes."""
@@ -118,34 +119,33 @@ def fetch(media: Remote) -> bytes:
     import fsspec  # only where something is not a plain local file
 
     end = media.offset + media.size if media.size >= 0 else None
-    import httpx2
 
     try:
         filesystem, path = fsspec.core.url_to_fs(media.url)
         data: bytes = filesystem.cat_file(path, media.offset, end)
-    except (OSError, ImportError, ValueError, httpx2.HTTPError) as error:
+    except remote_errors() as error:
         raise Unreachable(f"{media} cannot be read: {error}", "check the address and your credentials") from error
     if 0 <= media.size != len(data):
         raise Unreachable(f"{media} is cut off: {len(data)} of {media.size} bytes", "replace the shard")
     return data
 
 
-def look(media: Media) -> Found:
+def look(media: Media) -> MediaInfo:
     """Digest and demux one file, in this process. A bad file is told by `fault`, not by an exception."""
     path = None
     try:
         with local(media) as path:
             seen = probe(path)
-            return Found(digest_file(path), round(seen.duration_s, 6), seen.width, seen.height, seen.why_not_decord,
+            return MediaInfo(digest_file(path), round(seen.duration_s, 6), seen.width, seen.height, seen.why_not_decord,
                          len(seen.times_s), seen.surprises)
     except UserError as error:
         fault = error.message.partition(" cannot be decoded: ")[2] or error.message
-        return Found(fault=fault.replace(str(path), str(media)) if path else fault)
+        return MediaInfo(fault=fault.replace(str(path), str(media)) if path else fault)
     except OSError as error:
-        return Found(fault=error.strerror or str(error))
+        return MediaInfo(fault=error.strerror or str(error))
 
 
-def look_all(media: Sequence[Media], folder: Path, jobs: int, timeout_s: float) -> dict[Media, Found]:
+def look_all(media: Sequence[Media], folder: Path, jobs: int, timeout_s: float) -> dict[Media, MediaInfo]:
     """What each file holds, found out in `jobs` processes with `timeout_s` seconds for each.
 
     What was found is remembered in `folder`, under the file's path, size and times of change (or its `key`), so that
@@ -165,7 +165,7 @@ def look_all(media: Sequence[Media], folder: Path, jobs: int, timeout_s: float) 
     with memory.open("a", encoding="utf-8") as file, progress(len(keys), len(found), "file", "look", delay_s=2) as bar:
         file.write("\n")  # ends a line that a kill cut off
         for one, seen, why in in_workers(look, unknown, jobs, timeout_s, "data.timeout_s"):
-            found[one] = seen or Found(fault=str(why))
+            found[one] = seen or MediaInfo(fault=str(why))
             if not found[one].fault:
                 file.write(json.dumps({"key": keys[one], **dataclasses.asdict(found[one])}) + "\n")
                 file.flush()
@@ -182,6 +182,6 @@ def _key(media: Media) -> str:
     return digest_text(LOOK_VERSION, media)
 
 
-def _remembered(memory: Path) -> dict[str, Found]:
+def _remembered(memory: Path) -> dict[str, MediaInfo]:
     """What is known, by key."""
-    return dict(remembered(memory, lambda row: (row.pop("key"), Found(**row))))
+    return dict(remembered(memory, lambda row: (row.pop("key"), MediaInfo(**row))))

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from wantrain.data.decode import count_frames
-from wantrain.terms import PARTNERS, Bucket, Clip, Dropped, Found, Media, PlannedClip, UserError
+from wantrain.terms import PARTNERS, Bucket, Clip, Dropped, Media, MediaInfo, PlannedClip, UserError
 
 EXTRACTIONS = ("head", "middle", "uniform", "sliding", "random")
 KINDS_OF_DROPS = ("unreadable", "outside limits", "not measured", "too short", "shape", "partner")
@@ -45,11 +45,6 @@ class Plan:
         return len({p.clip.id for p in self.used}) + len(self.dropped)
 
 
-def num_tokens(bucket: Bucket, multiple_px: int) -> int:
-    """Transformer tokens of a clip: latent frames x patches of `multiple_px` pixels."""
-    return (1 + (bucket.num_frames - 1) // 4) * (bucket.height // multiple_px) * (bucket.width // multiple_px)
-
-
 def buckets(num_frames: Sequence[int], resolutions: Sequence[Sequence[int]], multiple_px: int,
             max_tokens: int | None = None) -> list[Bucket]:
     """Every length at every resolution. Heights and widths must be multiples of `multiple_px`.
@@ -67,7 +62,7 @@ def buckets(num_frames: Sequence[int], resolutions: Sequence[Sequence[int]], mul
 
 
 def _within(bucket: Bucket, multiple_px: int, max_tokens: int | None) -> Bucket:
-    if max_tokens is None or num_tokens(bucket, multiple_px) <= max_tokens:
+    if max_tokens is None or bucket.num_tokens(multiple_px) <= max_tokens:
         return bucket
     budget = max_tokens // (1 + (bucket.num_frames - 1) // 4)
     if not budget:
@@ -102,13 +97,13 @@ def windows(available: int, num_frames: int, extract: str) -> list[int]:
     return [0]
 
 
-def media_of(clips: Sequence[Clip]) -> list[Media]:
+def files_of(clips: Sequence[Clip]) -> list[Media]:
     """Every file that the clips are made of, each once, those of one film together."""
     partners = (c.partners[name] for name in PARTNERS for c in clips if name in c.partners)
     return list(dict.fromkeys(itertools.chain((c.path for c in clips), partners)))
 
 
-def place(clips: Sequence[Clip], found: Mapping[Media, Found], rules: Rules) -> Plan:
+def place(clips: Sequence[Clip], found: Mapping[Media, MediaInfo], rules: Rules) -> Plan:
     """Give each clip the bucket nearest in aspect, of those the longest that it fills, and take its windows.
 
     `found` is what looking into the clips' files told. Nothing is lost: used + dropped = clips.
@@ -124,7 +119,7 @@ def place(clips: Sequence[Clip], found: Mapping[Media, Found], rules: Rules) -> 
     return Plan(used, dropped)
 
 
-def _place(clip: Clip, found: Mapping[Media, Found], rules: Rules) -> list[PlannedClip] | Dropped:
+def _place(clip: Clip, found: Mapping[Media, MediaInfo], rules: Rules) -> list[PlannedClip] | Dropped:
     seen = found[clip.path]
     if seen.fault:
         return Dropped(clip, "unreadable", f"{clip.path}: {seen.fault}")
@@ -153,7 +148,7 @@ def _place(clip: Clip, found: Mapping[Media, Found], rules: Rules) -> list[Plann
     return _with_partners(planned, found, rules.face_px)
 
 
-def _with_partners(planned: list[PlannedClip], found: Mapping[Media, Found], face_px: int
+def _with_partners(planned: list[PlannedClip], found: Mapping[Media, MediaInfo], face_px: int
                    ) -> list[PlannedClip] | Dropped:
     """The windows with those of their partners; one that is too short, or a reference that moves, drops the clip."""
     clip = planned[0].clip
@@ -184,13 +179,13 @@ def _with_partners(planned: list[PlannedClip], found: Mapping[Media, Found], fac
     return [replace(p, partners={kind: partner(p, kind, m) for kind, m in clip.partners.items()}) for p in planned]
 
 
-def cropped(bucket: Bucket, found: Found) -> float:
+def cropped(bucket: Bucket, found: MediaInfo) -> float:
     """The share of the picture that is lost to the crop."""
     scale = max(bucket.height / found.height, bucket.width / found.width)
     return 1 - bucket.height * bucket.width / (found.height * found.width * scale * scale)
 
 
-def enlarged(bucket: Bucket, found: Found) -> float:
+def enlarged(bucket: Bucket, found: MediaInfo) -> float:
     """By how much the picture is enlarged; below 1 it shrinks."""
     return max(bucket.height / found.height, bucket.width / found.width)
 

@@ -25,8 +25,8 @@ from accelerate import Accelerator
 
 from wantrain.engine import is_deepspeed, mirror
 from wantrain.engine.ema import Ema
-from wantrain.engine.optimizers import Kind, average, beta_of
-from wantrain.engine.states import COUNT, State, inner, is_zero3, link, sharded_like, states, trainable
+from wantrain.engine.optimizers import OptimizerKind, average, beta_of
+from wantrain.engine.states import COUNT, State, inner, is_zero3, link, parameters_of, sharded_like, states
 from wantrain.files import digest_file, temporary_for, write_json, write_text
 from wantrain.outside import Outside
 from wantrain.tensors import read_tensors, write_tensors
@@ -37,7 +37,7 @@ VALUE, EMA, POINT = "value", "ema", "y"
 """Keys beside those of the optimizer: what the adapter is, its average, and where schedule-free trains on."""
 
 
-def gather(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any, kind: Kind, ema: Ema | None
+def gather(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any, kind: OptimizerKind, ema: Ema | None
            ) -> dict[str, torch.Tensor]:
     """All that the next step needs, whole and on the CPU; every process must call it.
 
@@ -68,11 +68,11 @@ def values(tensors: Mapping[str, torch.Tensor], key: str = VALUE) -> dict[str, t
     return {name.removesuffix(f"|{key}"): t for name, t in tensors.items() if name.endswith(f"|{key}")}
 
 
-def restore(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any, *, kind: Kind, ema: Ema | None,
+def restore(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any, *, kind: OptimizerKind, ema: Ema | None,
             tensors: Mapping[str, torch.Tensor], updates: int) -> None:
     """Put back what `gather` took, under whatever engine runs now, after so many updates. Every process must call it.
     """
-    parameters = trainable(accelerator, model)
+    parameters = parameters_of(accelerator, model)
     if set(parameters) != set(values(tensors)):
         raise UserError("the checkpoint's tensors are not this adapter's", "use the lora.* settings it was made with")
     kept: dict[str, dict[str, torch.Tensor]] = {name: {} for name in parameters}
@@ -134,7 +134,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What a checkpoint says of its training besides tensors, so that nothing else is asked again.
+    """What a checkpoint says of its training besides tensors, so that an export needs nothing else.
 
     `fingerprint` is what a resume compares. `kind`, `scales` (the factor on each module's product) and `metadata` (what
     a LoRA file says of itself) are what an export needs; `saved_at` is the moment of writing, ISO 8601.
@@ -151,7 +151,7 @@ class Damaged(UserError):
     """A checkpoint that is not what was written."""
 
 
-class Place(NamedTuple):
+class CheckpointStore(NamedTuple):
     """Where a run's checkpoints are: its folder, perhaps a copy behind an fsspec URL, and which of them stay: the
     newest `keep` and those of every `keep_every` steps.
     """
@@ -170,7 +170,7 @@ class Place(NamedTuple):
         return [name for name in mirror.names(self.mirror) if step_of(name) >= 0] if self.mirror else []
 
     def too_old(self, names: Iterable[str]) -> list[str]:
-        """Those of these checkpoints that need not stay."""
+        """The checkpoints among these names that may be deleted."""
         return [name for name in sorted(names, key=step_of)[:-self.keep]
                 if not self.keep_every or step_of(name) % self.keep_every]
 
@@ -186,14 +186,14 @@ def steps_on_disk(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("step_*") if step_of(p.name) >= 0), key=lambda path: step_of(path.name))
 
 
-def save(place: Place, progress: Progress, tensors: Mapping[str, torch.Tensor], record: Record) -> Path:
+def save(store: CheckpointStore, progress: Progress, tensors: Mapping[str, torch.Tensor], record: Record) -> Path:
     """Write `step_NNNNNN/` under a temporary name, with all bytes on the disk before it is renamed; then drop old ones.
 
     `checksums`, written last, is what `b2sum -l 128 -c checksums` reads: without it a checkpoint is incomplete.
     """
-    final = place.folder / f"step_{progress.step:06d}"
+    final = store.folder / f"step_{progress.step:06d}"
     temporary = temporary_for(final)
-    for leftover in (*place.folder.glob(".step_*.tmp"), final):
+    for leftover in (*store.folder.glob(".step_*.tmp"), final):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
@@ -203,17 +203,17 @@ def save(place: Place, progress: Progress, tensors: Mapping[str, torch.Tensor], 
         write_text(temporary / CHECKSUMS, checksums(temporary))
         _sync(temporary)
         temporary.rename(final)
-        _sync(place.folder)
+        _sync(store.folder)
     except OSError as error:
         raise UserError(f"could not write {final}: {error.strerror or error}", "free some disk space, then run the "
                         "same command again: it goes on from the checkpoint before") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # a full disk gets its space back
-    for later in place.on_disk():  # passed over as damaged: this run is about to write them anew
+    for later in store.on_disk():  # passed over as damaged: this run is about to write them anew
         if step_of(later.name) > progress.step:
             shutil.rmtree(later, ignore_errors=True)
-    for name in place.too_old(path.name for path in place.on_disk()):
-        shutil.rmtree(place.folder / name, ignore_errors=True)  # in use over a network: the next save tries again
+    for name in store.too_old(path.name for path in store.on_disk()):
+        shutil.rmtree(store.folder / name, ignore_errors=True)  # in use over a network: the next save tries again
     return final
 
 
@@ -307,7 +307,7 @@ def _is_sound(state: Progress | Record) -> bool:
             and all(isinstance(text, str) and text.encode() is not None for text in state.metadata.values()))
 
 
-class Found(NamedTuple):
+class Checkpoint(NamedTuple):
     """A whole checkpoint, and why newer ones were passed over."""
 
     path: Path
@@ -316,17 +316,17 @@ class Found(NamedTuple):
     passed: list[str]
 
 
-def newest_whole(place: Place, fingerprint: Mapping[str, Any] | None, defaults: Mapping[str, Any] | None = None
-                 ) -> Found | None:
+def newest_whole(store: CheckpointStore, fingerprint: Mapping[str, Any] | None,
+                 defaults: Mapping[str, Any] | None = None) -> Checkpoint | None:
     """The newest checkpoint that is whole, out of the folder or else its mirror; None where there is none at all.
 
     Raises Damaged where none of them is whole: to begin anew is for the user to say. A mirror that cannot be read is
     told in `passed`; where the folder has nothing, its fault is raised: it is not known what there is to go on from.
     """
-    mirrored, passed = mirrored_or_told(place)
+    mirrored, passed = mirrored_or_told(store)
     fault: Damaged | None = None
-    for name in sorted({*mirrored, *(path.name for path in place.on_disk())}, key=step_of, reverse=True):
-        path = place.folder / name
+    for name in sorted({*mirrored, *(path.name for path in store.on_disk())}, key=step_of, reverse=True):
+        path = store.folder / name
         for fetched in (False, True):
             if fetched and name not in mirrored:
                 break
@@ -334,8 +334,8 @@ def newest_whole(place: Place, fingerprint: Mapping[str, Any] | None, defaults: 
                 continue
             try:
                 if fetched:
-                    _fetch(place, path)
-                return Found(path, *load(path, fingerprint, defaults), passed)
+                    _fetch(store, path)
+                return Checkpoint(path, *load(path, fingerprint, defaults), passed)
             except Damaged as error:
                 passed.append(error.message)
                 fault = error
@@ -344,40 +344,40 @@ def newest_whole(place: Place, fingerprint: Mapping[str, Any] | None, defaults: 
     return None
 
 
-def mirrored_or_told(place: Place) -> tuple[list[str], list[str]]:
+def mirrored_or_told(store: CheckpointStore) -> tuple[list[str], list[str]]:
     """(names that the mirror has, why it could not be read). Raises UserError where the folder has no checkpoint."""
     try:
-        return place.mirrored(), []
+        return store.mirrored(), []
     except UserError as error:
-        if not place.on_disk():
+        if not store.on_disk():
             raise
         return [], [error.message]
 
 
-def refuse_unwritable(place: Place) -> list[str]:
+def refuse_unwritable(store: CheckpointStore) -> list[str]:
     """Raise UserError where no checkpoint could be written in the folder; what is wrong with the mirror is only told.
     """
     try:
-        place.folder.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_for(place.folder / "step")
+        store.folder.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_for(store.folder / "step")
         temporary.mkdir()
         temporary.rmdir()
     except OSError as error:
-        raise unwritable(place.folder, error) from error
-    if place.mirror is None:
+        raise unwritable(store.folder, error) from error
+    if store.mirror is None:
         return []
     try:
-        mirror.probe(place.mirror)
+        mirror.probe(store.mirror)
     except UserError as error:
         return [f"{error.message}\n  the training goes on, and tries again with each checkpoint"]
     return []
 
 
-def _fetch(place: Place, path: Path) -> None:
+def _fetch(store: CheckpointStore, path: Path) -> None:
     """Bring a checkpoint from the mirror. Raises Damaged where it does not come."""
-    assert place.mirror is not None
+    assert store.mirror is not None
     try:
-        mirror.fetch(place.mirror, path)
+        mirror.fetch(store.mirror, path)
     except UserError as error:
         raise Damaged(f"{path.name}: {error.message}", error.next_step) from error
 
@@ -388,8 +388,8 @@ class Writer:
     What keeps them from the mirror costs a message, and a mirror that hangs no more than `patience_s` seconds, once.
     """
 
-    def __init__(self, place: Place, patience_s: float = 300.0) -> None:
-        self.place, self._patience_s = place, patience_s
+    def __init__(self, store: CheckpointStore, patience_s: float = 300.0) -> None:
+        self.store, self._patience_s = store, patience_s
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._mirror = Outside("the mirror lacks the last checkpoint", "nothing: the training goes on, and its next "
@@ -402,25 +402,25 @@ class Writer:
         self._writing = self._pool.submit(self._write, replace(progress), tensors, record)
 
     def _write(self, progress: Progress, tensors: Mapping[str, torch.Tensor], record: Record) -> None:
-        save(self.place, progress, tensors, record)
+        save(self.store, progress, tensors, record)
         self.copy()
 
     def copy(self) -> None:
         """Begin to copy what the mirror lacks, where there is one and it is not still busy."""
-        if self.place.mirror is not None and self._mirror.is_idle:
+        if self.store.mirror is not None and self._mirror.is_idle:
             self._mirror.call(self._copy)
 
     def _copy(self) -> None:
         """Bring to the mirror what it lacks, and take away there what need not stay."""
-        assert self.place.mirror is not None
-        there, here = self.place.mirrored(), self.place.on_disk()
+        assert self.store.mirror is not None
+        there, here = self.store.mirrored(), self.store.on_disk()
         newest = here[-1]
         for path in here:
             if path.name not in there or path == newest:
-                mirror.put(self.place.mirror, path, CHECKSUMS)
+                mirror.put(self.store.mirror, path, CHECKSUMS)
         known = {name for name in there if step_of(name) < step_of(newest.name)}  # later ones will be written anew
-        for name in set(there).intersection(self.place.too_old({*known, newest.name})):
-            mirror.drop(self.place.mirror, name)
+        for name in set(there).intersection(self.store.too_old({*known, newest.name})):
+            mirror.drop(self.store.mirror, name)
 
     @property
     def failed(self) -> bool:
@@ -428,7 +428,7 @@ class Writer:
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
     def news(self) -> str:
-        """What went wrong with the mirror, once."""
+        """Problems with the mirror since the last call, each told once; empty if there are none."""
         return self._mirror.news()
 
     def finish(self) -> None:
@@ -439,7 +439,7 @@ class Writer:
         if writing is not None:
             writing.result()
         if not self._hangs and not self._mirror.wait(self._patience_s):
-            self._mirror.tell(f"train.mirror = {self.place.mirror} took no checkpoint within {self._patience_s:g} s: "
+            self._mirror.tell(f"train.mirror = {self.store.mirror} took no checkpoint within {self._patience_s:g} s: "
                               "the training goes on without waiting for it")
             self._hangs = True
         self._hangs = self._hangs and not self._mirror.is_idle

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from accelerate import Accelerator
 
-from wantrain.engine.states import trainable, whole
+from wantrain.engine.states import parameters_of, whole
 
 
 def decay_at(step: int, decay: float) -> float:
@@ -26,7 +26,7 @@ class Ema:
     """
 
     def __init__(self, accelerator: Accelerator, model: torch.nn.Module, decay: float) -> None:
-        self._accelerator, self._parameters, self._decay = accelerator, trainable(accelerator, model), decay
+        self._accelerator, self._parameters, self._decay = accelerator, parameters_of(accelerator, model), decay
         with whole(accelerator, self._parameters) as values:
             self.tensors = {name: value.float().clone() for name, value in values.items()}
 

@@ -16,12 +16,12 @@ import torch
 from accelerate import Accelerator
 
 from wantrain.engine import is_fsdp, offloads_optimizer, zero_stage
-from wantrain.engine.states import states, trainable
+from wantrain.engine.states import parameters_of, states
 from wantrain.terms import UserError
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class OptimizerKind:
     """One optimizer: its package, the ZeRO stages that it works under and what else it does not survive there."""
 
     package: str | None
@@ -35,17 +35,18 @@ class Kind:
     refused: str = ""
     """Why not under the other stages."""
     averages: bool = False
-    """Whether the values that it trains at are not those that it has found: see `averaged`."""
+    """Whether it trains at one point and gives another as its result: the average of what it has found (`averaged`)."""
 
 
-OPTIMIZERS: dict[str, Kind] = {
-    "adamw": Kind(None, counter=lambda updates: torch.tensor(float(updates)), zero_stages=(1, 2, 3)),
-    "adamw_8bit": Kind("bitsandbytes", counter=int, refused="its blocks of 256 would straddle tensors in ZeRO's flat "
-                       "partitions, and no checkpoint by name could hold them"),
-    "prodigy": Kind("prodigyopt", ("k", "d", "d_max", "d_numerator"), int, refused="each process would find another "
-                    "learning rate, from its own part of the weights"),
-    "schedule_free": Kind("schedulefree", ("k", "weight_sum", "lr_max"), None, (1, 2), "ZeRO-3 steps it once for each "
-                          "sub-group, and it would count each as a step", averages=True),
+OPTIMIZERS: dict[str, OptimizerKind] = {
+    "adamw": OptimizerKind(None, counter=lambda updates: torch.tensor(float(updates)), zero_stages=(1, 2, 3)),
+    "adamw_8bit": OptimizerKind("bitsandbytes", counter=int, refused="its blocks of 256 would straddle tensors in "
+                                "ZeRO's flat partitions, and no checkpoint by name could hold them"),
+    "prodigy": OptimizerKind("prodigyopt", ("k", "d", "d_max", "d_numerator"), int,
+                             refused="each process would find another learning rate, from its own part of the weights"),
+    "schedule_free": OptimizerKind("schedulefree", ("k", "weight_sum", "lr_max"), None, (1, 2),
+                                   "ZeRO-3 steps it once for each sub-group, and it would count each as a step",
+                                   averages=True),
 }
 """adamw: Loshchilov & Hutter 2019; adamw_8bit: Dettmers et al. 2022; prodigy: Mishchenko & Defazio 2024; schedule_free:
 Defazio et al. 2024."""
@@ -111,7 +112,7 @@ def make(name: str, groups: Sequence[Mapping[str, Any]], *, lr: float, betas: Se
 
 
 def numbers(optimizer: Any, name: str) -> dict[str, float]:
-    """What is worth a line in the metrics beside the learning rate: Prodigy's own estimate, which multiplies it."""
+    """Further numbers for the metrics: Prodigy's own estimate, which multiplies the learning rate."""
     return {"prodigy_d": float(optimizer.param_groups[0]["d"])} if name == "prodigy" else {}
 
 
@@ -133,7 +134,7 @@ def averaged(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any) -
 
 
 @contextlib.contextmanager
-def at_average(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any, kind: Kind) -> Iterator[None]:
+def at_average(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any, kind: OptimizerKind) -> Iterator[None]:
     """Within the block the model has the values that the optimizer has found, after it those that it trains at.
 
     Only schedule-free keeps the two apart. Going there and back by its own formula would round each time, and
@@ -142,7 +143,7 @@ def at_average(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any,
     if not kind.averages:
         yield
         return
-    parameters = trainable(accelerator, model)
+    parameters = parameters_of(accelerator, model)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     _fill(parameters, averaged(accelerator, model, optimizer))
     try:

@@ -24,7 +24,7 @@ class State(NamedTuple):
     tensors: dict[str, torch.Tensor]
 
 
-def trainable(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+def parameters_of(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The parameters with a gradient, by the name that they have without an engine."""
     return {name: p for name, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad}
 
@@ -64,7 +64,7 @@ def states(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any) -> 
 
     The tensors are the optimizer's own where it has them whole. Every process must exhaust it.
     """
-    parameters, kept = trainable(accelerator, model), inner(accelerator, optimizer).state
+    parameters, kept = parameters_of(accelerator, model), inner(accelerator, optimizer).state
     if is_deepspeed(accelerator):
         yield from _deepspeed_states(optimizer, parameters, kept)
         return

@@ -10,11 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import (
     AutoencoderKLWan,
-    UniPCMultistepScheduler,
     WanAnimateTransformer3DModel,
     WanPipeline,
     WanTransformer3DModel,
@@ -25,18 +23,12 @@ from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, T5Tok
 from transformers.utils import logging as transformers_logging
 
 from wantrain.files import digest_path, digest_text
-from wantrain.flow import inference_sigmas
 from wantrain.models import hub, names, sizes
-from wantrain.models.containers import (
-    Container,
-    empty_weights,
-    find_parts,
-    load_into,
-    open_container,
-)
+from wantrain.models.conditioning import Encoders
+from wantrain.models.containers import Container, find_parts, open_container
+from wantrain.models.loading import empty_weights, load_into
 from wantrain.models.lora_names import is_lora, lora_argument, refuse_other_experts_file
 from wantrain.models.lora_updates import merged_tensor, plan_merge, read_given
-from wantrain.models.short_text import shorten_text
 from wantrain.models.variants import (
     Expert,
     Variant,
@@ -51,8 +43,6 @@ from wantrain.terms import TEXT_LEN, UserError
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny_wan"
 SHARED_PARTS = ("vae", "text_encoder", "tokenizer")
-
-UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
 diffusers_logging.disable_progress_bar()
 transformers_logging.disable_progress_bar()
@@ -107,7 +97,7 @@ class Base:
             return self._transformer_class.from_config(self._transformer_config())
 
     def detected(self) -> str:
-        """What the transformer's tensors say it is; raises UserError when that is not `variant`."""
+        """Detect the variant from the transformer's tensors, and say it; raises UserError when it is not `variant`."""
         return self._detected(open_container(self.parts["transformer"]))
 
     def _detected(self, container: Container) -> str:
@@ -124,7 +114,7 @@ class Base:
                     placed: Callable[[torch.nn.Parameter], None] | None = None) -> WanTransformer3DModel:
         """The transformer in `dtype` (time embedding, norms and modulation tables in float32), frozen, eval mode.
 
-        `placed` gets each parameter as soon as it is there (wantrain.models.containers.load_into).
+        `placed` gets each parameter as soon as it is there (wantrain.models.loading.load_into).
         """
         container = open_container(self.parts["transformer"])
         self._detected(container)
@@ -133,8 +123,6 @@ class Base:
         load_into(module, container, names.transformer_rename(container.names()), dtype=dtype, device=device,
                   keep_float32=self._transformer_class._keep_in_fp32_modules, edit=self._merging(container),
                   placed=placed)
-        if device.type == "cpu" and not self.variant.architecture.image_dim:
-            shorten_text(module)
         return module.requires_grad_(False).eval().to(device)
 
     def _merging(self, container: Container) -> Callable[[str, torch.Tensor], torch.Tensor] | None:
@@ -182,24 +170,19 @@ class Base:
         load_into(module, container, names.clip_rename(container.names()), dtype=dtype, device=device)
         return module.requires_grad_(False).eval().to(device)
 
-    def scheduler(self, shift: float) -> UniPCMultistepScheduler:
-        """UniPC, the official sampler, with the given timestep shift; `set_steps` gives it its steps."""
-        return UniPCMultistepScheduler.from_config(UNIPC, flow_shift=shift)
-
-
-def set_steps(scheduler: UniPCMultistepScheduler, num_steps: int, device: torch.device | None = None) -> None:
-    """Begin to denoise in `num_steps` at the official sampler's sigmas; diffusers' own grid, from 1 to 0.001, differs.
-    """
-    scheduler.set_timesteps(sigmas=np.array(inference_sigmas(num_steps)), device=device)
+    def encoders(self, device: torch.device) -> Encoders:
+        """The VAE, and the CLIP tower where the variant has one."""
+        image = self.image_encoder(torch.float32, device) if self.variant.architecture.image_dim else None
+        return Encoders(self.vae(device), image)
 
 
 def required_parts(variant: Variant) -> tuple[str, ...]:
-    """What a whole checkpoint must hold."""
+    """The parts that a whole checkpoint must have."""
     image_encoder = ("image_encoder",) if variant.architecture.image_dim else ()
     return (*(variant.experts or ("transformer",)), *SHARED_PARTS, *image_encoder)
 
 
-def for_expert(name: str, expert: Expert | None) -> str:
+def expert_path(name: str, expert: Expert | None) -> str:
     """A file's name with high or low in place of `{expert}`."""
     return name.replace("{expert}", expert) if expert else name
 
@@ -229,7 +212,7 @@ def find(variant: Variant, path: str | None, parts: Mapping[str, str], merge: Se
             raise UserError(f"model.path = {path} holds no {part}, and model.parts.{part} is not set",
                             f"set model.parts.{part}={like}, or model.path to a whole checkpoint, e.g. "
                             "Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
-    merges = {expert: [lora_argument(for_expert(argument, expert)) for argument in merge]
+    merges = {expert: [lora_argument(expert_path(argument, expert)) for argument in merge]
               for expert in variant.experts or (None,)}
     for expert, loras in merges.items():
         for file, _ in loras:

@@ -19,7 +19,7 @@ from transformers import CLIPVisionModel
 
 from wantrain.models.encode import encode_frames, to_pixels
 from wantrain.models.variants import Task, Variant
-from wantrain.terms import CLIP, Bucket
+from wantrain.terms import WINDOW, Bucket, PlannedClip
 
 Frames = Mapping[str, torch.Tensor]
 """frames_FCHW uint8 by name: first and last (one frame each), control, control_mask, reference, face."""
@@ -34,10 +34,13 @@ WHITE = 255
 TOKENS_OF_AN_IMAGE = 257
 """Of the published CLIP tower: 224 px in patches of 14, and one for all."""
 
+CONDITION_CHANNELS = {"i2v": 20, "flf2v": 20, "control": 16, "vace": 96, "animate": 36}
+"""Channels of the latents that the cache keeps of a window for its task (`encode`)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Encoders:
-    """What turns frames into conditions. `image` is None where the variant has no CLIP tokens."""
+    """The models that turn frames into conditions. `image` is None where the variant has no CLIP tokens."""
 
     vae: AutoencoderKLWan
     image: CLIPVisionModel | None
@@ -62,39 +65,50 @@ class Encoders:
         return {"image": hidden.float().cpu()}
 
 
-def needed(task: Task) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(partners of a clip that a task cannot do without, those that it may have besides); VACE needs one of two."""
-    return {"control": (("control",), ()), "animate": (("control", "face", "reference"), ()),
-            "vace": ((), ("control", "control_mask", "reference"))}.get(task, ((), ()))
+@dataclass(frozen=True, slots=True)
+class TaskMedia:
+    """The media that a task works with besides the clip and its caption. Names are those of Frames and PARTNERS.
+
+    A clip must have one of each group of `partners_needed`; `partners` are all that it may have. A sample cannot do
+    without `inputs_needed`; `inputs` are all that it may be given. `encoded` is what the condition of a window is made
+    of, where WINDOW stands for the window's own frames.
+    """
+
+    partners_needed: tuple[tuple[str, ...], ...] = ()
+    partners: tuple[str, ...] = ()
+    inputs_needed: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+    encoded: tuple[str, ...] = ()
 
 
-def inputs(task: Task) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(what a sample cannot do without, what it may have besides) by the names of Frames."""
-    required, further = needed(task)
-    first = {"i2v": (("first",), ()), "flf2v": (("first", "last"), ()), "ti2v": ((), ("first",)),
-             "control": ((), ("first",))}
-    more_required, more = first.get(task, ((), ()))
-    return (*more_required, *required), (*further, *more)
+_POSE = ("control", "face", "reference")
+_VACE = ("control", "control_mask", "reference")
+_TASKS: dict[Task, TaskMedia] = {
+    "i2v": TaskMedia(inputs_needed=("first",), inputs=("first",), encoded=(WINDOW,)),
+    "flf2v": TaskMedia(inputs_needed=("first", "last"), inputs=("first", "last"), encoded=(WINDOW,)),
+    "ti2v": TaskMedia(inputs=("first",)),
+    "control": TaskMedia((("control",),), ("control",), ("control",), ("control", "first"), (WINDOW, "control")),
+    "animate": TaskMedia(tuple((name,) for name in _POSE), _POSE, _POSE, _POSE, _POSE),
+    "vace": TaskMedia((("control", "reference"),), _VACE, (), _VACE, _VACE),
+}
 
 
-def media(task: Task) -> tuple[str, ...]:
-    """What a condition that is to be encoded is made of: CLIP stands for the window's own frames."""
-    own = (CLIP,) if task in ("i2v", "flf2v", "control") else ()
-    required, further = needed(task)
-    return (*own, *required, *further)
+def media_of_task(task: Task) -> TaskMedia:
+    """The media that a task works with."""
+    return _TASKS.get(task, TaskMedia())
 
 
 def of_window(frames: Frames, bucket: Bucket) -> Frames:
     """A window's frames under the names that `encode` knows. A single frame is not given: it would be the answer."""
-    own = frames.get(CLIP)
-    rest = {name: value for name, value in frames.items() if name != CLIP}
+    own = frames.get(WINDOW)
+    rest = {name: value for name, value in frames.items() if name != WINDOW}
     if own is None or bucket.num_frames == 1:
         return rest
     return {**rest, "first": own[:1], "last": own[-1:]}
 
 
 def encode(variant: Variant, encoders: Encoders, frames: Frames, bucket: Bucket) -> Condition:
-    """What the task's function makes of the frames, for the cache; every tensor float32 on the CPU."""
+    """Encode a window's frames as its task needs them, for the cache; every tensor is float32 on the CPU."""
     return ENCODE[variant.task](encoders, frames, bucket) if variant.task in ENCODE else {}
 
 
@@ -168,15 +182,13 @@ def encode_animate(encoders: Encoders, frames: Frames, bucket: Bucket) -> Condit
             **encoders.image_tokens(frames["reference"], 1)}
 
 
-def num_bytes(variant: Variant, shape_THW: tuple[int, int, int], num_frames: int, has_reference: bool) -> int:
-    """About what the cache keeps of a window for the task, in bytes; `shape_THW` is that of its latents."""
-    if variant.task not in ENCODE:
-        return 0
-    size, a = math.prod(shape_THW), variant.architecture
-    channels = {"i2v": 20, "flf2v": 20, "control": 16, "vace": 96, "animate": 36}[variant.task]
+def condition_bytes(variant: Variant, planned: PlannedClip) -> int:
+    """About what the cache keeps of a window for its task."""
+    shape_THW, a = variant.latent_THW(planned.bucket), variant.architecture
+    size, channels = math.prod(shape_THW), CONDITION_CHANNELS[variant.task]
     images = (2 if variant.task == "flf2v" else 1) * (a.image_dim or 0) * TOKENS_OF_AN_IMAGE
-    face = 3 * num_frames * a.animate.motion_encoder_size ** 2 if a.animate else 0
-    more = (channels + 16) * size // shape_THW[0] if has_reference else 0
+    face = 3 * planned.bucket.num_frames * a.animate.motion_encoder_size ** 2 if a.animate else 0
+    more = (channels + 16) * size // shape_THW[0] if "reference" in planned.partners else 0
     return 4 * (channels * size + images + more) + face
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 
 import torch
@@ -74,6 +75,11 @@ def pad_text(text_LD: torch.Tensor) -> torch.Tensor:
 def count_tokens(tokenizer: PreTrainedTokenizerBase, caption: str) -> int:
     """Tokens of a caption, end mark included, before any truncation to TEXT_LEN."""
     return len(tokenizer(prompt_clean(caption)).input_ids)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
+    """bfloat16 compute over a bfloat16 base (adapters stay float32); float32 is left alone."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def predict_velocity(transformer: torch.nn.Module, noisy_BCTHW: torch.Tensor, sigma: torch.Tensor,

@@ -52,7 +52,7 @@ def merge_override(path: Path) -> str:
 
 
 def instead_of_adapter(path: Path) -> str:
-    """What to do with a LoRA that is more than an adapter of ours, which training and sampling put beside the base."""
+    """The next command for a LoRA that is more than an adapter: training and sampling cannot put it beside the base."""
     return (f"fold it into the base: {merge_override(path)} (in place of lora.start_from; in place of sampler.lora "
             "together with sampler.strengths=[0])")
 
@@ -134,6 +134,6 @@ def _template(path: Path, expert: str) -> str:
 
 
 def refuse_other_experts_file(path: Path, expert: Expert | None) -> None:
-    """The same of a file that is not open yet; reads its header."""
+    """Raise UserError where a file says that it is of the other expert. Reads its header only."""
     if expert:
         refuse_other_expert(path, open_raw(weights_of(path)).metadata, expert)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from wantrain.files import set_in_place
 from wantrain.lora import MAGNITUDE, AdapterState, inner_rank
 from wantrain.models.containers import Container
 from wantrain.models.lora_checks import product_size
@@ -26,11 +27,10 @@ from wantrain.models.lora_formats import (
     check_fit,
     products,
     read_lora,
-    refuse_inexpressible,
     split_extra,
-    write_lora,
 )
 from wantrain.models.lora_names import instead_of_adapter, refuse_other_expert
+from wantrain.models.lora_writing import refuse_inexpressible, write_lora
 from wantrain.models.names import module_to_diffusers, module_to_official, official_names
 from wantrain.models.variants import Expert
 from wantrain.models.weight_files import ContainerError
@@ -306,27 +306,31 @@ def low_rank(difference: torch.Tensor, rank: int) -> tuple[LoraPair, float]:
 _BUG = "report this as a bug; what it was made from is untouched"
 
 
-def write_proven(path: Path, lora: LoraFile, format: str, metadata: Mapping[str, str], storage: str) -> float:
-    """Write a LoRA, read it back, and return the largest relative error of anything that it does.
+def write_proven(lora: LoraFile, format: str, metadata: Mapping[str, str], storage: str,
+                 trained: AdapterState | None = None) -> float:
+    """Write a LoRA to `lora.path` and return the largest relative error of anything that it does, as it is read back;
+    where it was `trained`, against those tensors and factors themselves. Only then the file is set in its place.
 
     `storage`: a word of STORAGE. Raises UserError for what the format cannot hold, and for an error above what the
     storage may cost.
     """
     dtype, allowed = STORAGE[storage]
-    write_lora(path, lora.pairs, format, metadata, dtype=dtype, extras=lora.extras)
-    worst, where = worst_difference(lora, read_lora(path))
-    if not worst <= allowed:
-        raise UserError(f"{path}: read back, the delta of {where} differs by {worst:.1e}", _BUG)
-    return worst
+    with set_in_place(lora.path) as path:
+        write_lora(path, lora.pairs, format, metadata, dtype=dtype, extras=lora.extras)
+        written = read_lora(path)
+        worst, where = worst_difference(lora, written)
+        if not worst <= allowed:
+            raise UserError(f"{lora.path}: read back, the delta of {where} differs by {worst:.1e}", _BUG)
+        return refuse_difference(lora.path, written, trained, storage) if trained else worst
 
 
-def refuse_difference(path: Path, trained: AdapterState, storage: str) -> float:
-    """Read a LoRA file as the sampler does, and return the largest relative L2 error of its effect on any module
-    against the trained tensors and factors themselves.
+def refuse_difference(path: Path, lora: LoraFile, trained: AdapterState, storage: str) -> float:
+    """The largest relative L2 error of what a LoRA does to any module, as the sampler reads it, against the trained
+    tensors and factors themselves.
 
-    Raises UserError above what the storage (a word of STORAGE) may cost.
+    Raises UserError above what the storage (a word of STORAGE) may cost; `path` is the file's, for that message.
     """
-    written = to_adapter(read_lora(path))
+    written = to_adapter(lora)
     if only := sorted(written.tensors.keys() ^ trained.tensors.keys()):
         raise UserError(f"{path}: {only[0]} is only in one of file and checkpoint", _BUG)
     errors = {module: _effect_error(leaves, trained.scales[module], written.tensors[module], written.scales[module])

@@ -18,7 +18,7 @@ Sort = Literal["LoRA", "transformer", "file of another sort"]
 
 
 def sort_of(path: Path) -> Sort:
-    """What an existing file holds."""
+    """The sort of an existing file: LoRA, transformer, or another."""
     try:
         if is_lora(open_raw(path).names()):
             return "LoRA"

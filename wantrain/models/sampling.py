@@ -1,4 +1,4 @@
-"""Sampling: one loop for every task, with a LoRA file of any format in its transformers.
+"""Sampling: one loop for every task.
 
 The scheduler, VAE and encoders are those of diffusers and transformers. The loop is ours because what a task gives the
 transformer must be what training gave it (wantrain.models.conditioning), and because Fun-Control has no pipeline;
@@ -9,20 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
 
 from wantrain import flow, lora
 from wantrain.models import conditioning
-from wantrain.models.base import set_steps
 from wantrain.models.conditioning import Encoders, Frames
 from wantrain.models.encode import decode_latents, encode_frames, encode_text, pad_text, predict_velocity
-from wantrain.models.lora_names import instead_of_adapter
-from wantrain.models.lora_updates import read_adapter
-from wantrain.models.variants import Expert, Variant
-from wantrain.terms import NUM_TIMESTEPS, Bucket, UserError
+from wantrain.models.variants import Variant
+from wantrain.terms import NUM_TIMESTEPS, Bucket
+
+UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,7 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampler:
+class Pipeline:
     """Loaded parts: one transformer, or (high, low) noise; tokenizer and text encoder; VAE and CLIP tower.
 
     `dtype` is what the transformers are stored in and are given.
@@ -57,7 +56,6 @@ class Sampler:
     transformers: Sequence[torch.nn.Module]
     text: WanPipeline
     encoders: Encoders
-    scheduler: UniPCMultistepScheduler
     dtype: torch.dtype
 
     def at(self, timestep: float) -> tuple[torch.nn.Module, bool]:
@@ -78,53 +76,51 @@ class Inputs:
     video: torch.Tensor | None = None
 
 
-def load_lora(transformer: torch.nn.Module, path: Path, expert: Expert | None = None) -> None:
-    """Put a LoRA file of any format into a transformer, or that of an expert, as an adapter that `set_strength` scales.
-
-    Raises UserError for a file that is damaged, of another variant or expert, or more than an adapter.
+def scheduler_for(shift: float, num_steps: int, device: torch.device | None = None) -> UniPCMultistepScheduler:
+    """UniPC, the official sampler, with this timestep shift, about to denoise in `num_steps` at the official sigmas;
+    diffusers' own grid, from 1 to 0.001, differs.
     """
-    given = read_adapter(path, transformer, expert)
-    try:
-        lora.attach(transformer, given)
-    except UserError as error:
-        raise UserError(f"{path}: {error.message}", instead_of_adapter(path)) from error
+    scheduler = UniPCMultistepScheduler.from_config(UNIPC, flow_shift=shift)
+    scheduler.set_timesteps(sigmas=np.array(flow.inference_sigmas(num_steps)), device=device)
+    return scheduler
 
 
-def set_strength(sampler: Sampler, strength: float) -> None:
+def set_strength(pipeline: Pipeline, strength: float) -> None:
     """Scale the loaded LoRAs; 0 computes as the base."""
-    for transformer in sampler.transformers:
+    for transformer in pipeline.transformers:
         lora.set_strength(transformer, strength)
 
 
 @torch.no_grad()
-def sample(sampler: Sampler, prompt: str, seed: int, settings: Settings, inputs: Inputs | None = None) -> torch.Tensor:
+def sample(pipeline: Pipeline, prompt: str, seed: int, settings: Settings, inputs: Inputs | None = None
+           ) -> torch.Tensor:
     """One video, frames_FCHW uint8. The same seed starts from the same noise on every device.
 
     FloatingPointError where the latents, or what the VAE makes of them, are not finite.
     """
     inputs = inputs or Inputs()
-    device = next(sampler.transformers[0].parameters()).device
-    bucket, variant = settings.bucket, sampler.variant
+    device = next(pipeline.transformers[0].parameters()).device
+    bucket, variant = settings.bucket, pipeline.variant
     shape = (variant.architecture.out_channels, *variant.latent_THW(bucket))
-    clean = torch.zeros(shape) if inputs.video is None else encode_frames(sampler.encoders.vae, inputs.video)
+    clean = torch.zeros(shape) if inputs.video is None else encode_frames(pipeline.encoders.vae, inputs.video)
     first = inputs.frames.get("first")
     if first is not None:
-        clean[:, :1] = encode_frames(sampler.encoders.vae, first)
-    encoded = conditioning.encode(variant, sampler.encoders, inputs.frames, bucket)
+        clean[:, :1] = encode_frames(pipeline.encoders.vae, first)
+    encoded = conditioning.encode(variant, pipeline.encoders, inputs.frames, bucket)
     condition, clean, known_T = conditioning.arrange(variant, encoded, clean, first is not None)
     noise = torch.randn(1, *clean.shape, generator=torch.Generator().manual_seed(seed))
-    given = Given(
+    given = DenoisingInputs(
         clean.to(device)[None], known_T.to(device)[None] if known_T is not None else None,
         {name: tensor.to(device)[None] for name, tensor in condition.items()},
-        [pad_text(encode_text(sampler.text, text)).to(device, sampler.dtype)[None]
+        [pad_text(encode_text(pipeline.text, text)).to(device, pipeline.dtype)[None]
          for text in (prompt, settings.negative_prompt)], inputs.video is not None)
-    latents = denoise(sampler, settings, noise.to(device), given)
+    latents = denoise(pipeline, settings, noise.to(device), given)
     num_before = clean.shape[1] - shape[1]
-    return decode_latents(sampler.encoders.vae, latents[0, :, num_before:])
+    return decode_latents(pipeline.encoders.vae, latents[0, :, num_before:])
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class DenoisingInputs:
     """What denoising works from, on the device: clean latents and which frames of them are known, the condition, the
     texts (prompt, negative prompt), and whether it starts from the clean latents.
     """
@@ -142,10 +138,9 @@ class Given:
         return torch.where(self.known_BT[:, None, :, None, None] > 0, self.clean_BCTHW, latents_BCTHW)
 
 
-def denoise(sampler: Sampler, settings: Settings, noise_BCTHW: torch.Tensor, given: Given) -> torch.Tensor:
+def denoise(pipeline: Pipeline, settings: Settings, noise_BCTHW: torch.Tensor, given: DenoisingInputs) -> torch.Tensor:
     """Latents from noise by UniPC, or from a video at the settings' strength; known frames stay as they are."""
-    scheduler = sampler.scheduler
-    set_steps(scheduler, settings.num_steps, noise_BCTHW.device)
+    scheduler = scheduler_for(settings.shift, settings.num_steps, noise_BCTHW.device)
     num_skipped = settings.num_steps - settings.num_steps_from_video if given.from_video else 0
     scheduler.set_begin_index(num_skipped)
     latents = noise_BCTHW
@@ -157,17 +152,17 @@ def denoise(sampler: Sampler, settings: Settings, noise_BCTHW: torch.Tensor, giv
         sigma = (timestep.float() / NUM_TIMESTEPS).expand(len(latents))
         if given.known_BT is not None:
             sigma = sigma[:, None] * (1 - given.known_BT)
-        transformer, is_low = sampler.at(float(timestep))
+        transformer, is_low = pipeline.at(float(timestep))
         guidance = settings.guidance[0 if is_low else 1]
-        velocity = guided(transformer, latents.to(sampler.dtype), sigma, given, guidance)
+        velocity = guided(transformer, latents.to(pipeline.dtype), sigma, given, guidance)
         latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
         if not latents.isfinite().all():
             raise FloatingPointError(f"the latents are not finite at timestep {int(timestep)} of 1000")
     return given.keep(latents)
 
 
-def guided(transformer: torch.nn.Module, latents: torch.Tensor, sigma: torch.Tensor, given: Given, guidance: float
-           ) -> torch.Tensor:
+def guided(transformer: torch.nn.Module, latents: torch.Tensor, sigma: torch.Tensor, given: DenoisingInputs,
+           guidance: float) -> torch.Tensor:
     """Velocity by classifier-free guidance (Ho & Salimans 2021); at 1 or below the prompt alone."""
     prompt_BLD, negative_BLD = given.texts_BLD
     with_prompt = predict_velocity(transformer, latents, sigma, prompt_BLD, given.condition)

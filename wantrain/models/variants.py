@@ -101,6 +101,12 @@ class Variant:
         return 1 + (bucket.num_frames - 1) // 4, bucket.height // px, bucket.width // px
 
     @property
+    def face_px(self) -> int:
+        """The side of a face's square in pixels; 1 where the variant takes none."""
+        sizes = self.architecture.animate
+        return sizes.motion_encoder_size if sizes else 1
+
+    @property
     def native_tokens(self) -> int:
         """Transformer tokens of a clip of the native length and size (480 x 832 px; 704 x 1280 for TI2V-5B)."""
         height, width = NATIVE_PX[self.vae]
@@ -190,7 +196,7 @@ VARIANTS: dict[str, Variant] = {variant.name: variant for variant in (
 )}
 
 
-def trainable(variant: Variant) -> bool:
+def is_trainable(variant: Variant) -> bool:
     """Whether diffusers has a class with all its tensors (docs/facts.md, "Variants")."""
     return not (variant.architecture.ref_conv or variant.architecture.control_adapter)
 

@@ -23,9 +23,9 @@ from safetensors import SafetensorError, safe_open
 
 from wantrain.terms import UserError
 
-Kind = Literal["safetensors", "pth", "gguf"]
+ContainerKind = Literal["safetensors", "pth", "gguf"]
 
-SUFFIXES: dict[str, Kind] = {".safetensors": "safetensors", ".pth": "pth", ".pt": "pth", ".ckpt": "pth",
+SUFFIXES: dict[str, ContainerKind] = {".safetensors": "safetensors", ".pth": "pth", ".pt": "pth", ".ckpt": "pth",
                               ".bin": "pth", ".gguf": "gguf"}
 _OUTER_KEYS = ("model_state", "state_dict", "model", "module")
 _MAX_HEADER_BYTES = 100_000_000
@@ -64,7 +64,7 @@ def parse_json(path: Path, name: str, text: bytes) -> dict[str, Any]:
     return value
 
 
-def kind_of(path: Path) -> Kind:
+def kind_of(path: Path) -> ContainerKind:
     """The kind by suffix, checked against the first bytes. Raises ContainerError."""
     try:
         if not path.exists():
@@ -272,6 +272,6 @@ def _dequantised(path: Path, tensor: Any, shape: tuple[int, ...]) -> torch.Tenso
                              "gguf package does not read", "use a Q8_0 or K-quant file") from error
 
 
-OPENERS: dict[Kind, Callable[[Path], tuple[dict[str, Entry], dict[str, str]]]] = {
+OPENERS: dict[ContainerKind, Callable[[Path], tuple[dict[str, Entry], dict[str, str]]]] = {
     "safetensors": _open_safetensors, "pth": _open_pth, "gguf": _open_gguf,
 }

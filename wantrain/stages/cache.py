@@ -11,11 +11,13 @@ import torch
 from wantrain import engine
 from wantrain.config import Config
 from wantrain.data import decode
-from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Entry, leftovers
-from wantrain.data.plan import num_tokens
+from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Cache, Entry, leftovers
+from wantrain.engine import launch
 from wantrain.jobs import in_workers, progress
-from wantrain.stages import Encoder, Opened, counted, media_of, num_workers, opened
-from wantrain.terms import CLIP, PlannedClip, UserError
+from wantrain.recipe.clips import Clips, num_workers, open_clips
+from wantrain.recipe.recipe import open_recipe
+from wantrain.recipe.samples import Encoder, counted
+from wantrain.terms import WINDOW, PlannedClip, UserError
 
 LONGEST_S = 7 * 24 * 3600.0
 """What processes wait for the one that has most left to encode; one that dies is noticed at once."""
@@ -24,32 +26,32 @@ LONGEST_S = 7 * 24 * 3600.0
 def run(config: Config, arguments: Sequence[str]) -> None:
     """Build what is missing of the recipe's cache; with several processes each does its share."""
     began = time.time()
-    accelerator = engine.start(engine.world_size(), 1, max_grad_norm=1.0, timeout_s=LONGEST_S)
+    accelerator = launch.start(launch.world_size(), 1, max_grad_norm=1.0, timeout_s=LONGEST_S)
     with accelerator.main_process_first():  # it looks into new files, the others read what it noted
-        recipe = opened(config, arguments)
-    everything = recipe.planned + recipe.heldout
-    entries = recipe.cache.entries(everything, recipe.captions)
-    missing = recipe.cache.missing(everything, recipe.captions)
+        recipe = open_recipe(config)
+        clips = open_clips(recipe, arguments)
+    entries = clips.cache.entries(clips.everything, clips.captions)
+    missing = clips.cache.missing(clips.everything, clips.captions)
     accelerator.wait_for_everyone()  # all have listed what is missing before any entry appears
     mine = shares(missing, recipe.variant.multiple_px, accelerator.num_processes)[accelerator.process_index]
     faults = []
     if missing:
         for training in recipe.trainings():
             training.base.detected()  # as train would, but before hours of encoding
-        encoder = Encoder(recipe, accelerator.device)
-        encode_texts(recipe, encoder, mine, accelerator.is_main_process)
-        faults = encode_windows(recipe, encoder, mine, accelerator.is_main_process)
+        encoder = Encoder(recipe, clips.cache, accelerator.device)
+        encode_texts(clips.cache, encoder, mine, accelerator.is_main_process)
+        faults = encode_windows(clips, encoder, mine, accelerator.is_main_process)
     failed = engine.any_process(accelerator, bool(faults))
     if accelerator.is_main_process:
-        recipe.cache.claim(Path(config.run.dir), config.run.name, entries)
-        for path in leftovers(recipe.cache.folder, began):
+        clips.cache.claim(Path(config.run.dir), config.run.name, entries)
+        for path in leftovers(clips.cache.folder, began):
             path.unlink(missing_ok=True)
     if failed:
         raise UserError(f"{len(faults)} of this process's clips cannot be decoded (everything else is cached):\n  "
                         + "\n  ".join(faults), "replace these files or take them out of the manifest, or go on without "
                         "them: data.allow_drops=true")
     if accelerator.is_main_process:
-        print(f"cache {recipe.cache.folder}: {counted(entries)} ready ({counted(missing)} made now)")
+        print(f"cache {clips.cache.folder}: {counted(entries)} ready ({counted(missing)} made now)")
 
 
 def shares(entries: Mapping[Path, Entry], multiple_px: int, num_processes: int) -> list[dict[Path, Entry]]:
@@ -61,7 +63,7 @@ def shares(entries: Mapping[Path, Entry], multiple_px: int, num_processes: int) 
     for path, (kind, what) in entries.items():
         if isinstance(what, PlannedClip):
             windows.setdefault(id(what), {})[path] = (kind, what)
-            tokens[id(what)] = num_tokens(what.bucket, multiple_px)
+            tokens[id(what)] = what.bucket.num_tokens(multiple_px)
         else:
             dealt[num_texts % num_processes][path] = (kind, what)
             num_texts += 1
@@ -73,30 +75,30 @@ def shares(entries: Mapping[Path, Entry], multiple_px: int, num_processes: int) 
     return dealt
 
 
-def encode_texts(recipe: Opened, encoder: Encoder, entries: Mapping[Path, Entry], is_main: bool) -> None:
+def encode_texts(cache: Cache, encoder: Encoder, entries: Mapping[Path, Entry], is_main: bool) -> None:
     """Write the features of the captions among `entries`."""
     texts = [entry for entry in entries.values() if entry[0] == TEXT]
     with progress(len(texts), 0, "caption", "captions", is_main) as bar:
         for entry in texts:
-            recipe.cache.write(entry, {"x": encoder.text(str(entry[1]))})
+            cache.write(entry, {"x": encoder.text(str(entry[1]))})
             bar.update()
 
 
-def encode_windows(recipe: Opened, encoder: Encoder, entries: Mapping[Path, Entry], is_main: bool) -> list[str]:
+def encode_windows(clips: Clips, encoder: Encoder, entries: Mapping[Path, Entry], is_main: bool) -> list[str]:
     """Write what is asked of windows among `entries`, decoded by worker processes while this one encodes.
 
     Returns what could not be decoded; that is remembered, but for what only took too long.
     """
-    cache, data, faults = recipe.cache, recipe.config.data, []
+    cache, data, faults = clips.cache, clips.config.data, []
     kinds: dict[int, list[str]] = {}
     windows = {}
     for kind, what in entries.values():
         if isinstance(what, PlannedClip):
             windows[id(what)] = what
             kinds.setdefault(id(what), []).append(kind)
-    wanted = [(planned, media_of(cache, planned, kinds[key])) for key, planned in windows.items()]
+    wanted = [(planned, cache.media_of(planned, kinds[key])) for key, planned in windows.items()]
     with progress(len(wanted), 0, "clip", "clips", is_main) as bar:
-        for (planned, _), result, why in in_workers(decode.frames_in_worker, wanted, num_workers(recipe.config),
+        for (planned, _), result, why in in_workers(decode.frames_in_worker, wanted, num_workers(clips.config),
                                                     data.timeout_s, "data.timeout_s"):
             arrays, name, fault = result or ({}, "", f"clip {planned.name}: {why}")
             frames = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -105,7 +107,7 @@ def encode_windows(recipe: Opened, encoder: Encoder, entries: Mapping[Path, Entr
             if fault:
                 faults.append(fault)
             if name:
-                kind = {CLIP: LATENTS, "mask": MASK}.get(name, CONDITION)
+                kind = {WINDOW: LATENTS, "mask": MASK}.get(name, CONDITION)
                 cache.remember_fault((kind, planned), fault)
             bar.update()
     return faults

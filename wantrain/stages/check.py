@@ -10,29 +10,21 @@ from collections.abc import Sequence
 from wantrain import flow, lora, metrics
 from wantrain.config import Config
 from wantrain.data.folders import Account
-from wantrain.data.plan import cropped, enlarged, num_tokens, surprises_of, trimmed_s
-from wantrain.stages import (
-    HELDOUT,
-    Opened,
-    counted,
-    evaluation_faults,
-    first_words,
-    holding_trigger,
-    opened,
-    spec_of,
-    training_faults,
-)
+from wantrain.data.plan import cropped, enlarged, surprises_of, trimmed_s
+from wantrain.recipe.clips import HELDOUT, Clips, evaluation_faults, first_words, holding_trigger, open_clips
+from wantrain.recipe.recipe import Recipe, open_recipe, training_faults
+from wantrain.recipe.samples import counted
 
 
 def run(config: Config, arguments: Sequence[str]) -> None:
     """Print clips, buckets, tokens, steps, trainable parameters and files."""
-    recipe = opened(config, arguments)
+    recipe = open_recipe(config)
+    clips = open_clips(recipe, arguments)
     trainings = recipe.trainings()
     for fault in (fault for own in trainings for fault in training_faults(own)):
         raise fault
     total = sum(p.numel() for p in trainings[0].base.meta_transformer().parameters())
-    everything = recipe.planned + recipe.heldout
-    missing = recipe.cache.missing(everything, recipe.captions)
+    missing = clips.cache.missing(clips.everything, clips.captions)
     print(f"run          {config.run.name} in {recipe.run_dir}")
     print(f"base         {config.model.variant}, {total:,} parameters, {recipe.dtype}")
     for part, path in recipe.base.parts.items():
@@ -41,28 +33,28 @@ def run(config: Config, arguments: Sequence[str]) -> None:
         print(f"  detected   {own.base.detected()}")
         for path, strength in own.base.merged:
             print(f"  merged     {path} at strength {strength:g}")
-    print_data(recipe)
+    print_data(clips)
     for own in trainings:
-        print_training(own)
-    print(f"cache        {recipe.cache.folder}: {counted(missing)} still to encode")
+        print_training(own, clips)
+    print(f"cache        {clips.cache.folder}: {counted(missing)} still to encode")
     for own in trainings:
         print(f"checkpoints  every {config.train.save_every} steps in {own.run_dir / 'checkpoints'}")
         print(f"export       {own.export_path}")
-    for fault in evaluation_faults(recipe):
+    for fault in evaluation_faults(clips):
         print(f"evaluate     not yet: {fault.message}")
     print(f"trackers     {', '.join(['jsonl', *config.tracker.names])} (wandb {metrics.wandb_mode()})")
     print(f"next: {shlex.join(['wantrain', 'cache' if missing else 'train', *arguments])}")
 
 
-def print_training(recipe: Opened) -> None:
+def print_training(recipe: Recipe, clips: Clips) -> None:
     """The adapter, steps and sigmas of one training."""
     config, expert = recipe.config, f"{recipe.base.expert} noise expert: " if recipe.base.expert else ""
     transformer = recipe.base.meta_transformer()
-    modules = lora.inject(transformer, config.lora.targets, spec_of(config), config.train.seed)
-    adapted = sum(p.numel() for p in lora.trainable(transformer).values())
+    modules = lora.inject(transformer, config.lora.targets, recipe.adapter_spec, config.train.seed)
+    adapted = sum(p.numel() for p in lora.trainable_parameters(transformer).values())
     print(f"adapter      {expert}{config.lora.kind.name}, rank {config.lora.rank}, alpha {config.lora.alpha:g} on "
           f"{len(modules)} modules: {adapted:,} trainable parameters")
-    samples = float(sum(p.clip.repeats for p in recipe.planned))
+    samples = float(sum(p.clip.repeats for p in clips.planned))
     seen = config.train.num_steps * config.data.batch_size
     optim = config.optim
     rates = sorted({optim.lr * f for f in lora.lr_factors(transformer, optim.lora_plus, optim.lr_factors).values()})
@@ -70,7 +62,7 @@ def print_training(recipe: Opened) -> None:
           f"{f', average with decay {optim.ema_decay:g}' if optim.ema_decay else ''}")
     print(f"steps        {expert}{config.train.num_steps} of {config.data.batch_size} samples = {seen / samples:.1f} "
           f"epochs of {samples:g} samples")
-    for density in dict.fromkeys(map(recipe.density, dict.fromkeys(p.bucket for p in recipe.planned))):
+    for density in dict.fromkeys(map(recipe.density, dict.fromkeys(p.bucket for p in clips.planned))):
         low, high = density.within
         share = flow.share(recipe.variant.shift, low, high)
         print(f"sigma        {expert}{density}, in [{low:g}, {high:g}]: {share:.1%} of the schedule; timestep = 1000 * "
@@ -88,40 +80,40 @@ def print_account(account: Account | None, num_used: int, num_dropped: int) -> N
         print(f"  passed over {line}")
 
 
-def print_trigger(recipe: Opened) -> None:
+def print_trigger(clips: Clips) -> None:
     """How many clips have the trigger in a caption; where none has, how captions begin."""
-    trigger, clips = recipe.config.data.trigger, {p.clip.id for p in recipe.planned}
+    trigger, ids = clips.config.data.trigger, {p.clip.id for p in clips.planned}
     if not trigger:
         return
-    holding = {p.clip.id for p in holding_trigger(recipe)}
-    print(f"trigger      {trigger!r} is in captions of {len(holding)} of {len(clips)} clips"
-          + ("" if holding else f": a surprise; {first_words(recipe)}"))
+    holding = {p.clip.id for p in holding_trigger(clips)}
+    print(f"trigger      {trigger!r} is in captions of {len(holding)} of {len(ids)} clips"
+          + ("" if holding else f": a surprise; {first_words(clips)}"))
 
 
-def print_data(recipe: Opened) -> None:
+def print_data(clips: Clips) -> None:
     """What becomes of every clip: used, dropped, trimmed, cropped, and by whom it is read."""
-    used, dropped = recipe.planned, recipe.plan.dropped
+    used, dropped = clips.planned, clips.plan.dropped
     for source in sorted({p.clip.source for p in used} | {d.clip.source for d in dropped}):
         windows = [p for p in used if p.clip.source == source]
-        clips = {p.clip.id for p in windows}
+        ids = {p.clip.id for p in windows}
         gone = Counter(d.kind for d in dropped if d.clip.source == source)
         drops = "".join(f" + {count} dropped ({kind})" for kind, count in sorted(gone.items()))
-        more = f", {len(windows)} windows" if len(windows) != len(clips) else ""
+        more = f", {len(windows)} windows" if len(windows) != len(ids) else ""
         repeats = f" x {windows[0].clip.repeats:g}" if windows else ""
-        found = len(clips) + sum(gone.values())
-        print(f"source       {source}: {found} clips = {len(clips)} used{drops}{repeats}{more}")
-        print_account(recipe.accounts.get(source), len(clips), sum(gone.values()))
-    for one in (*dropped, *recipe.heldout_dropped):
+        found = len(ids) + sum(gone.values())
+        print(f"source       {source}: {found} clips = {len(ids)} used{drops}{repeats}{more}")
+        print_account(clips.accounts.get(source), len(ids), sum(gone.values()))
+    for one in (*dropped, *clips.heldout_dropped):
         print(f"  dropped    {one.clip.id}: {one.reason}")
-    if HELDOUT in recipe.accounts:
-        used_apart, gone_apart = len(recipe.heldout), len(recipe.heldout_dropped)
+    if HELDOUT in clips.accounts:
+        used_apart, gone_apart = len(clips.heldout), len(clips.heldout_dropped)
         print(f"held out     {used_apart + gone_apart} clips = {used_apart} used + {gone_apart} dropped")
-        print_account(recipe.accounts[HELDOUT], used_apart, gone_apart)
-    print_trigger(recipe)
-    factors = recipe.factors
+        print_account(clips.accounts[HELDOUT], used_apart, gone_apart)
+    print_trigger(clips)
+    factors = clips.batch_factors
     for bucket, count in sorted(Counter(p.bucket for p in used).items(), key=str):
-        size = recipe.config.data.batch_size * factors.get(bucket, 1)
-        print(f"bucket       {bucket}: {count} clips, {num_tokens(bucket, recipe.variant.multiple_px)} tokens each, "
+        size = clips.config.data.batch_size * factors.get(bucket, 1)
+        print(f"bucket       {bucket}: {count} clips, {bucket.num_tokens(clips.variant.multiple_px)} tokens each, "
               f"{size} a step")
     trims = [trimmed_s(list(windows)) for _, windows in itertools.groupby(used, key=lambda p: p.clip.id)]
     large = [enlarged(p.bucket, p.found) for p in used]

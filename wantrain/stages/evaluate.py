@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from wantrain import config as schema
-from wantrain import engine, metrics, pictures, report, style, validation
+from wantrain import metrics, objective, pictures, style, validation
 from wantrain.config import Config
 from wantrain.data import decode
 from wantrain.files import write_json, write_text
 from wantrain.jobs import progress
 from wantrain.models import sampling
 from wantrain.models.lora_formats import read_lora
-from wantrain.stages import (
-    Cached,
-    Opened,
-    evaluation_faults,
-    heldout_samples,
-    holding_trigger,
-    inputs_of,
-    lora_files,
-    opened,
-    sampled,
-    sampler_of,
-)
-from wantrain.terms import NUM_TIMESTEPS
+from wantrain.pages import html
+from wantrain.recipe.clips import Clips, evaluation_faults, holding_trigger, open_clips
+from wantrain.recipe.recipe import Recipe, open_recipe
+from wantrain.recipe.sampler import inputs_of, load_pipeline, lora_files, sampled
+from wantrain.recipe.samples import Cached, heldout_samples
+from wantrain.terms import NUM_TIMESTEPS, Batch
 
 CONDITIONS = ("base", "lora_with_trigger", "lora_without_trigger")
 
@@ -46,25 +39,26 @@ class Trio:
 
 def run(config: Config, arguments: Sequence[str]) -> None:
     """Measure and show what the LoRA does: with its trigger, without it, and against the base."""
-    recipe = opened(config, arguments)
-    for fault in evaluation_faults(recipe):
+    recipe = open_recipe(config)
+    clips = open_clips(recipe, arguments)
+    for fault in evaluation_faults(clips):
         raise fault
-    inputs = inputs_of(recipe, len(config.evaluate.prompts))
-    cached = Cached(recipe)
+    inputs = inputs_of(recipe, len(config.evaluate.prompts), lambda: clips)
+    cached = Cached(clips)
     loras = lora_files(recipe, arguments)
-    sampler = sampler_of(recipe, loras)
+    pipeline = load_pipeline(recipe, loras)
     trainings = {one.base.expert or "": one.run_dir for one in recipe.trainings()}
     shown, rows = [], []
     styles: dict[str, list[style.Style]] = {c: [] for c in CONDITIONS}
-    for trio in sample_trios(recipe, sampler, inputs):  # of whose videos only one trio is held at once
+    for trio in sample_trios(recipe, pipeline, inputs):  # of whose videos only one trio is held at once
         shown.append((trio.prompt, trio.seed, trio.files))
         rows.append([trio.videos[c][len(trio.videos[c]) // 2] for c in CONDITIONS])
         for c in CONDITIONS:
             styles[c].append(style.describe([trio.videos[c]]))
-    distances = style_distances(recipe, {c: style.mean(styles[c]) for c in CONDITIONS})
+    distances = style_distances(clips, {c: style.mean(styles[c]) for c in CONDITIONS})
     numbers = {
         "style_distance": distances,
-        "validation_loss": validation_losses(recipe, sampler, cached),
+        "validation_loss": validation_losses(recipe, clips, pipeline, cached),
         "settings": schema.flat(config),
         "run": {expert: json.loads((run_dir / "run.json").read_text()) for expert, run_dir in trainings.items()
                 if (run_dir / "run.json").exists()},
@@ -75,15 +69,16 @@ def run(config: Config, arguments: Sequence[str]) -> None:
                                                                "LoRA, no trigger"],
                            [f"{prompt} (seed {seed})" for prompt, seed, _ in shown])
     write_json(recipe.run_dir / "report.json", numbers)
-    page = report.html(config.run.name, config.data.trigger, numbers,
-                       {expert: metrics.read(run_dir / "metrics.jsonl") for expert, run_dir in trainings.items()},
+    page = html.evaluation_page(
+        config.run.name, config.data.trigger, numbers,
+        {expert: metrics.read(run_dir / "metrics.jsonl") for expert, run_dir in trainings.items()},
                        shown)
     write_text(folder / "report.html", page)
     told = ", ".join(f"{k} {v:.3f}" for k, v in distances.items() if isinstance(v, float))
     print(f"style distance: {told}\nreport: {folder / 'report.html'} and {recipe.run_dir / 'report.json'}")
 
 
-def sample_trios(recipe: Opened, sampler: sampling.Sampler, inputs: Sequence[sampling.Inputs]) -> Iterator[Trio]:
+def sample_trios(recipe: Recipe, pipeline: sampling.Pipeline, inputs: Sequence[sampling.Inputs]) -> Iterator[Trio]:
     """Every evaluation prompt and seed in the three conditions, from the same noise and the same inputs."""
     config = recipe.config
     jobs = [(prompt, seed, given) for prompt, given in zip(config.evaluate.prompts, inputs, strict=True)
@@ -93,7 +88,7 @@ def sample_trios(recipe: Opened, sampler: sampling.Sampler, inputs: Sequence[sam
             trio = Trio(prompt, seed, {}, {})
             for condition in CONDITIONS:
                 text = f"{config.data.trigger}, {prompt}" if condition == "lora_with_trigger" else prompt
-                trio.videos[condition] = sampled(recipe, sampler, text, seed=seed, inputs=given,
+                trio.videos[condition] = sampled(recipe, pipeline, text, seed=seed, inputs=given,
                                                  strength=0.0 if condition == "base" else 1.0)
                 trio.files[condition] = recipe.run_dir / "report" / f"{number:03d}_{condition}.mp4"
                 pictures.write_mp4(trio.files[condition], trio.videos[condition], recipe.variant.fps)
@@ -101,15 +96,15 @@ def sample_trios(recipe: Opened, sampler: sampling.Sampler, inputs: Sequence[sam
             yield trio
 
 
-def style_distances(recipe: Opened, samples: Mapping[str, style.Style]) -> dict[str, object]:
+def style_distances(clips: Clips, samples: Mapping[str, style.Style]) -> dict[str, object]:
     """Distance of each condition's samples to the style set, and the floor: held-out clips to the style set.
 
     The style set is the training clips whose caption holds the trigger. `nearer_to_base` compares the samples
     without trigger with the base's samples and with the style set.
     """
-    wanted = style.describe(map(decode.read_window, holding_trigger(recipe)))
+    wanted = style.describe(map(decode.read_window, holding_trigger(clips)))
     parts = {c: style.distance(described, wanted) for c, described in samples.items()}
-    parts["floor"] = style.distance(style.describe(map(decode.read_window, recipe.heldout)), wanted)
+    parts["floor"] = style.distance(style.describe(map(decode.read_window, clips.heldout)), wanted)
     to_base = style.distance(samples["lora_without_trigger"], samples["base"])
     return {
         **{name: part["style"] for name, part in parts.items()},
@@ -119,18 +114,24 @@ def style_distances(recipe: Opened, samples: Mapping[str, style.Style]) -> dict[
     }
 
 
-def validation_losses(recipe: Opened, sampler: sampling.Sampler, cached: Cached) -> dict[str, object]:
+def validation_losses(recipe: Recipe, clips: Clips, pipeline: sampling.Pipeline, cached: Cached) -> dict[str, object]:
     """Held-out loss of the base and of the LoRA, mean and at each sigma."""
     sigmas = recipe.config.validation.sigmas
-    heldout = validation.HeldOut(recipe.heldout, sigmas, heldout_samples(recipe, cached),
+    heldout = validation.HeldOut(clips.heldout, sigmas, heldout_samples(clips, cached),
                                  recipe.config.train.micro_batch_size)
-    device = next(sampler.transformers[0].parameters()).device
-    found: dict[str, object] = {"sigmas": sigmas}
+    numbers: dict[str, object] = {"sigmas": sigmas}
     for name, strength in (("base", 0.0), ("lora", 1.0)):
-        sampling.set_strength(sampler, strength)
-        with engine.autocast(device, recipe.dtype):
-            losses = torch.cat([validation.losses(sampler.at(NUM_TIMESTEPS * sigma)[0],
-                                                  replace(heldout, sigmas=[sigma]), device) for sigma in sigmas], dim=1)
-        found[name] = float(losses.mean())
-        found[f"{name}_by_sigma"] = losses.mean(0).tolist()
-    return found
+        sampling.set_strength(pipeline, strength)
+        losses = torch.cat([validation.losses(replace(heldout, sigmas=[sigma]), loss_of(pipeline, sigma))
+                            for sigma in sigmas], dim=1)
+        numbers[name] = float(losses.mean())
+        numbers[f"{name}_by_sigma"] = losses.mean(0).tolist()
+    return numbers
+
+
+def loss_of(pipeline: sampling.Pipeline, sigma: float) -> Callable[[Batch], torch.Tensor]:
+    """The loss of the transformer that works at this sigma."""
+    transformer, _ = pipeline.at(NUM_TIMESTEPS * sigma)
+    device = next(transformer.parameters()).device
+    return lambda batch: objective.losses(transformer, batch, objective.Objective(), device=device,
+                                          dtype=pipeline.dtype)

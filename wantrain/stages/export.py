@@ -11,30 +11,30 @@ from datetime import datetime
 
 from wantrain import config as schema
 from wantrain import lora
-from wantrain.config import Config, for_expert
+from wantrain.config import Config, expert_config
 from wantrain.engine import checkpoint
-from wantrain.engine.checkpoint import Found, Record
+from wantrain.engine.checkpoint import Checkpoint, Record
 from wantrain.models.lora_formats import LoraFile, products, read_lora
 from wantrain.models.lora_loaders import told
-from wantrain.models.lora_updates import from_adapter, refuse_difference, write_proven
+from wantrain.models.lora_updates import from_adapter, write_proven
 from wantrain.models.variants import VARIANTS, Expert
-from wantrain.stages import checkpoints_of, experts_of, export_path
+from wantrain.recipe.folders import checkpoints_of, experts_of, export_path
 from wantrain.terms import UserError
 
 
 def run(config: Config, arguments: Sequence[str]) -> None:
     """Write `export/NAME.safetensors`, or the pair of both experts, each read back and compared with what was trained.
     """
-    found = {expert: newest(for_expert(config, expert), expert) for expert in experts_of(config)}
+    found = {expert: newest(expert_config(config, expert), expert) for expert in experts_of(config)}
     if absent := [expert for expert, one in found.items() if one is None]:
         raise UserError(f"no checkpoint in {checkpoints_of(config, absent[0]).folder}", next_command(arguments, found))
     for expert, one in found.items():
         assert one is not None, "refused above"
-        export_one(for_expert(config, expert), expert, one)
+        export_one(expert_config(config, expert), expert, one)
 
 
-def next_command(arguments: Sequence[str], found: Mapping[Expert | None, Found | None]) -> str:
-    """What to do where a training has no checkpoint: export the other expert alone, or train."""
+def next_command(arguments: Sequence[str], found: Mapping[Expert | None, Checkpoint | None]) -> str:
+    """The next command where a training has no checkpoint: export the other expert alone, or train."""
     train = shlex.join(["wantrain", "train", *arguments])
     trained = [expert for expert, one in found.items() if one is not None]
     if not trained:
@@ -43,7 +43,7 @@ def next_command(arguments: Sequence[str], found: Mapping[Expert | None, Found |
     return f"{alone}    for the {trained[0]} noise expert alone; or train the other one:\n    {train}"
 
 
-def newest(config: Config, expert: Expert | None) -> Found | None:
+def newest(config: Config, expert: Expert | None) -> Checkpoint | None:
     """The newest whole checkpoint of a training, in the run folder or its mirror.
 
     Raises UserError where the config contradicts it, as a resume does.
@@ -57,11 +57,11 @@ def newest(config: Config, expert: Expert | None) -> Found | None:
                         "train one more step with this version, e.g. train.num_steps="
                         f"{found.progress.step + 1}: its checkpoint does")
     of_config = {key: value for key, value in record.fingerprint.items() if not key.startswith("(")}  # not of files
-    checkpoint.refuse_another_config(of_config, schema.fingerprint(config), schema.defaults())
+    checkpoint.refuse_another_config(of_config, schema.resume_keys(config), schema.defaults())
     return found
 
 
-def export_one(config: Config, expert: Expert | None, found: Found) -> None:
+def export_one(config: Config, expert: Expert | None, found: Checkpoint) -> None:
     """One adapter in the format asked for, and its average if one was kept."""
     step, record, form = found.progress.step, checkpoint.record_of(found.path), config.export.format.name
     print("".join(f"{message}; step {step} is exported\n" for message in found.passed), end="")
@@ -73,8 +73,7 @@ def export_one(config: Config, expert: Expert | None, found: Found) -> None:
         about = metadata(record, step)
         if key == checkpoint.EMA:
             about["wantrain.ema_decay"] = str(record.fingerprint["optim.ema_decay"])
-        write_proven(path, LoraFile(path, form, pairs, extras), form, about, config.export.dtype.name)
-        worst = refuse_difference(path, state, config.export.dtype.name)
+        worst = write_proven(LoraFile(path, form, pairs, extras), form, about, config.export.dtype.name, state)
         print(f"exported {path} ({form}): {record.kind} on {len(pairs) or len(products(extras))} modules, "
               f"step {step}; read back against the checkpoint, largest relative error of a delta {worst:.1e}")
         print(told(read_lora(path), VARIANTS[config.model.variant].task))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,45 +12,36 @@ from wantrain import __version__
 from wantrain.jobs import progress
 from wantrain.models.base import open_transformer
 from wantrain.models.containers import Container
-from wantrain.models.lora_formats import GRAMMARS, LoraFile, LoraPair
-from wantrain.models.lora_updates import STORAGE, low_rank, write_proven
+from wantrain.models.lora_formats import LoraFile, LoraPair
+from wantrain.models.lora_updates import low_rank, write_proven
 from wantrain.models.names import official_names
 from wantrain.models.outputs import check_lora_output
 from wantrain.models.weight_files import ContainerError
-from wantrain.options import parse
 from wantrain.terms import UserError
 
-USAGE = "wantrain extract TUNED BASE OUT.safetensors rank=32"
-OPTIONS: dict[str, Sequence[str] | int] = {"rank": 32, "format": tuple(GRAMMARS), "dtype": tuple(STORAGE),
-                                           "rest": ("refuse", "diff", "drop")}
 
-
-def run(arguments: Sequence[str]) -> None:
+def run(given: argparse.Namespace) -> None:
     """Write the best LoRA of the given rank for TUNED - BASE, with the share of the change that it keeps, per layer.
 
     `rest` says what becomes of changed tensors that are no Linear weight: refuse names them, diff writes them whole
     (format=comfy_updown), drop leaves them out.
     """
-    files, options = parse(arguments, USAGE, OPTIONS)
-    if len(files) != 3:
-        raise UserError(f"extract takes a tuned transformer, its base and an output, got {len(files)}", USAGE)
-    tuned, base, target = open_transformer(files[0]), open_transformer(files[1]), Path(files[2]).expanduser()
-    check_lora_output(target, options["format"], [tuned.path, base.path], USAGE)
-    pairs, energy, rest = differences(tuned, base, int(options["rank"]))
+    tuned, base, target = open_transformer(given.TUNED), open_transformer(given.BASE), Path(given.OUT).expanduser()
+    check_lora_output(target, given.format, [tuned.path, base.path], "wantrain extract TUNED BASE OUT.safetensors")
+    pairs, energy, rest = differences(tuned, base, int(given.rank))
     if not pairs and not rest:
-        raise UserError(f"{files[0]} and {files[1]} hold the same weights", "check the two paths")
-    if rest and options["rest"] == "refuse":
+        raise UserError(f"{given.TUNED} and {given.BASE} hold the same weights", "check the two paths")
+    if rest and given.rest == "refuse":
         raise UserError(f"{len(rest)} changed tensors are no Linear weight: {', '.join(list(rest)[:3])}",
                         "rest=diff format=comfy_updown keeps them (ComfyUI, LightX2V), rest=drop leaves them out")
-    extras = rest if options["rest"] == "diff" else {}
-    metadata = {"software": f"wantrain {__version__}", "ss_network_dim": options["rank"],
-                "ss_network_alpha": options["rank"], "wantrain.extracted_from": f"{files[0]} - {files[1]}",
+    extras = rest if given.rest == "diff" else {}
+    metadata = {"software": f"wantrain {__version__}", "ss_network_dim": str(given.rank),
+                "ss_network_alpha": str(given.rank), "wantrain.extracted_from": f"{given.TUNED} - {given.BASE}",
                 "wantrain.energy": json.dumps({module: round(kept, 6) for module, kept in energy.items()})}
-    worst = write_proven(target, LoraFile(target, options["format"], pairs, extras), options["format"], metadata,
-                         options["dtype"])
+    worst = write_proven(LoraFile(target, given.format, pairs, extras), given.format, metadata, given.dtype)
     for module, kept in energy.items():
         print(f"  {kept:8.2%}  {module}")
-    print(f"{target}: rank {options['rank']} on {len(pairs)} modules, above the share of each change's energy that it "
+    print(f"{target}: rank {given.rank} on {len(pairs)} modules, above the share of each change's energy that it "
           f"keeps (least {min(energy.values(), default=1):.2%})"
           + (f"; {len(rest)} other changed tensors {'kept' if extras else 'left out'}" if rest else "")
           + f"; read back, largest relative error of a delta {worst:.1e}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
@@ -19,8 +20,6 @@ from wantrain.models.lora_names import PEFT_WEIGHTS, is_lora, is_run, said_exper
 from wantrain.models.lora_updates import is_zero, pair_norm, product_norm
 from wantrain.models.variants import Expert, detect, fitting_lora
 from wantrain.models.weight_files import ContainerError
-from wantrain.options import parse
-from wantrain.terms import UserError
 
 PART_MARKS = {
     "VAE": ("encoder.conv1.weight", "encoder.conv_in.weight"),
@@ -28,22 +27,17 @@ PART_MARKS = {
     "CLIP image encoder": ("visual.cls_embedding", "embeddings.class_embedding",
                            "vision_model.embeddings.class_embedding"),
 }
-USAGE = "wantrain inspect FILE"
-OPTIONS = {"norms": ("summary", "all"), "expert": ("", "high", "low")}
 
 
-def run(arguments: Sequence[str]) -> None:
+def run(given: argparse.Namespace) -> None:
     """Print what the one file, or folder of shards, is, or each part of a whole checkpoint's folder."""
-    files, options = parse(arguments, USAGE, OPTIONS)
-    if len(files) != 1:
-        raise UserError(f"inspect takes one file or folder, got {len(files)}", USAGE)
-    path = hub.local(files[0])
+    path = hub.local(given.FILE)
     if parts := _checkpoint(path):
         for part in parts:
             _weights(part, open_container(part))
         return
     if is_lora(open_raw(_weights_path(path)).names()):
-        _lora(lora_formats.read_lora(path, cast("Expert | None", options["expert"] or None)), options["norms"] == "all")
+        _lora(lora_formats.read_lora(path, cast("Expert | None", given.expert or None)), given.norms == "all")
     else:
         _weights(path, open_container(path))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -24,46 +25,40 @@ from wantrain.models.variants import (
     is_diffusers_config,
     stated_vace_layers,
 )
-from wantrain.options import parse
 from wantrain.tensors import stream_tensors
 from wantrain.terms import UserError
 
-USAGE = "wantrain merge BASE LORA[=STRENGTH] ... OUT.safetensors"
-OPTIONS = {"layout": ("official", "diffusers"), "dtype": ("bfloat16", "float16", "float32"),
-           "expert": ("", "high", "low")}
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 
 
-def run(arguments: Sequence[str]) -> None:
+def run(given: argparse.Namespace) -> None:
     """Fold every LoRA in, in float32, cast, write and read back; one tensor in memory at a time.
 
     layout=official writes one file with the names of the public and ComfyUI files, layout=diffusers a folder for
     from_pretrained.
     """
-    files, options = parse(arguments, USAGE, OPTIONS)
-    if len(files) < 3:
-        raise UserError(f"merge takes a base, at least one LoRA and an output, got {len(files)} paths", USAGE)
-    source, *given, last = files
-    container, loras, out = open_transformer(source), [lora_argument(word) for word in given], Path(last).expanduser()
-    inputs, in_folder = [container.path, *(weights_of(path) for path, _ in loras)], options["layout"] == "diffusers"
-    target = check_folder(out, DIFFUSERS_FILE, "transformer", inputs, USAGE) if in_folder \
-        else check_file(out, "transformer", inputs, USAGE)
+    container, out = open_transformer(given.BASE), Path(given.OUT).expanduser()
+    loras = [lora_argument(word) for word in given.LORA]
+    usage = "wantrain merge BASE LORA[=STRENGTH] ... OUT.safetensors"
+    inputs, in_folder = [container.path, *(weights_of(path) for path, _ in loras)], given.layout == "diffusers"
+    target = check_folder(out, DIFFUSERS_FILE, "transformer", inputs, usage) if in_folder \
+        else check_file(out, "transformer", inputs, usage)
     own = official_names(container.names())
     if in_folder:
         config = diffusers_folder_config(container)  # refuses what diffusers has no class for
         own = {name: transformer_to_diffusers(official) for name, official in own.items()}
     named = expert_named(container.path)
-    expert = cast("Expert | None", options["expert"] or None) or named
+    expert = cast("Expert | None", given.expert or None) or named
     if named and expert != named:
         raise UserError(f"expert={expert}, but {container.path} is named as the {named} noise expert",
                         f"expert={named}, or the other expert's file")
     plan = plan_merge(container, [(read_given(path, expert), strength) for path, strength in loras])
-    shapes, dtype = container.shapes(), STORAGE[options["dtype"]][0]
+    shapes, dtype = container.shapes(), STORAGE[given.dtype][0]
     stream_tensors(target, {own[name]: shape for name, shape in shapes.items()}, dtype,
-                   merged(container, plan, dtype), {"wantrain.merged": " ".join(given)})
+                   merged(container, plan, dtype), {"wantrain.merged": " ".join(given.LORA)})
     if in_folder:
         write_json(out / "config.json", config)
-    print(f"{target}: {len(plan)} of {len(shapes)} tensors changed, {options['layout']} names, {options['dtype']}; "
+    print(f"{target}: {len(plan)} of {len(shapes)} tensors changed, {given.layout} names, {given.dtype}; "
           "read back equal")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 import time
 from collections.abc import Sequence
@@ -9,31 +10,26 @@ from pathlib import Path
 
 from wantrain.data import cache
 from wantrain.jobs import progress
-from wantrain.options import parse
 from wantrain.terms import UserError
-
-USAGE = "wantrain prune CACHE_FOLDER [RUN ...]"
-
-OPTIONS = {"delete": ("no", "yes"), "verify": ("no", "yes")}
 
 YOUNG_S = 3600
 """A temporary file younger than this may belong to a process that is still writing."""
 
 
-def run(arguments: Sequence[str]) -> None:
+def run(given: argparse.Namespace) -> None:
     """List what each run needs, and what none does; with delete=yes remove that.
 
     A RUN that is named, or given as its folder, no longer counts. verify=yes reads every entry and counts the damaged
     as not needed, so that the next `wantrain cache` makes them anew.
     """
-    files, options = parse(arguments, USAGE, OPTIONS)
-    if not files or not cache.claims_folder(Path(files[0])).is_dir():
-        raise UserError(f"{files[0]} is no cache" if files else "no cache folder is given", USAGE)
-    folder = Path(files[0])
+    folder = Path(given.CACHE_FOLDER)
+    if not cache.claims_folder(folder).is_dir():
+        raise UserError(f"{folder} is no cache: no run has noted there what it needs", "wantrain prune CACHE_FOLDER, "
+                        "the data.cache_dir of a recipe")
     claims = cache.claims(folder)
-    forgotten = [_claim(claims, run, folder) for run in files[1:]]
+    forgotten = [_claim(claims, run, folder) for run in given.RUN]
     entries = list(cache.entry_files(folder))
-    damaged = find_damaged(entries) if options["verify"] == "yes" else []
+    damaged = find_damaged(entries) if given.verify == "yes" else []
     needed = {folder / name for claim in claims if claim not in forgotten for name in claim.entries}
     for claim in claims:
         size = sum(path.stat().st_size for path in (folder / name for name in claim.entries) if path.exists())
@@ -45,19 +41,20 @@ def run(arguments: Sequence[str]) -> None:
     for path in damaged:
         print(f"damaged    {path}")
     print(f"not needed {len(gone)} files, {_gib(sum(path.stat().st_size for path in gone))}")
-    if options["delete"] == "yes":
+    if given.delete == "yes":
         for path in gone:
             path.unlink(missing_ok=True)
         print("deleted")
     elif gone:
-        print(f"next: wantrain prune {shlex.join(arguments)} delete=yes")
+        print(f"next: wantrain prune {shlex.join([str(folder), *given.RUN])} delete=yes")
 
 
 def _claim(claims: Sequence[cache.Claim], run: str, folder: Path) -> cache.Claim:
     """The claim of the run of this name or folder. UserError where there is none, or more than one."""
     found = [claim for claim in claims if run == claim.run or str(Path(run).resolve()) == claim.folder]
     if not found:
-        raise UserError(f"no run {run!r} uses {folder}: {', '.join(map(str, claims)) or 'none does'}", USAGE)
+        raise UserError(f"no run {run!r} uses {folder}: {', '.join(map(str, claims)) or 'none does'}",
+                        "wantrain prune CACHE_FOLDER    lists them")
     if len(found) > 1:
         raise UserError(f"{len(found)} runs are called {run!r}: {', '.join(claim.folder for claim in found)}",
                         f"give the folder: {shlex.join(['wantrain', 'prune', str(folder), found[0].folder])}")

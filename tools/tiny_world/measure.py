@@ -1,6 +1,6 @@
 """Measures the tiny base: reconstruction by style, and whether samples show what the prompt says.
 
-    python -m data_tools.tiny_world.measure --base wantrain/assets/tiny_wan --work tiny
+    python -m tools.tiny_world.measure --base wantrain/assets/tiny_wan --work tiny
 
 Writes a table to the console and contact sheets of samples (first, middle, last frame) into the work folder.
 """
@@ -18,9 +18,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn import functional
 
-from data_tools.tiny_world import fast_vae
-from data_tools.tiny_world.clips import HEIGHT, HELD_OUT_SEED, NUM_FRAMES, WIDTH
-from data_tools.tiny_world.world import BACKGROUNDS, COLOURS, OBJECTS, STYLES, Scene, caption, draw_scene, render
+from tools.tiny_world import fast_vae
+from tools.tiny_world.clips import HEIGHT, HELD_OUT_SEED, NUM_FRAMES, WIDTH
+from tools.tiny_world.world import BACKGROUNDS, COLOURS, OBJECTS, STYLES, Scene, caption, draw_scene, render
 
 LABELS = {"object": OBJECTS, "colour": tuple(COLOURS), "background": BACKGROUNDS}
 GOALS = {"background": 0.90, "colour": 0.85, "object": 0.70}

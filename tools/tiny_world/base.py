@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
-from data_tools.tiny_world.world import caption, draw_scene
+from tools.tiny_world.world import caption, draw_scene
 from wantrain.terms import TEXT_LEN
 
 VOCAB_SIZE = 512

@@ -1,7 +1,7 @@
 """Trains the tiny VAE on the world in all styles and some real frames: images first, then 5 and 9 frames.
 
-    python -m data_tools.tiny_world.train_vae --work tiny --video FILM
-    python -m data_tools.tiny_world.train_vae --work tiny --video FILM --decoder-only --minutes 0 0 40
+    python -m tools.tiny_world.train_vae --work tiny --video FILM
+    python -m tools.tiny_world.train_vae --work tiny --video FILM --decoder-only --minutes 0 0 40
 
 The second command keeps the encoder, and so the latent space, as it is.
 """
@@ -18,11 +18,11 @@ from diffusers import AutoencoderKLWan
 from numpy.random import Generator
 from torch import Tensor
 
-from data_tools.tiny_world import fast_vae
-from data_tools.tiny_world.base import Z_DIM, new_vae
-from data_tools.tiny_world.clips import HELD_OUT_SEED, VAE_SEED, real_clips, rendered_clips
-from data_tools.tiny_world.optim import Average, average_over_processes, optimizers
-from data_tools.tiny_world.world import STYLES
+from tools.tiny_world import fast_vae
+from tools.tiny_world.base import Z_DIM, new_vae
+from tools.tiny_world.clips import HELD_OUT_SEED, VAE_SEED, real_clips, rendered_clips
+from tools.tiny_world.optim import Average, average_over_processes, optimizers
+from tools.tiny_world.world import STYLES
 
 NUM_CLIPS, NUM_REAL, NUM_HELD_OUT = 18_000, 2500, 192
 PHASES = ((1, 10), (5, 3), (9, 2))  # frames in a clip, clips in a process's batch

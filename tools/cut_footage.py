@@ -103,7 +103,7 @@ def cut_all(args: argparse.Namespace) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m data_tools.cut_footage",
+    parser = argparse.ArgumentParser(prog="python -m tools.cut_footage",
                                      description="Cut the demo footage set from the Big Buck Bunny excerpt.")
     parser.add_argument("excerpt", type=Path, help="big_buck_bunny_excerpt.mp4")
     folder = Path(__file__).resolve().parent.parent / "wantrain" / "assets" / "demo" / "footage"

@@ -1,7 +1,7 @@
 """Trains the tiny transformer and text encoder by flow matching on the natural style: images first, then clips.
 
-    python -m data_tools.tiny_world.train_base --work tiny --encode      # once the VAE's encoder is final
-    python -m data_tools.tiny_world.train_base --work tiny --export wantrain/assets/tiny_wan
+    python -m tools.tiny_world.train_base --work tiny --encode      # once the VAE's encoder is final
+    python -m tools.tiny_world.train_base --work tiny --export wantrain/assets/tiny_wan
 
 With `--minutes 0 0` it only exports the newest snapshots.
 """
@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data_tools.tiny_world import fast_vae
-from data_tools.tiny_world.base import (
+from tools.tiny_world import fast_vae
+from tools.tiny_world.base import (
     Z_DIM,
     new_text_encoder,
     new_tokenizer,
@@ -28,9 +28,9 @@ from data_tools.tiny_world.base import (
     save_base,
     token_ids,
 )
-from data_tools.tiny_world.clips import BASE_SEED, HEIGHT, NUM_FRAMES, WIDTH
-from data_tools.tiny_world.optim import Average, average_over_processes, optimizers
-from data_tools.tiny_world.world import caption, draw_scene, render
+from tools.tiny_world.clips import BASE_SEED, HEIGHT, NUM_FRAMES, WIDTH
+from tools.tiny_world.optim import Average, average_over_processes, optimizers
+from tools.tiny_world.world import caption, draw_scene, render
 from wantrain.models.encode import predict_velocity
 from wantrain.models.short_text import shorten_text
 from wantrain.terms import TEXT_LEN

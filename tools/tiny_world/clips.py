@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.tiny_world.world import STYLES, draw_scene, render
+from tools.tiny_world.world import STYLES, draw_scene, render
 
 HEIGHT, WIDTH, NUM_FRAMES = 64, 96, 9
 

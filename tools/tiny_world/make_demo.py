@@ -1,6 +1,6 @@
 """Renders the two embedded style sets: clips with captions, regularisation clips, held-out clips.
 
-python -m data_tools.tiny_world.make_demo --out wantrain/assets/demo
+python -m tools.tiny_world.make_demo --out wantrain/assets/demo
 """
 
 import argparse
@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.command import FFMPEG, answer, needed
-from data_tools.tiny_world.clips import DEMO_SEED
-from data_tools.tiny_world.world import OBJECTS, Scene, caption, draw_scene, mask, render
+from tools.tiny_world.clips import DEMO_SEED
+from tools.tiny_world.world import OBJECTS, Scene, caption, draw_scene, mask, render
 
 HEIGHT, WIDTH, NUM_FRAMES, FPS = 128, 192, 17, 16
 BUILDINGS = ("house", "castle", "tower")
@@ -80,7 +80,7 @@ def write_sets(folder: Path, seed: int, args: argparse.Namespace) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m data_tools.tiny_world.make_demo", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m tools.tiny_world.make_demo", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", dest="folder", type=Path, required=True)
     parser.add_argument("--num-clips", type=int, default=40)

@@ -24,7 +24,7 @@ CALL = timedelta(seconds=10)
 """How long those that are left wait to find out who is missing."""
 
 
-class Meeting:
+class Rendezvous:
     """Small exchanges of all processes, over a group of their own on the CPU (gloo) that no GPU's queue holds up.
 
     Every process must make each of these calls, in the same order. They raise Stalled where a process does not come
@@ -42,7 +42,7 @@ class Meeting:
             self.all((socket.gethostname(), os.getpid())))]
 
     def all(self, own: Any) -> list[Any]:
-        """What each process gave, by index."""
+        """Exchange a value: the values of all processes, by process index."""
         if self._group is None:
             return [own]
         found: list[Any] = [None] * dist.get_world_size()
@@ -51,7 +51,7 @@ class Meeting:
         return found
 
     def first(self, own: Any) -> Any:
-        """What the first process gave."""
+        """The value of the first process, in every process."""
         if self._group is None:
             return own
         given = [own]

@@ -15,8 +15,9 @@ CONDITION_NAMES = {"base": "base", "lora_with_trigger": "LoRA with trigger", "lo
 CURVE_PX = (640, 200)
 
 
-def html(name: str, trigger: str, numbers: Mapping[str, Any], lines: Mapping[str, Sequence[Mapping[str, float]]],
-         trios: Sequence[tuple[str, int, Mapping[str, Path]]]) -> str:
+def evaluation_page(name: str, trigger: str, numbers: Mapping[str, Any],
+                    lines: Mapping[str, Sequence[Mapping[str, float]]],
+                    trios: Sequence[tuple[str, int, Mapping[str, Path]]]) -> str:
     """The page: numbers, videos side by side, a loss curve for each training (by expert), settings, provenance."""
     rows = [{"prompt": prompt, "seed": seed, "videos": {c: data_url(p) for c, p in files.items()}}
             for prompt, seed, files in trios]
@@ -27,13 +28,13 @@ def html(name: str, trigger: str, numbers: Mapping[str, Any], lines: Mapping[str
         curves={expert: curve(found) for expert, found in lines.items()}, size=CURVE_PX)
 
 
-def data_html(page: Mapping[str, Any]) -> str:
+def data_page(page: Mapping[str, Any]) -> str:
     """The page of the data: what `wantrain report` found, with its clips inside."""
     return _template("data.html.j2").render(page)
 
 
 def _template(name: str) -> Template:
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "assets"), autoescape=True,
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
                               undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template(name)
 

@@ -1,0 +1,76 @@
+"""What changes a loaded transformer: one function, in one order.
+
+1. Short text on the CPU: it replaces diffusers' attention processors, which the adapter and the sharing of tokens then
+   find in place. 2. The adapter, over the frozen weights. 3. Activation checkpointing, of blocks that hold the adapter.
+4. Sequence parallelism, whose hooks must be the outermost, and which needs the started process group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import WanTransformer3DModel
+
+from wantrain import lora
+from wantrain.lora import Spec
+from wantrain.models import sequence
+from wantrain.models.lora_formats import LoraFile
+from wantrain.models.lora_names import instead_of_adapter
+from wantrain.models.lora_updates import adapter_for, read_adapter
+from wantrain.models.short_text import shorten_text
+from wantrain.models.variants import Expert
+from wantrain.terms import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class NewAdapter:
+    """An adapter to train: without effect, or with that of the LoRA `start`."""
+
+    targets: Sequence[str]
+    spec: Spec
+    seed: int
+    start: LoraFile | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFile:
+    """A LoRA file of any format, whose effect lora.set_strength scales; `expert` where its transformer is one's."""
+
+    path: Path
+    expert: Expert | None = None
+
+
+def fit(transformer: WanTransformer3DModel, device: torch.device, adapter: NewAdapter | AdapterFile | None = None, *,
+        activation_checkpointing: bool = False, sequence_parallel: int = 1) -> list[str]:
+    """Make a loaded transformer ready to be trained or sampled on `device`; the names of its adapted modules.
+
+    To be called once. Raises UserError where the adapter does not fit the transformer, or its file is damaged, of
+    another variant or expert, or more than an adapter.
+    """
+    if device.type == "cpu" and not transformer.config.image_dim:
+        shorten_text(transformer)
+    modules: list[str] = []
+    if isinstance(adapter, NewAdapter):
+        start = adapter_for(adapter.start, transformer) if adapter.start else None
+        modules = lora.inject(transformer, adapter.targets, adapter.spec, adapter.seed)
+        if start:
+            lora.start_from(transformer, start)
+    elif adapter:
+        modules = _attach(transformer, adapter)
+    if activation_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if sequence_parallel > 1:
+        sequence.share_tokens(transformer, sequence_parallel)
+    return modules
+
+
+def _attach(transformer: torch.nn.Module, file: AdapterFile) -> list[str]:
+    state = read_adapter(file.path, transformer, file.expert)
+    try:
+        lora.attach(transformer, state)
+    except UserError as error:
+        raise UserError(f"{file.path}: {error.message}", instead_of_adapter(file.path)) from error
+    return list(state.tensors)

@@ -1,0 +1,1 @@
+"""What several verbs open: a config with its base, its clips, its samples, its sampler."""

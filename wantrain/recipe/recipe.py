@@ -1,0 +1,158 @@
+"""A config with its base's files: of the whole checkpoint, or of one of its experts. Nothing heavy is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from wantrain import flow, lora
+from wantrain.config import Config, Dtype, expert_config
+from wantrain.engine.checkpoint import CheckpointStore, step_of
+from wantrain.lora import AdapterState, Spec
+from wantrain.models import hub
+from wantrain.models.base import Base, expert_path, find
+from wantrain.models.lora_updates import adapter_for, read_given, refuse_unexportable
+from wantrain.models.variants import Variant
+from wantrain.objective import Objective
+from wantrain.recipe import folders
+from wantrain.terms import Bucket, UserError
+
+TORCH_DTYPE = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a config says of its base, and the base's files."""
+
+    config: Config
+    base: Base
+    """Of the checkpoint, or of one expert."""
+
+    @property
+    def variant(self) -> Variant:
+        return self.base.variant
+
+    def trainings(self) -> list[Recipe]:
+        """This recipe, or one for each expert that is asked for: two trainings over one cache, high noise first."""
+        asked = self.config.model.experts.name
+        return [replace(self, base=base, config=expert_config(self.config, base.expert))
+                for base in self.base.each() if asked in ("both", base.expert)]
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder; an expert's training has its own inside."""
+        return folders.run_dir(self.config, self.base.expert)
+
+    @property
+    def checkpoints(self) -> CheckpointStore:
+        """Where the training's checkpoints are."""
+        return folders.checkpoints_of(self.config, self.base.expert)
+
+    @property
+    def export_path(self) -> Path:
+        """Where `export` writes and where `sample` and `evaluate` look first."""
+        return folders.export_path(self.config, self.base.expert)
+
+    @property
+    def memo(self) -> Path:
+        """Where digests of the base's files are remembered: in the folder of the cache."""
+        return Path(self.config.data.cache_dir) / "digests"
+
+    @property
+    def base_digest(self) -> str:
+        """A digest of the frozen transformer."""
+        return self.base.digest("transformer", self.memo)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Storage of the frozen transformer and text encoder."""
+        return TORCH_DTYPE[self.config.model.dtype]
+
+    @property
+    def adapter_spec(self) -> Spec:
+        """How the config wants its adapter."""
+        own = self.config.lora
+        return Spec(own.rank, own.alpha, own.kind.name, own.rank_pattern, own.alpha_pattern)
+
+    @property
+    def sigmas(self) -> tuple[float, float]:
+        """[low, high) of the sigmas to train at: the expert's, as far as sigma.range allows."""
+        low, high = self.variant.sigmas_of(self.base.expert)
+        asked = self.config.sigma.range
+        narrowed = (max(low, asked[0]), min(high, asked[1]))
+        if not narrowed[0] < narrowed[1]:
+            raise UserError(f"sigma.range = {asked} leaves nothing of [{low:g}, {high:g}), where the "
+                            f"{self.base.expert} noise expert works", "widen sigma.range, or train the other expert "
+                            "alone: model.experts=high or low")
+        return narrowed
+
+    @property
+    def validation_sigmas(self) -> list[float]:
+        """The validation.sigmas at which this transformer is trained."""
+        low, high = self.sigmas
+        return [sigma for sigma in self.config.validation.sigmas if low <= sigma < high or sigma == high == 1]
+
+    @property
+    def objective(self) -> Objective:
+        """How the errors of a batch become its loss."""
+        own, sources = self.config.loss, self.config.data.sources
+        asks_base = bool(own.class_words or own.mask_preserve) or any(s.preserve for s in sources.values())
+        return Objective(own.kind.name, own.delta, own.weighting.name, own.min_snr_gamma, own.mask_background,
+                         own.mask_preserve, own.class_weight, asks_base)
+
+    def density(self, bucket: Bucket) -> flow.Density:
+        """How sigma is drawn for a bucket."""
+        own, variant = self.config.sigma, self.variant
+        shift = variant.shift if own.shift is None else own.shift
+        if own.by_resolution:
+            shift = flow.shift_for(shift, bucket.num_tokens(variant.multiple_px), variant.native_tokens)
+        try:
+            return flow.Density(own.distribution.name, tuple(own.shape), shift, self.sigmas)
+        except ValueError as error:
+            raise UserError(f"sigma: {error}", "widen sigma.range, or choose another sigma.distribution") from error
+
+    def meta_adapter(self) -> AdapterState:
+        """The names, shapes and scales of the adapter that a training makes, on the meta device."""
+        transformer = self.base.meta_transformer()
+        lora.inject(transformer, self.config.lora.targets, self.adapter_spec, self.config.train.seed)
+        return lora.adapter_state(lora.trainable_parameters(transformer), lora.scales(transformer))
+
+
+def open_recipe(config: Config) -> Recipe:
+    """Find the base's files. Raises UserError where one is not there."""
+    variant = folders.variant_of(config)
+    return Recipe(config, find(variant, config.model.path, config.model.parts, config.model.merge))
+
+
+def training_faults(recipe: Recipe) -> Iterator[UserError]:
+    """The errors that would keep a training from its first or its last step; `train` and `check` raise the first."""
+    config, done = recipe.config, recipe.checkpoints.on_disk()
+    if done and step_of(done[-1].name) > config.train.num_steps:
+        yield more_steps_done(config, done[-1])
+    if config.validation.every_steps and not recipe.validation_sigmas:
+        low, high = recipe.sigmas
+        yield UserError(f"validation.sigmas = {config.validation.sigmas}: none is in [{low:g}, {high:g}), the sigmas "
+                        f"that {'this expert' if recipe.base.expert else 'sigma.range'} leaves to train at",
+                        f"add one, e.g. validation.sigmas=[{(low + high) / 2:g}], or validation.every_steps=0")
+    try:
+        for file, _ in recipe.base.merged:
+            read_given(file, recipe.base.expert)
+        if config.lora.start_from:
+            given = read_given(hub.local(expert_path(config.lora.start_from, recipe.base.expert)), recipe.base.expert)
+            adapter_for(given, recipe.base.meta_transformer())
+    except UserError as error:
+        yield error
+    try:
+        refuse_unexportable(recipe.meta_adapter(), config.export.format.name, config.export.dtype.name)
+    except UserError as error:
+        yield UserError(f"what would be trained could not be exported: {error.message}", error.next_step)
+
+
+def more_steps_done(config: Config, path: Path) -> UserError:
+    """The error for a checkpoint that is of a later step than the config's last one."""
+    step = step_of(path.name)
+    return UserError(f"train.num_steps = {config.train.num_steps}, and {path} has done {step} already", "set "
+                     f"train.num_steps={step} or more, or train fewer steps in a run of their own: run.name=ANOTHER")

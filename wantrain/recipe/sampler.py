@@ -1,0 +1,156 @@
+"""The sampler of a recipe: its settings, its inputs, its LoRA files, and the loaded models behind it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from wantrain.config import Dtype
+from wantrain.data import decode, media, plan
+from wantrain.models import conditioning, fit, hub, sampling
+from wantrain.models.base import expert_path
+from wantrain.models.conditioning import media_of_task
+from wantrain.models.lora_names import refuse_other_experts_file
+from wantrain.models.variants import Expert, Variant
+from wantrain.recipe.clips import Clips
+from wantrain.recipe.recipe import Recipe
+from wantrain.terms import Bucket, UserError
+
+STILLS = ("first", "last", "reference")
+"""Inputs of a sample that are images."""
+
+LoraFiles = Mapping[Expert | None, Path]
+"""The LoRA file of each adapted transformer: by expert, or of the one under None."""
+
+
+def sampler_settings(recipe: Recipe) -> sampling.Settings:
+    """The config's sampler with the variant's numbers where the config has none."""
+    own, data, variant = recipe.config.sampler, recipe.config.data, recipe.variant
+    height, width = own.resolution or data.resolutions[0]
+    bucket, = plan.buckets([own.num_frames or max(data.num_frames)], [[height, width]], variant.multiple_px)
+    return sampling.Settings(
+        num_steps=own.num_steps or variant.num_steps,
+        guidance=variant.guidance if own.guidance is None else (own.guidance, own.guidance),
+        shift=variant.shift if own.shift is None else own.shift,
+        bucket=bucket, negative_prompt=own.negative_prompt, strength=own.strength,
+    )
+
+
+def lora_files(recipe: Recipe, arguments: Sequence[str]) -> LoraFiles:
+    """The LoRA files that the config names, or the run's own exports, of the experts that are asked for."""
+    own, trainings = recipe.config.sampler.lora, {one.base.expert: one for one in recipe.trainings()}
+    if own:
+        named = {expert: hub.local(expert_path(own, expert)) for expert in trainings}
+        for expert, path in named.items():
+            refuse_other_experts_file(path, expert)
+        return named
+    paths = {expert: one.export_path for expert, one in trainings.items()}
+    if absent := [path for path in paths.values() if not path.exists()]:
+        raise UserError(f"no LoRA file {absent[0]}", shlex.join(["wantrain", "export", *arguments]))
+    return paths
+
+
+def load_pipeline(recipe: Recipe, loras: LoraFiles) -> sampling.Pipeline:
+    """The base loaded on the best device, with LoRA files of any format in its transformers, or none."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    transformers = []
+    for base in recipe.base.each():
+        file = fit.AdapterFile(loras[base.expert], base.expert) if base.expert in loras else None
+        transformers.append(base.transformer(recipe.dtype, device))
+        fit.fit(transformers[-1], device, file)
+    return sampling.Pipeline(recipe.variant, transformers, recipe.base.text(recipe.dtype, device),
+                             recipe.base.encoders(device), recipe.dtype)
+
+
+def sampled(recipe: Recipe, pipeline: sampling.Pipeline, prompt: str, *, seed: int, strength: float,
+            inputs: sampling.Inputs) -> torch.Tensor:
+    """A video of the config's sampler, frames_FCHW uint8, with the LoRAs at `strength`; 0 computes as the base.
+
+    UserError where its values are not finite: bytes would make a black film of them.
+    """
+    sampling.set_strength(pipeline, strength)
+    try:
+        return sampling.sample(pipeline, prompt, seed, sampler_settings(recipe), inputs)
+    except FloatingPointError as error:
+        advice = ("lower sampler.strengths, or take an earlier checkpoint" if strength else "look at model.path and "
+                  "model.merge, as no LoRA is heard at strength 0")
+        precise = ", or try model.dtype=float32" if recipe.config.model.dtype is not Dtype.float32 else ""
+        raise UserError(f"no video of prompt {prompt!r}, seed {seed}, LoRA strength {strength:g}: {error}",
+                        f"{advice}{precise}; sampler.guidance and sampler.shift may be too large") from error
+
+
+def inputs_of(recipe: Recipe, num_prompts: int, open_clips: Callable[[], Clips]) -> list[sampling.Inputs]:
+    """What each prompt is sampled from besides its text: the files of sampler.inputs, as the sample's size shows them;
+    where the task needs inputs and none are named, those of the held-out clips in turn. Only then clips are opened.
+    """
+    own, bucket = recipe.config.sampler.inputs, sampler_settings(recipe).bucket
+    if own:
+        if len(own) not in (1, num_prompts):
+            raise UserError(f"sampler.inputs has {len(own)} entries for {num_prompts} prompts",
+                            "give one entry for all prompts, or one for each")
+        read = [read_inputs(recipe, given, bucket) for given in own]
+        return read * num_prompts if len(read) == 1 else read
+    if not media_of_task(recipe.variant.task).encoded:
+        return [sampling.Inputs()] * num_prompts
+    clips = open_clips()
+    fitting = [p for p in clips.heldout if p.bucket == bucket]
+    if not fitting:
+        raise UserError(f"{recipe.variant.name} ({recipe.variant.task}) samples from inputs, and neither "
+                        f"sampler.inputs nor data.heldout has any of {bucket}", example_of_inputs(recipe.variant))
+    windows = [fitting[i % len(fitting)] for i in range(num_prompts)]
+    names = [clips.cache.conditioning.present_in(p) for p in windows]
+    return [sampling.Inputs(conditioning.of_window(
+        {name: decode.read_window(p.part(name)) for name in own}, bucket))
+        for p, own in zip(windows, names, strict=True)]
+
+
+def example_of_inputs(variant: Variant) -> str:
+    """An entry of sampler.inputs with which the task can do."""
+    task = media_of_task(variant.task)
+    names = task.inputs_needed or task.partners[:1] or ("video",)
+    return "sampler.inputs='[{" + ", ".join(
+        f"{name}: {'IMAGE' if name in STILLS else 'VIDEO'}" for name in names) + "}]'"
+
+
+def read_inputs(recipe: Recipe, given: Mapping[str, str], bucket: Bucket) -> sampling.Inputs:
+    """The frames of one entry of sampler.inputs: images for first, last and reference, an image or a video for a mask,
+    videos for the rest.
+    """
+    variant, settings = recipe.variant, sampler_settings(recipe)
+    task = media_of_task(variant.task)
+    about, allowed = f"sampler.inputs: {variant.name} ({variant.task})", {*task.inputs, "video"}
+    if unknown := sorted(set(given) - allowed):
+        raise UserError(f"{about} takes no {unknown[0]}, but {', '.join(sorted(allowed))}", "rename or remove it")
+    if lacking := [name for name in task.inputs_needed if name not in given]:
+        raise UserError(f"{about} cannot do without {' and '.join(lacking)}", example_of_inputs(variant))
+    if "control_mask" in given and "control" not in given:
+        raise UserError(f"{about}: control_mask says what of a control video to make anew, and there is no control",
+                        "add control: VIDEO, or take control_mask out")
+    frames = {name: read_input(variant, name, Path(where), bucket) for name, where in given.items()}
+    if "video" in given and not settings.num_steps_from_video:
+        raise UserError(f"sampler.strength = {settings.strength:g} of {settings.num_steps} steps leaves none",
+                        "raise sampler.strength or sampler.num_steps")
+    return sampling.Inputs({name: f for name, f in frames.items() if name != "video"}, frames.get("video"))
+
+
+def read_input(variant: Variant, name: str, path: Path, bucket: Bucket) -> torch.Tensor:
+    """The frames of one file of sampler.inputs."""
+    if not path.is_file():
+        raise UserError(f"sampler.inputs: {name} = {path} does not exist", "give the path of an image or video")
+    is_image = media.look(path).duration_s == 0
+    if name in STILLS:
+        if not is_image:
+            raise UserError(f"sampler.inputs: {name} = {path} is a video, not an image", "save the frame as a PNG")
+        bucket = replace(bucket, num_frames=1)
+    elif is_image and bucket.num_frames > 1:
+        if name != "control_mask":
+            raise UserError(f"sampler.inputs: {name} = {path} is an image, and a sample has {bucket.num_frames} frames",
+                            "give a video, or sampler.num_frames=1")
+        bucket = replace(bucket, num_frames=1)
+    if name == "face":
+        bucket = replace(bucket, height=variant.face_px, width=variant.face_px)
+    return decode.read_clip(path, 0.0, None, variant.fps, bucket, contain=name == "reference")

@@ -1,0 +1,146 @@
+"""The tensors of clips and captions: read from the cache, or encoded on the spot."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from wantrain.data import decode
+from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Cache, Entry, describe
+from wantrain.jobs import in_workers
+from wantrain.models import conditioning, encode
+from wantrain.recipe.clips import Clips, num_workers
+from wantrain.recipe.recipe import Recipe
+from wantrain.terms import WINDOW, Encoded, PlannedClip, Sample, UserError
+
+
+class Encode(Protocol):
+    """What cache and streaming share: a window or a caption to its tensors."""
+
+    def window(self, planned: PlannedClip) -> Encoded: ...
+    def text(self, caption: str) -> torch.Tensor: ...
+
+
+class Encoder:
+    """Decode and encode on the spot with the base's VAE and encoders, on `device`."""
+
+    def __init__(self, recipe: Recipe, cache: Cache, device: torch.device) -> None:
+        self._variant, self._cache = recipe.variant, cache
+        self._encoders = recipe.base.encoders(device)
+        self._text = recipe.base.text(recipe.dtype, device)
+
+    def encode(self, kind: str, planned: PlannedClip, frames: conditioning.Frames) -> dict[str, torch.Tensor]:
+        """The tensors of one cache entry, float32 on the CPU, from the frames that it is made of."""
+        if kind == LATENTS:
+            return {"x": encode.encode_frames(self._encoders.vae, frames[WINDOW])}
+        if kind == MASK:
+            bucket = planned.partners["mask"].bucket
+            return {"x": encode.pool_mask(frames["mask"], bucket, self._variant.multiple_px // 2)}
+        own = {name: frames[name] for name in self._cache.media_of(planned, [kind])}
+        return conditioning.encode(self._variant, self._encoders, conditioning.of_window(own, planned.bucket),
+                                   planned.bucket)
+
+    def whole(self, planned: PlannedClip, frames: conditioning.Frames) -> Encoded:
+        """Every entry of a window."""
+        return encoded({kind: self.encode(kind, planned, frames) for kind in self._cache.kinds_of(planned)})
+
+    def window(self, planned: PlannedClip) -> Encoded:
+        """A window, decoded in this process."""
+        names = self._cache.media_of(planned, self._cache.kinds_of(planned))
+        return self.whole(planned, {name: decode.read_window(planned.part(name)) for name in names})
+
+    def text(self, caption: str) -> torch.Tensor:
+        """text_LD of the caption's true length, on the CPU."""
+        return encode.encode_text(self._text, caption)
+
+
+def encoded(entries: Mapping[str, Mapping[str, torch.Tensor]]) -> Encoded:
+    """A window from its cache entries by kind."""
+    return Encoded(entries[LATENTS]["x"], entries[MASK]["x"] if MASK in entries else None, entries.get(CONDITION, {}))
+
+
+class Streamed:
+    """What training asks for, decoded ahead of it in worker processes and encoded here.
+
+    `coming` are the windows in the order in which they will be asked for.
+    """
+
+    def __init__(self, clips: Clips, encoder: Encoder, coming: Iterable[PlannedClip]) -> None:
+        self._encoder, cache = encoder, clips.cache
+        wanted = ((p, cache.media_of(p, cache.kinds_of(p))) for p in coming)
+        self._decoded = in_workers(decode.frames_in_worker, wanted, num_workers(clips.config),
+                                   clips.config.data.timeout_s, "data.timeout_s", ordered=True)
+
+    def window(self, planned: PlannedClip) -> Encoded:
+        """The next window, which must be this one."""
+        (given, _), result, why = next(self._decoded)
+        assert given == planned, f"{given.name} was decoded where {planned.name} is asked for"
+        frames, _, fault = result or ({}, "", f"clip {planned.clip.id}: {why}")
+        if not frames:
+            raise UserError(fault, "replace the file or take it out of the manifest; the last checkpoint is untouched")
+        return self._encoder.whole(planned, {name: torch.from_numpy(array) for name, array in frames.items()})
+
+    def text(self, caption: str) -> torch.Tensor:
+        """text_LD of the caption's true length, on the CPU."""
+        return self._encoder.text(caption)
+
+
+class Cached:
+    """The same tensors read from the cache, which must be complete."""
+
+    def __init__(self, clips: Clips) -> None:
+        self._cache = clips.cache
+        if missing := self._cache.missing(clips.everything, clips.captions):
+            raise UserError(f"the cache lacks {counted(missing)} for this base and these settings; the first is "
+                            f"{describe(next(iter(missing.values())))}", self._cache.build_command)
+
+    def window(self, planned: PlannedClip) -> Encoded:
+        """A window's entries."""
+        return encoded({kind: self._cache.read((kind, planned)) for kind in self._cache.kinds_of(planned)})
+
+    def text(self, caption: str) -> torch.Tensor:
+        """text_LD of the caption's true length, on the CPU."""
+        return self._cache.read((TEXT, caption))["x"]
+
+
+def counted(entries: Mapping[Path, Entry]) -> str:
+    """`3 clips, 0 masks and 2 captions`."""
+    kinds = Counter(kind for kind, _ in entries.values())
+    more = "".join(f", {kinds[kind]} {kind}s" for kind in (MASK, CONDITION) if kinds[kind])
+    return f"{kinds[LATENTS]} clips{more} and {kinds[TEXT]} captions"
+
+
+def sample_of(clips: Clips, source: Encode, planned: PlannedClip, caption: str, first: bool) -> Sample:
+    """One training or held-out sample; `first`: whether its first frame is given, where the task leaves that open."""
+    window = source.window(planned)
+    condition, latents_CTHW, known_T = conditioning.arrange(clips.variant, dict(window.condition), window.latents_CTHW,
+                                                            first)
+    mask = window.mask_1THW
+    if mask is not None and (before := latents_CTHW.shape[1] - window.latents_CTHW.shape[1]):
+        whole = mask.expand(1, *window.latents_CTHW.shape[1:])
+        mask = torch.cat([torch.ones_like(whole[:, :before]), whole], dim=1)
+    words = clips.class_caption(caption)
+    return Sample(latents_CTHW, encode.pad_text(source.text(caption)), mask, condition, known_T,
+                  None if words is None else encode.pad_text(source.text(words)))
+
+
+def heldout_samples(clips: Clips, source: Encode) -> Callable[[int], Sample]:
+    """place -> that held-out clip, read once, given its first frame where some of the training samples are.
+
+    Its loss looks everywhere, and at its own caption alone.
+    """
+    first = clips.config.data.first_frame_share > 0
+
+    @functools.cache
+    def sample(place: int) -> Sample:
+        planned = clips.heldout[place]
+        own = sample_of(clips, source, planned, planned.clip.caption, first)
+        return replace(own, class_text_LD=None, mask_1THW=None)
+
+    return sample
