@@ -21,7 +21,7 @@ def header(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ["ddp", "zero2"])
+@pytest.mark.parametrize("file", ["ddp", pytest.param("zero2", marks=pytest.mark.long)])
 def test_launched_processes_train_as_one_does_and_resume_in_one(launched, alone, file):
     """Steps 1 and 2 under two processes, 3 and 4 in one that goes on from their checkpoint."""
     parts = launched(file, "train.num_steps=2", run=f"{file}_parts")

@@ -50,8 +50,10 @@ num_machines: 1
 num_processes: 2
 """
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
-"""What torch frees goes back to the system at once; glibc would keep holes of the largest tensors' size."""
+ENVIRONMENT = {**{name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")},
+               "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
+"""What torch frees goes back to the system at once: glibc would keep holes of the largest tensors' size, and with the
+settings of make all that was ever used."""
 
 
 @pytest.fixture(scope="module")

@@ -261,7 +261,7 @@ def test_printing_fails_for_a_full_disk_but_not_for_a_reader_that_is_gone():
 def test_one_more_signal_ends_a_step_that_does_not_end():
     """The handler alone, in a process that hangs."""
     code = ("import time; from wantrain.engine import stopping; stopping.ONE_PRESS_S = 0.2\n"
-            "with Stopper(): print('ready', flush=True); [time.sleep(1) for _ in range(60)]")
+            "with stopping.Stopper(): print('ready', flush=True); [time.sleep(1) for _ in range(60)]")
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.readline()

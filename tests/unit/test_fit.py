@@ -1,0 +1,47 @@
+"""What changes a loaded transformer: in one order, each part only where it belongs."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+
+from tests import tiny_models as tiny
+from wantrain import lora
+from wantrain.lora import Spec
+from wantrain.models import fit
+from wantrain.models.fit import NewAdapter
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+ADAPTER = NewAdapter(["attn"], Spec(2, 2.0), 0)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The parts in the order in which they are put in."""
+    done: list[str] = []
+    inject, checkpointing = lora.inject, WanTransformer3DModel.enable_gradient_checkpointing
+    monkeypatch.setattr(fit, "shorten_text", lambda _: done.append("short text"))
+    monkeypatch.setattr(lora, "inject", lambda *given: (done.append("adapter"), inject(*given))[1])
+    monkeypatch.setattr(WanTransformer3DModel, "enable_gradient_checkpointing",
+                        lambda self: (done.append("checkpointing"), checkpointing(self)))
+    monkeypatch.setattr(fit.sequence, "share_tokens", lambda _, parts: done.append(f"tokens of {parts}"))
+    return done
+
+
+def test_the_order_is_the_one_that_is_stated(calls: list[str]) -> None:
+    transformer = copy.deepcopy(tiny.transformer("t2v"))
+    modules = fit.fit(transformer, CPU, ADAPTER, activation_checkpointing=True, sequence_parallel=2)
+    assert calls == ["short text", "adapter", "checkpointing", "tokens of 2"]
+    assert modules == [name for name, module in transformer.named_modules() if hasattr(module, "lora_A")]
+    assert transformer.is_gradient_checkpointing
+
+
+def test_nothing_is_changed_that_is_not_asked_for(calls: list[str]) -> None:
+    assert fit.fit(copy.deepcopy(tiny.transformer("t2v")), CUDA) == []
+    assert fit.fit(copy.deepcopy(tiny.transformer("i2v")), CPU) == []  # its image tokens stand before the text
+    assert calls == []
+    assert fit.fit(copy.deepcopy(tiny.transformer("t2v")), CPU) == []
+    assert calls == ["short text"]
