@@ -16,7 +16,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from data_tools import split
+from data_tools import shots, split
 from wantrain.data import decode
 
 LONGEST = 100
@@ -24,10 +24,10 @@ LONGEST = 100
 
 
 def small_frames(path: Path) -> np.ndarray:
-    """frames_FHWC of the whole film, at split.LOOK_PX."""
+    """frames_FHWC of the whole film, at shots.LOOK_PX."""
     with av.open(str(path)) as container:
-        height = container.streams.video[0].height * split.LOOK_PX // container.streams.video[0].width
-        return np.stack([frame.reformat(split.LOOK_PX, height, "rgb24", interpolation="AREA").to_ndarray()
+        height = container.streams.video[0].height * shots.LOOK_PX // container.streams.video[0].width
+        return np.stack([frame.reformat(shots.LOOK_PX, height, "rgb24", interpolation="AREA").to_ndarray()
                          for frame in container.decode(video=0)])
 
 
@@ -57,16 +57,16 @@ def faded(shots: list[np.ndarray], length: int) -> tuple[np.ndarray, list[tuple[
     return np.concatenate(parts).round().astype(np.uint8), spans[:-1]
 
 
-def told(name: str, threshold: float, frames_FHWC: np.ndarray) -> split.Transitions:
-    rules = split.Rules(threshold, 0.1, 1e9, None, name)
-    detector = split.Held(split.make_detector(rules), split.longest_hold(np.arange(len(frames_FHWC)) / 24))
+def told(name: str, threshold: float, frames_FHWC: np.ndarray) -> shots.Transitions:
+    rules = shots.Rules(threshold, 0.1, 1e9, None, name)
+    detector = shots.Held(shots.make_detector(rules), shots.longest_hold(np.arange(len(frames_FHWC)) / 24))
     for picture in frames_FHWC:
         frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
         detector.see(frame, frame.reformat(format="bgr24"))
     return detector.transitions()
 
 
-def scored(found: split.Transitions, spans: list[tuple[int, int]]) -> str:
+def scored(found: shots.Transitions, spans: list[tuple[int, int]]) -> str:
     hits = [any(first <= stop and last >= start for first, last in found) for start, stop in spans]
     false = [t for t in found if not any(t[0] <= stop and t[1] >= start for start, stop in spans)]
     return f"{sum(hits):3} of {len(spans)} found, {len(false)} false"
@@ -76,12 +76,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("film", type=Path)
     film = parser.parse_args().film
-    frames_FHWC, rules = small_frames(film), split.Rules(split.THRESHOLDS["adaptive"], 0.1, 1e9, None)
-    cuts, _ = split.find_shots(film, decode.probe(film).times_s, rules)
+    frames_FHWC, rules = small_frames(film), shots.Rules(split.THRESHOLDS["adaptive"], 0.1, 1e9, None)
+    cuts, _ = shots.find_shots(film, decode.probe(film).times_s, rules)
     edges = [0, *(start for _, start in cuts), len(frames_FHWC)]
-    shots = [frames_FHWC[first:stop][:LONGEST] for first, stop in itertools.pairwise(edges) if stop - first >= 40]
-    work = {"the film": (frames_FHWC, cuts), "fades through black, 24 frames": faded(shots, 24),
-            **{f"dissolves of {length} frames": dissolved(shots, length) for length in (6, 12, 24, 40)}}
+    films_shots = [frames_FHWC[first:stop][:LONGEST] for first, stop in itertools.pairwise(edges) if stop - first >= 40]
+    work = {"the film": (frames_FHWC, cuts), "fades through black, 24 frames": faded(films_shots, 24),
+            **{f"dissolves of {length} frames": dissolved(films_shots, length) for length in (6, 12, 24, 40)}}
     for what, (frames, spans) in work.items():
         for name, threshold in (("adaptive", 3.0), ("transnetv2", 0.5), ("transnetv2", 0.35)):
             began = time.perf_counter()

@@ -16,13 +16,11 @@ import argparse
 import collections
 import itertools
 import math
-import os
 import re
 import statistics
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from data_tools.command import (
@@ -36,13 +34,13 @@ from data_tools.command import (
     shown,
     stamp,
 )
-from data_tools.journal import Journal, by_workers
+from data_tools.dividing import TOUCHING_S, Rule, _touching, divide
+from data_tools.looking import Medium, _seconds, look_at
 from data_tools.rows import (
     Entry,
     captions_in,
     check_written,
     has,
-    is_url,
     moved,
     new_ids,
     read_entries,
@@ -51,54 +49,11 @@ from data_tools.rows import (
     sound_entries,
     write_rows,
 )
-from wantrain.data import media
 from wantrain.data.tables import COLUMNS, MEDIA, one_line
-from wantrain.files import digest_text
-from wantrain.terms import IMAGE_SUFFIXES, PARTNERS, MediaInfo, UserError
-
-OF_SPLIT = re.compile(r"(?P<shot>(?P<film>.+)@\d+\.\d{3})#\d+")
-"""An id that `data_tools.split` gave; its `shot_of` is the group of this name."""
-
-TOUCHING_S = 1e-6
-"""Spans nearer than this touch. Those of neighbouring shots are `split.GUARD_S` apart, which is more."""
+from wantrain.terms import IMAGE_SUFFIXES, PARTNERS, UserError
 
 LENGTHS_S = (0, 1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 60, math.inf)
 NUMS_FRAMES, FPS = (17, 33, 49, 81), (16, 24)
-
-
-@dataclass(frozen=True, slots=True)
-class Medium(MediaInfo):
-    """What a file holds, and its mean rate; 0 for one frame."""
-
-    fps: float = 0.0
-
-
-def look(path: str) -> Medium:
-    """The file, demuxed. A bad one is told by `fault`."""
-    try:
-        check_openable(Path(path))
-        seen = media.probe(Path(path))
-    except UserError as error:
-        return Medium(fault=error.message.partition(" cannot be decoded: ")[2] or error.message)
-    except FileNotFoundError:
-        return Medium(fault="missing file")
-    except (OSError, ValueError) as error:
-        return Medium(fault=str(error))
-    fps = (len(seen.times_s) - 1) / float(seen.times_s[-1] or math.inf)
-    return Medium("", round(seen.duration_s, 6), seen.width, seen.height, fps=round(fps, 2))
-
-
-def look_at(rows: Iterable[Entry], manifest: Path, jobs: int, timeout_s: float) -> dict[str, Medium]:
-    """The files of the rows by path, URLs left out. They are remembered beside the manifest as long as they do not
-    change; faults are not, for they may be mended without a trace.
-    """
-    files = {where for row in rows for column in MEDIA if (where := row.where(column)) and not is_url(where)}
-    by_key = {digest_text(file, *stamp(Path(file))): file for file in sorted(files)}
-    memory = manifest.with_name(manifest.name + ".looked")
-    journal = Journal(memory if os.access(memory.parent, os.W_OK) else Path(os.devnull), lambda row: Medium(**row))
-    found = journal.filled(journal.read(), list(by_key), by_workers(
-        look, by_key, lambda _, failure: Medium(fault=str(failure)), jobs, timeout_s), "file", "look")
-    return {file: found[key] for key, file in by_key.items()}
 
 
 def build(paths: Sequence[Path], out: Path, probed: Path | None, partners: Mapping[str, Sequence[Path]]) -> str:
@@ -292,16 +247,6 @@ def _notes(rows: Sequence[Entry]) -> list[str]:
     return notes
 
 
-def _touching(rows: Iterable[Entry]) -> Iterator[tuple[Entry, Entry]]:
-    """(earlier row, row) of one file whose spans touch or overlap: for each row the one before that ends last."""
-    longest: dict[str, Entry] = {}
-    for row in sorted(rows, key=lambda r: r.clip):
-        last = longest.setdefault(row.clip[0], row)
-        if last is not row and row.span[0] <= last.span[1] + TOUCHING_S:
-            yield last, row
-        longest[row.clip[0]] = max(last, row, key=lambda r: r.span[1])
-
-
 def merge(files: Sequence[Path], out: Path, prefix: bool) -> str:
     """Write the rows of all manifests into one; a clip that several have becomes one row with all their captions.
 
@@ -352,77 +297,6 @@ def _join(first: Entry, other: Entry) -> list[str]:
     return faults
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """How clips are held out: about `share` of them, or `num`; all of one shot, or of one film, go together."""
-
-    share: float | None
-    num: int | None
-    seed: int
-    by_file: bool
-
-
-def divide(rows: Sequence[Entry], rule: Rule, before: Mapping[tuple[str, float, float], bool]) -> list[bool]:
-    """For each row whether it is held out. `before` says so for clips that were divided earlier, and is kept to.
-
-    With a share, a group's side hangs on its name and the seed alone, not on what other clips there are. UserError
-    where clips that were divided earlier now belong together.
-    """
-    held, faults, num_held = [False] * len(rows), [], 0
-    free: list[tuple[float, list[int]]] = []
-    for group in groups(rows, rule.by_file):
-        sides = {before[rows[i].clip]: rows[i] for i in group if rows[i].clip in before}
-        if len(sides) > 1:
-            faults.append(f"{sides[False].place} is in --train and {sides[True].place} in --heldout, but they share a "
-                          f"shot or are joined by another row of {len(group)}")
-        elif sides:
-            num_held += len(group) if True in sides else 0
-            for i in group:
-                held[i] = True in sides
-        else:
-            name = min(_home(rows[i], rule.by_file) for i in group)
-            free.append((int(digest_text(rule.seed, name), 16) / 2**128, group))
-    refuse(faults, "take one of them out, or divide anew: remove both --train and --heldout")
-    for chance, group in sorted(free):
-        if chance < rule.share if rule.share is not None else num_held + len(group) <= (rule.num or 0):
-            num_held += len(group)
-            for i in group:
-                held[i] = True
-    return held
-
-
-def groups(rows: Sequence[Entry], by_file: bool) -> list[list[int]]:
-    """Positions of rows that must not be parted: of one shot (or film), touching spans, a clip and its duplicates."""
-    leader: dict[object, object] = {}
-
-    def lead(one: object) -> object:
-        while leader.setdefault(one, one) != one:
-            leader[one] = leader[leader[one]]
-            one = leader[one]
-        return one
-
-    pairs: list[tuple[object, object]] = [(id(a), id(b)) for a, b in _touching(rows)]
-    for row in rows:
-        bonds = [("id", row.id), ("id", str(row.values.get("duplicate_of") or row.id))]
-        if made := OF_SPLIT.fullmatch(row.id):
-            bonds.append(("film", made["film"]) if by_file else ("shot", made["shot"]))
-        bonds += [("file", row.clip[0])] if by_file else []
-        pairs += [(id(row), bond) for bond in bonds]
-    for one, other in pairs:
-        leader[lead(one)] = lead(other)
-    found: dict[object, list[int]] = collections.defaultdict(list)
-    for i, row in enumerate(rows):
-        found[lead(id(row))].append(i)
-    return list(found.values())
-
-
-def _home(row: Entry, by_file: bool) -> str:
-    """The name that a clip's side hangs on; it does not change when rows come and go."""
-    if made := OF_SPLIT.fullmatch(row.id):
-        return made["film" if by_file else "shot"]
-    return str(row.values["video"]) if by_file else row.id
-
-
 def split(file: Path, train: Path, heldout: Path, rule: Rule, *, jobs: int, timeout_s: float) -> str:
     """Write the rows of a manifest into two, of which the second is never trained on; both sides in numbers."""
     if len({absolute(path) for path in (file, train, heldout)}) < 3:
@@ -471,13 +345,6 @@ def _divided(rows: Iterable[Entry], train: Path, heldout: Path) -> dict[tuple[st
                 faults.append(f"{row.place}: also in {shown(train)}")
     refuse(faults, "bring them into the manifest (python -m data_tools.manifest merge), or remove both files")
     return sides
-
-
-def _seconds(row: Entry, found: Mapping[str, Medium]) -> float:
-    """How long the clip is; 0 for an image, and for a file that cannot be looked into."""
-    start_s, end_s = row.span
-    known = found.get(row.where("video"), Medium()).duration_s
-    return max(0.0, (min(end_s, known) if known or math.isinf(end_s) else end_s) - start_s)
 
 
 def stats(file: Path, trigger: str, jobs: int, timeout_s: float) -> str:

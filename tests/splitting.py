@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from data_tools import split
+from data_tools import shots, split
 
-RULES = split.Rules(threshold=3.0, min_s=0.1, max_s=100.0, drop_static=None)
+RULES = shots.Rules(threshold=3.0, min_s=0.1, max_s=100.0, drop_static=None)
 DEMO = sorted((Path(__file__).parents[1] / "wantrain/assets/demo/footage").glob("0*.mp4"))
 
 

@@ -16,7 +16,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
-from data_tools import review
+from data_tools import editing, review
 from tests import odd_files
 from tests.browser.chromium import chromium, complaints, requests
 
@@ -62,7 +62,8 @@ def serve(media, tmp_path):
     def start(rows, **options):
         path = tmp_path / "manifest.jsonl"
         path.write_text("".join(json.dumps({"video": str(media / "film.mpg")} | row) + "\n" for row in rows))
-        server = review.Review(review.Manifest(path), tmp_path / "previews", 16, **{"trigger": "", "port": 0, "jobs": 2,
+        manifest = editing.Manifest(path)
+        server = review.Review(manifest, tmp_path / "previews", 16, **{"trigger": "", "port": 0, "jobs": 2,
                                                                                "timeout_s": WAIT_S} | options)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()

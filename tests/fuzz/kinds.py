@@ -24,8 +24,8 @@ def manifests() -> Kind:
     import pyarrow
     from pyarrow import parquet
 
+    from data_tools import editing, rows, split
     from data_tools import filter as measuring
-    from data_tools import review, rows, split
     from wantrain.data import manifest
 
     table = io.StringIO(newline="")
@@ -44,7 +44,7 @@ def manifests() -> Kind:
             lambda: manifest.read(manifest.ClipSource("fuzz", str(path), fetched=path.parent / "fetched")),
             lambda: [(entry.id, entry.clip, entry.captions) for entry in rows.read_entries(path)[0]]]
         if path.suffix != ".parquet":
-            readers += [lambda: measuring.read(path), lambda: review.Manifest(path).content()]
+            readers += [lambda: measuring.read(path), lambda: editing.Manifest(path).content()]
         if path.suffix == ".jsonl":
             readers += [lambda: split._merged(path, {"a.mp4"}, [])]
         all_of(readers)
@@ -76,7 +76,7 @@ def shards() -> Kind:
 
 def captions() -> Kind:
     """Sidecars of a folder, journals of answers, and what a model says."""
-    from data_tools import caption, split
+    from data_tools import caption, captioner, split
     from data_tools import filter as measuring
     from data_tools import manifest as tool
     from wantrain.data import manifest
@@ -92,7 +92,7 @@ def captions() -> Kind:
                 lambda: tool.build([path.parent], path.parent / "m.jsonl", None, {}),
                 lambda: caption.gather(path.parent, path.parent / "n.jsonl"),
                 *(lambda of=of: replace(of(path), path=path).read() for of in journals),
-                lambda: caption.judge(caption.Answer(text), 250), lambda: caption.readable(text)])
+                lambda: captioner.judge(captioner.Answer(text), 250), lambda: caption.readable(text)])
 
     journal = json.dumps({"key": "k", "text": answer, "is_finished": True, "fault": ""}) + "\n"
     return Kind({"a.txt": answer.encode(), "a.1.txt": "été\u2028".encode("utf-16"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data_tools import caption, journal
+from data_tools import caption, captioner, journal
 from tests import odd_files
 from tests.tiny_captioner import SAID, TEMPLATE, write_model
 from wantrain.data import decode, manifest
@@ -136,8 +136,8 @@ def test_the_model_is_given_the_pictures_of_each_span(set_, film_FHWC, here, ask
     """3 parts of 24 frames: their middles are frames 4, 12 and 20 of each shot."""
     folder = write_model(set_.parent / "model", family=family)
     call(set_, "--model", folder, "--overwrite", "--batch-size", "4", "--dtype", "float32", "--prompt", "say {medium}")
-    settings = caption.Settings("model", "", "", "", "", "", 3, 1 << 20, 1, 1, False)
-    processor = caption.Captioner(str(folder), settings, with_weights=False).processor
+    settings = captioner.Settings("model", "", "", "", "", "", 3, 1 << 20, 1, 1, False)
+    processor = captioner.Captioner(str(folder), settings, with_weights=False).processor
     assert [inputs["dtype"] for inputs in asked] == [torch.float32]
     told, pixels = processor.batch_decode(asked[0]["input_ids"]), asked[0]["pixel_values"]
     wanted = [film_FHWC[24 * shot + frame] for shot in range(3) for frame in (4, 12, 20)] + [film_FHWC[0]]
@@ -160,7 +160,7 @@ def test_the_likeliest_words_are_taken_whatever_the_model_folder_says(set_, mode
 
 
 def see(path, span=(0.0, np.inf), num_frames=4, **job):
-    return caption.see(caption.Job(path, *span, num_frames, **{"max_pixels": 1 << 20} | job))
+    return captioner.see(captioner.Job(path, *span, num_frames, **{"max_pixels": 1 << 20} | job))
 
 
 @pytest.mark.parametrize(("span", "number", "frames"), [
@@ -203,7 +203,7 @@ def test_what_cannot_be_seen_is_a_fault_named_by_clip(tmp_path, film_FHWC, model
 def test_a_dry_run_shows_everything_and_leaves_no_trace(set_, model, asked, monkeypatch, capsys):
     before = files_of(set_.parent)
     with monkeypatch.context() as without_weights:
-        without_weights.setattr(caption, "_load_model", None)
+        without_weights.setattr(captioner, "_load_model", None)
         without_weights.setattr("wantrain.data.decode.read_clip", None)
         assert call(set_, "--model", model, "--kind", "style", "--dry-run") == 0
     assert files_of(set_.parent) == before
@@ -212,7 +212,7 @@ def test_a_dry_run_shows_everything_and_leaves_no_trace(set_, model, asked, monk
     assert "film.mp4@1.000#1" not in out
     assert "4 rows = 3 captioned + 1 kept + 0 faulty; a dry run: nothing was written" in out
     call(set_, "--model", model, "--kind", "style", "--batch-size", "1")
-    processor = caption._load_processor(str(model))
+    processor = captioner._load_processor(str(model))
     prompts = [processor.batch_decode(inputs["input_ids"])[0] for inputs in asked]
     marks = [caption.re.sub(r"(<.image_pad.>)+", r"\1", prompt) for prompt in prompts]
     assert marks[0] in out
@@ -224,7 +224,7 @@ def test_a_dry_run_shows_everything_and_leaves_no_trace(set_, model, asked, monk
 def test_a_killed_call_goes_on_with_the_batch_that_it_lost(set_, model, monkeypatch, capsys):
     rows = [row | {"caption": ""} for row in read_rows(set_)]
     write_rows(set_, rows)
-    ask, asked = caption.Captioner.ask, []
+    ask, asked = captioner.Captioner.ask, []
 
     def killed(self, jobs, seen):
         if stops and stops[0] == len(asked):
@@ -233,7 +233,7 @@ def test_a_killed_call_goes_on_with_the_batch_that_it_lost(set_, model, monkeypa
         asked.extend(jobs)
         return ask(self, jobs, seen)
 
-    monkeypatch.setattr(caption.Captioner, "ask", killed)
+    monkeypatch.setattr(captioner.Captioner, "ask", killed)
     stops = [1, 2]
     assert call(set_, "--model", model, "--batch-size", "1") == 130
     assert "what was finished is kept" in capsys.readouterr().err
@@ -260,7 +260,7 @@ def test_what_ran_into_the_time_limit_is_tried_again(set_, model, monkeypatch):
 
     with monkeypatch.context() as slow:
         slow.setattr(journal, "in_workers", in_workers)
-        slow.setattr(caption.Captioner, "ask", killed)
+        slow.setattr(captioner.Captioner, "ask", killed)
         assert call(set_, "--model", model) == 130
     assert call(set_, "--model", model) == 0
     assert captions(set_) == [SAID, "by hand", SAID, SAID]
@@ -280,8 +280,8 @@ def test_other_settings_or_another_file_ask_anew(set_, other):
 
 
 def test_the_next_batch_is_decoded_while_one_is_captioned(set_, model, monkeypatch):
-    ask, last_seen = caption.Captioner.ask, threading.Event()
-    see_ = caption.see
+    ask, last_seen = captioner.Captioner.ask, threading.Event()
+    see_ = captioner.see
     monkeypatch.setattr(caption, "see", lambda job: (job.path.suffix == ".png" and last_seen.set()) or see_(job))
     waited = []
 
@@ -289,7 +289,7 @@ def test_the_next_batch_is_decoded_while_one_is_captioned(set_, model, monkeypat
         waited.append(last_seen.wait(5))
         return ask(self, jobs, seen)
 
-    monkeypatch.setattr(caption.Captioner, "ask", ask_first)
+    monkeypatch.setattr(captioner.Captioner, "ask", ask_first)
     call(set_, "--model", model)
     assert waited[0]
 
@@ -308,7 +308,7 @@ def test_the_next_batch_is_decoded_while_one_is_captioned(set_, model, monkeypat
     ("The picture frame hangs.", "The picture frame hangs."), ("Sure-footed goats climb.", "Sure-footed goats climb."),
     ("A man said: go.", "A man said: go."), ("Certainly not a cat.", "Certainly not a cat.")])
 def test_an_answer_is_cleaned_and_nothing_else_is_taken(said, text):
-    assert caption.clean(said) == text
+    assert captioner.clean(said) == text
 
 
 @pytest.mark.parametrize(("said", "is_finished", "text", "fault"), [
@@ -322,7 +322,7 @@ def test_an_answer_is_cleaned_and_nothing_else_is_taken(said, text):
     ("I cannot see it.", True, "", "refuses"), ("Certainly! I am very sorry.", True, "", "refuses"),
     ("A sign says: I cannot wait.", True, "A sign says: I cannot wait.", "")])
 def test_an_answer_that_is_no_caption_is_a_fault(said, is_finished, text, fault):
-    told = caption.judge(caption.Answer(said, is_finished), 9)
+    told = captioner.judge(captioner.Answer(said, is_finished), 9)
     assert told[0] == text
     assert fault in told[1]
     assert bool(told[1]) == bool(fault)
@@ -349,9 +349,9 @@ def test_a_model_that_says_no_caption_is_a_fault_of_the_clip(set_, here, capsys,
     ("Awrdsome.", "wrds", "wrds: Awrdsome."),
     ("A ball.", "", "A ball."), ("A {trigger} ball.", "wrds", "wrds: A {trigger} ball.")])
 def test_the_trigger_stands_in_a_caption_once(text, trigger, out):
-    once = caption.with_trigger(text, trigger, "{trigger}: {caption}")
+    once = captioner.with_trigger(text, trigger, "{trigger}: {caption}")
     assert once == out
-    assert caption.with_trigger(once, trigger, "{trigger}: {caption}") == once
+    assert captioner.with_trigger(once, trigger, "{trigger}: {caption}") == once
 
 
 @pytest.mark.parametrize(("name", "words"), [
@@ -436,8 +436,8 @@ def test_faulty_lines_are_named_together_and_nothing_is_written(set_, capsys):
 
 
 def test_a_manifest_that_somebody_changes_meanwhile_is_left_alone(set_, model, asked, monkeypatch, capsys):
-    ask = caption.Captioner.ask
-    monkeypatch.setattr(caption.Captioner, "ask", lambda *given: write_rows(set_, mended) and ask(*given))
+    ask = captioner.Captioner.ask
+    monkeypatch.setattr(captioner.Captioner, "ask", lambda *given: write_rows(set_, mended) and ask(*given))
     mended = [row | {"caption": "mended by hand"} if row["video"] == "still.png" else row for row in read_rows(set_)]
     assert call(set_, "--model", model) == 2
     assert read_rows(set_) == mended
@@ -486,7 +486,7 @@ def save_weights(folder, weights):
 def test_every_kind_leaves_out_what_the_trigger_is_for(set_):
     def words(kind, name):
         settings = caption._settings(caption._parser().parse_args(["m.jsonl", "--kind", kind, "--trigger", "wrds"]))
-        return caption.worded(settings, caption.Job(Path(name), 0, 1, 1, 1))
+        return captioner.worded(settings, captioner.Job(Path(name), 0, 1, 1, 1))
 
     said = {kind: words(kind, "film.mp4").partition("Leave out") for kind in caption.KINDS}
     assert "style" in said["style"][2]
@@ -502,13 +502,13 @@ def see_but_never_the_first(job):
     """What is seen, but for the film's first shot, whose reading never ends (it runs in a worker)."""
     if job.path.suffix == ".mp4" and not job.start_s:
         time.sleep(600)
-    return caption.see(job)
+    return captioner.see(job)
 
 
 @pytest.mark.slow
 def test_a_file_that_takes_too_long_stops_no_other(set_, model_folder, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setattr(caption, "see", see_but_never_the_first)
+        patch.setattr(captioner, "see", see_but_never_the_first)
         assert call(set_, "--model", model_folder, "--timeout-s", "8") == 0
     out = capsys.readouterr().out
     assert "4 rows = 2 captioned + 1 kept + 1 faulty" in out

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from data_tools import filter as tool
-from data_tools import journal
+from data_tools import journal, measuring
 from tests import odd_files
 from wantrain.terms import UserError
 
@@ -51,7 +51,7 @@ def written(picture, text="I never said that", *, x=200, y=0.85, outline=2):
 def measured(*pictures, gap_s=0.125):
     """The measurements of a clip that shows these pictures, each twice."""
     pairs = np.stack([np.stack([p, p]) for p in pictures])
-    return tool.measure_pairs(pairs, np.full(len(pairs), gap_s))
+    return measuring.measure_pairs(pairs, np.full(len(pairs), gap_s))
 
 
 def colour(frames_FHW):
@@ -64,9 +64,9 @@ def cheap(here, monkeypatch):
 
     def measure_pairs(pairs_P2HW, gaps_s):
         grey = float(pairs_P2HW.mean())
-        return tool.Measured(luma=grey / 255, hashes=(random.Random(round(grey / 10)).getrandbits(256),))
+        return measuring.Measured(luma=grey / 255, hashes=(random.Random(round(grey / 10)).getrandbits(256),))
 
-    monkeypatch.setattr(tool, "measure_pairs", measure_pairs)
+    monkeypatch.setattr(measuring, "measure_pairs", measure_pairs)
     return here
 
 
@@ -96,13 +96,13 @@ def test_a_pan_is_as_fast_as_it_was_made(speed, scale):
     height, width = (round(side * scale) for side in SHAPE)
     shift = speed * 0.125 * np.hypot(height, width)
     first, second = (cv2.warpAffine(wide, np.float32([[1, 0, -x], [0, 1, 0]]), (width, height)) for x in (0, shift))
-    assert tool.motion(first, second, 0.125) == pytest.approx(speed, rel=0.08)
-    assert tool.motion(first, second, 0.25) == pytest.approx(speed / 2, rel=0.08)
-    assert tool.motion(noisy(first, 5, 1), noisy(second, 5, 2), 0.125) == pytest.approx(speed, rel=0.1)
+    assert measuring.motion(first, second, 0.125) == pytest.approx(speed, rel=0.08)
+    assert measuring.motion(first, second, 0.25) == pytest.approx(speed / 2, rel=0.08)
+    assert measuring.motion(noisy(first, 5, 1), noisy(second, 5, 2), 0.125) == pytest.approx(speed, rel=0.1)
     brighter = (second * 0.7 + 60).astype(np.uint8)
-    assert tool.motion(first, brighter, 0.125) == pytest.approx(speed, rel=0.1)
+    assert measuring.motion(first, brighter, 0.125) == pytest.approx(speed, rel=0.1)
     framed = [cv2.copyMakeBorder(p, 0, 0, height, height, cv2.BORDER_CONSTANT) for p in (first, second)]
-    found = tool.measure_pairs(np.stack([framed]), np.array([0.125]))
+    found = measuring.measure_pairs(np.stack([framed]), np.array([0.125]))
     assert found.motion == pytest.approx(speed, rel=0.1)
 
 
@@ -115,8 +115,8 @@ def test_what_only_flickers_does_not_move():
                           (still, (still * 1.0 + 70).clip(0, 255).astype(np.uint8)), (still, np.full_like(still, 250)),
                           (cv2.addWeighted(still, 0.6, other, 0.4, 0), cv2.addWeighted(still, 0.4, other, 0.6, 0)),
                           (sky, cloud)):
-        assert tool.motion(first, second, 0.125) < 0.002
-    assert tool.motion(still, still, 0.0) == 0
+        assert measuring.motion(first, second, 0.125) < 0.002
+    assert measuring.motion(still, still, 0.0) == 0
 
 
 def test_a_moving_subject_before_a_still_background_moves():
@@ -126,22 +126,22 @@ def test_a_moving_subject_before_a_still_background_moves():
         return picture
 
     speed = 18 / 0.125 / np.hypot(*SHAPE)
-    assert tool.motion(scene(300), scene(318), 0.125) == pytest.approx(speed, rel=0.15)
+    assert measuring.motion(scene(300), scene(318), 0.125) == pytest.approx(speed, rel=0.15)
 
 
 def test_sharpness_falls_with_blur_and_not_with_contrast_or_grain():
-    demo = [tool.read_pairs(path, 0, None)[0][3, 0] for path in DEMO[:2]]
+    demo = [measuring.read_pairs(path, 0, None)[0][3, 0] for path in DEMO[:2]]
     none = np.zeros_like(demo[0])
     for picture in (texture(1, *none.shape), *demo):
-        steps = [tool.sharpness(p, none) for p in (picture, *(blurred(picture, sigma) for sigma in (1.5, 3, 5)))]
+        steps = [measuring.sharpness(p, none) for p in (picture, *(blurred(picture, sigma) for sigma in (1.5, 3, 5)))]
         assert steps == sorted(steps, reverse=True)
         assert steps[0] > 0.4
         assert steps[3] < 0.33
         low = (picture * 0.4).astype(np.uint8)
-        assert tool.sharpness(low, none) == pytest.approx(steps[0], rel=0.05)
-        assert tool.sharpness(noisy(picture, 4, 1), none) == pytest.approx(steps[0], rel=0.15)
-        assert tool.sharpness(noisy(blurred(picture, 5), 4, 1), none) < 0.33
-    assert tool.sharpness(np.full_like(none, 99), none) == 0
+        assert measuring.sharpness(low, none) == pytest.approx(steps[0], rel=0.05)
+        assert measuring.sharpness(noisy(picture, 4, 1), none) == pytest.approx(steps[0], rel=0.15)
+        assert measuring.sharpness(noisy(blurred(picture, 5), 4, 1), none) < 0.33
+    assert measuring.sharpness(np.full_like(none, 99), none) == 0
 
 
 def test_the_blur_of_one_edge_is_told_exactly():
@@ -149,7 +149,7 @@ def test_the_blur_of_one_edge_is_told_exactly():
     edge[:, 400:] = 200
     none = np.zeros_like(edge)
     for sigma in (1.0, 2.0, 4.0):
-        assert tool.sharpness(blurred(edge, sigma), none) == pytest.approx(1 / np.sqrt(1 + sigma**2), rel=0.15)
+        assert measuring.sharpness(blurred(edge, sigma), none) == pytest.approx(1 / np.sqrt(1 + sigma**2), rel=0.15)
 
 
 def test_subtitles_and_bars_do_not_make_a_blurred_film_sharp():
@@ -166,18 +166,18 @@ def test_bars_are_as_thick_as_they_were_made(bars, level):
     height, width = SHAPE[0] - top - bottom, SHAPE[1] - left - right
     film = np.stack([cv2.copyMakeBorder(texture(s, height, width), *bars, cv2.BORDER_CONSTANT, value=level)
                      for s in (1, 2, 3)])
-    found = tool.find_bars(film)
+    found = measuring.find_bars(film)
     assert found == pytest.approx((top, SHAPE[0] - bottom, left, SHAPE[1] - right), abs=1)
     small = np.stack([cv2.resize(picture, None, fx=0.75, fy=0.75, interpolation=cv2.INTER_AREA) for picture in film])
-    assert tool.find_bars(small) == pytest.approx([0.75 * side for side in found], abs=1.5)
+    assert measuring.find_bars(small) == pytest.approx([0.75 * side for side in found], abs=1.5)
     assert measured(film[0]).letterbox == pytest.approx(1 - height * width / (SHAPE[0] * SHAPE[1]), abs=0.005)
 
 
 def test_black_on_one_side_and_subtitles_in_a_bar():
     one = cv2.copyMakeBorder(texture(1, 420), 0, 60, 0, 0, cv2.BORDER_CONSTANT)
-    assert tool.find_bars(one[None]) == (0, 420, 0, 854)
+    assert measuring.find_bars(one[None]) == (0, 420, 0, 854)
     both = cv2.copyMakeBorder(texture(1, 300), 90, 90, 0, 0, cv2.BORDER_CONSTANT)
-    assert tool.find_bars(written(both, y=0.88)[None]) == (90, 390, 0, 854)
+    assert measuring.find_bars(written(both, y=0.88)[None]) == (90, 390, 0, 854)
 
 
 def test_a_dark_or_plain_picture_has_no_bars():
@@ -194,21 +194,21 @@ def test_a_dark_or_plain_picture_has_no_bars():
     hair[:3] = 0
     for film in ([night], [np.zeros(SHAPE, np.uint8)], [sea], [framed, texture(1)], [texture(1)], [hair],
                  [white, texture(1)], [np.zeros(SHAPE, np.uint8), texture(1)]):
-        assert tool.find_bars(np.stack(film)) == (0, SHAPE[0], 0, SHAPE[1])
+        assert measuring.find_bars(np.stack(film)) == (0, SHAPE[0], 0, SHAPE[1])
 
 
 def test_subtitles_are_found_where_they_are():
     for path in DEMO[:2]:
-        pairs = tool.read_pairs(path, 0, None)[0]
+        pairs = measuring.read_pairs(path, 0, None)[0]
         first, second = (np.ascontiguousarray(p) for p in pairs[2])
-        assert not tool.find_text(first, second).any()
-        found = tool.find_text(written(first), written(second))
+        assert not measuring.find_text(first, second).any()
+        found = measuring.find_text(written(first), written(second))
         assert 0.005 < found.mean() < 0.02
         assert not found[: int(0.84 * found.shape[0])].any()
         plain, black = np.full_like(first, 230), 255 - written(np.full_like(first, 25), outline=0)
-        assert tool.find_text(black, black).mean() > 0.005
-        assert (tool.find_text(black, black) == tool.find_text(255 - black, 255 - black)).all()
-        assert not tool.find_text(plain, black).any()  # a line that comes and goes, as in a moving scene
+        assert measuring.find_text(black, black).mean() > 0.005
+        assert (measuring.find_text(black, black) == measuring.find_text(255 - black, 255 - black)).all()
+        assert not measuring.find_text(plain, black).any()  # a line that comes and goes, as in a moving scene
     always, half = measured(written(texture(1))), measured(written(texture(1)), texture(1))
     assert half.text == pytest.approx(always.text / 2, abs=1e-5)
 
@@ -260,9 +260,9 @@ def test_a_sign_grey_pales_and_confetti_are_no_subtitles():
         pales[200:230, x : x + 8] = 185
         confetti = written(confetti, "n", x=x, y=0.4 + 0.01 * (0, 1, 2, 1)[x // 20 % 4], outline=0)
     for picture in (written(ground, "WWWW", outline=0), pales, confetti):
-        assert not tool.find_text(picture, picture).any()
+        assert not measuring.find_text(picture, picture).any()
     pales[pales == 185] = 230
-    assert tool.find_text(pales, pales).any()  # what no rule tells from letters
+    assert measuring.find_text(pales, pales).any()  # what no rule tells from letters
 
 
 @pytest.mark.parametrize("fps", [12, 24, 60])
@@ -272,7 +272,7 @@ def test_speed_and_place_are_those_of_the_span_at_any_rate(tmp_path, fps):
     shift = 0.2 * np.hypot(96, 160) / fps
     pan = [cv2.warpAffine(wide, np.float32([[1, 0, -i * shift], [0, 1, 0]]), (160, 96)) for i in range(fps)]
     path = odd_files.write_film(tmp_path / "pan.mp4", colour(pan + [np.full((96, 160), 240, np.uint8)] * fps), fps)
-    moving, still = (tool.measure(tool.Job(path, *span, "")) for span in ((0.0, 1.0 - 1e-4), (1.0, None)))
+    moving, still = (measuring.measure(measuring.Job(path, *span, "")) for span in ((0.0, 1.0 - 1e-4), (1.0, None)))
     assert (moving.fault, still.fault) == ("", "")
     assert moving.motion == pytest.approx(0.2, rel=0.08)
     assert moving.luma < 0.6
@@ -284,14 +284,14 @@ def test_spans_of_odd_films_are_read_to_the_frame(tmp_path):
     """Only frames of the span, on the right clock: variable rate, edit list, open GOP, turned, an image."""
     odd_files.make(tmp_path, ["variable.mkv", "edit list.mp4", "open gop.ts", "turned.mp4", "still.png", "narrow.mp4"])
     for path in tmp_path.iterdir():
-        pairs, gaps_s = tool.read_pairs(path, 0.0, None)
+        pairs, gaps_s = measuring.read_pairs(path, 0.0, None)
         assert pairs.dtype == np.uint8
         assert len(pairs) == len(gaps_s) == (1 if path.suffix == ".png" else 8)
         assert pairs.shape[2:] == ((720, 480) if path.name == "turned.mp4" else (480, 720))
     path = film_of_greys(tmp_path / "greys.mp4", (40, 80, 120, 160))
     for start_s, end_s, grey in ((0.0, 0.4999, 40), (0.5, 0.9999, 80), (1.5, None, 160), (1.96, None, 160)):
-        assert np.ptp(tool.read_pairs(path, start_s, end_s)[0].astype(int) - grey) <= 2
-        assert abs(tool.read_pairs(path, start_s, end_s)[0].mean() - grey) < 3
+        assert np.ptp(measuring.read_pairs(path, start_s, end_s)[0].astype(int) - grey) <= 2
+        assert abs(measuring.read_pairs(path, start_s, end_s)[0].mean() - grey) < 3
 
 
 def test_rows_keep_what_they_hold_and_paths_lead_to_the_same_files(tmp_path, cheap):

@@ -10,10 +10,12 @@ import pytest
 from hypothesis import strategies as st
 from pyarrow import Table, parquet
 
+from data_tools import dividing
 from data_tools import manifest as tool
 from data_tools.probing import Probed
 from data_tools.rows import Entry, read_entries, sidecars
-from data_tools.split import GUARD_S, shot_of
+from data_tools.shots import GUARD_S
+from data_tools.split import shot_of
 from tests import odd_files
 from tests.conftest import write_clips
 from wantrain.data import manifest
@@ -365,8 +367,8 @@ def any_rows(draw):
     return draw(st.permutations(found))
 
 
-rules = st.builds(tool.Rule, st.sampled_from([0.1, 0.5, 0.8]), st.none(), st.integers(0, 3), st.booleans()) | st.builds(
-    tool.Rule, st.none(), st.integers(1, 9), st.integers(0, 3), st.booleans())
+rules = (st.builds(dividing.Rule, st.sampled_from([0.1, 0.5, 0.8]), st.none(), st.integers(0, 3), st.booleans())
+         | st.builds(dividing.Rule, st.none(), st.integers(1, 9), st.integers(0, 3), st.booleans()))
 quickly = hypothesis.settings(max_examples=60, deadline=None, database=None, derandomize=True)
 
 
@@ -383,7 +385,7 @@ def belong(a, b, by_file):
 @quickly
 @hypothesis.given(any_rows(), rules)
 def test_nothing_that_belongs_together_is_parted(found, rule):
-    held = tool.divide(found, rule, {})
+    held = dividing.divide(found, rule, {})
     for (a, a_held), (b, b_held) in itertools.combinations(zip(found, held, strict=True), 2):
         assert a_held == b_held or not belong(a, b, rule.by_file)
     assert rule.num is None or sum(held) <= rule.num
@@ -393,21 +395,21 @@ def test_nothing_that_belongs_together_is_parted(found, rule):
 @hypothesis.given(cut_films())
 def test_shots_that_only_follow_each_other_may_be_parted(found):
     shots = {shot_of(row.id) or row.id for row in found}
-    assert len(tool.groups(found, by_file=False)) == len(shots)
-    assert len(tool.groups(found, by_file=True)) == len({row.values["video"] for row in found})
+    assert len(dividing.groups(found, by_file=False)) == len(shots)
+    assert len(dividing.groups(found, by_file=True)) == len({row.values["video"] for row in found})
 
 
 def test_spans_that_touch_go_together_and_those_of_two_shots_do_not_touch():
     for end_s, number in ((1, 1), (1.5, 1), (1 - GUARD_S, 2)):
-        assert len(tool.groups([clip(0, 1, 2, id="b"), clip(0, 0, end_s, id="a")], by_file=False)) == number
+        assert len(dividing.groups([clip(0, 1, 2, id="b"), clip(0, 0, end_s, id="a")], by_file=False)) == number
 
 
 @quickly
 @hypothesis.given(cut_films(), cut_films(), st.integers(0, 9), st.booleans())
 def test_more_clips_move_no_other_even_where_the_sides_are_forgotten(found, more, seed, by_file):
-    rule = tool.Rule(0.4, None, seed, by_file)
+    rule = dividing.Rule(0.4, None, seed, by_file)
     all_rows = list({row.id: row for row in [*more, *found]}.values())
-    before, after = ({row.id: side for row, side in zip(some, tool.divide(some, rule, {}), strict=True)}
+    before, after = ({row.id: side for row, side in zip(some, dividing.divide(some, rule, {}), strict=True)}
                      for some in (found, all_rows))
     assert before.items() <= after.items()
 
@@ -416,29 +418,29 @@ def test_more_clips_move_no_other_even_where_the_sides_are_forgotten(found, more
 @hypothesis.given(any_rows(), st.integers(0, 99), rules)
 def test_no_clip_changes_its_side_whatever_is_added(found, number, rule):
     first = found[: number % len(found)]
-    before = {row.clip: side for row, side in zip(first, tool.divide(first, rule, {}), strict=True)}
+    before = {row.clip: side for row, side in zip(first, dividing.divide(first, rule, {}), strict=True)}
     now = [{before[found[i].clip] for i in group if found[i].clip in before}
-           for group in tool.groups(found, rule.by_file)]
+           for group in dividing.groups(found, rule.by_file)]
     if {True, False} in now:
         with pytest.raises(UserError, match="joined by another row"):
-            tool.divide(found, rule, before)
+            dividing.divide(found, rule, before)
     else:
-        assert [before[row.clip] for row in first] == tool.divide(found, rule, before)[: len(first)]
+        assert [before[row.clip] for row in first] == dividing.divide(found, rule, before)[: len(first)]
 
 
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.5])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_share_is_near_what_was_asked(share, seed):
     many = [clip(n, 0, 1, id=f"{n}.mp4@0.000#1") for n in range(800)]
-    held = tool.divide(many, tool.Rule(share, None, seed, False), {})
+    held = dividing.divide(many, dividing.Rule(share, None, seed, False), {})
     assert sum(held) / len(many) == pytest.approx(share, abs=4 * (share * (1 - share) / len(many)) ** 0.5)
-    assert sum(tool.divide(many, tool.Rule(None, 7, seed, False), {})) == 7
+    assert sum(dividing.divide(many, dividing.Rule(None, 7, seed, False), {})) == 7
 
 
 def test_another_seed_is_another_choice_and_the_same_one_is_not():
     many = [clip(n, 0, 1) for n in range(100)]
     for share, num in ((0.3, None), (None, 30)):
-        choices = [tool.divide(some, tool.Rule(share, num, seed, False), {})
+        choices = [dividing.divide(some, dividing.Rule(share, num, seed, False), {})
                    for some, seed in ((many, 0), (many[::-1], 0), (many, 1))]
         assert choices[0] == choices[1][::-1] != choices[2]
 

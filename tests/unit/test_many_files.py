@@ -6,7 +6,7 @@ import pstats
 import pytest
 from PIL import Image
 
-from data_tools import caption, command
+from data_tools import caption, command, dividing
 from data_tools import manifest as tool
 from data_tools.rows import sound_entries
 from wantrain.data import manifest, plan
@@ -50,7 +50,7 @@ def merged(folder, out):
 def divided(folder, out):
     run(tool.main, "build", folder, "--out", out / "d.jsonl")
     rows, = sound_entries([out / "d.jsonl"])
-    tool.divide(rows, tool.Rule(0.1, None, 0, False), {row.clip: False for row in rows[::2]})
+    dividing.divide(rows, dividing.Rule(0.1, None, 0, False), {row.clip: False for row in rows[::2]})
     assert not tool._notes(rows)[1:]
 
 

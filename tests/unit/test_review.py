@@ -11,8 +11,8 @@ import av
 import numpy as np
 import pytest
 
-from data_tools import review
-from data_tools.review import Edit, Manifest
+from data_tools import editing, review
+from data_tools.editing import Edit, Manifest
 from tests import odd_files
 from wantrain.data.decode import choose_frames
 from wantrain.jobs import Ending, Failure
@@ -121,7 +121,7 @@ def test_a_change_in_the_moment_of_writing_is_seen(path, monkeypatch):
         real(number)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(review.Conflict):
+    with pytest.raises(editing.Conflict):
         manifest.save([caption(keys(manifest)[1], "zwei \u00fc", "two")])
     assert b"theirs" in path.read_bytes()
     assert [p.name for p in path.parent.iterdir()] == ["manifest.jsonl"]

@@ -12,7 +12,7 @@ import av
 import numpy as np
 import pytest
 
-from data_tools import journal, split
+from data_tools import journal, shots, split
 from tests import odd_files
 from tests.splitting import DEMO, RULES, rows, run
 from wantrain.data import decode, manifest
@@ -38,7 +38,7 @@ def nearest(frames_FHWC, film_FHWC):
     (24, None), (25, None), (Fraction(30000, 1001), None), (25, UNEVEN_MS)], ids=["24", "25", "29.97", "variable"])
 def test_no_frame_of_the_next_shot_is_ever_read(tmp_path, film, fps, times_ms):
     path = odd_files.write_film(tmp_path / "film.mkv", film, fps, times_ms=times_ms)
-    spans = split.split_file(path, RULES).spans
+    spans = shots.split_file(path, RULES).spans
     assert [(s.first, s.stop) for s in spans] == list(itertools.pairwise(CUTS))
     found = decode.probe(path)
     for span, read_fps in itertools.product(spans, (16, 30000 / 1001, 120)):
@@ -55,7 +55,7 @@ def test_the_guard_holds_where_a_wanted_time_falls_just_before_the_cut():
     """choose_frames looks up to 5.1e-4 s ahead, count_frames gives a frame up to 1e-3 frames late."""
     times_s = np.arange(100) / 24
     found = decode.Probe(times_s, 100 / 24, 96, 64, "")
-    span = next(split.judge(found, [(48, 48)], np.zeros(100), RULES))
+    span = next(shots.judge(found, [(48, 48)], np.zeros(100), RULES))
     for fps in np.linspace(5, 60, 4001):
         number = decode.count_frames(found, span.start_s, span.end_s, fps)
         assert decode.choose_frames(times_s, span.start_s, fps, number)[-1] < 48
@@ -63,7 +63,7 @@ def test_the_guard_holds_where_a_wanted_time_falls_just_before_the_cut():
 
 def test_cuts_beside_the_ends_and_flashes_are_found(tmp_path):
     path = odd_files.write_film(tmp_path / "film.mp4", odd_files.film_of_shots((1, 20, 2, 20, 1), seed=3))
-    assert split.find_shots(path, decode.probe(path).times_s, RULES)[0] == [(cut, cut) for cut in (1, 21, 23, 43)]
+    assert shots.find_shots(path, decode.probe(path).times_s, RULES)[0] == [(cut, cut) for cut in (1, 21, 23, 43)]
 
 
 HOLDS = {"twos": (2,), "threes": (3,), "fours": (4,), "mixed": (3, 2, 2, 4, 3), "3:2": (3, 2),
@@ -78,7 +78,7 @@ def test_held_drawings_are_cut_where_the_film_cuts(tmp_path, film, holds, option
     film = film[:58].repeat([*itertools.islice(itertools.cycle(holds), 58)], 0)
     starts = np.cumsum([0, *itertools.islice(itertools.cycle(holds), 58)])[[20, 51]].tolist()
     path = odd_files.write_film(tmp_path / "film.mp4", film, preset="veryfast", **options)
-    assert split.find_shots(path, decode.probe(path).times_s, RULES)[0] == [(cut, cut) for cut in starts]
+    assert shots.find_shots(path, decode.probe(path).times_s, RULES)[0] == [(cut, cut) for cut in starts]
 
 
 def test_a_film_that_stands_still_is_cut_as_before(tmp_path, film):
@@ -86,7 +86,7 @@ def test_a_film_that_stands_still_is_cut_as_before(tmp_path, film):
     lengths = (48, 12, 12, 36, 4, 36)
     path = odd_files.write_film(tmp_path / "film.mp4", film[[0, 30, 55, 70, 25, 10]].repeat(lengths, 0))
     starts = np.cumsum(lengths)[:-1].tolist()
-    assert split.find_shots(path, decode.probe(path).times_s, RULES)[0] == [(cut, cut) for cut in starts]
+    assert shots.find_shots(path, decode.probe(path).times_s, RULES)[0] == [(cut, cut) for cut in starts]
 
 
 def test_a_pan_on_ones_over_a_held_figure_is_one_shot(tmp_path, film):
@@ -94,7 +94,7 @@ def test_a_pan_on_ones_over_a_held_figure_is_one_shot(tmp_path, film):
     pan = np.stack([wide[:, 2 * f:2 * f + 96] for f in range(72)])
     pan[:, 16:48, 32:64] = film[58:82].repeat(3, 0)[:, 16:48, 32:64]
     path = odd_files.write_film(tmp_path / "film.mp4", np.ascontiguousarray(pan), crf="28", preset="veryfast")
-    assert split.find_shots(path, decode.probe(path).times_s, RULES)[0] == []
+    assert shots.find_shots(path, decode.probe(path).times_s, RULES)[0] == []
 
 
 END = math.inf
@@ -109,20 +109,20 @@ END = math.inf
     ([END, 0, 0, 0, 0, 20, 0, 0, 0, 0, 0, 0, 20, 0, 20, 0, 20, END], [13, 15]),  # and a still among holds
     ([END, 0, 1.9, 0, 1.9, 0, 1.9, END], [])])  # so little never looks like a cut
 def test_repeats_lie_between_changes(change, repeats):
-    assert [i for i in range(1, len(change) - 1) if split.is_repeat(change, i, 4)] == repeats
+    assert [i for i in range(1, len(change) - 1) if shots.is_repeat(change, i, 4)] == repeats
 
 
 def test_the_case_on_threes_is_one_shot():
     path = Path(__file__).parents[3] / "shared/cases/media/one_shot_on_threes.mp4"
     if not path.exists():
         pytest.skip("the cases are elsewhere")
-    span, = split.split_file(path, dataclasses.replace(RULES, min_s=1.0, max_s=10.0)).spans
+    span, = shots.split_file(path, dataclasses.replace(RULES, min_s=1.0, max_s=10.0)).spans
     assert (span.end_s - span.start_s, span.reason) == (pytest.approx(3.0, abs=0.01), "")
 
 
 @pytest.mark.parametrize("path", DEMO[:4], ids=lambda p: p.stem)
 def test_real_footage_within_one_shot_is_not_cut(path):
-    assert len(split.split_file(path, RULES).spans) == 1
+    assert len(shots.split_file(path, RULES).spans) == 1
 
 
 def test_two_real_shots_are_cut_where_they_meet(tmp_path):
@@ -130,7 +130,7 @@ def test_two_real_shots_are_cut_where_they_meet(tmp_path):
     (tmp_path / "list").write_text("".join(f"file '{p}'\n" for p in DEMO[:2]))
     odd_files.ffmpeg("-f", "concat", "-safe", 0, "-i", tmp_path / "list", "-c", "copy", joined)
     numbers = [len(decode.probe(p).times_s) for p in DEMO[:2]]
-    spans = split.split_file(joined, RULES).spans
+    spans = shots.split_file(joined, RULES).spans
     assert [(s.first, s.stop) for s in spans] == [(0, numbers[0]), (numbers[0], sum(numbers))]
 
 
@@ -138,7 +138,7 @@ def test_two_real_shots_are_cut_where_they_meet(tmp_path):
 def test_a_long_shot_is_cut_into_equal_parts(max_s, number):
     times_s = np.arange(240) / 24
     found = decode.Probe(times_s, 10.0, 96, 64, "")
-    spans = list(split.judge(found, [], np.zeros(240), split.Rules(3.0, 0.01, max_s, None)))
+    spans = list(shots.judge(found, [], np.zeros(240), shots.Rules(3.0, 0.01, max_s, None)))
     assert len(spans) == number
     assert [s.first for s in spans[1:]] == [s.stop for s in spans[:-1]]
     assert (spans[0].first, spans[-1].stop) == (0, 240)
@@ -165,14 +165,14 @@ def test_every_shot_is_accounted_for(tmp_path, film, here, capsys):
         assert words in shown
     covered = sorted((r["start_s"], r["end_s"]) for r in rows(out) + rows(rejected))
     assert covered[-1][1] == round(114 / 24, 6)
-    assert all(b[0] - a[1] == pytest.approx(split.GUARD_S, abs=2e-6) for a, b in itertools.pairwise(covered))
+    assert all(b[0] - a[1] == pytest.approx(shots.GUARD_S, abs=2e-6) for a, b in itertools.pairwise(covered))
 
 
 def test_motion_is_that_of_the_span_alone(tmp_path, film):
     """The first frames of a still shot differ from those before the cut, which must not count."""
     still = np.repeat(film[70:71], 10, 0)
     path = odd_files.write_film(tmp_path / "film.mp4", np.concatenate([film[:20], still, film[20:51]]))
-    motions = [s.motion for s in split.split_file(path, RULES).spans]
+    motions = [s.motion for s in shots.split_file(path, RULES).spans]
     assert motions[1] < 0.3
     assert min(motions[0], motions[2]) > 1
 
@@ -193,7 +193,7 @@ def test_the_manifest_is_one_and_captions_stay(tmp_path, film, here):
     run([tmp_path], out)
     assert [r["caption"] for r in rows(out)] == ["shot 0", "shot 1", "shot 2", "shot 3", "", "", ""]
     with pytest.raises(UserError, match=r"captions for 1 span.*a\.mp4@2\.125#1"):
-        run([tmp_path], out, split.Rules(3.0, 0.5, 100.0, None))
+        run([tmp_path], out, shots.Rules(3.0, 0.5, 100.0, None))
     assert len(rows(out)) == 7
     out.write_text("".join(json.dumps(r | {"caption": "x"}) + "\n" for r in rows(out)))
     clips = manifest.read(manifest.ClipSource("films", str(out)))

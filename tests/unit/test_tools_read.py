@@ -6,11 +6,11 @@ import shlex
 
 import pytest
 
-from data_tools import caption, filter, journal, review
+from data_tools import caption, editing, filter, journal, looking, measuring, review
 from data_tools import manifest as tool
 from tests.foreign import FORMS, ROWS, read
 
-FOUND = {"measure": filter.Measured(hashes=(1,)), "look": tool.Medium("", 9.0, 4, 4, fps=24.0)}
+FOUND = {"measure": measuring.Measured(hashes=(1,)), "look": looking.Medium("", 9.0, 4, 4, fps=24.0)}
 PLAIN = {"hub, jsonl", "musubi", "trailing commas", "CRLF", "hub", "an index and empty columns", "joined by cat",
          "CR", "backslashes", "capitals", "two marks"}
 """Forms with a row a line, which are edited where they stand."""
@@ -90,13 +90,13 @@ def test_captions_are_edited_in_their_place_or_the_command_that_makes_it_possibl
                                         re.M)[1])
         run(tool.main, *command[3:])
         given = given.parent / command[-1]
-    manifest = review.Manifest(given)
+    manifest = editing.Manifest(given)
     key = next(iter(manifest.content().places))
     was = ROWS[0][1]
-    assert manifest.save([review.Edit(key, {"caption": was, "keep": None}, {"caption": "new", "keep": 1})])[1] == []
+    assert manifest.save([editing.Edit(key, {"caption": was, "keep": None}, {"caption": "new", "keep": 1})])[1] == []
     assert [text for _, text in clips(given)] == ["new", ROWS[1][1]]
     assert [clip.measures.get("keep") for clip in read(given)] == [1, None]
-    assert manifest.save([review.Edit(key, {"keep": 1}, {"keep": None})])[1] == []
+    assert manifest.save([editing.Edit(key, {"keep": 1}, {"keep": None})])[1] == []
 
 
 def test_in_place_a_manifest_of_others_becomes_lines_of_json_with_all_its_columns(folder):

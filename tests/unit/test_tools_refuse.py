@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from data_tools import caption, filter, manifest, review, split
+from data_tools import caption, captioner, filter, manifest, measuring, review, split
 from data_tools.command import answer
 from data_tools.journal import appending
 from tests import odd_files
@@ -127,7 +127,7 @@ def test_a_journal_keeps_every_line(tmp_path, small_disk):
 
 
 def test_the_tools_remember_what_holds_odd_ends_of_lines(tmp_path):
-    for tool, value in ((caption, caption.Answer(ODD)), (filter, filter.Measured(fault=ODD))):
+    for tool, value in ((caption, captioner.Answer(ODD)), (filter, measuring.Measured(fault=ODD))):
         journal = tool.journal_of(tmp_path / "m.jsonl")
         with appending(journal.path) as write:
             row = {name: getattr(value, name) for name in value.__dataclass_fields__}

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from data_tools import split, transnet
+from data_tools import shots, split, transnet
 from tests import odd_files
 from tests.splitting import DEMO, RULES
 from wantrain.data import decode
 
-LEARNED = split.Rules(0.5, 0.1, 100.0, None, "transnetv2")
+LEARNED = shots.Rules(0.5, 0.1, 100.0, None, "transnetv2")
 LENGTHS = (22, 24, 22, 16)
 """Frames of four real shots: a cut after the first, a dissolve of DISSOLVE frames after the second, a cut."""
 
@@ -59,7 +59,7 @@ def see(detector, reds):
 
 def test_a_dissolve_that_ratios_miss_is_seen_and_left_out(film, tmp_path, capsys):
     times_s = decode.probe(film).times_s
-    assert split.find_shots(film, times_s, RULES)[0] == [(cut, cut) for cut in CUTS]  # or this shows nothing
+    assert shots.find_shots(film, times_s, RULES)[0] == [(cut, cut) for cut in CUTS]  # or this shows nothing
     out, rejected = tmp_path / "m.jsonl", tmp_path / "r.jsonl"
     assert split.main([str(a) for a in (film, "--detector", "transnetv2", "--min-s", 0.1, "--jobs", 1, "--out", out,
                                         "--rejected", rejected)]) == 0
@@ -130,7 +130,7 @@ def test_transitions_of_probabilities(inside, jumps, found):
 
 def test_shots_at_the_ends_of_a_film():
     found = decode.Probe(np.arange(9) / 24, 9 / 24, 96, 64, "")
-    spans = list(split.judge(found, [(0, 3), (5, 5), (7, 9)], np.zeros(9), split.Rules(0.5, 0.01, 9, None)))
+    spans = list(shots.judge(found, [(0, 3), (5, 5), (7, 9)], np.zeros(9), shots.Rules(0.5, 0.01, 9, None)))
     assert [(s.first, s.stop, s.reason) for s in spans] == [
         (0, 3, "dissolve"), (3, 5, ""), (5, 7, ""), (7, 9, "dissolve")]
 
