@@ -157,7 +157,8 @@ def test_a_full_disk_while_caching_loses_nothing_and_the_same_command_goes_on(cl
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_stop_in_training_saves_and_goes_on(wantrain, tmp_path, monkeypatch, capsys, number):
-    plain = Training.losses
+    plain, before = Training.losses, signal.getsignal(number)
+    signal.signal(number, signal.SIG_DFL)  # a shell's background jobs begin with SIGINT ignored, which stays in force
 
     def stopped(training, batch):
         if training.progress.step == 2:
@@ -165,7 +166,10 @@ def test_a_stop_in_training_saves_and_goes_on(wantrain, tmp_path, monkeypatch, c
         return plain(training, batch)
 
     monkeypatch.setattr(Training, "losses", stopped)
-    assert wantrain("train", "train.num_steps=5") == 130
+    try:
+        assert wantrain("train", "train.num_steps=5") == 130
+    finally:
+        signal.signal(number, before)
     assert "next: wantrain train" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000003"]
     assert wantrain("train", "train.num_steps=5") == 0
