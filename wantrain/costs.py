@@ -34,6 +34,7 @@ class MemoryPolicy:
     sequence_parallel: int
     rank: int
     is_adamw: bool
+    is_quantised: bool = False
 
 
 def savers(policy: MemoryPolicy, tokens: int) -> list[str]:
@@ -44,6 +45,7 @@ def savers(policy: MemoryPolicy, tokens: int) -> list[str]:
             not policy.activation_checkpointing,
         f"train.micro_batch_size={micro // 2}    accumulates instead: same numbers": micro > 1 and micro % 2 == 0,
         "model.dtype=bfloat16    half of the base": policy.is_float32,
+        "memory.base=int8    a byte a weight of the base, in a run of its own": not policy.is_quantised,
         f"--config_file launch/zero3.yaml    each of {size} processes keeps 1/{size} of the base":
             size > 1 and policy.zero_stage < 3,
         "train.sequence_parallel=2    two processes share each clip's tokens: same numbers":

@@ -92,7 +92,7 @@ def test_a_users_own_recipe_is_found(tmp_path):
 
 def test_every_key_has_a_sentence_in_help():
     described = config.described()
-    assert len(described) == 106
+    assert len(described) == 107
     assert [key for key, (_, sentence) in described.items() if not sentence.endswith(".")] == []
 
 

@@ -14,6 +14,7 @@ from wantrain.config.known import recipes as recipes
 from wantrain.config.loading import load as load
 from wantrain.config.loading import tell_untriggered as tell_untriggered
 from wantrain.config.rules import refuse_absent_clips as refuse_absent_clips
+from wantrain.config.schema import BaseForm as BaseForm
 from wantrain.config.schema import Config as Config
 from wantrain.config.schema import DataMode as DataMode
 from wantrain.config.schema import Dtype as Dtype

@@ -14,6 +14,7 @@ from pathlib import Path
 from wantrain.config.keys import example_of, leaf_values, pasted, value_at
 from wantrain.config.schema import (
     TRACKERS,
+    BaseForm,
     Config,
     DataMode,
     Distribution,
@@ -200,6 +201,8 @@ def _adapter_rules(config: Config) -> Iterator[Rule]:
         Path(start) / "checkpoints").is_dir()), "lora.start_from", start, \
         "the .safetensors that `wantrain export` has written; a checkpoint or a run is none: export it first"
     yield bool(own.targets) and all(own.targets), "lora.targets", own.targets, "at least one preset or pattern"
+    yield own.kind is not LoraKind.dora or config.memory.base is BaseForm.dtype, "lora.kind", own.kind.name, \
+        "another kind, or memory.base=dtype: dora learns lengths of the base's rows, which are stored rounded"
     yield not loss.class_words or bool(config.data.trigger), "loss.class_words", loss.class_words, \
         "only with data.trigger, in whose place they stand"
 

@@ -69,6 +69,12 @@ class Weighting(Enum):
     min_snr = "min_snr"
 
 
+class BaseForm(Enum):
+    dtype = "dtype"
+    int8 = "int8"
+    fp8 = "fp8"
+
+
 class LoraKind(Enum):
     lora = "lora"
     rslora = "rslora"
@@ -275,6 +281,12 @@ class Train:
 
 
 @dataclass(slots=True)
+class Memory:
+    base: BaseForm = BaseForm.dtype
+    """How the Linears of the frozen transformer are stored: dtype (model.dtype), int8 or fp8 (a byte a weight)."""
+
+
+@dataclass(slots=True)
 class Sigma:
     distribution: Distribution = Distribution.uniform
     """How sigma is drawn before the shift: uniform, logit_normal, mode or beta; docs/losses.md says when which."""
@@ -393,6 +405,7 @@ class Config:
     data: Data = field(default_factory=Data)
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
+    memory: Memory = field(default_factory=Memory)
     sigma: Sigma = field(default_factory=Sigma)
     loss: Loss = field(default_factory=Loss)
     validation: Validation = field(default_factory=Validation)

@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from wantrain.engine import is_fsdp
 from wantrain.terms import UserError
@@ -44,7 +44,8 @@ def start(global_batch_size: int, micro_batch_size: int, *, max_grad_norm: float
     accelerator = Accelerator(
         cpu=on_cpu and not deepspeed and not fsdp, mixed_precision="no",
         gradient_accumulation_steps=num_micro_steps,
-        kwargs_handlers=[InitProcessGroupKwargs("gloo" if on_cpu else "nccl", timeout=timedelta(seconds=timeout_s))]
+        kwargs_handlers=[InitProcessGroupKwargs("gloo" if on_cpu else "nccl", timeout=timedelta(seconds=timeout_s)),
+                         DistributedDataParallelKwargs(broadcast_buffers=False)]  # they are constants
         if "RANK" in os.environ else [],
     )
     if fsdp and not is_fsdp(accelerator):

@@ -29,6 +29,7 @@ from wantrain.models.containers import Container, find_parts, open_container
 from wantrain.models.loading import empty_weights, load_into
 from wantrain.models.lora_names import is_lora, lora_argument, refuse_other_experts_file
 from wantrain.models.lora_updates import merged_tensor, plan_merge, read_given
+from wantrain.models.quantised import quantise
 from wantrain.models.variants import (
     Expert,
     Variant,
@@ -111,8 +112,10 @@ class Base:
         return f"{detection.message}; {container.kind}, {detection.layout} names, {', '.join(kinds)}"
 
     def transformer(self, dtype: torch.dtype, device: torch.device,
-                    placed: Callable[[torch.nn.Parameter], None] | None = None) -> WanTransformer3DModel:
-        """The transformer in `dtype` (time embedding, norms and modulation tables in float32), frozen, eval mode.
+                    placed: Callable[[torch.nn.Parameter], None] | None = None, form: str = ""
+                    ) -> WanTransformer3DModel:
+        """The transformer in `dtype` (time embedding, norms and modulation tables in float32), frozen, eval mode. With
+        a `form` (wantrain.models.quantised.LARGEST) the Linears of its blocks are stored in that.
 
         `placed` gets each parameter as soon as it is there (wantrain.models.loading.load_into).
         """
@@ -120,6 +123,8 @@ class Base:
         self._detected(container)
         with empty_weights():
             module = self._transformer_class.from_config(self._transformer_config())
+            if form:
+                quantise(module, form)
         load_into(module, container, names.transformer_rename(container.names()), dtype=dtype, device=device,
                   keep_float32=self._transformer_class._keep_in_fp32_modules, edit=self._merging(container),
                   placed=placed)

@@ -11,6 +11,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from wantrain.models.containers import Container
 from wantrain.models.names import Rename, UnknownName
+from wantrain.models.quantised import QuantisedLinear
 from wantrain.models.weight_files import ContainerError
 
 
@@ -43,7 +44,8 @@ def load_into(module: torch.nn.Module, container: Container, rename: Rename, *, 
     `rename` gives the module's names for a file's name (wantrain.models.names). `edit` may change a tensor, given by
     the file's name as it is stored, before it is cast. `placed` gets each parameter as soon as the module has it, e.g.
     to keep only a part of it: no more than one tensor is whole then. Tensors with a name part in `keep_float32`
-    (diffusers' `_keep_in_fp32_modules`) become float32, the others `dtype`. Leading axes of length 1 do not count in a
+    (diffusers' `_keep_in_fp32_modules`) become float32, the others `dtype`; a QuantisedLinear stores its weight in its
+    own form. Leading axes of length 1 do not count in a
     shape. Raises ContainerError, before reading anything, when a tensor is missing, unexpected, given twice or of
     another shape; and when anything would stay on meta.
     """
@@ -54,7 +56,7 @@ def load_into(module: torch.nn.Module, container: Container, rename: Rename, *, 
         whole = container.read(source, device=device)
         whole = edit(source, whole) if edit else whole
         for name, piece in zip(names, whole.chunk(len(names)), strict=True):
-            kept = any(part in keep_float32 for part in name.split("."))
+            kept = any(part in keep_float32 for part in name.split(".")) or _quantised(module, name) is not None
             tensor = piece.reshape(targets[name].shape).to(torch.float32 if kept else dtype, copy=len(names) > 1)
             parameter = _assign(module, groups[name], tensor)
             if placed and parameter is not None:
@@ -81,12 +83,21 @@ def _assign(module: torch.nn.Module, names: Iterable[str], tensor: torch.Tensor)
     for name in names:
         owner, _, leaf = name.rpartition(".")
         owning = module.get_submodule(owner)
-        if leaf in dict(owning.named_parameters(recurse=False)):
+        if layer := _quantised(module, name):
+            assigned = layer.store(tensor)
+        elif leaf in dict(owning.named_parameters(recurse=False)):
             owning.register_parameter(leaf, parameter)
             assigned = parameter
         else:
             owning.register_buffer(leaf, tensor)
     return assigned
+
+
+def _quantised(module: torch.nn.Module, name: str) -> QuantisedLinear | None:
+    """The layer that stores the weight of this name in a form of its own, if one does."""
+    owner, _, leaf = name.rpartition(".")
+    layer = module.get_submodule(owner)
+    return layer if leaf == "weight" and isinstance(layer, QuantisedLinear) else None
 
 
 def _plan(container: Container, rename: Rename, targets: Mapping[str, tuple[int, ...]],

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from wantrain import flow, lora
-from wantrain.config import Config, Dtype, expert_config
+from wantrain.config import BaseForm, Config, Dtype, expert_config
 from wantrain.engine.checkpoint import CheckpointStore, step_of
 from wantrain.lora import AdapterState, Spec
 from wantrain.models import hub
@@ -70,6 +70,12 @@ class Recipe:
     def dtype(self) -> torch.dtype:
         """Storage of the frozen transformer and text encoder."""
         return TORCH_DTYPE[self.config.model.dtype]
+
+    @property
+    def base_form(self) -> str:
+        """How the Linears of the frozen transformer are stored; empty where they are in `dtype`."""
+        form = self.config.memory.base
+        return "" if form is BaseForm.dtype else form.name
 
     @property
     def adapter_spec(self) -> Spec:

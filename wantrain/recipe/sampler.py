@@ -60,7 +60,7 @@ def load_pipeline(recipe: Recipe, loras: LoraFiles) -> sampling.Pipeline:
     transformers = []
     for base in recipe.base.each():
         file = fit.AdapterFile(loras[base.expert], base.expert) if base.expert in loras else None
-        transformers.append(base.transformer(recipe.dtype, device))
+        transformers.append(base.transformer(recipe.dtype, device, form=recipe.base_form))
         fit.fit(transformers[-1], device, file)
     return sampling.Pipeline(recipe.variant, transformers, recipe.base.text(recipe.dtype, device),
                              recipe.base.encoders(device), recipe.dtype)

@@ -18,7 +18,7 @@ from wantrain.engine.checkpoint import Checkpoint, Progress, Record, Writer
 from wantrain.engine.ema import Ema
 from wantrain.engine.rendezvous import Rendezvous
 from wantrain.metrics import Trackers
-from wantrain.models import fit, hub, sequence
+from wantrain.models import fit, hub, quantised, sequence
 from wantrain.models.base import expert_path
 from wantrain.models.lora_updates import read_given
 from wantrain.recipe.clips import Clips
@@ -42,6 +42,7 @@ class Training:
     optimizer: Any
     ema: Ema | None
     modules: list[str]
+    base_errors: dict[str, float]
     progress: Progress
     writer: Writer
     record: Record
@@ -79,7 +80,7 @@ def advised_if_memory_ends(recipe: Recipe, clips: Clips, accelerator: Accelerato
         policy = costs.MemoryPolicy(own.micro_batch_size, own.activation_checkpointing,
                                     config.model.dtype is Dtype.float32, accelerator.num_processes,
                                     engine.zero_stage(accelerator), own.sequence_parallel, config.lora.rank,
-                                    config.optim.name is Optimizer.adamw)
+                                    config.optim.name is Optimizer.adamw, bool(recipe.base_form))
         raise UserError(
             f"out of memory, with {peak_gib:.1f} GiB in use at the most: {why}; the largest "
             f"clips are {bucket} ({tokens:,} tokens), {own.micro_batch_size} at once",
@@ -104,11 +105,15 @@ def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator) -> Training:
     config, optim, own = recipe.config, recipe.config.optim, recipe.config.train
     rendezvous = Rendezvous(own.stall_timeout_s)
     optimizers.check(accelerator, optim.name.name)
+    refuse_form(accelerator, recipe.base_form)
     start = None
     if config.lora.start_from:
         start = read_given(hub.local(expert_path(config.lora.start_from, recipe.base.expert)), recipe.base.expert)
     transformer = recipe.base.transformer(recipe.dtype, engine.loading_device(accelerator),
-                                          engine.shard_parameter(accelerator))
+                                          engine.shard_parameter(accelerator), recipe.base_form)
+    errors = quantised.relative_errors(transformer)
+    if errors and accelerator.is_main_process:
+        print(quantised.told(errors, recipe.base_form))
     modules = fit.fit(transformer, accelerator.device,
                       fit.NewAdapter(config.lora.targets, recipe.adapter_spec, own.seed, start),
                       activation_checkpointing=own.activation_checkpointing, sequence_parallel=own.sequence_parallel)
@@ -121,8 +126,17 @@ def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator) -> Training:
             optim.name.name, groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay))
     ema = None if optim.ema_decay is None else Ema(accelerator, model, optim.ema_decay)
     writer = Writer(recipe.checkpoints, own.stall_timeout_s / 2)  # others wait meanwhile
-    return Training(recipe, clips, accelerator, rendezvous, model, optimizer, ema, modules, Progress(), writer, record,
-                    Trackers())
+    return Training(recipe, clips, accelerator, rendezvous, model, optimizer, ema, modules, errors, Progress(), writer,
+                    record, Trackers())
+
+
+def refuse_form(accelerator: Accelerator, form: str) -> None:
+    """Raise UserError where the engine divides the base and would not divide one that is stored in this form."""
+    divides = "ZeRO-3" if engine.zero_stage(accelerator) == 3 else "FSDP2" if engine.is_fsdp(accelerator) else ""
+    if form and divides:
+        raise UserError(f"memory.base = {form}: {divides} divides the base among processes, which was tried with "
+                        "memory.base=dtype alone", "launch with launch/ddp.yaml or zero2.yaml, under which each "
+                        "process holds the whole base, or set memory.base=dtype")
 
 
 def agree(training: Training) -> None:
@@ -176,7 +190,8 @@ def start_run(training: Training) -> None:
         write_header(recipe, training.clips, {
             "num_processes": accelerator.num_processes, "engine": accelerator.distributed_type.value,
             "zero_stage": engine.zero_stage(accelerator), "processes": training.rendezvous.processes,
-            "start_step": progress.step, "run_id": progress.run_id, "modules": training.modules})
+            "start_step": progress.step, "run_id": progress.run_id, "modules": training.modules,
+            "base_form": recipe.config.memory.base.name, "base_errors": training.base_errors})
     flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in schema.flat(config).items()}
     training.trackers.open(config.tracker.names if accelerator.is_main_process else (), recipe.run_dir,
                            config.tracker.project, run_name=config.run.name, run_id=progress.run_id,

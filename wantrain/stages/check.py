@@ -26,7 +26,8 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     total = sum(p.numel() for p in trainings[0].base.meta_transformer().parameters())
     missing = clips.cache.missing(clips.everything, clips.captions)
     print(f"run          {config.run.name} in {recipe.run_dir}")
-    print(f"base         {config.model.variant}, {total:,} parameters, {recipe.dtype}")
+    print(f"base         {config.model.variant}, {total:,} parameters, {recipe.dtype}"
+          + (f", the Linears of its blocks in {recipe.base_form}" if recipe.base_form else ""))
     for part, path in recipe.base.parts.items():
         print(f"  {part:13}{path}")
     for own in trainings:

@@ -1,0 +1,68 @@
+"""What storing the frozen base in a byte a weight costs a step, and what it saves.
+
+    python -m benchmarks.base_forms [--tokens 1560] [--rounds 5]
+
+Two blocks of Wan 1.3B's width with a LoRA of rank 16 on attention and feed-forward, random weights, float32 (this CPU's
+bfloat16 products say nothing); forward and backward. The ratio is to `dtype` in the same run, the median over rounds in
+which all take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from dataclasses import replace
+
+import torch
+
+from wantrain.lora import Spec
+from wantrain.models.base import WanTransformer3DModel, diffusers_config
+from wantrain.models.fit import NewAdapter, fit
+from wantrain.models.quantised import ADAPTED, QuantisedLinear
+from wantrain.models.variants import VARIANTS
+
+CPU = torch.device("cpu")
+
+
+def transformer_of(form: str) -> torch.nn.Module:
+    variant = VARIANTS["wan21_t2v_1b3"]
+    config = diffusers_config(replace(variant, architecture=replace(variant.architecture, num_layers=2)))
+    torch.manual_seed(0)
+    made = WanTransformer3DModel.from_config(config)
+    for name, linear in list(made.named_modules()):
+        if form and isinstance(linear, torch.nn.Linear) and ADAPTED.fullmatch(name):
+            layer = QuantisedLinear(linear.in_features, linear.out_features, True, form)
+            layer.bias = linear.bias
+            layer.store(linear.weight.detach())
+            made.set_submodule(name, layer)
+    made.requires_grad_(False)
+    fit(made, CPU, NewAdapter(["attn_ffn"], Spec(16, 16.0), 0))
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=1560)
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args()
+    side = round((given.tokens / 5) ** 0.5) * 2
+    inputs = {"hidden_states": torch.randn(1, 16, 5, side, side), "timestep": torch.tensor([500.0]),
+              "encoder_hidden_states": torch.randn(1, 512, 4096), "return_dict": False}
+    models = {name: transformer_of("" if name == "dtype" else name) for name in ("dtype", "int8", "fp8")}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for number in range(given.rounds + 1):
+        for name, model in models.items():
+            began = time.perf_counter()
+            model(**inputs)[0].square().mean().backward()
+            if number:
+                times[name].append(time.perf_counter() - began)
+    for name, model in models.items():
+        size = sum(t.nbytes for key, t in (*model.named_parameters(), *model.named_buffers())
+                   if "blocks." in key and "lora_" not in key)
+        ratio = statistics.median(times[name]) / statistics.median(times["dtype"])
+        print(f"{name:6} step {ratio:.3f}   blocks' weights {size / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()
