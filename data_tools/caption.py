@@ -39,11 +39,11 @@ from data_tools.captioner import (
     worded,
 )
 from data_tools.command import add_job_arguments, answer, is_medium, needed, positive, shown, stamp
-from data_tools.journal import Journal, Key, Outcome, Outcomes, by_workers
 from data_tools.rows import Entry, captions_in, folder_entries, has, is_url, moved, sidecars, sound_entries, write_rows
 from wantrain.data.tables import one_line
 from wantrain.files import digest_text
 from wantrain.jobs import Ending, progress
+from wantrain.journal import Journal, Key, Outcome, Outcomes, by_workers
 from wantrain.terms import UserError
 
 SOURCES = ("model", "sidecars", "names")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.command import check_openable
-from data_tools.journal import UNREADABLE, fault_of
+from data_tools.faults import UNREADABLE, fault_of
 from data_tools.rows import has
 from wantrain.data.media import probe
 from wantrain.terms import IMAGE_SUFFIXES, Bucket, UserError

@@ -6,7 +6,6 @@ import argparse
 import codecs
 import contextlib
 import importlib
-import json
 import os
 import shlex
 import stat
@@ -93,12 +92,6 @@ def stamp(path: Path) -> tuple[int, int, int]:
         status = path.stat()
         return status.st_size, status.st_mtime_ns, status.st_ctime_ns
     return 0, 0, 0
-
-
-def json_line(row: dict[str, Any]) -> str:
-    """One line of JSON: readable names, escapes only for names that are not UTF-8."""
-    text = json.dumps(row, ensure_ascii=False)
-    return (text if text == text.encode("utf-8", "ignore").decode() else json.dumps(row)) + "\n"
 
 
 def relative(path: Path, folder: Path) -> str:

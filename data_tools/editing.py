@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.command import json_line, shown, stamp
+from data_tools.command import shown, stamp
 from data_tools.rows import read_entries, understood
 from wantrain.data.tables import Row, columns_of, number_of, rows_of
-from wantrain.files import atomic_path, digest_text
+from wantrain.files import atomic_path, digest_text, json_line
 from wantrain.terms import UserError
 
 

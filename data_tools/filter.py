@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.command import SCENEDETECT, absolute, add_job_arguments, answer, json_line, needed, shown, stamp
-from data_tools.journal import Journal, by_workers
+from data_tools.command import SCENEDETECT, absolute, add_job_arguments, answer, needed, shown, stamp
 from data_tools.measuring import HASH_BITS, NUM_PAIRS, Job, Measured, measure
 from data_tools.rows import Entry, moved, new_ids, read_entries, refuse
-from wantrain.files import digest_text, write_text
+from wantrain.files import digest_text, json_line, write_text
+from wantrain.journal import Journal, by_workers
 from wantrain.terms import UserError
 
 VERSION = 1

@@ -12,7 +12,6 @@ from data_tools.command import (
     check_openable,
     stamp,
 )
-from data_tools.journal import Journal, by_workers
 from data_tools.rows import (
     Entry,
     is_url,
@@ -20,6 +19,7 @@ from data_tools.rows import (
 from wantrain.data import media
 from wantrain.data.tables import MEDIA
 from wantrain.files import digest_text
+from wantrain.journal import Journal, by_workers
 from wantrain.terms import MediaInfo, UserError
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
-from data_tools.journal import UNREADABLE, fault_of
+from data_tools.faults import UNREADABLE, fault_of
 from wantrain.data import films, media
 
 with contextlib.suppress(ImportError):  # `filter.run` says that it is missing

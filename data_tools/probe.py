@@ -18,7 +18,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_tools.command import SUFFIXES, absolute, add_job_arguments, answer, find_files, json_line, relative, stamp
+from data_tools.command import SUFFIXES, absolute, add_job_arguments, answer, find_files, relative, stamp
+from wantrain.files import json_line
 
 if TYPE_CHECKING:
     from data_tools.probing import Probed
@@ -42,7 +43,8 @@ def run(paths: Sequence[Path], out: Path, jobs: int, timeout_s: float) -> tuple[
     Lines of `out`, and of the journal that a killed call leaves beside it, are kept for files whose size and time of
     change are the same; what ran into the time limit is tried again.
     """
-    from data_tools import journal, probing
+    from data_tools import probing
+    from wantrain import journal
     from wantrain.files import digest_text, write_text
     from wantrain.jobs import Ending
 

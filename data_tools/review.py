@@ -36,7 +36,7 @@ from typing import Any
 
 from data_tools.command import absolute, add_job_arguments, answer, check_openable, positive, shown, stamp
 from data_tools.editing import Conflict, Edit, Manifest, Piece, remedy
-from data_tools.journal import UNREADABLE, fault_of
+from data_tools.faults import UNREADABLE, fault_of
 from wantrain.data import media
 from wantrain.files import atomic_path, digest_text
 from wantrain.jobs import in_workers

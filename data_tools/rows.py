@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.command import absolute, json_line, relative, shown
+from data_tools.command import absolute, relative, shown
 from wantrain.data.folders import Account, Stems, folded, read_folder
 from wantrain.data.tables import (
     CSV_SUFFIXES,
@@ -35,7 +35,7 @@ from wantrain.data.tables import (
     spelled,
     text_of,
 )
-from wantrain.files import write_text
+from wantrain.files import json_line, write_text
 from wantrain.terms import PARTNERS, UserError
 
 

@@ -21,7 +21,7 @@ from data_tools.command import (
     check_openable,
     needed,
 )
-from data_tools.journal import UNREADABLE, fault_of
+from data_tools.faults import UNREADABLE, fault_of
 from wantrain.data import films, media
 from wantrain.data.films import COARSE_GRACE_S
 from wantrain.files import atomic_path

@@ -34,18 +34,17 @@ from data_tools.command import (
     add_job_arguments,
     answer,
     find_files,
-    json_line,
     needed,
     positive,
     relative,
     shown,
     stamp,
 )
-from data_tools.journal import Journal, Outcomes, by_workers
 from data_tools.rows import check_written, sound_entries
 from data_tools.shots import DISSOLVE, MOTION_GAP_S, STATIC, TOO_SHORT, Rules, Span, Split, split_file, write_spans
-from wantrain.files import digest_text, write_text
+from wantrain.files import digest_text, json_line, write_text
 from wantrain.jobs import Ending
+from wantrain.journal import Journal, Outcomes, by_workers
 from wantrain.terms import IMAGE_SUFFIXES, UserError
 
 VERSION = 1

@@ -98,6 +98,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def json_line(row: dict[str, Any]) -> str:
+    """One line of JSON: readable names, escapes only for names that are not UTF-8."""
+    text = json.dumps(row, ensure_ascii=False)
+    return (text if text == text.encode("utf-8", "ignore").decode() else json.dumps(row)) + "\n"
+
+
 def remembered(path: Path, make: Callable[[dict[str, Any]], T]) -> Iterator[T]:
     """What `make` makes of the rows of a journal of JSON lines, none where it is not there.
 

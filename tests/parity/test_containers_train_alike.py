@@ -16,7 +16,7 @@ from wantrain.models.variants import VARIANTS, diffusers_config
 
 TINY_WAN = tiny.Part("t2v", partial(tiny.WanTransformer3DModel, **diffusers_config(VARIANTS["tiny_wan"])),
                      tiny.PARTS["t2v"].official, names.transformer_rename)
-SHOWN = ("official folder, sharded", "fp8 with `comfy_quant` under `model.diffusion_model.`", "GGUF Q8_0")
+SHOWN = ("fp8 with `comfy_quant` under `model.diffusion_model.`", "GGUF Q8_0")
 CONTAINERS = [name for name in tiny.CONTAINERS if "two experts" not in name and "K-quants" not in name]
 """K-quants are written in other sizes than tiny_wan's, and two experts train in issue 5."""
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import journal
+from wantrain import journal
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def here(monkeypatch):
     """Jobs of the data tools run in this process, pickled as if for another; the list of files that were looked at."""
     looked = []
 
-    def in_workers(function, jobs, number, timeout_s):
+    def in_workers(function, jobs, number, timeout_s, **_):
         for job in jobs:
             looked.append(Path(getattr(job, "path", job)).name)
             found = pickle.loads(pickle.dumps(function))(pickle.loads(pickle.dumps(job)))

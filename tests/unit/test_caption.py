@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from data_tools import caption, captioner, journal
+from data_tools import caption, captioner
 from tests import odd_files
 from tests.tiny_captioner import SAID, TEMPLATE, write_model
+from wantrain import journal
 from wantrain.data import decode, manifest
 from wantrain.jobs import Ending, Failure
 
@@ -65,7 +66,7 @@ def captions(path):
 def here(monkeypatch):
     """Jobs run in this process."""
 
-    def in_workers(function, jobs, number, timeout_s):
+    def in_workers(function, jobs, number, timeout_s, **_):
         yield from ((job, function(job), None) for job in jobs)
 
     monkeypatch.setattr(journal, "in_workers", in_workers)
@@ -251,7 +252,7 @@ def test_a_killed_call_goes_on_with_the_batch_that_it_lost(set_, model, monkeypa
 
 
 def test_what_ran_into_the_time_limit_is_tried_again(set_, model, monkeypatch):
-    def in_workers(function, jobs, number, timeout_s):
+    def in_workers(function, jobs, number, timeout_s, **_):
         yield from ((job, None, Failure(Ending.TIMED_OUT, "late")) if job.path.suffix == ".mp4"
                     else (job, function(job), None) for job in jobs)
 
@@ -508,7 +509,7 @@ def see_but_never_the_first(job):
 @pytest.mark.slow
 def test_a_file_that_takes_too_long_stops_no_other(set_, model_folder, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setattr(captioner, "see", see_but_never_the_first)
+        patch.setattr(caption, "see", see_but_never_the_first)
         assert call(set_, "--model", model_folder, "--timeout-s", "8") == 0
     out = capsys.readouterr().out
     assert "4 rows = 2 captioned + 1 kept + 1 faulty" in out

@@ -90,6 +90,12 @@ def test_a_users_own_recipe_is_found(tmp_path):
     assert (composed.run.name, composed.run.dir, composed.train.num_steps) == ("mine", "runs/mine", 7)
 
 
+def test_what_a_section_says_of_itself_is_no_key():
+    for key in ("run.may_change", "train.may_change", "memory.may_change"):
+        with pytest.raises(UserError, match=f"unknown config key {key}"):
+            config.load(["recipe=demo_anime", f"{key}=[a]"])
+
+
 def test_every_key_has_a_sentence_in_help():
     described = config.described()
     assert len(described) == 107

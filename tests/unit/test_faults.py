@@ -206,8 +206,10 @@ def test_the_trackers_run_goes_on_under_its_id(trained, monkeypatch):
 def stopping(arguments, cached, tmp_path):
     """A training of its own process with endless steps, once it trains."""
     command = [sys.executable, "-m", "wantrain", "train", *arguments, "train.num_steps=100000", "train.save_every=1000"]
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # as a terminal has it: a shell's background job ignores it
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
+    signal.signal(signal.SIGINT, before)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text()):
         time.sleep(0.05)

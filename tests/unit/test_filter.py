@@ -13,8 +13,9 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from data_tools import filter as tool
-from data_tools import journal, measuring
+from data_tools import measuring
 from tests import odd_files
+from wantrain import journal
 from wantrain.terms import UserError
 
 DEMO = sorted((Path(__file__).parents[2] / "wantrain/assets/demo/footage").glob("*.mp4"))
@@ -340,8 +341,8 @@ def test_a_killed_call_goes_on_and_only_what_is_new_or_changed_is_measured(tmp_p
     manifest = write(tmp_path / "m.jsonl", [{"video": f.name, "caption": "", "end_s": 0.5} for f in films])
     given, in_workers = manifest.read_bytes(), journal.in_workers
 
-    def killed(*arguments):
-        yield next(in_workers(*arguments))
+    def killed(*arguments, **more):
+        yield next(in_workers(*arguments, **more))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(journal, "in_workers", killed)
@@ -372,8 +373,8 @@ def test_captions_written_meanwhile_are_kept(tmp_path, cheap, monkeypatch):
     manifest = write(tmp_path / "m.jsonl", [{"video": "a.mp4", "caption": ""}])
     in_workers = journal.in_workers
 
-    def meanwhile(*arguments):
-        yield from in_workers(*arguments)
+    def meanwhile(*arguments, **more):
+        yield from in_workers(*arguments, **more)
         if len(cheap) == 1:
             write(manifest, [{"video": "a.mp4", "caption": "a caption"}, {"video": "a.mp4", "id": "b", "start_s": 0.5}])
 

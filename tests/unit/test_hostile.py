@@ -11,7 +11,6 @@ import signal
 import socket
 import struct
 import sys
-import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import opened
+from tests.misbehaving import misbehave
 from wantrain.data import manifest, media
 from wantrain.jobs import Ending, Failure, in_workers
 from wantrain.terms import Bucket, Clip, UserError
@@ -81,22 +81,6 @@ def frames_of(path):
     if found.fault:
         raise UserError(found.fault, "")
     return decode.read_clip(path, 0, None, 24, Bucket(5, 64, 96))
-
-
-def misbehave(how: str) -> str:
-    """What a worker does with an item."""
-    if how == "crash":
-        os.kill(os.getpid(), signal.SIGSEGV)
-    elif how == "hang":
-        time.sleep(600)
-    elif how == "raise":
-        sys.exit(3)
-    elif how == "die later":
-        threading.Timer(0.2, os._exit, [9]).start()
-    elif how == "die while answering":
-        threading.Timer(0.2, os._exit, [9]).start()
-        return "x" * (1 << 22)  # more than a pipe holds
-    return how
 
 
 @pytest.mark.parametrize("ordered", [False, True])

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from data_tools import journal
-from data_tools.journal import Journal, Outcome
+from wantrain import journal
 from wantrain.jobs import Ending
+from wantrain.journal import Journal, Outcome
 
 ENDINGS = {"fine": Ending.DONE, "odd": Ending.FAULT, "late": Ending.TIMED_OUT, "dead": Ending.CRASHED}
 
@@ -81,7 +81,8 @@ def test_where_nothing_is_missing_nothing_is_opened(memory):
 
 
 def test_an_outcome_is_a_fault_where_the_result_tells_one(monkeypatch):
-    monkeypatch.setattr(journal, "in_workers", lambda function, items, *_: ((i, function(i), None) for i in items))
+    monkeypatch.setattr(journal, "in_workers", lambda function, items, *_, **__: (
+        (item, function(item), None) for item in items))
     work = journal.by_workers(lambda text: Length(len(text), "!" * (text == "b")), dict(enumerate("abc")), None, 1, 1)
     found = list(work([0, 1]))
     assert found == [{0: Outcome(Length(1), Ending.DONE)}, {1: Outcome(Length(1, "!"), Ending.FAULT)}]

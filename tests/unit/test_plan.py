@@ -17,7 +17,7 @@ from PIL import Image
 
 from tests import odd_files
 from tests.conftest import moving_square
-from wantrain import cli, pictures
+from wantrain import cli, journal, pictures
 from wantrain.data import decode, media, plan
 from wantrain.data.plan import Rules
 from wantrain.jobs import Ending, Failure, in_workers
@@ -416,12 +416,12 @@ def looked(monkeypatch):
     """The files that `look_all` looks into, which it does here in this process."""
     seen = []
 
-    def here(function, items, *_):
+    def here(function, items, *_, **__):
         for item in items:
             seen.append(item)
             yield item, function(item), None
 
-    monkeypatch.setattr(media, "in_workers", here)
+    monkeypatch.setattr(journal, "in_workers", here)
     return seen
 
 
@@ -471,16 +471,17 @@ def test_a_last_line_cut_off_by_a_kill_costs_that_line_only(three, looked, tmp_p
 
 
 def test_what_was_found_before_a_kill_is_kept(three, monkeypatch, tmp_path):
-    def dies_after_one(function, items, *_):
+    def dies_after_one(function, items, *_, **__):
         yield items[0], function(items[0]), None
         assert '"width": 8' in (tmp_path / "cache" / "sources.jsonl").read_text()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(media, "in_workers", dies_after_one)
+    monkeypatch.setattr(journal, "in_workers", dies_after_one)
     with pytest.raises(KeyboardInterrupt):
         media.look_all(three, tmp_path / "cache", 1, 60)
     asked = []
-    monkeypatch.setattr(media, "in_workers", lambda function, items, *_: asked.extend(items) or [])
+    monkeypatch.setattr(journal, "in_workers", lambda function, items, *_, **__: (
+        asked.append(item) or (item, function(item), None) for item in items))
     media.look_all(three, tmp_path / "cache", 1, 60)
     assert asked == three[1:]
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools import command, journal, probe, probing
+from data_tools import command, probe, probing
 from tests import odd_files
+from wantrain import journal
 from wantrain.data import decode
 from wantrain.jobs import Ending, Failure
 from wantrain.terms import UserError
@@ -88,7 +89,7 @@ def test_lines_read_back_with_paths_that_open(done):
 
 def in_this_process(function):
     """Takes the place of the workers."""
-    return lambda _, paths, jobs, timeout_s: ((path, function(path), None) for path in paths)
+    return lambda _, paths, jobs, timeout_s, **__: ((path, function(path), None) for path in paths)
 
 
 def noted(path):
@@ -134,7 +135,7 @@ def test_a_second_call_looks_only_at_what_changed(three, monkeypatch):
 
 
 def test_a_kill_loses_nothing(three, monkeypatch):
-    def killed(_, paths, jobs, timeout_s):
+    def killed(_, paths, jobs, timeout_s, **__):
         yield from in_this_process(noted)(_, paths[:2], jobs, timeout_s)
         raise KeyboardInterrupt
 
@@ -173,7 +174,7 @@ def test_a_file_that_ran_into_the_limit_is_tried_again_and_one_that_crashed_is_n
     files, out = command.find_files([three])[0], three / "out" / "probe.jsonl"
     failures = {"b.png": Failure(Ending.TIMED_OUT, "late"), "c.png": Failure(Ending.CRASHED, "not finished after 1 s")}
 
-    def some_fail(_, paths, jobs, timeout_s):
+    def some_fail(_, paths, jobs, timeout_s, **__):
         yield from ((path, None if path.name in failures else noted(path), failures.get(path.name)) for path in paths)
 
     monkeypatch.setattr(journal, "in_workers", some_fail)
@@ -222,7 +223,7 @@ def test_a_name_that_is_not_utf8_is_a_fault_and_can_be_written(tmp_path):
 
 def test_help_loads_nothing_that_reads_pictures():
     code = ("import contextlib, sys\nfrom data_tools import probe\nwith contextlib.suppress(SystemExit):\n"
-            "    probe.main(['--help'])\nprint('loaded:', *{'av', 'numpy', 'PIL', 'tqdm', 'hashlib'} & {*sys.modules})")
+            "    probe.main(['--help'])\nprint('loaded:', *{'av', 'numpy', 'PIL', 'tqdm'} & {*sys.modules})")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("\nloaded:\n")
     assert "--timeout-s" in done.stdout

@@ -615,11 +615,11 @@ def test_tensorboard_has_the_numbers_of_the_lines(trained):
 
 @pytest.mark.slow
 def test_two_trainings_at_once_in_one_folder_end_in_one(arguments, cached, tmp_path):
-    command = [sys.executable, "-m", "wantrain", "train", *arguments, "train.num_steps=60"]
+    command = [sys.executable, "-m", "wantrain", "train", *arguments, "train.num_steps=240"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             for _ in range(2)]
     said = {process.communicate(timeout=120)[0]: process.returncode for process in both}
     assert sorted(said.values()) == [0, 75]
     assert "is in use" in next(text for text, code in said.items() if code == 75)
-    assert state(tmp_path / "run")[0] == 60
+    assert state(tmp_path / "run")[0] == 240

@@ -12,9 +12,10 @@ import av
 import numpy as np
 import pytest
 
-from data_tools import journal, shots, split
+from data_tools import shots, split
 from tests import odd_files
 from tests.splitting import DEMO, RULES, rows, run
+from wantrain import journal
 from wantrain.data import decode, manifest
 from wantrain.terms import Bucket, UserError
 
@@ -205,8 +206,8 @@ def test_a_killed_call_goes_on_and_only_what_is_new_is_looked_at(tmp_path, film,
         odd_files.write_film(tmp_path / name, film)
     out, in_workers = tmp_path / "out" / "m.jsonl", journal.in_workers
 
-    def killed(*given):
-        yield next(in_workers(*given))
+    def killed(*given, **more):
+        yield next(in_workers(*given, **more))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(journal, "in_workers", killed)

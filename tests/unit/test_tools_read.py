@@ -6,9 +6,10 @@ import shlex
 
 import pytest
 
-from data_tools import caption, editing, filter, journal, looking, measuring, review
+from data_tools import caption, editing, filter, looking, measuring, review
 from data_tools import manifest as tool
 from tests.foreign import FORMS, ROWS, read
+from wantrain import journal
 
 FOUND = {"measure": measuring.Measured(hashes=(1,)), "look": looking.Medium("", 9.0, 4, 4, fps=24.0)}
 PLAIN = {"hub, jsonl", "musubi", "trailing commas", "CRLF", "hub", "an index and empty columns", "joined by cat",
@@ -19,7 +20,7 @@ PLAIN = {"hub, jsonl", "musubi", "trailing commas", "CRLF", "hub", "an index and
 @pytest.fixture(autouse=True)
 def sound(monkeypatch):
     """What workers find: every file is sound."""
-    monkeypatch.setattr(journal, "in_workers", lambda function, items, *_: (
+    monkeypatch.setattr(journal, "in_workers", lambda function, items, *_, **__: (
         (item, FOUND[function.__name__], None) for item in items))
 
 

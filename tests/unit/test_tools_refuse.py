@@ -11,12 +11,12 @@ import pytest
 
 from data_tools import caption, captioner, filter, manifest, measuring, review, split
 from data_tools.command import answer
-from data_tools.journal import appending
 from tests import odd_files
 from tests.splitting import RULES, rows, run
 from tools import cut_footage
 from tools.tiny_world import make_demo
 from wantrain.files import atomic_path, remembered
+from wantrain.journal import appending
 from wantrain.terms import UserError
 
 TOOLS = {"split": split, "filter": filter, "caption": caption, "manifest": manifest, "review": review}

@@ -10,19 +10,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields, is_dataclass, replace
 from enum import Enum
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
 from omegaconf import MISSING, OmegaConf
 
 from wantrain.config.schema import Config, ExpertOwn, Schedule, Source
+from wantrain.config.values import fields_of
 from wantrain.files import digest_text
 from wantrain.terms import OF_A_PLACE
 
 
 def _harmless() -> Iterator[str]:
     """What each section says of itself in `may_change`, as prefixes of dotted keys."""
-    for name, section in get_type_hints(Config).items():
+    for name, section in fields_of(Config).items():
         for entry in getattr(section, "may_change", ()):
             yield f"{name}." if entry == "*" else f"{name}.{entry}"
 

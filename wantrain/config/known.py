@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from wantrain.config.schema import Config, Source
-from wantrain.config.values import leaves, nearest
+from wantrain.config.values import fields_of, leaves, nearest
 from wantrain.terms import UserError
 
 HELP = "wantrain train --help    lists every key with its meaning"
@@ -76,7 +76,7 @@ def key_types() -> dict[str, Any]:
 @functools.cache
 def sections() -> dict[str, Any]:
     """The config's sections by name."""
-    return {name: wanted for name, wanted in typing.get_type_hints(Config).items() if is_dataclass(wanted)}
+    return {name: wanted for name, wanted in fields_of(Config).items() if is_dataclass(wanted)}
 
 
 def annotation(key: str) -> Any:
@@ -129,7 +129,7 @@ def nearest_keys(key: str, groups: Sequence[str] = ()) -> list[str]:
     if word.lower().replace("-", "_") in ELSEWHERE:
         return [ELSEWHERE[word.lower().replace("-", "_")]]
     if section.startswith("data.sources.") and section.count(".") == 2:
-        own = nearest(word, typing.get_type_hints(Source))
+        own = nearest(word, fields_of(Source))
         return [f"{section}.{name}" for name in own or ["path"]]
     known = [*key_types(), *groups]
     last: dict[str, list[str]] = {}

@@ -202,7 +202,7 @@ def _as_scalar(node: Node, wanted: Any) -> Any:
 
 def _as_section(node: Node, wanted: Any) -> dict[str, Any]:
     """The values of a dataclass, by field."""
-    hints = typing.get_type_hints(wanted)
+    hints = fields_of(wanted)
     for key, _ in (pairs := _as_pairs(node)):
         if key not in hints:
             raise Unfit(f"it has no {key}, but {', '.join(hints)}", (nearest(key, hints) or [""])[0])
@@ -316,9 +316,15 @@ def _plain(word: str) -> str:
     return re.sub(r"[^0-9a-z一-鿿]", "", re.sub(r"(\d)\.(\d)b", r"\1b\2", word.lower()))
 
 
+def fields_of(schema: type) -> dict[str, Any]:
+    """The fields of a section with their types; what a section says of itself (ClassVar) is no field."""
+    return {name: wanted for name, wanted in typing.get_type_hints(schema).items()
+            if typing.get_origin(wanted) is not typing.ClassVar}
+
+
 def leaves(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, annotation) of every field that is no section."""
-    for name, wanted in typing.get_type_hints(schema).items():
+    for name, wanted in fields_of(schema).items():
         if is_dataclass(wanted) and isinstance(wanted, type):
             yield from leaves(wanted, f"{prefix}{name}.")
         else:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-import json
 import os
 import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from wantrain.data import films
 from wantrain.data.films import TRANSPARENT, Probe, Unreachable, broken, on_white, unreachable
-from wantrain.files import digest_file, digest_text, remembered
-from wantrain.jobs import in_workers, progress
+from wantrain.files import digest_file, digest_text
+from wantrain.journal import Journal, by_workers
 from wantrain.outside import remote_errors
 from wantrain.terms import IMAGE_SUFFIXES, Media, MediaInfo, Remote, UserError
 
@@ -152,25 +151,17 @@ def look_all(media: Sequence[Media], folder: Path, jobs: int, timeout_s: float) 
     another start, or another process, only reads what is new. Faulty files are looked at anew, and so is what is new
     where `folder` cannot be written.
     """
-    memory = folder / "sources.jsonl"
     keys = {one: _key(one) for one in media}
-    known = _remembered(memory)
-    found = {one: known[key] for one, key in keys.items() if key in known}
-    unknown = [one for one in keys if one not in found]
-    if not unknown:
-        return found
+    by_key = {key: one for one, key in keys.items()}
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    memory = memory if os.access(folder, os.W_OK) else Path(os.devnull)
-    with memory.open("a", encoding="utf-8") as file, progress(len(keys), len(found), "file", "look", delay_s=2) as bar:
-        file.write("\n")  # ends a line that a kill cut off
-        for one, seen, why in in_workers(look, unknown, jobs, timeout_s, "data.timeout_s"):
-            found[one] = seen or MediaInfo(fault=str(why))
-            if not found[one].fault:
-                file.write(json.dumps({"key": keys[one], **dataclasses.asdict(found[one])}) + "\n")
-                file.flush()
-            bar.update()
-    return found
+    memory = Journal(folder / "sources.jsonl" if os.access(folder, os.W_OK) else Path(os.devnull),
+                     lambda row: MediaInfo(**row))
+    known = replace(memory, path=folder / "sources.jsonl").read()
+    infos = memory.filled(known, list(by_key), by_workers(
+        look, by_key, lambda _, failure: MediaInfo(fault=str(failure)), jobs, timeout_s, limit="data.timeout_s"),
+        "file", "look", delay_s=2)
+    return {one: infos[key] for one, key in keys.items()}
 
 
 def _key(media: Media) -> str:
@@ -180,8 +171,3 @@ def _key(media: Media) -> str:
         status = media.stat()
         return digest_text(LOOK_VERSION, media.resolve(), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     return digest_text(LOOK_VERSION, media)
-
-
-def _remembered(memory: Path) -> dict[str, MediaInfo]:
-    """What is known, by key."""
-    return dict(remembered(memory, lambda row: (row.pop("key"), MediaInfo(**row))))

@@ -9,23 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-import av
-
-from data_tools.command import json_line, shown
-from wantrain.files import remembered
+from wantrain.files import json_line, remembered
 from wantrain.jobs import Ending, Failure, in_workers, progress
 from wantrain.terms import UserError
-
-UNREADABLE = (UserError, av.FFmpegError, OSError, ValueError)
-"""What a file that cannot be read or decoded raises."""
-
-
-def fault_of(path: Path, error: Exception) -> str:
-    """What people are told of one of UNREADABLE."""
-    if isinstance(error, UserError):
-        return error.message
-    how = " cannot be decoded" if isinstance(error, av.FFmpegError) else ""
-    return f"{shown(path)}{how}: {getattr(error, 'strerror', None) or error}"
 
 
 class Told(Protocol):
@@ -54,15 +40,17 @@ Outcomes = Mapping[Key, Outcome[Result]]
 
 
 def by_workers(function: Callable[[Item], Result], items: Mapping[Key, Item], failed: Callable[[Item, Failure], Result],
-               jobs: int, timeout_s: float) -> Callable[[Iterable[Key]], Generator[Outcomes[Key, Result]]]:
+               jobs: int, timeout_s: float, *, limit: str = "--timeout-s"
+               ) -> Callable[[Iterable[Key]], Generator[Outcomes[Key, Result]]]:
     """What gives the outcomes of items by their keys, as they finish in `wantrain.jobs.in_workers`.
 
-    `failed` makes the result of an item that has none. No two keys have the same item.
+    `failed` makes the result of an item that has none; `limit` is the setting of `timeout_s`. No two keys have the same
+    item.
     """
 
     def work(wanted: Iterable[Key]) -> Generator[Outcomes[Key, Result]]:
         keys = {items[key]: key for key in wanted}
-        with contextlib.closing(in_workers(function, list(keys), jobs, timeout_s)) as answers:
+        with contextlib.closing(in_workers(function, list(keys), jobs, timeout_s, limit=limit)) as answers:
             for item, result, failure in answers:
                 if failure or result is None:
                     assert failure, "what has no result says why"
@@ -90,15 +78,15 @@ class Journal(Generic[Result]):
         return dict(remembered(self.path, lambda row: (row.pop("key"), self.restore(row))))
 
     def filled(self, known: Mapping[str, Result], keys: Sequence[str],
-               work: Callable[[Sequence[str]], Generator[Outcomes[str, Result]]], unit: str, what: str
-               ) -> dict[str, Result]:
+               work: Callable[[Sequence[str]], Generator[Outcomes[str, Result]]], unit: str, what: str,
+               *, delay_s: float = 0) -> dict[str, Result]:
         """`known`, and the results of those keys that are not in it; `work` gives their outcomes, some at a time."""
         found = dict(known)
         missing = list(dict.fromkeys(key for key in keys if key not in found))
         if not missing:
             return found
-        with (appending(self.path) as write, progress(len(keys), len(keys) - len(missing), unit, what) as bar,
-              contextlib.closing(work(missing)) as coming):
+        with (appending(self.path) as write, contextlib.closing(work(missing)) as coming,
+              progress(len(keys), len(keys) - len(missing), unit, what, delay_s=delay_s) as bar):
             for some in coming:
                 found |= {key: outcome.result for key, outcome in some.items()}
                 write("".join(json_line({"key": key} | dataclasses.asdict(outcome.result))
@@ -119,7 +107,7 @@ def appending(path: Path) -> Iterator[Callable[[str], None]]:
                 while data:
                     data = data[file.write(data):]
             except OSError as error:
-                raise UserError(f"could not write {shown(path)}: {error.strerror}",
+                raise UserError(f"could not write {path}: {error.strerror}",
                                 "free some disk space, then run the same command again: what was finished is kept"
                                 ) from error
 
