@@ -19,7 +19,7 @@ import torch
 from wantrain.lora import Spec
 from wantrain.models.base import WanTransformer3DModel, diffusers_config
 from wantrain.models.fit import NewAdapter, fit
-from wantrain.models.quantised import ADAPTED, QuantisedLinear
+from wantrain.models.quantised import QuantisedLinear, quantise
 from wantrain.models.variants import VARIANTS
 
 CPU = torch.device("cpu")
@@ -30,12 +30,13 @@ def transformer_of(form: str) -> torch.nn.Module:
     config = diffusers_config(replace(variant, architecture=replace(variant.architecture, num_layers=2)))
     torch.manual_seed(0)
     made = WanTransformer3DModel.from_config(config)
-    for name, linear in list(made.named_modules()):
-        if form and isinstance(linear, torch.nn.Linear) and ADAPTED.fullmatch(name):
-            layer = QuantisedLinear(linear.in_features, linear.out_features, True, form)
-            layer.bias = linear.bias
-            layer.store(linear.weight.detach())
-            made.set_submodule(name, layer)
+    if form:
+        weights = made.state_dict()
+        quantise(made, form)
+        for name, layer in made.named_modules():
+            if isinstance(layer, QuantisedLinear):
+                layer.bias = torch.nn.Parameter(weights[f"{name}.bias"])
+                layer.store(weights[f"{name}.weight"])
     made.requires_grad_(False)
     fit(made, CPU, NewAdapter(["attn_ffn"], Spec(16, 16.0), 0))
     return made

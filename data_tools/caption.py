@@ -32,7 +32,7 @@ from data_tools.captioner import (
     Job,
     Seen,
     Settings,
-    _is_image,
+    is_image,
     judge,
     see,
     with_trigger,
@@ -269,10 +269,10 @@ def _previewed(rows: Sequence[Entry], settings: Settings, jobs: int, timeout_s: 
         faults.append(look.fault)
         if look.fault:
             continue
-        kind = (_is_image(job), *look.shape_FHW)
+        kind = (is_image(job), *look.shape_FHW)
         if kind not in num_tokens:
             prompt = captioner.prompt(job, look)
-            prompts.setdefault(_is_image(job), prompt)
+            prompts.setdefault(is_image(job), prompt)
             blank_FHWC = np.zeros((*look.shape_FHW, 3), np.uint8)
             num_tokens[kind] = captioner.tokenized([prompt], [blank_FHWC])["input_ids"].numel()
         _, height, width = look.shape_FHW

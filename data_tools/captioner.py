@@ -151,7 +151,7 @@ class Captioner:
         """What the model is asked, in its own form; a mark stands where each frame comes."""
         content: list[dict[str, str]] = []
         for time_s in seen.times_s:
-            if not _is_image(job):
+            if not is_image(job):
                 content.append({"type": "text", "text": f"{max(0.0, time_s - job.start_s):.1f} s:"})
             content.append({"type": "image"})
         content.append({"type": "text", "text": worded(self.settings, job)})
@@ -224,11 +224,11 @@ def _load_model(where: str, dtype: str) -> Any:
 
 def worded(settings: Settings, job: Job) -> str:
     """The user's or the kind's words for this clip."""
-    medium = "picture" if _is_image(job) else "video"
+    medium = "picture" if is_image(job) else "video"
     return settings.prompt.replace("{medium}", medium).replace("{trigger}", settings.trigger)
 
 
-def _is_image(job: Job) -> bool:
+def is_image(job: Job) -> bool:
     return job.path.suffix.lower() in IMAGE_SUFFIXES
 
 

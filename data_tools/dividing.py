@@ -20,7 +20,7 @@ TOUCHING_S = 1e-6
 """Spans nearer than this touch. Those of neighbouring shots are `split.GUARD_S` apart, which is more."""
 
 
-def _touching(rows: Iterable[Entry]) -> Iterator[tuple[Entry, Entry]]:
+def touching(rows: Iterable[Entry]) -> Iterator[tuple[Entry, Entry]]:
     """(earlier row, row) of one file whose spans touch or overlap: for each row the one before that ends last."""
     longest: dict[str, Entry] = {}
     for row in sorted(rows, key=lambda r: r.clip):
@@ -79,7 +79,7 @@ def groups(rows: Sequence[Entry], by_file: bool) -> list[list[int]]:
             one = leader[one]
         return one
 
-    pairs: list[tuple[object, object]] = [(id(a), id(b)) for a, b in _touching(rows)]
+    pairs: list[tuple[object, object]] = [(id(a), id(b)) for a, b in touching(rows)]
     for row in rows:
         bonds = [("id", row.id), ("id", str(row.values.get("duplicate_of") or row.id))]
         if made := OF_SPLIT.fullmatch(row.id):

@@ -58,7 +58,7 @@ def look_at(rows: Iterable[Entry], manifest: Path, jobs: int, timeout_s: float) 
     return {file: found[key] for key, file in by_key.items()}
 
 
-def _seconds(row: Entry, found: Mapping[str, Medium]) -> float:
+def seconds_of(row: Entry, found: Mapping[str, Medium]) -> float:
     """How long the clip is; 0 for an image, and for a file that cannot be looked into."""
     start_s, end_s = row.span
     known = found.get(row.where("video"), Medium()).duration_s

@@ -34,8 +34,8 @@ from data_tools.command import (
     shown,
     stamp,
 )
-from data_tools.dividing import TOUCHING_S, Rule, _touching, divide
-from data_tools.looking import Medium, _seconds, look_at
+from data_tools.dividing import TOUCHING_S, Rule, divide, touching
+from data_tools.looking import Medium, look_at, seconds_of
 from data_tools.rows import (
     Entry,
     captions_in,
@@ -229,7 +229,7 @@ def _media_faults(row: Entry, found: Mapping[str, Medium]) -> list[str]:
 
 def _notes(rows: Sequence[Entry]) -> list[str]:
     notes = [f"{row.place}: {'the same span as' if row.span == other.span else 'overlaps'} {other.line}"
-             for other, row in _touching(rows) if row.span[0] + TOUCHING_S < other.span[1]]
+             for other, row in touching(rows) if row.span[0] + TOUCHING_S < other.span[1]]
     alike: dict[str, Entry] = {}
     for row in rows:
         other = alike.setdefault("".join(unicodedata.normalize("NFKC", row.id).casefold().split()), row)
@@ -316,7 +316,7 @@ def split(file: Path, train: Path, heldout: Path, rule: Rule, *, jobs: int, time
         ids = new_ids(rows, folder)
         write_rows(out, (moved(row, folder, ids) for row in ours))
         lines.append(f"{shown(out)}: {len(ours)} clips ({len(ours) / len(rows):.1%}), "
-                     f"{sum(_seconds(row, found) for row in ours):.1f} s")
+                     f"{sum(seconds_of(row, found) for row in ours):.1f} s")
     num_kept = sum(row.clip in before for row in rows)
     if num_kept:
         lines.append(f"{num_kept} clips stayed where they were (remove both files to divide anew)")
@@ -357,7 +357,7 @@ def stats(file: Path, trigger: str, jobs: int, timeout_s: float) -> str:
     found = look_at(rows, file, jobs, timeout_s)
     looked = [(row, seen) for row in rows if (seen := found.get(row.where("video"))) and not seen.fault]
     films = [(row, seen) for row, seen in looked if seen.duration_s]
-    lengths_s = [_seconds(row, found) for row, _ in films]
+    lengths_s = [seconds_of(row, found) for row, _ in films]
     table = {
         "size": collections.Counter(f"{seen.width}x{seen.height}" for _, seen in looked),
         "aspect": collections.Counter(f"{seen.width / seen.height:.2f}" for _, seen in looked),

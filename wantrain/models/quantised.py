@@ -8,7 +8,7 @@ bfloat16's, and a product costs a cast of its weight more. Embeddings, norms, mo
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -16,7 +16,7 @@ import torch
 LARGEST = {"int8": 127.0, "fp8": 448.0}
 """The largest number of each form: whole numbers of a byte, and float8_e4m3fn (4 bits of exponent, 3 of mantissa)."""
 
-ADAPTED = re.compile(r"(vace_)?blocks\.\d+\..+")
+_IN_BLOCKS = re.compile(r"(vace_)?blocks\.\d+\..+")
 """Modules whose Linears are stored so."""
 
 
@@ -80,22 +80,21 @@ def quantise(transformer: torch.nn.Module, form: str) -> None:
     them (wantrain.models.loading.load_into). To be called under empty_weights().
     """
     for name, linear in list(transformer.named_modules()):
-        if isinstance(linear, torch.nn.Linear) and ADAPTED.fullmatch(name):
+        if isinstance(linear, torch.nn.Linear) and _IN_BLOCKS.fullmatch(name):
             transformer.set_submodule(name, QuantisedLinear(linear.in_features, linear.out_features,
                                                             linear.bias is not None, form))
 
 
 def relative_errors(transformer: torch.nn.Module) -> dict[str, float]:
-    """The mean relative error of the stored weights by kind of layer (`blocks.*.attn1.to_q`); {} where none is."""
+    """The mean relative error of the stored weights by kind of layer (`blocks.*.attn1.to_q`); {} where none is.
+
+    To be called before an adapter is injected, which renames the layers that it wraps.
+    """
     kinds: dict[str, list[float]] = {}
-    for name, layer in _stored(transformer):
-        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name.removesuffix(".base_layer"), count=1), []).append(
-            layer.relative_error)
+    for name, layer in transformer.named_modules():
+        if isinstance(layer, QuantisedLinear):
+            kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name, count=1), []).append(layer.relative_error)
     return {kind: sum(errors) / len(errors) for kind, errors in kinds.items()}
-
-
-def _stored(transformer: torch.nn.Module) -> Iterator[tuple[str, QuantisedLinear]]:
-    return ((name, layer) for name, layer in transformer.named_modules() if isinstance(layer, QuantisedLinear))
 
 
 def told(errors: Mapping[str, float], form: str) -> str:

@@ -72,7 +72,7 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     page = html.evaluation_page(
         config.run.name, config.data.trigger, numbers,
         {expert: metrics.read(run_dir / "metrics.jsonl") for expert, run_dir in trainings.items()},
-                       shown)
+        shown)
     write_text(folder / "report.html", page)
     told = ", ".join(f"{k} {v:.3f}" for k, v in distances.items() if isinstance(v, float))
     print(f"style distance: {told}\nreport: {folder / 'report.html'} and {recipe.run_dir / 'report.json'}")

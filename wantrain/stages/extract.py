@@ -28,7 +28,7 @@ def run(given: argparse.Namespace) -> None:
     """
     tuned, base, target = open_transformer(given.TUNED), open_transformer(given.BASE), Path(given.OUT).expanduser()
     check_lora_output(target, given.format, [tuned.path, base.path], "wantrain extract TUNED BASE OUT.safetensors")
-    pairs, energy, rest = differences(tuned, base, int(given.rank))
+    pairs, energy, rest = differences(tuned, base, given.rank)
     if not pairs and not rest:
         raise UserError(f"{given.TUNED} and {given.BASE} hold the same weights", "check the two paths")
     if rest and given.rest == "refuse":
