@@ -1,9 +1,10 @@
-"""Wan's transformer block as a LoRA training runs it: the arithmetic of diffusers' block, with a backward pass of its own.
+"""Wan's transformer block as a LoRA training runs it: diffusers' arithmetic, with a backward pass of its own.
 
-Autograd over diffusers' block and PEFT's layers keeps about 29 tensors of tokens x width a block. The gradient of a LoRA
-over frozen weights needs fewer: frozen Linears need no input, q, k and v share one, and norms, modulation, rotary
-embedding and GELU are cheap to compute again. What a block keeps between its forward and its backward pass is one of
-`KEEPS`; what it does not keep, the backward pass computes again with the same operations, so all give equal numbers.
+Autograd over diffusers' block and PEFT's layers keeps about 27 tensors of tokens x width a block. The gradient of a
+LoRA over frozen weights needs fewer: frozen Linears need no input, q, k and v share one, and norms, modulation, rotary
+embedding, GELU and cross-attention are cheap to compute again. What a block keeps between its forward and its backward
+pass is one of `KEEPS`; what it does not keep, the backward pass computes again with the same operations, so all give
+equal numbers.
 
 Modules, names and weights stay diffusers' own. Nothing is computed that no adapted layer needs.
 """
@@ -17,11 +18,18 @@ from typing import Any, cast
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
 from torch.nn import functional
 
-from wantrain import lora
-from wantrain.models.quantised import QuantisedLinear
+from wantrain.models.block_operations import (
+    Attention,
+    gated,
+    in_heads,
+    in_heads_backward,
+    normed,
+    normed_backward,
+    split,
+)
+from wantrain.models.products import Product, Products, product_of
 from wantrain.models.short_text import ShortText
 from wantrain.terms import TEXT_LEN
 
@@ -30,229 +38,27 @@ KEEPS = ("all", "attention", "inputs")
 block's input and what self-attention answered. inputs: the block's input."""
 
 
-@dataclass(slots=True)
-class Product:
-    """A frozen Linear, and the LoRA on it: down [rank, in] and up [out, rank], None where there is none."""
-
-    linear: torch.nn.Linear
-    down: torch.Tensor | None = None
-    up: torch.Tensor | None = None
-    scale: float = 1.0
-
-    def weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """[out, in]."""
-        return self.linear.dequantised(dtype) if isinstance(self.linear, QuantisedLinear) else self.linear.weight.to(dtype)
-
-    @property
-    def rank(self) -> int:
-        return 0 if self.down is None else len(self.down)
-
-
-def product_of(layer: torch.nn.Module) -> Product | None:
-    """The layer as a Product; None where its adapter is of another kind than a LoRA."""
-    if isinstance(layer, torch.nn.Linear):
-        return Product(layer)
-    pair = lora.pair_of(layer)
-    return None if pair is None else Product(*pair)
-
-
-class Products:
-    """Linears with one input in common, and one product for the down halves of all their LoRAs."""
-
-    def __init__(self, products: Sequence[Product], dtype: torch.dtype) -> None:
-        self.products, self.dtype = products, dtype
-        downs = [p.down.to(dtype) for p in products if p.down is not None]
-        self.downs = torch.cat(downs) if downs else None
-        self.low: torch.Tensor | None = None  # input @ downs.T
-
-    def forward(self, given: torch.Tensor) -> list[torch.Tensor]:
-        """[..., in] -> [..., out] of each."""
-        if self.downs is not None:
-            self.low = functional.linear(given, self.downs)
-        outputs, at = [], 0
-        for p in self.products:
-            bias = None if p.linear.bias is None else p.linear.bias.to(self.dtype)
-            outputs.append(output := functional.linear(given, p.weight(self.dtype), bias))
-            if p.up is not None:
-                assert self.low is not None, "an up half has its down half"
-                output.flatten(0, -2).addmm_(self.low[..., at: at + p.rank].flatten(0, -2), p.up.to(self.dtype).T,
-                                             alpha=p.scale)
-                at += p.rank
-        return outputs
-
-    def backward(self, gradients: Sequence[torch.Tensor], given: Callable[[], torch.Tensor], asks_input: bool
-                 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
-        """The gradient for the input (None unless asked for), and for down and up of each product.
-
-        `given` gives the input, and is called only where a LoRA needs it.
-        """
-        flat = [gradient.flatten(0, -2) for gradient in gradients]
-        weights: list[torch.Tensor | None] = []
-        low_gradient: torch.Tensor | None = None
-        if self.downs is not None:
-            low = (functional.linear(given(), self.downs) if self.low is None else self.low).flatten(0, -2)
-            low_gradient, at = torch.empty_like(low), 0
-            for p, gradient in zip(self.products, flat, strict=True):
-                if p.up is None or p.down is None:
-                    weights += [None, None]
-                    continue
-                here = slice(at, at := at + p.rank)
-                low_gradient[:, here] = (gradient @ p.up.to(self.dtype)).mul_(p.scale)
-                weights += [None, (gradient.T @ low[:, here]).mul_(p.scale).to(p.up.dtype)]
-            downs = low_gradient.T @ given().flatten(0, -2)
-            at = 0
-            for number, p in enumerate(self.products):
-                if p.down is not None:
-                    weights[2 * number] = downs[at: at + p.rank].to(p.down.dtype)
-                    at += p.rank
-        else:
-            weights = [None] * (2 * len(self.products))
-        if not asks_input:
-            return None, weights
-        total = flat[0] @ self.products[0].weight(self.dtype)
-        for p, gradient in zip(self.products[1:], flat[1:], strict=True):
-            total.addmm_(gradient, p.weight(self.dtype))
-        if low_gradient is not None:
-            total.addmm_(low_gradient, self.downs)
-        return total.view(*gradients[0].shape[:-1], -1), weights
-
-
-# Norms, rotary embedding: forward, and the gradient for the input. All in float32, whatever comes and goes.
-
-def normed(x: torch.Tensor, eps: float, factor: torch.Tensor | None, offset: torch.Tensor | None, dtype: torch.dtype
-           ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """LayerNorm over the last dimension, times `factor`, plus `offset`; and its mean and 1 / standard deviation.
-
-    `factor` and `offset` broadcast against x; None leaves them out.
-    """
-    width = x.shape[-1]
-    if factor is None or offset is None:
-        out, mean, rstd = torch.native_layer_norm(x.float(), [width], None, None, eps)
-    elif factor.numel() == width:  # one row for all tokens: fused
-        out, mean, rstd = torch.native_layer_norm(x.float(), [width], factor.view(width), offset.view(width), eps)
-    else:
-        out, mean, rstd = torch.native_layer_norm(x.float(), [width], None, None, eps)
-        out = out.mul_(factor).add_(offset)
-    return out.to(dtype), mean, rstd
-
-
-def normed_backward(gradient: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor,
-                    factor: torch.Tensor | None) -> torch.Tensor:
-    """float32."""
-    width, gradient = x.shape[-1], gradient.float()
-    weight = None
-    if factor is not None and factor.numel() == width:
-        weight = factor.view(width)
-    elif factor is not None:
-        gradient = gradient * factor
-    return torch.ops.aten.native_layer_norm_backward(
-        gradient, x.float(), [width], mean, rstd, weight, None, [True, False, False])[0]
-
-
-def in_heads(x: torch.Tensor, norm: torch.nn.RMSNorm, heads: int, turns: torch.Tensor | None, dtype: torch.dtype
-             ) -> torch.Tensor:
-    """RMSNorm over the width of all heads, then the rotary embedding: [B, L, D] -> [B, L, heads, D / heads].
-
-    `turns` [1, L, 1, D / heads / 2] complex: what each pair of numbers is multiplied with; None turns nothing.
-    """
-    wide = x.float()
-    scale = _rms_scale(wide, norm.eps)
-    out = wide * norm.weight.float()
-    if turns is None:
-        return out.mul_(scale).to(dtype).unflatten(-1, (heads, -1))
-    pairs = torch.view_as_complex(out.view(*x.shape[:-1], heads, -1, 2))
-    pairs.mul_(turns * scale.unsqueeze(-1))
-    return out.to(dtype).unflatten(-1, (heads, -1))
-
-
-def in_heads_backward(gradient: torch.Tensor, x: torch.Tensor, norm: torch.nn.RMSNorm, turns: torch.Tensor | None,
-                      dtype: torch.dtype) -> torch.Tensor:
-    """The gradient for x, of `dtype`."""
-    wide = x.float()
-    scale = _rms_scale(wide, norm.eps)
-    if turns is None:
-        back = gradient.flatten(-2) * norm.weight.float()
-    else:
-        pairs = torch.view_as_complex(gradient.float().unflatten(-1, (-1, 2)).contiguous())
-        back = torch.view_as_real(pairs * turns.conj()).flatten(-3).mul_(norm.weight.float())
-    along = torch.linalg.vecdot(back, wide).unsqueeze(-1)
-    back = back.mul_(scale).addcmul_(wide, along * scale.pow(3) / x.shape[-1], value=-1)
-    return back.to(dtype)
-
-
-def _rms_scale(wide: torch.Tensor, eps: float | None) -> torch.Tensor:
-    """1 / root mean square over the last dimension, kept."""
-    mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(wide.shape[-1])
-    return mean_square.add_(torch.finfo(torch.float32).eps if eps is None else eps).rsqrt_()
-
-
-class _Entry(torch.autograd.Function):
-    """A tensor as the start of a graph that does not hold it: `anchor` is there to need a gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradients[0], None
-
-
-class Attention:
-    """Attention of any back end with its graph, which keeps what its backward pass needs except q, k and v: these are
-    handed to `backward` again.
+@dataclass(frozen=True, slots=True)
+class BlockInputs:
+    """What a block is given: x [B, L, D]; text [B, L text, D], behind image tokens where the model has those; temb
+    [B, 6, D], or a row for each token [B, L, 6, D]; and `turns` of Turns.
     """
 
-    def __init__(self, qkv: Sequence[torch.Tensor], attend: Callable[..., torch.Tensor]) -> None:
-        self._again: list[torch.Tensor] = list(qkv)
-        storages = [tensor.untyped_storage()._cdata for tensor in qkv]
-
-        def pack(saved: torch.Tensor) -> object:
-            for number, storage in enumerate(storages):
-                if saved.untyped_storage()._cdata == storage and saved.dtype == qkv_dtype:
-                    return number, saved.size(), saved.stride(), saved.storage_offset()
-            return saved
-
-        def unpack(kept: object) -> torch.Tensor:
-            if isinstance(kept, torch.Tensor):
-                return kept
-            number, *where = cast("tuple[Any, ...]", kept)
-            return self._again[number].as_strided(*where)
-
-        qkv_dtype, anchor = qkv[0].dtype, torch.zeros((), requires_grad=True)
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            entries = [_entry(tensor, anchor) for tensor in qkv]
-            self._edges = [torch.autograd.graph.get_gradient_edge(entry) for entry in entries]
-            self._graph = attend(*entries)
-        self.output = self._graph.detach().flatten(2)
-        self._again = []
-
-    def backward(self, gradient: torch.Tensor, qkv: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Gradients for q, k and v, which are given again as they were. To be called once."""
-        self._again = list(qkv)
-        given = torch.autograd.grad(self._graph, self._edges, gradient.view_as(self._graph))
-        self._again, self._graph = [], self._graph.detach()
-        return given
-
-
-_entry = cast("Callable[..., torch.Tensor]", _Entry.apply)
+    x: torch.Tensor
+    text: torch.Tensor
+    temb: torch.Tensor
+    turns: torch.Tensor
 
 
 class BlockPass:
-    """One call of one block: forward once, and backward at most once.
+    """One call of one block: forward once, and backward at most once. `keep` is one of KEEPS."""
 
-    x [B, L, D], text [B, L text, D] (behind image tokens, where the model has those), temb [B, 6, D] or a row for each
-    token [B, L, 6, D], `rotary` (cos, sin) of diffusers. `keep` is one of KEEPS.
-    """
-
-    def __init__(self, block: WanTransformerBlock, keep: str, x: torch.Tensor, text: torch.Tensor, temb: torch.Tensor,
-                 rotary: tuple[torch.Tensor, torch.Tensor], products: dict[str, list[Product]]) -> None:
-        self.block, self.keep, self.x, self.text, self.temb = block, keep, x, text, temb
-        device = x.device.type
-        self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    def __init__(self, block: Any, keep: str, given: BlockInputs, products: dict[str, list[Product]]) -> None:
+        self.block, self.keep = block, keep
+        self.x, self.text, self.temb, self.turns = given.x, given.text, given.temb, given.turns
+        device = self.x.device.type
+        self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.x.dtype
         self.group = {name: Products(own, self.dtype) for name, own in products.items()}
-        cos, sin = rotary
-        self.turns = torch.complex(cos[..., 0::2].float(), sin[..., 1::2].float())
         self.text_kv: list[torch.Tensor] | None = None
         self.q = self.k = self.v = self.x1 = self.q2 = self.x2 = self.inner = cast("torch.Tensor", None)
         self.attention: Attention | None = None
@@ -282,16 +88,16 @@ class BlockPass:
         """q, k and v as attention takes them, [B, L, heads, D / heads]."""
         own = self.block.attn1
         return [in_heads(self.q, own.norm_q, own.heads, self.turns, self.dtype),
-                in_heads(self.k, own.norm_k, own.heads, self.turns, self.dtype), self.v.unflatten(-1, (own.heads, -1))]
+                in_heads(self.k, own.norm_k, own.heads, self.turns, self.dtype), split(self.v, own.heads)]
 
     def cross_qkv(self) -> list[torch.Tensor]:
         """q, then k and v of the text, then of the image, where there is one."""
         own, (k, v, *image) = self.block.attn2, self.text_products()
         qkv = [in_heads(self.q2, own.norm_q, own.heads, None, self.dtype),
-               in_heads(k, own.norm_k, own.heads, None, self.dtype), v.unflatten(-1, (own.heads, -1))]
+               in_heads(k, own.norm_k, own.heads, None, self.dtype), split(v, own.heads)]
         if image:
             qkv += [in_heads(image[0], own.norm_added_k, own.heads, None, self.dtype),
-                    image[1].unflatten(-1, (own.heads, -1))]
+                    split(image[1], own.heads)]
         return qkv
 
     def text_products(self) -> list[torch.Tensor]:
@@ -350,9 +156,6 @@ class BlockPass:
         result = gated(self.x2, out, self.modulation(5))
         if self.keep != "all":
             self.x1 = self.x2 = self.inner = cast("torch.Tensor", None)
-            for name, group in self.group.items():
-                if name not in ("text", "image"):
-                    group.low = None
         return result
 
     # Its gradients.
@@ -361,7 +164,7 @@ class BlockPass:
                  ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, list[torch.Tensor | None]]:
         """Gradients for x, text and temb, where asked for, and for down and up of each product in order of `group`."""
         self.run(for_backward=True, keeps_graph=True)
-        adapted = {name for name, group in self.group.items() if group.downs is not None}
+        adapted = {name for name, group in self.group.items() if group.is_adapted}
         asks_first = asks_x or asks_temb  # whether norm1's input matters
         asks_self = asks_first or "qkv" in adapted
         asks_x1 = asks_self or "out" in adapted
@@ -386,11 +189,11 @@ class BlockPass:
         """From the gradient for the block's output to that for x2."""
         group, inner = self.group["ffn_out"], self.inner
         asks_norm = asks_x2 or asks_temb
-        asks_inner = asks_norm or self.group["ffn_in"].downs is not None
+        asks_inner = asks_norm or self.group["ffn_in"].is_adapted
         raised = functional.gelu(inner, approximate="tanh")
         if asks_temb:
             self.modulations[5] = self.summed(total * group.forward(raised)[0])
-        given, self.weights["ffn_out"] = group.backward([(total * self.modulation(5)).to(self.dtype)], lambda: raised,
+        given, self.weights["ffn_out"] = group.backward([(total * self.modulation(5)).to(self.dtype)], raised,
                                                         asks_inner)
         del raised
         self.inner = cast("torch.Tensor", None)
@@ -399,13 +202,13 @@ class BlockPass:
         given = torch.ops.aten.gelu_backward(given, inner, approximate="tanh")
         del inner
         out, mean, rstd = self.norm3()
-        given, self.weights["ffn_in"] = self.group["ffn_in"].backward([given], lambda: out, asks_norm)
+        given, self.weights["ffn_in"] = self.group["ffn_in"].backward([given], out, asks_norm)
         if given is None:
             return total
         del out
         if asks_temb:
             self.modulations[3], self.modulations[4] = self.of_norm(given, self.x2, mean, rstd)
-        return total + normed_backward(given, self.x2, mean, rstd, 1 + self.modulation(4))
+        return normed_backward(given, self.x2, mean, rstd, 1 + self.modulation(4)).add_(total)
 
     def cross_backward(self, total: torch.Tensor, asks_cross: bool, asks_x1: bool, asks_text: bool
                        ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -414,7 +217,7 @@ class BlockPass:
         self.x2 = cast("torch.Tensor", None)
         attention = Attention(qkv, self.attend_cross)
         given, self.weights["cross_out"] = self.group["cross_out"].backward([total.to(self.dtype)],
-                                                                            lambda: attention.output, asks_cross)
+                                                                            attention.output, asks_cross)
         if given is None:
             return total, None
         q_given, *kv_given = attention.backward(given, qkv)
@@ -423,12 +226,12 @@ class BlockPass:
         q_given = in_heads_backward(q_given, self.q2, own.norm_q, None, self.dtype)
         self.q2 = cast("torch.Tensor", None)
         out, mean, rstd = self.norm2()
-        given, self.weights["cross_q"] = self.group["cross_q"].backward([q_given], lambda: out, asks_x1)
+        given, self.weights["cross_q"] = self.group["cross_q"].backward([q_given], out, asks_x1)
         if given is None:
             return total, text
         if isinstance(self.block.norm2, torch.nn.Identity):
             return total + given, text
-        return total + normed_backward(given, self.x1, mean, rstd, self.block.norm2.weight), text
+        return normed_backward(given, self.x1, mean, rstd, self.block.norm2.weight).add_(total), text
 
     def text_backward(self, gradients: Sequence[torch.Tensor], asks_text: bool) -> torch.Tensor | None:
         """From the gradients for keys and values of the text, and of the image, to that for both."""
@@ -437,10 +240,10 @@ class BlockPass:
             if name not in self.group:
                 continue
             group, (key, value) = self.group[name], gradients[2 * number: 2 * number + 2]
-            if not asks_text and group.downs is None:
+            if not asks_text and not group.is_adapted:
                 continue
             key = in_heads_backward(key, self.text_products()[2 * number], norm, None, self.dtype)
-            given, self.weights[name] = group.backward([key, value.flatten(2)], parts[name].clone, asks_text)
+            given, self.weights[name] = group.backward([key, value.flatten(2)], parts[name], asks_text)
             found.append(given)
         return torch.cat([given for given in reversed(found) if given is not None], 1).to(self.text.dtype) \
             if asks_text else None
@@ -452,7 +255,7 @@ class BlockPass:
         if asks_temb:
             self.modulations[2] = self.summed(total * group.forward(attention.output)[0])
         given, self.weights["out"] = group.backward([(total * self.modulation(2)).to(self.dtype)],
-                                                    lambda: attention.output, asks_self)
+                                                    attention.output, asks_self)
         if given is None:
             return total
         q, k, v = attention.backward(given, self.self_qkv())
@@ -461,12 +264,12 @@ class BlockPass:
         k = in_heads_backward(k, self.k, own.norm_k, self.turns, self.dtype)
         self.q = self.k = self.v = cast("torch.Tensor", None)
         out, mean, rstd = self.norm1()
-        given, self.weights["qkv"] = self.group["qkv"].backward([q, k, v.flatten(2)], lambda: out, asks_first)
+        given, self.weights["qkv"] = self.group["qkv"].backward([q, k, v.flatten(2)], out, asks_first)
         if given is None:
             return total
         if asks_temb:
             self.modulations[0], self.modulations[1] = self.of_norm(given, self.x, mean, rstd)
-        return total + normed_backward(given, self.x, mean, rstd, 1 + self.modulation(1))
+        return normed_backward(given, self.x, mean, rstd, 1 + self.modulation(1)).add_(total)
 
     def of_norm(self, given: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
                 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -479,12 +282,7 @@ class BlockPass:
         return gradient if self.temb.ndim == 4 else gradient.sum(1, keepdim=True)
 
 
-def gated(x: torch.Tensor, out: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """x + out * gate, computed in float32, in x's dtype."""
-    return torch.addcmul(x.float(), out.float(), gate).to(x.dtype)
-
-
-def _attend(own: WanAttention, qkv: Sequence[torch.Tensor], *, is_self: bool) -> torch.Tensor:
+def _attend(own: Any, qkv: Sequence[torch.Tensor], *, is_self: bool) -> torch.Tensor:
     """Attention [B, L, heads, D / heads] of the back end that diffusers uses, over all processes that share tokens."""
     processor, mask = own.processor, None
     if isinstance(processor, ShortText) and not is_self:
@@ -523,7 +321,7 @@ LAYERS = {
 """The Linears of a block in groups of one input."""
 
 
-def products_of(block: torch.nn.Module) -> dict[str, list[Product]] | None:
+def products_of(block: Any) -> dict[str, list[Product]] | None:
     """The block's Linears by group; None where one has an adapter of another kind than a LoRA."""
     found: dict[str, list[Product]] = {}
     for group, names in LAYERS.items():
@@ -536,25 +334,61 @@ def products_of(block: torch.nn.Module) -> dict[str, list[Product]] | None:
     return found
 
 
-def compute(block: torch.nn.Module, keep: str, x: torch.Tensor, text: torch.Tensor, temb: torch.Tensor,
-            rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+class Turns:
+    """What rotary embedding multiplies pairs of numbers with, made once for all blocks of a call."""
+
+    def __init__(self) -> None:
+        self._cos: torch.Tensor | None = None
+        self._turns = torch.empty(0)
+
+    def of(self, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """diffusers' (cos, sin), each [1, L, 1, D / heads] with every number twice -> complex [1, L, 1, D / heads / 2].
+        """
+        cos, sin = rotary
+        if cos is not self._cos:
+            self._cos, self._turns = cos, torch.complex(cos[..., 0::2].float(), sin[..., 1::2].float())
+        return self._turns
+
+
+def compute(block: Any, keep: str, given: BlockInputs) -> torch.Tensor:
     """What the block answers, [B, L, D]; see BlockPass."""
     products = products_of(block)
     assert products is not None, "train_blocks has looked"
-    own = BlockPass(block, keep, x, text, temb, rotary, products)
+    own = BlockPass(block, keep, given, products)
     weights = [half for group in products.values() for p in group for half in (p.down, p.up)]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, text, temb, *weights)):
-        return _block_function(own, x, text, temb, *weights)
-    with torch.autocast(x.device.type, enabled=False):
+    inputs = (given.x, given.text, given.temb)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, *weights)):
+        return _block_function(own, *inputs, *weights)
+    with torch.autocast(given.x.device.type, enabled=False):
         return own.forward(has_backward=False)
 
 
-def train_blocks(transformer: torch.nn.Module, keeps: Sequence[str]) -> None:
-    """From now on the transformer's blocks compute so, each keeping what `keeps` says (one of KEEPS a block)."""
-    for block, keep in zip(transformer.blocks, keeps, strict=True):
-        def forward(self: torch.nn.Module, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor,
-                    temb: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor], *, keep: str = keep
-                    ) -> torch.Tensor:
-            return compute(self, keep, hidden_states, encoder_hidden_states, temb, rotary_emb)
+def can_train(transformer: Any) -> bool:
+    """Whether the blocks' adapters are LoRAs, the kind that this backward pass knows."""
+    return all(products_of(block) is not None for block in blocks_of(transformer))
 
-        block.forward = types.MethodType(forward, block)
+
+def blocks_of(transformer: Any) -> list[Any]:
+    """The blocks in the order in which they run: VACE's own come first."""
+    return [*getattr(transformer, "vace_blocks", ()), *transformer.blocks]
+
+
+def train_blocks(transformer: Any, keeps: Sequence[str]) -> None:
+    """From now on the transformer's blocks compute so, each keeping what `keeps` says (one of KEEPS a block)."""
+    turns = Turns()
+
+    def plain(self: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, temb: torch.Tensor,
+              rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return compute(self, self.keep, BlockInputs(hidden_states, encoder_hidden_states, temb, turns.of(rotary_emb)))
+
+    def vace(self: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor,
+             control_hidden_states: torch.Tensor, *rest: Any) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """diffusers' WanVACETransformerBlock: a block between two projections, for the control's own stream."""
+        if self.proj_in is not None:
+            control_hidden_states = self.proj_in(control_hidden_states) + hidden_states
+        control = plain(self, control_hidden_states, encoder_hidden_states, *rest)
+        return None if self.proj_out is None else self.proj_out(control), control
+
+    for block, keep in zip(blocks_of(transformer), keeps, strict=True):
+        block.keep = keep
+        block.forward = types.MethodType(vace if hasattr(block, "proj_in") else plain, block)
