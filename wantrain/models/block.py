@@ -79,7 +79,7 @@ class BlockPass:
         norm = self.block.norm2
         if isinstance(norm, torch.nn.Identity):
             return self.x1.to(self.dtype), self.x1, self.x1
-        return normed(self.x1, norm.eps, norm.weight, norm.bias, self.dtype)
+        return normed(self.x1, norm.eps, norm.weight.float(), norm.bias.float(), self.dtype)
 
     def norm3(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return normed(self.x2, self.block.norm3.eps, 1 + self.modulation(4), self.modulation(3), self.dtype)
@@ -231,7 +231,7 @@ class BlockPass:
             return total, text
         if isinstance(self.block.norm2, torch.nn.Identity):
             return total + given, text
-        return normed_backward(given, self.x1, mean, rstd, self.block.norm2.weight).add_(total), text
+        return normed_backward(given, self.x1, mean, rstd, self.block.norm2.weight.float()).add_(total), text
 
     def text_backward(self, gradients: Sequence[torch.Tensor], asks_text: bool) -> torch.Tensor | None:
         """From the gradients for keys and values of the text, and of the image, to that for both."""
@@ -373,13 +373,13 @@ def blocks_of(transformer: Any) -> list[Any]:
     return [*getattr(transformer, "vace_blocks", ()), *transformer.blocks]
 
 
-def train_blocks(transformer: Any, keeps: Sequence[str]) -> None:
-    """From now on the transformer's blocks compute so, each keeping what `keeps` says (one of KEEPS a block)."""
+def train_blocks(transformer: Any, keep: str) -> None:
+    """From now on the transformer's blocks compute so, each keeping what `keep` says, one of KEEPS."""
     turns = Turns()
 
     def plain(self: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, temb: torch.Tensor,
               rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        return compute(self, self.keep, BlockInputs(hidden_states, encoder_hidden_states, temb, turns.of(rotary_emb)))
+        return compute(self, keep, BlockInputs(hidden_states, encoder_hidden_states, temb, turns.of(rotary_emb)))
 
     def vace(self: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor,
              control_hidden_states: torch.Tensor, *rest: Any) -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -389,6 +389,5 @@ def train_blocks(transformer: Any, keeps: Sequence[str]) -> None:
         control = plain(self, control_hidden_states, encoder_hidden_states, *rest)
         return None if self.proj_out is None else self.proj_out(control), control
 
-    for block, keep in zip(blocks_of(transformer), keeps, strict=True):
-        block.keep = keep
+    for block in blocks_of(transformer):
         block.forward = types.MethodType(vace if hasattr(block, "proj_in") else plain, block)
