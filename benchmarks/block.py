@@ -3,9 +3,9 @@
     python -m benchmarks.block [--tokens 1024] [--text 64] [--rank 32] [--rounds 5]
 
 Two blocks of Wan 1.3B's width, random weights, LoRA on attention and feed-forward, float32 (this CPU's bfloat16
-products say nothing). The floor is the same matrix products, LoRA's included, and the same attention, forward and for the
-gradients, and nothing else. All take turns in each round; ratios of CPU seconds to the floor's, the median over rounds.
-Kept: bytes alive after the forward pass that were not before, in tensors of tokens x width, a block.
+products say nothing). The floor is the same matrix products, those of LoRA too, and the same attention, forward and for
+the gradients, and nothing else. All take turns in each round; ratios of CPU seconds to the floor's, the median over
+rounds. Kept: bytes alive after the forward pass that were not before, in tensors of tokens x width, a block.
 """
 
 from __future__ import annotations
