@@ -77,7 +77,7 @@ def advised_if_memory_ends(recipe: Recipe, clips: Clips, accelerator: Accelerato
         peak_gib, why = engine.peak_memory_gib(accelerator.device), str(error).partition("\n")[0]
         bucket, tokens = costs.largest_bucket(clips.planned, recipe.variant.multiple_px)
         config, own = recipe.config, recipe.config.train
-        policy = costs.MemoryPolicy(own.micro_batch_size, own.activation_checkpointing,
+        policy = costs.RunSettings(own.micro_batch_size, own.activation_checkpointing,
                                     config.model.dtype is Dtype.float32, accelerator.num_processes,
                                     engine.zero_stage(accelerator), own.sequence_parallel, config.lora.rank,
                                     config.optim.name is Optimizer.adamw, bool(recipe.base_form))

@@ -23,7 +23,7 @@ def sequence_length(shape_THW: tuple[int, int, int], has_reference: bool) -> int
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryPolicy:
+class RunSettings:
     """What decides how much memory a training takes, besides the base and its clips."""
 
     micro_batch_size: int
@@ -37,7 +37,7 @@ class MemoryPolicy:
     is_quantised: bool = False
 
 
-def savers(policy: MemoryPolicy, tokens: int) -> list[str]:
+def savers(policy: RunSettings, tokens: int) -> list[str]:
     """Settings that need less memory, those that change least first; `tokens` are those of the largest clip."""
     micro, size = policy.micro_batch_size, policy.num_processes
     offers = {
