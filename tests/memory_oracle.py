@@ -76,7 +76,7 @@ class Step:
     rank: int = 32
     kind: str = "lora"
     form: str = ""
-    checkpointing: bool = False
+    keep: str = "all"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ def transformer(step: Step) -> torch.nn.Module:
             parameter.requires_grad_(False).data = parameter.data.to(dtype)
     model.requires_grad_(False).eval()
     fit(model, torch.device("cuda"), NewAdapter(step.targets, Spec(step.rank, step.rank, step.kind), 0),
-        activation_checkpointing=step.checkpointing)
+        keep=step.keep)
     return model
 
 

@@ -83,6 +83,8 @@ def plan_parser() -> argparse.ArgumentParser:
                       "each size")
     made.add_argument("--gpus", metavar="N", type=int, default=1, help="how many of them, each with the whole base "
                       "(default: 1)")
+    made.add_argument("--ram", metavar="GIB", type=float, default=64.0, help="host memory for each of them (default: "
+                      "64)")
     made.add_argument("--price", metavar="PER_HOUR", type=float, help="of one of them, in any currency")
     made.add_argument("--json", action="store_true", help="all numbers, for programs")
     return made
@@ -91,7 +93,7 @@ def plan_parser() -> argparse.ArgumentParser:
 def parse_plan(arguments: Sequence[str]) -> tuple[list[argparse.Namespace], list[str]]:
     """The options of `plan`, as the one further argument of its stage, and the other words."""
     given, rest = plan_parser().parse_known_args(arguments)
-    for name, value in (("gpus", given.gpus), ("price", given.price)):
+    for name, value in (("gpus", given.gpus), ("ram", given.ram), ("price", given.price)):
         if value is not None and not value > 0:
             raise UserError(f"--{name} {value:g} is not allowed: a number above 0", "wantrain plan --help")
     return [given], rest

@@ -4,9 +4,11 @@
 """
 
 from wantrain.costs.adapter import Adapter as Adapter
+from wantrain.costs.block import KEEPS as KEEPS
 from wantrain.costs.choice import Choice as Choice
 from wantrain.costs.choice import choose as choose
 from wantrain.costs.choice import overrides as overrides
+from wantrain.costs.choice import relieved as relieved
 from wantrain.costs.devices import CARDS as CARDS
 from wantrain.costs.devices import GIB as GIB
 from wantrain.costs.devices import TYPICAL as TYPICAL
@@ -21,9 +23,8 @@ from wantrain.costs.memory import device_parts as device_parts
 from wantrain.costs.memory import encoding_parts as encoding_parts
 from wantrain.costs.memory import host_parts as host_parts
 from wantrain.costs.memory import peak as peak
-from wantrain.costs.savers import RunSettings as RunSettings
-from wantrain.costs.savers import largest_bucket as largest_bucket
 from wantrain.costs.savers import savers as savers
-from wantrain.costs.savers import sequence_length as sequence_length
 from wantrain.costs.seconds import Step as Step
 from wantrain.costs.seconds import step as step
+from wantrain.costs.tokens import largest_bucket as largest_bucket
+from wantrain.costs.tokens import sequence_length as sequence_length

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from wantrain.costs.adapter import STATE_BYTES, Adapter
-from wantrain.costs.block import KEPT, WORKING, Tensors
+from wantrain.costs.block import KEEPS, OTHER_KEPT, Sizes, Tensors, kept_bytes, working_bytes
 from wantrain.models import inventory
 from wantrain.models.variants import Variant
 from wantrain.terms import TEXT_LEN, Bucket
+
+NUM_BUFFERS = 2
+"""Blocks whose weights, or kept tensors, are on the device while others are on their way to it and from it."""
+
+TOKEN_TIMESTEPS = {(2, False): Tensors(6.5), (2, True): Tensors(24.5), (4, False): Tensors(6.5), (4, True): Tensors(15)}
+"""What a timestep for each token takes, by bytes of a number and whether its projection is adapted: counted
+(tests/memory_oracle.py)."""
+
+TEXT_GRADIENTS = 6
+"""Tensors of text tokens x width, counted as well."""
 
 FORM_BYTES = {"int8": 1.0, "fp8": 1.0}
 """Bytes of a weight of the blocks' Linears where memory.base stores them otherwise; each row has a scale beside."""
@@ -23,11 +34,18 @@ FRAGMENTS = 0.04
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What one process computes at once: samples of a bucket, and copies of them with other words (`rows`)."""
+    """What one process computes at once: samples of a bucket, with `has_class_words` each a second time with these; of
+    their tokens one part of `sequence_parallel`.
+    """
 
     bucket: Bucket
-    rows: int = 1
+    micro_batch_size: int = 1
+    has_class_words: bool = False
     sequence_parallel: int = 1
+
+    @property
+    def rows(self) -> int:
+        return self.micro_batch_size * (1 + self.has_class_words)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +68,19 @@ class Job:
 
     @property
     def num_blocks(self) -> int:
+        """All that run one after the other, VACE's own first."""
         own = self.variant.architecture
         return own.num_layers + len(own.vace_layers)
+
+    @property
+    def keeps(self) -> tuple[str, ...]:
+        """What a block may keep, the fastest first."""
+        return tuple(keep for keep in KEEPS if self.block.is_lora or keep in OTHER_KEPT)
+
+    @property
+    def first_adapted(self) -> int:
+        """The first block with an adapter: those before it need no backward pass."""
+        return _first_adapted(self.adapter, self.variant)
 
     @property
     def tokens(self) -> int:
@@ -59,13 +88,25 @@ class Job:
         own = self.batch
         return own.rows * own.bucket.num_tokens(self.variant.multiple_px) // own.sequence_parallel
 
+    @property
+    def block(self) -> Sizes:
+        """The sizes of a block's tensors."""
+        a = self.variant.architecture
+        text = self.batch.rows * (TEXT_LEN + inventory.image_tokens(self.variant))
+        return Sizes(self.tokens, text, a.dim, a.ffn_dim, a.num_heads, self.itemsize,
+                     self.adapter.kind in ("lora", "rslora"))
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryPolicy:
-    """How memory is saved: `base`, the form of the frozen weights ("dtype": model.dtype), and what each block keeps."""
+    """How memory is saved: `base`, the form of the frozen weights ("dtype": model.dtype); what each block keeps; how
+    many blocks' weights stream from host memory; whether what is kept waits there for the backward pass.
+    """
 
     base: str
     keep: tuple[str, ...]
+    swap: int = 0
+    offload: bool = False
 
 
 @functools.cache
@@ -74,35 +115,94 @@ def _numbers(adapter: Adapter, variant: Variant) -> int:
 
 
 @functools.cache
+def _first_adapted(adapter: Adapter, variant: Variant) -> int:
+    own = variant.architecture
+    names = adapter.ranks(own)
+    if any(not inventory.in_block(name) for name in names) and "proj_out" not in names:
+        return 0
+    numbers = [int(found[2]) + (0 if found[1] else len(own.vace_layers)) for name in names
+               if (found := re.match(r"(vace_)?blocks\.(\d+)\.", name))]
+    return min(numbers, default=own.num_layers + len(own.vace_layers))
+
+
+@functools.cache
+def _largest_tensor(variant: Variant) -> int:
+    return max(math.prod(shape) for shape in inventory.tensors(variant.architecture).values())
+
+
+@functools.cache
 def base_bytes(variant: Variant, itemsize: int, form: str) -> int:
-    """The frozen transformer."""
-    total = 0
-    for name, shape in inventory.tensors(variant.architecture).items():
-        numbers = math.prod(shape)
-        if form != "dtype" and inventory.in_block(name) and name.endswith(".weight") and len(shape) == 2:
-            total += round(numbers * FORM_BYTES[form]) + 4 * shape[0]
-        else:
-            total += numbers * (4 if inventory.is_float32(name) else itemsize)
-    return total
+    """The frozen transformer, with its table of rotary embedding."""
+    own = variant.architecture
+    table_of_turns = 2 * 1024 * own.dim // own.num_heads * 4
+    return table_of_turns + sum(_stored(name, shape, itemsize, form)
+                                for name, shape in inventory.tensors(own).items())
+
+
+@functools.cache
+def block_bytes(variant: Variant, itemsize: int, form: str) -> int:
+    """The frozen weights of one block."""
+    shapes = inventory.tensors(variant.architecture)
+    return sum(_stored(name, shape, itemsize, form) for name, shape in shapes.items() if name.startswith("blocks.0."))
+
+
+def _stored(name: str, shape: tuple[int, ...], itemsize: int, form: str) -> int:
+    numbers = math.prod(shape)
+    if form != "dtype" and inventory.in_block(name) and name.endswith(".weight") and len(shape) == 2:
+        return round(numbers * FORM_BYTES[form]) + 4 * shape[0]
+    return numbers * (4 if inventory.is_float32(name) else itemsize)
 
 
 def device_parts(job: Job, policy: MemoryPolicy) -> dict[str, int]:
     """The parts of the peak of a training step; their sum is the peak."""
-    own, tokens, numbers = job.variant.architecture, job.tokens, job.numbers
-
-    def size(tensors: Tensors) -> int:
-        return tensors.nbytes(tokens, own.dim, own.ffn_dim, job.itemsize)
-
+    kept, working = activations(job, policy)
+    numbers, block = job.numbers, block_bytes(job.variant, job.itemsize, policy.base)
+    streamed = max(0, policy.swap - NUM_BUFFERS)
     parts = {
-        "base": base_bytes(job.variant, job.itemsize, policy.base),
+        "base": base_bytes(job.variant, job.itemsize, policy.base) - streamed * block,
         "adapter": 4 * numbers * (2 if job.adapter.has_average else 1),
         "gradients": 4 * numbers * (2 if job.num_processes > 1 else 1),
         "optimizer": round(STATE_BYTES[job.adapter.optimizer] * numbers),
-        "kept activations": sum(size(KEPT[keep]) for keep in policy.keep),
-        "working activations": max(size(WORKING[keep]) for keep in set(policy.keep)),
+        "kept activations": round(kept),
+        "working activations": round(working),
         "attention's workspace": attention_workspace(job),
     }
     return {**parts, "allocator's margin": CONTEXT_BYTES + round(FRAGMENTS * sum(parts.values()))}
+
+
+def activations(job: Job, policy: MemoryPolicy) -> tuple[float, float]:
+    """What the blocks keep, and what else there is while they go backward, where both together are at their most."""
+    return _activations(job, policy.keep, policy.offload, policy.base != "dtype")
+
+
+@functools.cache
+def _activations(job: Job, keeps: tuple[str, ...], offload: bool, is_stored_otherwise: bool) -> tuple[float, float]:
+    own, found = job.block, [(0.0, 0.0)]
+    kept: list[float] = []
+    for keep in keeps[job.first_adapted:]:
+        kept.append(kept_bytes(own, keep))
+        found.append((sum(kept[-NUM_BUFFERS:] if offload else kept), working_bytes(own, keep, is_stored_otherwise)))
+    most = max(found, key=sum)
+    return most[0], most[1] + _beside_blocks(job)
+
+
+def kept_in_all(job: Job, policy: MemoryPolicy) -> float:
+    """What the blocks keep, wherever it waits."""
+    return sum(kept_bytes(job.block, keep) for keep in policy.keep[job.first_adapted:])
+
+
+def _beside_blocks(job: Job) -> float:
+    """What lasts through a step and belongs to no block: the rotary embedding's factors; gradients for the text where
+    its embedding is adapted; and where every token is told its own timestep, that in all its forms.
+    """
+    a, own = job.variant.architecture, job.block
+    adapted = job.adapter.ranks(a)
+    size = 12.0 * a.dim // a.num_heads * job.tokens // job.batch.rows
+    if "condition_embedder.text_embedder.linear_1" in adapted:
+        size += TEXT_GRADIENTS * own.itemsize * own.text * own.dim
+    if job.variant.task == "ti2v":
+        size += own.nbytes(TOKEN_TIMESTEPS[own.itemsize, "condition_embedder.time_proj" in adapted])
+    return size
 
 
 def attention_workspace(job: Job) -> int:
@@ -156,8 +256,10 @@ LIBRARIES_BYTES = 3 * 2**30
 """What Python, torch and its CUDA libraries take of host memory: assumed, not measured."""
 
 
-def host_parts(job: Job) -> dict[str, int]:
+def host_parts(job: Job, policy: MemoryPolicy) -> dict[str, int]:
     """The parts of the peak of one process's memory outside the device."""
-    largest = max(math.prod(shape) for shape in inventory.tensors(job.variant.architecture).values())
-    return {"libraries": LIBRARIES_BYTES, "a tensor being loaded": 2 * 4 * largest,
-            "a checkpoint being written": checkpoint_bytes(job)}
+    kept = kept_in_all(job, policy) if policy.offload else 0.0
+    return {"libraries": LIBRARIES_BYTES, "a tensor being loaded": 2 * 4 * _largest_tensor(job.variant),
+            "a checkpoint being written": checkpoint_bytes(job),
+            "streamed blocks": policy.swap * block_bytes(job.variant, job.itemsize, policy.base),
+            "offloaded activations": round(kept)}

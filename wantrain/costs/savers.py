@@ -1,57 +1,87 @@
-"""What a training costs in transformer tokens, and what saves memory: pure functions of plain values."""
+"""What needs less memory, those settings that change least first: told where memory ends, tried where nothing fits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
-from wantrain.terms import Bucket, PlannedClip
-
-
-def largest_bucket(planned: Iterable[PlannedClip], multiple_px: int) -> tuple[Bucket, int]:
-    """The bucket whose samples have most transformer tokens, and their number."""
-    tokens = {p.bucket: p.bucket.num_tokens(multiple_px) for p in planned}
-    return max(tokens.items(), key=lambda item: item[1])
-
-
-def sequence_length(shape_THW: tuple[int, int, int], has_reference: bool) -> int:
-    """The tokens that the transformer sees of latents of this shape, in patches of 2 x 2, a reference before them
-    included.
-    """
-    t, h, w = shape_THW
-    return (t + has_reference) * h * w // 4
+from wantrain.costs.memory import Job, MemoryPolicy
+from wantrain.data.buckets import buckets
 
 
 @dataclass(frozen=True, slots=True)
-class RunSettings:
-    """What decides how much memory a training takes, besides the base and its clips."""
+class Saver:
+    """A setting that needs less memory, a key of the config or words of the command; what it changes; and the job that
+    it makes.
+    """
 
-    micro_batch_size: int
-    activation_checkpointing: bool
-    is_float32: bool
-    num_processes: int
-    zero_stage: int
-    sequence_parallel: int
-    rank: int
-    is_adamw: bool
-    is_quantised: bool = False
+    setting: str
+    change: str
+    job: Job
+
+    def __str__(self) -> str:
+        return f"{self.setting}    {self.change}"
 
 
-def savers(policy: RunSettings, tokens: int) -> list[str]:
-    """Settings that need less memory, those that change least first; `tokens` are those of the largest clip."""
-    micro, size = policy.micro_batch_size, policy.num_processes
-    offers = {
-        "train.activation_checkpointing=true    recomputes each block: same numbers, about a third more time":
-            not policy.activation_checkpointing,
-        f"train.micro_batch_size={micro // 2}    accumulates instead: same numbers": micro > 1 and micro % 2 == 0,
-        "model.dtype=bfloat16    half of the base": policy.is_float32,
-        "memory.base=int8    a byte a weight of the base, in a run of its own": not policy.is_quantised,
-        f"--config_file launch/zero3.yaml    each of {size} processes keeps 1/{size} of the base":
-            size > 1 and policy.zero_stage < 3,
-        "train.sequence_parallel=2    two processes share each clip's tokens: same numbers":
-            size > 1 and policy.sequence_parallel == 1,
-        f"data.max_tokens_per_clip={tokens * 3 // 4}    smaller pictures, in a run of their own": True,
-        f"lora.rank={max(1, policy.rank // 2)}    half of the adapter and its optimizer, in a run of their own": True,
-        "optim.name=adamw_8bit    moments of a byte, in a run of its own": policy.is_adamw,
-    }
-    return [offer for offer, applies in offers.items() if applies]
+def savers(job: Job, policy: MemoryPolicy, zero_stage: int = 0) -> list[Saver]:
+    """Every setting that needs less than these, those that change least first."""
+    smaller = (step(job) for step in (_clips, _rank, _moments))
+    return [*_same_numbers(job, policy, zero_stage), *filter(None, smaller)]
+
+
+def _same_numbers(job: Job, policy: MemoryPolicy, zero_stage: int) -> Iterator[Saver]:
+    """Those that leave the result as it is, or nearly."""
+    own, size = job.batch, job.num_processes
+    again = {"attention": "computes each block's products again: same numbers, more time",
+             "inputs": "computes each block again: same numbers, about a third more time"}
+    for keep in job.keeps[job.keeps.index(policy.keep[0]) + 1:]:
+        yield Saver(f"memory.keep={keep}", again[keep], job)
+    if own.micro_batch_size > 1 and own.micro_batch_size % 2 == 0:
+        half = replace(own, micro_batch_size=own.micro_batch_size // 2)
+        yield Saver(f"train.micro_batch_size={half.micro_batch_size}", "accumulates instead: same numbers",
+                    replace(job, batch=half))
+    if job.itemsize == 4:
+        yield Saver("model.dtype=bfloat16", "half of the base", replace(job, itemsize=2))
+    if policy.base == "dtype" and job.adapter.kind != "dora":
+        yield Saver("memory.base=int8", "a byte a weight of the base, in a run of its own", job)
+    if size > 1 and zero_stage < 3:
+        yield Saver("--config_file launch/zero3.yaml", f"each of {size} processes keeps 1/{size} of the base",
+                    job)
+    if size > 1 and own.sequence_parallel == 1:
+        yield Saver("train.sequence_parallel=2", "two processes share each clip's tokens: same numbers",
+                    replace(job, batch=replace(own, sequence_parallel=2)))
+
+
+def _clips(job: Job) -> Saver | None:
+    bucket, px = job.batch.bucket, job.variant.multiple_px
+    most = bucket.num_tokens(px) * 3 // 4
+    if most < 1 + (bucket.num_frames - 1) // 4:
+        return None
+    smaller, = buckets([bucket.num_frames], [[bucket.height, bucket.width]], px, most)
+    return Saver(f"data.max_tokens_per_clip={most}", "smaller pictures, in a run of their own",
+                 replace(job, batch=replace(job.batch, bucket=smaller)))
+
+
+def _rank(job: Job) -> Saver | None:
+    own = job.adapter
+    return None if own.rank == 1 else Saver(
+        f"lora.rank={own.rank // 2}", "half of the adapter and its optimizer, in a run of their own",
+        replace(job, adapter=replace(own, rank=own.rank // 2)))
+
+
+def _moments(job: Job) -> Saver | None:
+    own = job.adapter
+    return None if own.optimizer != "adamw" else Saver(
+        "optim.name=adamw_8bit", "moments of a byte, in a run of its own",
+        replace(job, adapter=replace(own, optimizer="adamw_8bit")))
+
+
+def shrunk(job: Job) -> Iterator[tuple[list[str], Job]]:
+    """Smaller jobs, those that change least first, with the settings that make them: one alone, then several."""
+    for alone in filter(None, (step(job) for step in (_moments, _rank, _clips))):
+        yield [alone.setting], alone.job
+    settings: dict[str, str] = {}
+    for step in (_moments, _rank, _clips, _clips, _clips, _clips):
+        if one := step(job):
+            settings[one.setting.partition("=")[0]], job = one.setting, one.job
+            yield list(settings.values()), job

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from wantrain import costs
-from wantrain.config import Config, Dtype, variant_of
+from wantrain.config import Config, Dtype, Keep, variant_of
 from wantrain.data.buckets import buckets
 from wantrain.terms import Bucket
 
@@ -20,18 +20,20 @@ def job_of(config: Config, bucket: Bucket, num_processes: int) -> costs.Job:
     own, loss = config.lora, config.loss
     adapter = costs.Adapter(tuple(own.targets), own.rank, own.kind.name, tuple(own.rank_pattern.items()),
                             config.optim.name.name, config.optim.ema_decay is not None)
-    rows = config.train.micro_batch_size * (2 if loss.class_words else 1)
+    batch = costs.MicroBatch(bucket, config.train.micro_batch_size, bool(loss.class_words),
+                             config.train.sequence_parallel)
     asks_base = bool(loss.class_words or loss.mask_preserve) or any(s.preserve for s in config.data.sources.values())
-    return costs.Job(variant_of(config), costs.MicroBatch(bucket, rows, config.train.sequence_parallel), adapter,
-                     itemsize_of(config), num_processes, asks_base)
+    return costs.Job(variant_of(config), batch, adapter, 4 if config.model.dtype is Dtype.float32 else 2, num_processes,
+                     asks_base)
 
 
-def itemsize_of(config: Config) -> int:
-    """Bytes of a number in model.dtype."""
-    return 4 if config.model.dtype is Dtype.float32 else 2
-
-
-def policy_of(config: Config, job: costs.Job) -> costs.MemoryPolicy:
+def policy_of(config: Config, job: costs.Job, on_cpu: bool = False) -> costs.MemoryPolicy:
     """How the config saves memory."""
-    keep = "inputs" if config.train.activation_checkpointing else "all"
-    return costs.MemoryPolicy(config.memory.base.name, (keep,) * job.num_blocks)
+    return costs.MemoryPolicy(config.memory.base.name, (keep_of(config, on_cpu),) * job.num_blocks)
+
+
+def keep_of(config: Config, on_cpu: bool) -> str:
+    """What each block keeps for the backward pass."""
+    if config.memory.keep is not Keep.auto:
+        return config.memory.keep.name
+    return "all" if on_cpu else "inputs"

@@ -12,7 +12,7 @@ import torch
 
 from wantrain import config as schema
 from wantrain import costs, engine, lora, objective
-from wantrain.config import Config, Dtype, Optimizer
+from wantrain.config import Config
 from wantrain.engine import Accelerator, checkpoint, launch, optimizers
 from wantrain.engine.checkpoint import Checkpoint, Progress, Record, Writer
 from wantrain.engine.ema import Ema
@@ -22,6 +22,7 @@ from wantrain.models import fit, hub, quantised, sequence
 from wantrain.models.base import expert_path
 from wantrain.models.lora_updates import read_given
 from wantrain.recipe.clips import Clips
+from wantrain.recipe.costing import job_of, keep_of, policy_of
 from wantrain.recipe.recipe import Recipe
 from wantrain.recipe.run import record_of, write_header
 from wantrain.terms import Batch, UserError
@@ -75,16 +76,15 @@ def advised_if_memory_ends(recipe: Recipe, clips: Clips, accelerator: Accelerato
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
             raise
         peak_gib, why = engine.peak_memory_gib(accelerator.device), str(error).partition("\n")[0]
-        bucket, tokens = costs.largest_bucket(clips.planned, recipe.variant.multiple_px)
-        config, own = recipe.config, recipe.config.train
-        policy = costs.RunSettings(own.micro_batch_size, own.activation_checkpointing,
-                                    config.model.dtype is Dtype.float32, accelerator.num_processes,
-                                    engine.zero_stage(accelerator), own.sequence_parallel, config.lora.rank,
-                                    config.optim.name is Optimizer.adamw, bool(recipe.base_form))
+        px, micro_batch_size = recipe.variant.multiple_px, recipe.config.train.micro_batch_size
+        bucket = costs.largest_bucket(clips.planned, px)
+        job = job_of(recipe.config, bucket, accelerator.num_processes)
+        offers = costs.savers(job, policy_of(recipe.config, job, accelerator.device.type == "cpu"),
+                              engine.zero_stage(accelerator))
         raise UserError(
             f"out of memory, with {peak_gib:.1f} GiB in use at the most: {why}; the largest "
-            f"clips are {bucket} ({tokens:,} tokens), {own.micro_batch_size} at once",
-            "one of:\n    " + "\n    ".join(costs.savers(policy, tokens)[:3])) from error
+            f"clips are {bucket} ({bucket.num_tokens(px):,} tokens), {micro_batch_size} at once",
+            "one of:\n    " + "\n    ".join(map(str, offers[:3]))) from error
 
 
 def prepare(recipe: Recipe, clips: Clips) -> Training:
@@ -103,6 +103,7 @@ def prepare(recipe: Recipe, clips: Clips) -> Training:
 def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator) -> Training:
     """The part of `prepare` that takes memory: load the base, inject the adapter, make the optimizer."""
     config, optim, own = recipe.config, recipe.config.optim, recipe.config.train
+    keep = keep_of(config, accelerator.device.type == "cpu")
     rendezvous = Rendezvous(own.stall_timeout_s)
     optimizers.check(accelerator, optim.name.name)
     refuse_form(accelerator, recipe.base_form)
@@ -116,7 +117,8 @@ def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator) -> Training:
         print(quantised.told(errors, recipe.base_form))
     modules = fit.fit(transformer, accelerator.device,
                       fit.NewAdapter(config.lora.targets, recipe.adapter_spec, own.seed, start),
-                      activation_checkpointing=own.activation_checkpointing, sequence_parallel=own.sequence_parallel)
+                      keep=keep, is_divided=bool(engine.divides(accelerator)),
+                      sequence_parallel=own.sequence_parallel)
     record = record_of(recipe, clips, lora.scales(transformer))
     groups = optimizers.groups(lora.trainable_parameters(transformer),
                                lora.lr_factors(transformer, optim.lora_plus, optim.lr_factors))
@@ -132,8 +134,7 @@ def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator) -> Training:
 
 def refuse_form(accelerator: Accelerator, form: str) -> None:
     """Raise UserError where the engine divides the base and would not divide one that is stored in this form."""
-    divides = "ZeRO-3" if engine.zero_stage(accelerator) == 3 else "FSDP2" if engine.is_fsdp(accelerator) else ""
-    if form and divides:
+    if form and (divides := engine.divides(accelerator)):
         raise UserError(f"memory.base = {form}: {divides} divides the base among processes, which was tried with "
                         "memory.base=dtype alone", "launch with launch/ddp.yaml or zero2.yaml, under which each "
                         "process holds the whole base, or set memory.base=dtype")

@@ -67,19 +67,29 @@ def trainings_of(config: Config, num_gpus: int) -> list[Training]:
 def plan_for(config: Config, trainings: Sequence[Training], card: Card, given: argparse.Namespace) -> dict[str, Any]:
     """All numbers for one card: bytes, seconds, hours; `settings` are the recipe's own and what would fit."""
     largest = max(trainings, key=lambda one: costs.peak(costs.device_parts(one.job, one.policy)))
-    job, budget = largest.job, card.memory_gib * GIB
-    choice = costs.choose(job, card, budget)
+    job, budget, host = largest.job, card.memory_gib * GIB, given.ram * GIB
+    choice = costs.choose(job, card, budget, host)
+    smaller = None if choice.best else costs.relieved(job, card, budget, host)
     policies = {"as the recipe says": largest.policy, **named(choice)}
     return {
         "variant": job.variant.name, "card": asdict(card), "gpus": given.gpus, "bucket": str(job.batch.bucket),
         "tokens": job.tokens, "rows": job.batch.rows, "trainable": job.numbers, "fits": choice.best is not None,
         "settings": {name: setting(policy, trainings, job, card, given) for name, policy in policies.items()},
-        "cache": costs.encoding_parts(job.variant, job.batch.bucket, job.itemsize), "host": costs.host_parts(job),
+        "relief": relief(smaller),
+        "cache": costs.encoding_parts(job.variant, job.batch.bucket, job.itemsize),
         "disk": {"cache, a clip": costs.cache_bytes(job.variant, job.batch.bucket, job.itemsize),
                  "a checkpoint": costs.checkpoint_bytes(job),
                  "checkpoints": sum(costs.checkpoint_bytes(one.job) for one in trainings)
                  * (config.train.keep_checkpoints + 1)},
     }
+
+
+def relief(found: tuple[list[str], Choice] | None) -> dict[str, Any] | None:
+    """What makes a recipe fit for which nothing does as it is: settings that train something smaller."""
+    if found is None or found[1].best is None:
+        return None
+    settings, best = found[0], found[1].best
+    return {"overrides": [*settings, *costs.overrides(best.policy)], "peak": best.nbytes}
 
 
 def named(choice: Choice) -> dict[str, MemoryPolicy]:
@@ -94,7 +104,8 @@ def setting(policy: MemoryPolicy, trainings: Sequence[Training], job: Job, card:
     parts = costs.device_parts(job, policy)
     hours = sum(one.hours(policy, card) for one in trainings)
     one = costs.step(job, policy, card, trainings[0].num_micro_steps)
-    return {"overrides": costs.overrides(policy), "parts": parts, "peak": costs.peak(parts), "step": asdict(one),
+    return {"overrides": costs.overrides(policy), "parts": parts, "peak": costs.peak(parts),
+            "host": costs.host_parts(job, policy), "step": asdict(one),
             "hours": hours, "price": None if given.price is None else hours * given.price * given.gpus}
 
 
@@ -112,21 +123,29 @@ def told(config: Config, plan: Mapping[str, Any], arguments: Sequence[str]) -> s
              f"{plan['trainable']:,} trainable numbers", "", *bars("as the recipe says", own, card["memory_gib"])]
     if best and best["overrides"] != own["overrides"]:
         lines += ["", *bars("fastest that fits", best, card["memory_gib"])]
-    if not best:
-        lines += ["", f"nothing fits {card['memory_gib']:g} GiB; least is wanted by the following. Smaller clips: "
-                  f"data.max_tokens_per_clip={plan['tokens'] // plan['rows'] * 3 // 4}"]
     lines.append("")
-    for name, one in settings.items():
+    told_of = {name: one for name, one in settings.items() if one is own or one["overrides"] != own["overrides"]}
+    for name, one in told_of.items():
         fits = "fits" if one["peak"] <= card["memory_gib"] * GIB else "does not fit"
         lines.append(f"{name:20}{gib(one['peak']):>9}, {fits}; {time_of(config, one)}")
         lines.append(f"{'':20}{shlex.join(one['overrides'])}")
+    if not best:
+        lines += ["nothing fits as it is", *relief_lines(plan)]
     step = own["step"]
     lines += ["", f"a step       {step['tokens']:,} tokens and {step['flops'] / 1e15:.3g} PFLOP on each GPU",
-              "cache        " + summed(plan["cache"]), "host memory  " + summed(plan["host"]),
+              "cache        " + summed(plan["cache"]), "host memory  " + summed((best or own)["host"]),
               f"disk         cache {plan['disk']['cache, a clip'] / 2**20:,.1f} MiB for a clip; checkpoints "
               f"{gib(plan['disk']['checkpoints'])}, {gib(plan['disk']['a checkpoint'])} each",
-              f"next: {shlex.join(['wantrain', 'train', *arguments, *(best or own)['overrides']])}"]
+              f"next: {shlex.join(['wantrain', 'train', *arguments, *(best or plan['relief'] or own)['overrides']])}"]
     return "\n".join(lines)
+
+
+def relief_lines(plan: Mapping[str, Any]) -> list[str]:
+    """What would fit of a recipe that does not."""
+    found = plan["relief"]
+    if found is None:
+        return [f"{'':20}not even with a smaller adapter and clips of a third of the tokens"]
+    return [f"{'something smaller':20}{gib(found['peak']):>9}, fits", f"{'':20}{shlex.join(found['overrides'])}"]
 
 
 def bars(title: str, one: Mapping[str, Any], memory_gib: float) -> list[str]:
@@ -143,10 +162,9 @@ def told_all(config: Config, trainings: Sequence[Training], plans: Sequence[Mapp
              "was measured", f"{'card':38}{'peak':>10}  fastest that fits"]
     for plan in plans:
         best = plan["settings"].get("fastest that fits")
-        least = plan["settings"].get("next smaller")
+        found, time = best or plan["relief"], f"; {time_of(config, best)}" if best else ""
         lines.append(f"{plan['card']['name']:38}" + (
-            f"{gib(best['peak']):>10}  {shlex.join(best['overrides'])}; {time_of(config, best)}" if best else
-            f"{gib(least['peak']):>10}  at the least: nothing fits"))
+            f"{gib(found['peak']):>10}  {shlex.join(found['overrides'])}{time}" if found else f"{'':12}nothing fits"))
     return "\n".join([*lines, "next: the same with --gpu, e.g. --gpu 24gb, says it part by part"])
 
 
