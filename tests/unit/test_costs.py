@@ -143,9 +143,8 @@ def drawn(seed):
 @pytest.mark.slow
 def test_sixty_configurations_at_random_within_five_percent():
     errors = {seed: error_of(*drawn(seed)) for seed in range(60)}
-    worst = max(errors, key=lambda seed: abs(errors[seed]))
-    print(f"largest error {errors[worst]:+.2%}, of {drawn(worst)}")
-    assert abs(errors[worst]) < 0.05
+    print(f"largest error {max(map(abs, errors.values())):.2%}")
+    assert {seed: error for seed, error in errors.items() if abs(error) >= 0.05} == {}
 
 
 @pytest.mark.parametrize("keep", ["all", "inputs"])

@@ -21,6 +21,9 @@ TOKEN_TIMESTEPS = {(2, False): Tensors(6.5), (2, True): Tensors(24.5), (4, False
 """What a timestep for each token takes, by bytes of a number and whether its projection is adapted: counted
 (tests/memory_oracle.py)."""
 
+ADAPTED_PROJECTIONS = {2: Tensors(2.5), 4: Tensors(0)}
+"""What PEFT's layers around a block of VACE keep, by bytes of a number; counted as well."""
+
 TEXT_GRADIENTS = 6
 """Tensors of text tokens x width, counted as well."""
 
@@ -192,14 +195,17 @@ def kept_in_all(job: Job, policy: MemoryPolicy) -> float:
 
 
 def _beside_blocks(job: Job) -> float:
-    """What lasts through a step and belongs to no block: the rotary embedding's factors; gradients for the text where
-    its embedding is adapted; and where every token is told its own timestep, that in all its forms.
+    """What lasts through a step beside what blocks keep: the rotary embedding's factors; gradients for the text where
+    its embedding is adapted; what the adapters around VACE's blocks keep; where every token is told its own timestep,
+    that in all its forms.
     """
     a, own = job.variant.architecture, job.block
     adapted = job.adapter.ranks(a)
     size = 12.0 * a.dim // a.num_heads * job.tokens // job.batch.rows
     if "condition_embedder.text_embedder.linear_1" in adapted:
         size += TEXT_GRADIENTS * own.itemsize * own.text * own.dim
+    if "vace_blocks.0.proj_out" in adapted:
+        size += len(a.vace_layers) * own.nbytes(ADAPTED_PROJECTIONS[own.itemsize])
     if job.variant.task == "ti2v":
         size += own.nbytes(TOKEN_TIMESTEPS[own.itemsize, "condition_embedder.time_proj" in adapted])
     return size
