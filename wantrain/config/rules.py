@@ -23,6 +23,8 @@ from wantrain.config.schema import (
     LoraKind,
     Optim,
     Optimizer,
+    SamplerProfile,
+    SamplerSolver,
     Schedule,
 )
 from wantrain.config.values import nearest
@@ -242,6 +244,8 @@ def _sampler_rules(config: Config) -> Iterator[Rule]:
     yield len(own.inputs) in (0, 1, len(own.prompts)), "sampler.inputs", len(own.inputs), \
         "one for all prompts, or one for each"
     yield 0 < own.strength <= 1, "sampler.strength", own.strength, "in (0, 1]"
+    yield own.solver is not SamplerSolver.euler or own.profile is not SamplerProfile.official, "sampler.solver", \
+        "euler", "unipc or dpmpp with sampler.profile=official, which has no other"
 
 
 def _sigma_rules(config: Config) -> Iterator[Rule]:

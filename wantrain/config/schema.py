@@ -93,6 +93,18 @@ class LoraFormat(Enum):
     lycoris = "lycoris"
 
 
+class SamplerProfile(Enum):
+    official = "official"
+    comfy = "comfy"
+    diffusers = "diffusers"
+
+
+class SamplerSolver(Enum):
+    unipc = "unipc"
+    dpmpp = "dpmpp"
+    euler = "euler"
+
+
 class Resume(Enum):
     auto = "auto"
     never = "never"
@@ -340,12 +352,16 @@ class Sampler:
     """One video for each prompt, seed and strength."""
     strengths: list[float] = field(default_factory=lambda: [0.0, 1.0])
     """LoRA strengths; 0 is the base."""
+    profile: SamplerProfile = SamplerProfile.official
+    """Whose sigmas, shift, solver and noise: official, comfy or diffusers; a seed gives what it gives there."""
+    solver: SamplerSolver | None = None
+    """unipc, dpmpp or euler as the profile's tool runs it; null: unipc, with comfy euler."""
     num_steps: int | None = None
     """Denoising steps; null takes the variant's."""
     guidance: float | None = None
     """Classifier-free guidance scale; null takes the variant's (of each expert)."""
     shift: float | None = None
-    """Timestep shift of the sampler; null takes the variant's."""
+    """Timestep shift of the sampler; null takes the variant's, or what the profile's tool has (docs/sampling.md)."""
     num_frames: int | None = None
     """Frames of a sample; null takes the largest of data.num_frames."""
     resolution: list[int] | None = None

@@ -15,6 +15,7 @@ from wantrain.models import conditioning, fit, hub, sampling
 from wantrain.models.base import expert_path
 from wantrain.models.conditioning import media_of_task
 from wantrain.models.lora_names import refuse_other_experts_file
+from wantrain.models.profiles import PROFILES
 from wantrain.models.variants import Expert, Variant
 from wantrain.recipe.clips import Clips
 from wantrain.recipe.recipe import Recipe
@@ -30,13 +31,15 @@ LoraFiles = Mapping[Expert | None, Path]
 def sampler_settings(recipe: Recipe) -> sampling.Settings:
     """The config's sampler with the variant's numbers where the config has none."""
     own, data, variant = recipe.config.sampler, recipe.config.data, recipe.variant
+    profile = PROFILES[own.profile.name]
     height, width = own.resolution or data.resolutions[0]
     bucket, = plan.buckets([own.num_frames or max(data.num_frames)], [[height, width]], variant.multiple_px)
     return sampling.Settings(
         num_steps=own.num_steps or variant.num_steps,
         guidance=variant.guidance if own.guidance is None else (own.guidance, own.guidance),
-        shift=variant.shift if own.shift is None else own.shift,
+        shift=profile.shift_of(variant) if own.shift is None else own.shift,
         bucket=bucket, negative_prompt=own.negative_prompt, strength=own.strength,
+        profile=own.profile.name, solver=own.solver and own.solver.name,
     )
 
 
