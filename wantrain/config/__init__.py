@@ -25,4 +25,5 @@ from wantrain.config.schema import LoraFormat as LoraFormat
 from wantrain.config.schema import OnNonfinite as OnNonfinite
 from wantrain.config.schema import Optimizer as Optimizer
 from wantrain.config.schema import Resume as Resume
+from wantrain.config.schema import SamplerProfile as SamplerProfile
 from wantrain.config.schema import Weighting as Weighting

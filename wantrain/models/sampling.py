@@ -72,9 +72,8 @@ class Pipeline:
 
     def at(self, timestep: float) -> tuple[torch.nn.Module, bool]:
         """(the transformer that works at this timestep, whether it is the low noise one or the only one)."""
-        boundary = self.variant.boundary
-        if boundary is None or timestep >= boundary * NUM_TIMESTEPS:
-            return self.transformers[0], boundary is None
+        if self.variant.is_high(timestep):
+            return self.transformers[0], self.variant.boundary is None
         return self.transformers[1], True
 
 
@@ -148,7 +147,7 @@ def denoise(pipeline: Pipeline, settings: Settings, noise_BCTHW: torch.Tensor, g
     if given.from_video:
         sigmas = sigmas[settings.num_steps - settings.num_steps_from_video :]
         latents = flow.mix(given.clean_BCTHW, noise_BCTHW, torch.tensor(sigmas[:1], device=latents.device).float())
-    for steps in parts(pipeline, settings, sigmas):
+    for steps in parts(pipeline.variant, settings, sigmas):
         for i, timestep in enumerate(steps.timesteps):
             latents = given.keep(latents)
             velocity = velocity_at(pipeline, settings, timestep, latents, given)
@@ -158,10 +157,10 @@ def denoise(pipeline: Pipeline, settings: Settings, noise_BCTHW: torch.Tensor, g
     return given.keep(latents)
 
 
-def parts(pipeline: Pipeline, settings: Settings, sigmas: np.ndarray) -> list[Steps]:
+def parts(variant: Variant, settings: Settings, sigmas: np.ndarray) -> list[Steps]:
     """The solver over all sigmas, or where the tool has a sampler for each expert, one over each expert's."""
     solver = settings.tool_solver
-    first = sum(pipeline.at(timestep)[0] is pipeline.transformers[0] for timestep in solver.timesteps(sigmas[:-1]))
+    first = sum(map(variant.is_high, solver.timesteps(sigmas[:-1])))
     if not PROFILES[settings.profile].restarts or first in (0, len(sigmas) - 1):
         return [Steps(solver, sigmas)]
     return [Steps(solver, sigmas[: first + 1]), Steps(solver, sigmas[first:])]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from wantrain.config import Dtype
+from wantrain.config import Config, Dtype
 from wantrain.data import decode, media, plan
 from wantrain.models import conditioning, fit, hub, sampling
 from wantrain.models.base import expert_path
@@ -29,8 +29,13 @@ LoraFiles = Mapping[Expert | None, Path]
 
 
 def sampler_settings(recipe: Recipe) -> sampling.Settings:
-    """The config's sampler with the variant's numbers where the config has none."""
-    own, data, variant = recipe.config.sampler, recipe.config.data, recipe.variant
+    """The recipe's sampler."""
+    return settings_of(recipe.config, recipe.variant)
+
+
+def settings_of(config: Config, variant: Variant) -> sampling.Settings:
+    """The config's sampler with the numbers of the variant and of the profile's tool where the config has none."""
+    own, data = config.sampler, config.data
     profile = PROFILES[own.profile.name]
     height, width = own.resolution or data.resolutions[0]
     bucket, = plan.buckets([own.num_frames or max(data.num_frames)], [[height, width]], variant.multiple_px)
