@@ -29,12 +29,12 @@ LoraFiles = Mapping[Expert | None, Path]
 
 
 def sampler_settings(recipe: Recipe) -> sampling.Settings:
-    """The recipe's sampler."""
+    """The sampler's settings of a recipe."""
     return settings_of(recipe.config, recipe.variant)
 
 
 def settings_of(config: Config, variant: Variant) -> sampling.Settings:
-    """The config's sampler with the numbers of the variant and of the profile's tool where the config has none."""
+    """The sampler's settings: the config's numbers; where it has null, those of the variant or the profile's tool."""
     own, data = config.sampler, config.data
     profile = PROFILES[own.profile.name]
     height, width = own.resolution or data.resolutions[0]
