@@ -108,7 +108,7 @@ def pipeline(found: Base, loras: Mapping[str | None, Path] | None = None) -> sam
     cpu = torch.device("cpu")
     transformers = [one.transformer(torch.float32, cpu) for one in found.each()]
     for one, transformer in zip(found.each(), transformers, strict=True):
-        fit(transformer, cpu, AdapterFile(loras[one.expert], one.expert) if loras else None)
+        fit(transformer, cpu, [AdapterFile(loras[one.expert], one.expert)] if loras else ())
     return sampling.Pipeline(found.variant, transformers, found.text(torch.float32, cpu), found.encoders(cpu),
                              torch.float32)
 

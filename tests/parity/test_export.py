@@ -161,7 +161,7 @@ def test_sampling_with_a_named_file_and_export_need_no_clips(trained, wantrain, 
     gone += [f"data.heldout={tmp_path / 'gone'}", f"data.cache_dir={tmp_path / 'empty'}"]
     assert wantrain("export", *OWN, *gone, "run.name=elsewhere") == 0
     file = trained / "export" / "elsewhere.safetensors"
-    assert wantrain("sample", *OWN, *gone, f"sampler.lora={file}", "sampler.strengths=[1]", "sampler.num_steps=2") == 0
+    assert wantrain("sample", *OWN, *gone, f"sampler.loras={file}", "sampler.strengths=[1]", "sampler.num_steps=2") == 0
     assert len(list((trained / "samples").glob("*.mp4"))) == 1
     assert wantrain("check", *OWN, *gone) == 2
 
@@ -229,7 +229,7 @@ def test_a_file_without_effect_is_refused_by_the_sampler(tmp_path):
     save_file({"blocks.0.attn1.to_qq.lora_A.weight": torch.zeros(2, 192),
                "blocks.0.attn1.to_qq.lora_B.weight": torch.zeros(192, 2)}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="is no known module of a Wan transformer"):
-        fit(TINY.transformer(torch.float32, CPU), CPU, AdapterFile(tmp_path / "x.safetensors"))
+        fit(TINY.transformer(torch.float32, CPU), CPU, [AdapterFile(tmp_path / "x.safetensors")])
 
 
 def test_a_comfyui_workflow_stands_beside_the_file_where_comfyui_reads_it(trained, wantrain, capsys, monkeypatch):
@@ -291,7 +291,7 @@ def _assert_pipeline_computes_the_checkpoint(run, kind):
     _, tensors = checkpoint.load(checkpoint.steps_on_disk(run / "checkpoints")[-1], None)
     lora.start_from(trained_on, lora.adapter_state(checkpoint.values(tensors), lora.scales(trained_on)))
     sampled_with = TINY.transformer(torch.float32, CPU)
-    fit(sampled_with, CPU, AdapterFile(run / "export" / "demo_anime.safetensors"))
+    fit(sampled_with, CPU, [AdapterFile(run / "export" / "demo_anime.safetensors")])
     after = trained_on(**inputs())[0]
     assert (after - before).abs().max() > 1e-3
     torch.testing.assert_close(sampled_with(**inputs())[0], after, atol=1e-4, rtol=1e-4)

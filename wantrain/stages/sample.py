@@ -43,6 +43,7 @@ def run(config: Config, arguments: Sequence[str]) -> None:
 
 def _index(recipe: Recipe, jobs: Sequence[tuple[str, int]], loras: LoraFiles) -> dict[str, object]:
     settings = sampler_settings(recipe)
-    return {"loras": list(map(str, loras.values())), "num_steps": settings.num_steps, "guidance": settings.guidance,
+    used = {expert or "": [f"{path}={strength:g}" for path, strength in uses] for expert, uses in loras.items()}
+    return {"loras": used, "num_steps": settings.num_steps, "guidance": settings.guidance,
             "shift": settings.shift, "bucket": str(settings.bucket),
             "samples": [{"number": n, "prompt": p, "seed": s} for n, (p, s) in enumerate(jobs)]}

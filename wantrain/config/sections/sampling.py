@@ -38,7 +38,7 @@ class Sampler(Section):
     seeds: list[Seed] = field(default_factory=lambda: [0])
     """One video for each prompt, seed and strength."""
     strengths: list[float] = field(default_factory=lambda: [0.0, 1.0])
-    """LoRA strengths; 0 is the base."""
+    """Strengths of all LoRAs together, times their own in sampler.loras; 0 is the base."""
     profile: SamplerProfile = SamplerProfile.official
     """Whose sigmas, shift, solver and noise: official, comfy or diffusers; a seed gives what it gives there."""
     solver: SamplerSolver | None = None
@@ -57,8 +57,8 @@ class Sampler(Section):
     """Files each prompt works from: first, last, control, control_mask, reference, face, video; one serves all."""
     strength: float = 0.7
     """Share of the schedule that a `video` of sampler.inputs goes through; 1 keeps nothing of it."""
-    lora: str | None = None
-    """LoRA file or model id to sample with ({expert}: high or low); null takes the run's own export."""
+    loras: list[str] = field(default_factory=list)
+    """LoRAs to sample with: FILE, FILE=STRENGTH or FILE=HIGH/LOW; {expert}: high or low; none: the run's own export."""
 
     def rules(self, config: Config) -> Iterator[Rule]:
         yield from _text_and_seed_rules("sampler", self.prompts, self.seeds)
