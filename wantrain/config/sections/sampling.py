@@ -22,6 +22,12 @@ class SamplerProfile(Enum):
     diffusers = "diffusers"
 
 
+class VideoFormat(Enum):
+    mp4 = "mp4"
+    webp = "webp"
+    png = "png"
+
+
 class SamplerSolver(Enum):
     unipc = "unipc"
     dpmpp = "dpmpp"
@@ -32,7 +38,7 @@ class SamplerSolver(Enum):
 class Sampler(Section):
     may_change: ClassVar[tuple[str, ...]] = ("*",)
     prompts: list[str] = field(default_factory=list)
-    """What to sample."""
+    """What to sample; FILE.txt stands for its lines, a prompt each, but for empty ones and those that begin with #."""
     negative_prompt: str = ""
     """What guidance moves away from."""
     seeds: list[Seed] = field(default_factory=lambda: [0])
@@ -53,6 +59,8 @@ class Sampler(Section):
     """Frames of a sample; null takes the largest of data.num_frames."""
     resolution: list[int] | None = None
     """[height, width] in pixels; null takes the first of data.resolutions."""
+    formats: list[VideoFormat] = field(default_factory=lambda: [VideoFormat.mp4])
+    """What each video is written as: mp4 (H.264, plays in browsers), webp (animated), png (a sheet of its frames)."""
     inputs: list[dict[str, str]] = field(default_factory=list)
     """Files each prompt works from: first, last, control, control_mask, reference, face, video; one serves all."""
     strength: float = 0.7
@@ -69,6 +77,7 @@ class Sampler(Section):
             yield size_rule("sampler.resolution", self.resolution)
             yield all(side % variant.multiple_px == 0 for side in self.resolution), "sampler.resolution", \
                 self.resolution, f"both must be multiples of {variant.multiple_px} for {variant.name}"
+        yield bool(self.formats), "sampler.formats", self.formats, "at least one of mp4, webp and png"
         for given in self.inputs:
             yield set(given) <= set(SAMPLER_INPUTS), "sampler.inputs", given, ", ".join(SAMPLER_INPUTS)
         yield len(self.inputs) in (0, 1, len(self.prompts)), "sampler.inputs", len(self.inputs), \
