@@ -26,6 +26,7 @@ from wantrain.config.sections.objective import Weighting as Weighting
 from wantrain.config.sections.sampling import SamplerProfile as SamplerProfile
 from wantrain.config.sections.sampling import VideoFormat as VideoFormat
 from wantrain.config.sections.training import BaseForm as BaseForm
+from wantrain.config.sections.training import Keep as Keep
 from wantrain.config.sections.training import OnNonfinite as OnNonfinite
 from wantrain.config.sections.training import Optimizer as Optimizer
 from wantrain.config.sections.training import Resume as Resume
