@@ -24,7 +24,6 @@ from wantrain.config.sections.model import ExpertOwn as ExpertOwn
 from wantrain.config.sections.model import Experts as Experts
 from wantrain.config.sections.objective import Weighting as Weighting
 from wantrain.config.sections.sampling import SamplerProfile as SamplerProfile
-from wantrain.config.sections.sampling import VideoFormat as VideoFormat
 from wantrain.config.sections.training import BaseForm as BaseForm
 from wantrain.config.sections.training import Keep as Keep
 from wantrain.config.sections.training import OnNonfinite as OnNonfinite

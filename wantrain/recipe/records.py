@@ -13,7 +13,6 @@ import torch
 
 from wantrain import __version__, pictures
 from wantrain import config as schema
-from wantrain.config import VideoFormat
 from wantrain.files import digest_path, write_json
 from wantrain.models.sampling import Inputs
 from wantrain.recipe.recipe import Recipe
@@ -59,7 +58,7 @@ def record_of(recipe: Recipe, loras: LoraFiles, job: Job, strength: float, frame
 def digest_of(frames_FCHW: torch.Tensor) -> str:
     """A digest of every pixel and of the size."""
     state = hashlib.blake2b(repr(tuple(frames_FCHW.shape)).encode(), digest_size=16)
-    state.update(frames_FCHW.contiguous().numpy())
+    state.update(frames_FCHW.contiguous().numpy().data)
     return state.hexdigest()
 
 
@@ -74,10 +73,10 @@ def write(stem: Path, recipe: Recipe, frames_FCHW: torch.Tensor, record: Record)
     """A video in each format of the config, and its record beside it; an mp4 holds it too."""
     content, fps = asdict(record), recipe.variant.fps
     for own in recipe.config.sampler.formats:
-        path = stem.with_name(f"{stem.name}.{own.name}")
-        if own is VideoFormat.mp4:
+        path = stem.with_name(f"{stem.name}.{own}")
+        if own == "mp4":
             pictures.write_mp4(path, frames_FCHW, fps, comment=json.dumps(content))
-        elif own is VideoFormat.webp:
+        elif own == "webp":
             pictures.write_webp(path, frames_FCHW, fps)
         else:
             pictures.frame_sheet(path, frames_FCHW, fps)

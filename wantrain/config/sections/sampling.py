@@ -13,6 +13,7 @@ from wantrain.models.variants import VARIANTS
 if TYPE_CHECKING:
     from wantrain.config.schema import Config
 
+VIDEO_FORMATS = ("mp4", "webp", "png")
 SAMPLER_INPUTS = ("first", "last", "control", "control_mask", "reference", "face", "video")
 
 
@@ -20,12 +21,6 @@ class SamplerProfile(Enum):
     official = "official"
     comfy = "comfy"
     diffusers = "diffusers"
-
-
-class VideoFormat(Enum):
-    mp4 = "mp4"
-    webp = "webp"
-    png = "png"
 
 
 class SamplerSolver(Enum):
@@ -59,7 +54,7 @@ class Sampler(Section):
     """Frames of a sample; null takes the largest of data.num_frames."""
     resolution: list[int] | None = None
     """[height, width] in pixels; null takes the first of data.resolutions."""
-    formats: list[VideoFormat] = field(default_factory=lambda: [VideoFormat.mp4])
+    formats: list[str] = field(default_factory=lambda: ["mp4"])
     """What each video is written as: mp4 (H.264, plays in browsers), webp (animated), png (a sheet of its frames)."""
     inputs: list[dict[str, str]] = field(default_factory=list)
     """Files each prompt works from: first, last, control, control_mask, reference, face, video; one serves all."""
@@ -77,7 +72,8 @@ class Sampler(Section):
             yield size_rule("sampler.resolution", self.resolution)
             yield all(side % variant.multiple_px == 0 for side in self.resolution), "sampler.resolution", \
                 self.resolution, f"both must be multiples of {variant.multiple_px} for {variant.name}"
-        yield bool(self.formats), "sampler.formats", self.formats, "at least one of mp4, webp and png"
+        yield bool(self.formats) and set(self.formats) <= set(VIDEO_FORMATS), "sampler.formats", self.formats, \
+            "at least one of mp4, webp and png"
         for given in self.inputs:
             yield set(given) <= set(SAMPLER_INPUTS), "sampler.inputs", given, ", ".join(SAMPLER_INPUTS)
         yield len(self.inputs) in (0, 1, len(self.prompts)), "sampler.inputs", len(self.inputs), \
