@@ -83,7 +83,7 @@ def _near_size(config: Config) -> str:
 
 ABOVE_0 = ("lora.alpha", "loss.delta", "loss.min_snr_gamma", "loss.class_weight", "optim.lr", "optim.max_grad_norm",
            "optim.lora_plus", "optim.eps", "sampler.shift", "sigma.shift", "high.alpha", "high.lr", "low.alpha",
-           "low.lr")
+           "low.lr", "memory.gib")
 AT_LEAST_0 = ("optim.weight_decay", "optim.warmup_steps", "data.tag_orders", "train.max_skips", "loss.mask_preserve",
               "validation.every_steps", "sampler.guidance")
 AT_LEAST_1 = ("lora.rank", "train.num_steps", "train.micro_batch_size", "data.batch_size", "train.save_every",

@@ -75,6 +75,12 @@ class BaseForm(Enum):
     fp8 = "fp8"
 
 
+class VaeDtype(Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 class LoraKind(Enum):
     lora = "lora"
     rslora = "rslora"
@@ -187,7 +193,7 @@ class Data:
     trigger: str = ""
     """The words in the captions that call the style; written into the exported file, used by evaluate."""
     mode: DataMode = DataMode.cache
-    """cache: read latents made by `wantrain cache`; stream: decode and encode at every step."""
+    """cache: read latents made by `wantrain cache`; stream: decode and encode at every step (texts once, before)."""
     cache_dir: str = "cache"
     """Folder of the content-addressed cache; may be shared by any number of recipes."""
     extract: Extract = Extract.head
@@ -282,8 +288,15 @@ class Train:
 
 @dataclass(slots=True)
 class Memory:
+    may_change: ClassVar[tuple[str, ...]] = ("gib",)
     base: BaseForm = BaseForm.dtype
     """How the Linears of the frozen transformer are stored: dtype (model.dtype), int8 or fp8 (a byte a weight)."""
+    encoders: BaseForm = BaseForm.dtype
+    """How the Linears of umT5 and CLIP are stored, which encode texts and images: as memory.base says."""
+    vae: VaeDtype = VaeDtype.float32
+    """Storage and arithmetic of the VAE: float32 as the official code, bfloat16, or float16 (nearer, may overflow)."""
+    gib: float | None = None
+    """Memory of the device to stay within, in GiB, null for all of it; the VAE takes large pictures in tiles."""
 
 
 @dataclass(slots=True)

@@ -26,7 +26,7 @@ from wantrain.files import digest_path, digest_text
 from wantrain.models import hub, names, sizes
 from wantrain.models.conditioning import Encoders
 from wantrain.models.containers import Container, find_parts, open_container
-from wantrain.models.loading import empty_weights, load_into
+from wantrain.models.loading import empty_weights, free_bytes, load_into
 from wantrain.models.lora_names import is_lora, lora_argument, refuse_other_experts_file
 from wantrain.models.lora_updates import merged_tensor, plan_merge, read_given
 from wantrain.models.quantised import quantise
@@ -123,8 +123,7 @@ class Base:
         self._detected(container)
         with empty_weights():
             module = self._transformer_class.from_config(self._transformer_config())
-            if form:
-                quantise(module, form)
+            quantise(module, form)
         load_into(module, container, names.transformer_rename(container.names()), dtype=dtype, device=device,
                   keep_float32=self._transformer_class._keep_in_fp32_modules, edit=self._merging(container),
                   placed=placed)
@@ -135,8 +134,8 @@ class Base:
         loras = [(read_given(file, self.expert), strength) for file, strength in self.merged]
         return partial(merged_tensor, plan_merge(container, loras)) if loras else None
 
-    def vae(self, device: torch.device) -> AutoencoderKLWan:
-        """The VAE in float32, as the official code runs it, frozen."""
+    def vae(self, device: torch.device, dtype: torch.dtype = torch.float32) -> AutoencoderKLWan:
+        """The VAE, frozen; in float32, as the official code runs it, unless told."""
         container = open_container(self.parts["vae"])
         with empty_weights():
             module = AutoencoderKLWan.from_config(container.config or sizes.VAES[names.vae_version(container.names())])
@@ -145,15 +144,17 @@ class Base:
             raise ContainerError(container.path, f"makes latents of {module.config.z_dim} channels, "
                                  f"{self.variant.name} takes {wanted}", "the VAE of the other generation",
                                  f"set model.parts.vae to Wan{self.variant.vae}_VAE.pth or its like")
-        load_into(module, container, names.vae_rename(container.names()), dtype=torch.float32, device=device)
+        load_into(module, container, names.vae_rename(container.names()), dtype=dtype, device=device)
         return module.requires_grad_(False).eval().to(device)
 
-    def text(self, dtype: torch.dtype, device: torch.device) -> WanPipeline:
+    def text(self, dtype: torch.dtype, device: torch.device, form: str = "") -> WanPipeline:
         """Tokenizer and umT5 encoder, frozen, as a pipeline without the other parts: its prompt code is the reference.
+        With a `form` the Linears of the encoder's blocks are stored in that, as those of `transformer`.
         """
         container = open_container(self.parts["text_encoder"])
         with empty_weights():
             module = UMT5EncoderModel(UMT5Config(**(container.config or sizes.UMT5_XXL)))
+            quantise(module, form)
         load_into(module, container, names.t5_rename(container.names()), dtype=dtype, device=device)
         module = module.requires_grad_(False).eval().to(device)
         return WanPipeline(tokenizer=self.tokenizer(), text_encoder=module, transformer=None, vae=None, scheduler=None)
@@ -167,18 +168,22 @@ class Base:
             (Path(folder) / "spiece.model").write_bytes(open_container(path).spiece_model() or b"")
             return T5Tokenizer.from_pretrained(folder, model_max_length=TEXT_LEN)
 
-    def image_encoder(self, dtype: torch.dtype, device: torch.device) -> CLIPVisionModel:
-        """The CLIP vision tower of the 2.1 image-to-video checkpoints, frozen."""
+    def image_encoder(self, dtype: torch.dtype, device: torch.device, form: str = "") -> CLIPVisionModel:
+        """The CLIP vision tower of the 2.1 image-to-video checkpoints, frozen; `form` as for `text`."""
         container = open_container(self.parts["image_encoder"])
         with empty_weights():
             module = CLIPVisionModel(CLIPVisionConfig(**(container.config or sizes.CLIP_VIT_H)))
+            quantise(module, form)
         load_into(module, container, names.clip_rename(container.names()), dtype=dtype, device=device)
         return module.requires_grad_(False).eval().to(device)
 
-    def encoders(self, device: torch.device) -> Encoders:
-        """The VAE, and the CLIP tower where the variant has one."""
-        image = self.image_encoder(torch.float32, device) if self.variant.architecture.image_dim else None
-        return Encoders(self.vae(device), image)
+    def encoders(self, device: torch.device, vae_dtype: torch.dtype = torch.float32, form: str = "",
+                 gib: float | None = None) -> Encoders:
+        """The VAE, and the CLIP tower where the variant has one; `form` as for `text`. The VAE stays within `gib` GiB
+        together with what is in memory now, or within what the device has.
+        """
+        image = self.image_encoder(torch.float32, device, form) if self.variant.architecture.image_dim else None
+        return Encoders(self.vae(device, vae_dtype), image, free_bytes(device, gib))
 
 
 def required_parts(variant: Variant) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from diffusers import UniPCMultistepScheduler, WanPipeline
 from wantrain import flow, lora
 from wantrain.models import conditioning
 from wantrain.models.conditioning import Encoders, Frames
-from wantrain.models.encode import decode_latents, encode_frames, encode_text, pad_text, predict_velocity
+from wantrain.models.encode import encode_text, pad_text, predict_velocity
 from wantrain.models.variants import Variant
 from wantrain.terms import NUM_TIMESTEPS, Bucket
 
@@ -102,10 +102,10 @@ def sample(pipeline: Pipeline, prompt: str, seed: int, settings: Settings, input
     device = next(pipeline.transformers[0].parameters()).device
     bucket, variant = settings.bucket, pipeline.variant
     shape = (variant.architecture.out_channels, *variant.latent_THW(bucket))
-    clean = torch.zeros(shape) if inputs.video is None else encode_frames(pipeline.encoders.vae, inputs.video)
+    clean = torch.zeros(shape) if inputs.video is None else pipeline.encoders.latents(inputs.video)
     first = inputs.frames.get("first")
     if first is not None:
-        clean[:, :1] = encode_frames(pipeline.encoders.vae, first)
+        clean[:, :1] = pipeline.encoders.latents(first)
     encoded = conditioning.encode(variant, pipeline.encoders, inputs.frames, bucket)
     condition, clean, known_T = conditioning.arrange(variant, encoded, clean, first is not None)
     noise = torch.randn(1, *clean.shape, generator=torch.Generator().manual_seed(seed))
@@ -116,7 +116,7 @@ def sample(pipeline: Pipeline, prompt: str, seed: int, settings: Settings, input
          for text in (prompt, settings.negative_prompt)], inputs.video is not None)
     latents = denoise(pipeline, settings, noise.to(device), given)
     num_before = clean.shape[1] - shape[1]
-    return decode_latents(pipeline.encoders.vae, latents[0, :, num_before:])
+    return pipeline.encoders.frames(latents[0, :, num_before:])
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,8 +62,8 @@ def load_pipeline(recipe: Recipe, loras: LoraFiles) -> sampling.Pipeline:
         file = fit.AdapterFile(loras[base.expert], base.expert) if base.expert in loras else None
         transformers.append(base.transformer(recipe.dtype, device, form=recipe.base_form))
         fit.fit(transformers[-1], device, file)
-    return sampling.Pipeline(recipe.variant, transformers, recipe.base.text(recipe.dtype, device),
-                             recipe.base.encoders(device), recipe.dtype)
+    return sampling.Pipeline(recipe.variant, transformers, recipe.load_text(device), recipe.load_encoders(device),
+                             recipe.dtype)
 
 
 def sampled(recipe: Recipe, pipeline: sampling.Pipeline, prompt: str, *, seed: int, strength: float,

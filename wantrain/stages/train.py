@@ -25,7 +25,7 @@ from wantrain.files import leftovers, write_json
 from wantrain.recipe.clips import Clips, open_clips
 from wantrain.recipe.recipe import Recipe, more_steps_done, open_recipe, training_faults
 from wantrain.recipe.run import run_fingerprint
-from wantrain.recipe.samples import Cached, Encode, Encoder, Streamed, heldout_samples, sample_of
+from wantrain.recipe.samples import Cached, Encode, Encoder, Streamed, heldout_samples, prepare_texts, sample_of
 from wantrain.recipe.training import Training, advised_if_memory_ends, prepare, resume, save, start_run
 from wantrain.terms import Batch, Interrupted, UserError
 
@@ -41,6 +41,8 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     recipe = open_recipe(config)
     clips = open_clips(recipe, arguments)
     cached = Cached(clips) if config.data.mode is DataMode.cache else None  # says at once if entries are missing
+    if cached is None:
+        prepare_texts(recipe, clips, launch.device())
     trainings = recipe.trainings()
     for fault in (fault for own in trainings for fault in training_faults(own)):
         raise fault
