@@ -61,6 +61,16 @@ def test_two_processes_train_as_one_does_and_resume_in_one(forked):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["DDP", "ZeRO-3"])
+def test_two_processes_validate_as_one_does(forked, engine):
+    """To the bit where the weights are: the base's numbers, and those after a step that changes nothing."""
+    own = ["train.num_steps=1", "validation.every_steps=1", "optim.lr=1e-30", "validation.budget_pct=100"]
+    one, two = (json.loads((forked(given, *own) / "validation.json").read_text()) for given in (None, engine))
+    assert one == two
+    assert len(one["base"]["heldout"]) == 10
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("engine", "rtol"), [("DDP", 2e-5), ("ZeRO-3", 2e-4)])
 def test_the_base_answers_in_two_processes_as_in_one(forked, engine, rtol):
     """The plain clips are preserved and one clip has class words: some processes have nothing to ask in some steps."""

@@ -83,7 +83,7 @@ def _near_size(config: Config) -> str:
 
 ABOVE_0 = ("lora.alpha", "loss.delta", "loss.min_snr_gamma", "loss.class_weight", "optim.lr", "optim.max_grad_norm",
            "optim.lora_plus", "optim.eps", "sampler.shift", "sigma.shift", "high.alpha", "high.lr", "low.alpha",
-           "low.lr", "memory.gib")
+           "low.lr", "memory.gib", "validation.budget_pct")
 AT_LEAST_0 = ("optim.weight_decay", "optim.warmup_steps", "data.tag_orders", "train.max_skips", "loss.mask_preserve",
               "validation.every_steps", "sampler.guidance")
 AT_LEAST_1 = ("lora.rank", "train.num_steps", "train.micro_batch_size", "data.batch_size", "train.save_every",
@@ -184,9 +184,10 @@ def _data_rules(config: Config) -> Iterator[Rule]:
     yield data.batch_size % train.micro_batch_size == 0, "data.batch_size", data.batch_size, \
         f"a multiple of train.micro_batch_size ({train.micro_batch_size})"
     sigmas = config.validation.sigmas
-    yield bool(sigmas) and all(0 < s <= 1 for s in sigmas), "validation.sigmas", sigmas, \
-        "in (0, 1]: sigma, and not timesteps"
-    yield len(set(sigmas)) == len(sigmas), "validation.sigmas", sigmas, "each once"
+    if sigmas is not None:
+        yield bool(sigmas) and all(0 < s <= 1 for s in sigmas), "validation.sigmas", sigmas, \
+            "in (0, 1]: sigma, and not timesteps"
+        yield len(set(sigmas)) == len(sigmas), "validation.sigmas", sigmas, "each once"
     yield config.validation.every_steps == 0 or data.heldout is not None, "validation.every_steps", \
         config.validation.every_steps, "0 when data.heldout is not set"
 

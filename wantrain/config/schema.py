@@ -338,8 +338,10 @@ class Validation:
     may_change: ClassVar[tuple[str, ...]] = ("*",)
     every_steps: int = 0
     """Steps between validation losses on data.heldout; 0 turns them off."""
-    sigmas: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
-    """The fixed noise levels; each held-out clip is measured once at each."""
+    sigmas: list[float] | None = None
+    """The fixed noise levels; null: the nine deciles of the sigmas that the task samples at (of each expert)."""
+    budget_pct: float = 5.0
+    """Share of the run's forward passes to spend on it, in percent; the least is two clips and each sigma once."""
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import (
@@ -43,6 +43,9 @@ from wantrain.models.weight_files import ContainerError
 from wantrain.terms import TEXT_LEN, UserError
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny_wan"
+TextPipeline: TypeAlias = WanPipeline
+"""The pipeline of a tokenizer and a text encoder alone."""
+
 SHARED_PARTS = ("vae", "text_encoder", "tokenizer")
 
 diffusers_logging.disable_progress_bar()
@@ -147,7 +150,7 @@ class Base:
         load_into(module, container, names.vae_rename(container.names()), dtype=dtype, device=device)
         return module.requires_grad_(False).eval().to(device)
 
-    def text(self, dtype: torch.dtype, device: torch.device, form: str = "") -> WanPipeline:
+    def text(self, dtype: torch.dtype, device: torch.device, form: str = "") -> TextPipeline:
         """Tokenizer and umT5 encoder, frozen, as a pipeline without the other parts: its prompt code is the reference.
         With a `form` the Linears of the encoder's blocks are stored in that, as those of `transformer`.
         """

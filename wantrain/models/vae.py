@@ -90,7 +90,8 @@ def tiles_for(vae: AutoencoderKLWan, size: Bucket, limit_bytes: float, *, decodi
     """The tiles of height and width that compute least among those that stay within the limit; where none do, those
     that take least.
     """
-    choices = sorted(itertools.product(range(1, MOST_TILES + 1), repeat=2),
+    numbers = range(1, MOST_TILES + 1)
+    choices = sorted(itertools.product(numbers, numbers),
                      key=lambda tiles: seen_latents(vae, size, tiles, decoding)[0])
     sizes = {tiles: bytes_needed(vae, size, tiles, decoding=decoding) for tiles in choices}
     return next((tiles for tiles in choices if sizes[tiles] <= limit_bytes), min(choices, key=lambda t: sizes[t]))
@@ -159,7 +160,7 @@ def encode(vae: AutoencoderKLWan, pixels_BCFHW: torch.Tensor, tiles: tuple[int, 
             del chunk, x
     assert features is not None, "there is at least one tile of one frame"
     memory, found = _Features(encoder), []
-    for part in features.split(1, dim=2):
+    for part in torch.split(features, 1, dim=2):
         x = encoder.mid_block(part, **memory.begin())
         found.append(memory.convolve(encoder.conv_out, encoder.nonlinearity(encoder.norm_out(x))))
     return vae.quant_conv(torch.cat(found, dim=2)).chunk(2, dim=1)[0]
@@ -172,7 +173,7 @@ def decode(vae: AutoencoderKLWan, latents_BCTHW: torch.Tensor, tiles: tuple[int,
     size, scale = latents_BCTHW.shape[3:], scale_of(vae)
     whole = pixel_size(vae, latents_BCTHW.shape[2:])
     memory, features = _Features(decoder), []
-    for x in vae.post_quant_conv(latents_BCTHW).split(1, dim=2):
+    for x in torch.split(vae.post_quant_conv(latents_BCTHW), 1, dim=2):
         own = memory.begin()
         features.append(decoder.mid_block(memory.convolve(decoder.conv_in, x), **own))
     pixels = torch.empty(len(latents_BCTHW), 3, whole.num_frames, whole.height, whole.width, dtype=torch.uint8,

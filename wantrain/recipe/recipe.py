@@ -13,7 +13,7 @@ from wantrain.config import BaseForm, Config, expert_config
 from wantrain.engine.checkpoint import CheckpointStore, step_of
 from wantrain.lora import AdapterState, Spec
 from wantrain.models import hub
-from wantrain.models.base import Base, WanPipeline, expert_path, find
+from wantrain.models.base import Base, TextPipeline, expert_path, find
 from wantrain.models.conditioning import Encoders
 from wantrain.models.lora_updates import adapter_for, read_given, refuse_unexportable
 from wantrain.models.variants import Variant
@@ -82,7 +82,7 @@ class Recipe:
         """How the Linears of the text and image encoders are stored; empty where they are not quantised."""
         return _form(self.config.memory.encoders)
 
-    def load_text(self, device: torch.device) -> WanPipeline:
+    def load_text(self, device: torch.device) -> TextPipeline:
         """The text encoder as the config says."""
         return self.base.text(self.dtype, device, self.encoders_form)
 
@@ -111,8 +111,14 @@ class Recipe:
 
     @property
     def validation_sigmas(self) -> list[float]:
-        """The validation.sigmas at which this transformer is trained."""
+        """The validation.sigmas at which this transformer is trained; without them the nine deciles of the inference
+        schedule, as far as it is trained there.
+        """
         low, high = self.sigmas
+        if self.config.validation.sigmas is None:
+            schedule = flow.Density("uniform", (), self.variant.shift, (low, high))
+            deciles = schedule.quantile(torch.arange(1, 10, dtype=torch.float64) / 10)
+            return [round(sigma, 4) for sigma in deciles.tolist()]
         return [sigma for sigma in self.config.validation.sigmas if low <= sigma < high or sigma == high == 1]
 
     @property

@@ -162,8 +162,8 @@ def sample_of(clips: Clips, source: Encode, planned: PlannedClip, caption: str, 
                   None if words is None else encode.pad_text(source.text(words)))
 
 
-def heldout_samples(clips: Clips, source: Encode) -> Callable[[int], Sample]:
-    """place -> that held-out clip, read once, given its first frame where some of the training samples are.
+def samples_of(clips: Clips, source: Encode, windows: Sequence[PlannedClip]) -> Callable[[int], Sample]:
+    """place -> that window to measure, read once, given its first frame where some of the training samples are.
 
     Its loss looks everywhere, and at its own caption alone.
     """
@@ -171,8 +171,7 @@ def heldout_samples(clips: Clips, source: Encode) -> Callable[[int], Sample]:
 
     @functools.cache
     def sample(place: int) -> Sample:
-        planned = clips.heldout[place]
-        own = sample_of(clips, source, planned, planned.clip.caption, first)
+        own = sample_of(clips, source, windows[place], windows[place].clip.caption, first)
         return replace(own, class_text_LD=None, mask_1THW=None)
 
     return sample

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from wantrain.pages import html
 from wantrain.recipe.clips import Clips, evaluation_faults, holding_trigger, open_clips
 from wantrain.recipe.recipe import Recipe, open_recipe
 from wantrain.recipe.sampler import inputs_of, load_pipeline, lora_files, sampled
-from wantrain.recipe.samples import Cached, heldout_samples
+from wantrain.recipe.samples import Cached, samples_of
 from wantrain.terms import NUM_TIMESTEPS, Batch
 
 CONDITIONS = ("base", "lora_with_trigger", "lora_without_trigger")
@@ -115,17 +116,20 @@ def style_distances(clips: Clips, samples: Mapping[str, style.Style]) -> dict[st
 
 
 def validation_losses(recipe: Recipe, clips: Clips, pipeline: sampling.Pipeline, cached: Cached) -> dict[str, object]:
-    """Held-out loss of the base and of the LoRA, mean and at each sigma."""
-    sigmas = recipe.config.validation.sigmas
-    heldout = validation.HeldOut(clips.heldout, sigmas, heldout_samples(clips, cached),
+    """Held-out loss of the base and of the LoRA, mean and at each sigma, and their difference with its interval."""
+    sigmas = recipe.validation_sigmas
+    heldout = validation.HeldOut(clips.heldout, sigmas, samples_of(clips, cached, clips.heldout),
                                  recipe.config.train.micro_batch_size)
     numbers: dict[str, object] = {"sigmas": sigmas}
+    tables = {}
     for name, strength in (("base", 0.0), ("lora", 1.0)):
         sampling.set_strength(pipeline, strength)
-        losses = torch.cat([validation.losses(replace(heldout, sigmas=[sigma]), loss_of(pipeline, sigma))
-                            for sigma in sigmas], dim=1)
-        numbers[name] = float(losses.mean())
-        numbers[f"{name}_by_sigma"] = losses.mean(0).tolist()
+        tables[name] = torch.stack([validation.losses(heldout, [(place, s, 0) for place in range(len(clips.heldout))],
+                                                      loss_of(pipeline, sigma)) for s, sigma in enumerate(sigmas)], 1)
+        numbers[name] = float(tables[name].mean())
+        numbers[f"{name}_by_sigma"] = tables[name].mean(0).tolist()
+    told = validation.interval((tables["lora"] - tables["base"]).mean(1))
+    numbers |= {"lora_minus_base": told.mean, "lora_minus_base_ci95": None if math.isnan(told.half) else told.half}
     return numbers
 
 
