@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tests.conftest import opened
-from tests.tiny_tasks import write_checkpoint
+from tests.conftest import arguments_for, opened
+from tests.tiny_tasks import write_a14b, write_checkpoint
 from wantrain import cli
-from wantrain.data.cache import LATENTS, TEXT
-from wantrain.models import base, encode, loading
+from wantrain.config import load
+from wantrain.data.cache import LATENTS, TEXT, missing
+from wantrain.models import base, conditioning, encode, loading, sampling
 from wantrain.models.base import UMT5Config, UMT5EncoderModel, WanPipeline
 from wantrain.models.loading import empty_weights
 from wantrain.models.quantised import QuantisedLinear, quantise, relative_errors
@@ -21,6 +24,8 @@ from wantrain.models.sizes import UMT5_XXL
 from wantrain.models.variants import VARIANTS
 from wantrain.recipe import samples
 from wantrain.recipe.clips import conditioning_of
+from wantrain.recipe.recipe import open_recipe
+from wantrain.recipe.sampler import load_pipeline, sampled
 
 CPU = torch.device("cpu")
 TINY = base.find(VARIANTS["tiny_wan"], "embedded", {})
@@ -114,7 +119,7 @@ def test_streaming_writes_every_text_and_nothing_else_and_claims_them(arguments,
     captions = list(dict.fromkeys(clips.captions))
     assert sorted(asked) == sorted(captions)  # the second process finds all done
     assert asked[0] != captions[0]  # and the last of them begins elsewhere
-    assert {kind for kind, _ in clips.cache.missing(clips.everything, captions).values()} == {LATENTS}
+    assert {kind for kind, _ in missing(clips.entries).values()} == {LATENTS}
     assert clips.cache.read((TEXT, captions[0]))["x"].shape[1] == 128
     assert len(list((tmp_path / "cache" / "used_by").glob("*.json"))) == 1
 
@@ -150,6 +155,75 @@ def test_the_image_encoders_form_is_in_the_address_of_conditions(tmp_path: Path)
     assert 1e-5 < float((got - want).norm() / want.norm()) < 0.05
 
 
-def test_what_a_device_can_take() -> None:
+def test_what_a_device_can_take(monkeypatch) -> None:
     assert loading.free_bytes(CPU) == float("inf")
     assert loading.free_bytes(CPU, 2.0) == 2 * 2**30
+    for name, value in {"mem_get_info": (10 * 2**30, 24 * 2**30), "memory_allocated": 5 * 2**30,
+                        "memory_reserved": 8 * 2**30}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _device, value=value: value)
+    card = torch.device("cuda")  # 24 GiB, 6 of them another process's; of our 8, 3 can be used again
+    assert loading.free_bytes(card) == loading.ROOM * 13 * 2**30
+    assert loading.free_bytes(card, 12.0) == (loading.ROOM * 12 - 5) * 2**30
+    assert loading.free_bytes(card, 24.0) == loading.ROOM * 13 * 2**30
+
+
+class Waiting(torch.nn.Linear):
+    """A transformer that notes where it is sent."""
+
+    def __init__(self, name: str, sent: list[str]) -> None:
+        super().__init__(1, 1)
+        self.name, self.sent = name, sent
+
+    def to(self, *given: object, **named: object) -> Waiting:
+        self.sent.append(f"{self.name} {given[0]}")
+        return self
+
+
+def test_the_expert_that_does_not_work_makes_room_first() -> None:
+    sent: list[str] = []
+    pair = [Waiting("high", sent), Waiting("low", sent)]
+    encoders = conditioning.Encoders(TINY.vae(CPU), None)
+    pipeline = sampling.Pipeline(VARIANTS["tiny_wan_a14b"], pair, encode.Texts(lambda: None), encoders, torch.float32)
+    pipeline.put_to_work(pair[0])
+    assert sent == []  # there is room for both
+    pipeline = replace(pipeline, in_turn=True, encoders=replace(encoders, vae=SimpleNamespace(device="meta")))
+    for timestep in (999.0, 100.0):
+        transformer, _ = pipeline.at(timestep)
+        pipeline.put_to_work(transformer)
+    assert sent == ["low cpu", "high meta", "high cpu", "low meta"]
+
+
+def test_texts_are_encoded_together_by_an_encoder_that_is_gone_afterwards() -> None:
+    loaded: list[weakref.ref[torch.nn.Module]] = []
+
+    def load() -> WanPipeline:
+        made = TINY.text(torch.float32, CPU)
+        loaded.append(weakref.ref(made.text_encoder))
+        return made
+
+    texts = encode.Texts(load)
+    gc.disable()
+    try:
+        texts.prepare([*CAPTIONS, CAPTIONS[0]])
+        assert [one() for one in loaded] == [None]
+    finally:
+        gc.enable()
+    whole = TINY.text(torch.float32, CPU)
+    assert all(torch.equal(texts(caption), encode.encode_text(whole, caption)) for caption in CAPTIONS)
+    assert len(loaded) == 1
+    assert texts("one that nobody announced").shape[1] == 128
+    assert len(loaded) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("gib", "in_turn"), [(1e-6, True), (16.0, False)])
+def test_two_experts_within_a_budget_sample_the_same(clips, cache_dir, tmp_path: Path, gib, in_turn) -> None:
+    own = [*arguments_for(clips, cache_dir, tmp_path / "run"), "model.variant=tiny_wan_a14b",
+           f"model.path={write_a14b(tmp_path / 'a14b')}"]
+    found = []
+    for more in ([], [f"memory.gib={gib}"]):
+        recipe = open_recipe(load([*own, *more]))
+        pipeline = load_pipeline(recipe, {}, ["a square"])
+        found.append(sampled(recipe, pipeline, "a square", seed=0, strength=0.0, inputs=sampling.Inputs()))
+    assert pipeline.in_turn is in_turn
+    assert (found[0].int() - found[1].int()).abs().max() <= 1  # decoded in tiles where the budget is small

@@ -26,7 +26,7 @@ from wantrain.files import digest_path, digest_text
 from wantrain.models import hub, names, sizes
 from wantrain.models.conditioning import Encoders
 from wantrain.models.containers import Container, find_parts, open_container
-from wantrain.models.loading import empty_weights, free_bytes, load_into
+from wantrain.models.loading import empty_weights, load_into
 from wantrain.models.lora_names import is_lora, lora_argument, refuse_other_experts_file
 from wantrain.models.lora_updates import merged_tensor, plan_merge, read_given
 from wantrain.models.quantised import quantise
@@ -66,13 +66,13 @@ class Base:
     expert: Expert | None = None
 
     def each(self) -> list[Base]:
-        """This base, or that of each expert (high noise first), whose part `transformer` it then is."""
+        """This base alone; or one base for each expert, high noise first, whose file is then its part `transformer`."""
         return [replace(self, expert=expert, parts={**self.parts, "transformer": self.parts[expert]})
                 for expert in self.variant.experts] or [self]
 
     @property
     def merged(self) -> Sequence[tuple[Path, float]]:
-        """The LoRA files of this expert with their strengths."""
+        """The LoRA files that are merged into this expert, with their strengths."""
         return self.merges.get(self.expert, ())
 
     def digest(self, part: str, memo: Path) -> str:
@@ -182,11 +182,9 @@ class Base:
 
     def encoders(self, device: torch.device, vae_dtype: torch.dtype = torch.float32, form: str = "",
                  gib: float | None = None) -> Encoders:
-        """The VAE, and the CLIP tower where the variant has one; `form` as for `text`. The VAE stays within `gib` GiB
-        together with what is in memory now, or within what the device has.
-        """
+        """The VAE, and the CLIP tower where the variant has one; `form` as for `text`, `gib` as for Encoders."""
         image = self.image_encoder(torch.float32, device, form) if self.variant.architecture.image_dim else None
-        return Encoders(self.vae(device, vae_dtype), image, free_bytes(device, gib))
+        return Encoders(self.vae(device, vae_dtype), image, gib)
 
 
 def required_parts(variant: Variant) -> tuple[str, ...]:
@@ -196,7 +194,7 @@ def required_parts(variant: Variant) -> tuple[str, ...]:
 
 
 def expert_path(name: str, expert: Expert | None) -> str:
-    """A file's name with high or low in place of `{expert}`."""
+    """The name, with high or low put in place of `{expert}`."""
     return name.replace("{expert}", expert) if expert else name
 
 

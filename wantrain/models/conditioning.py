@@ -18,6 +18,7 @@ from diffusers import AutoencoderKLWan
 from transformers import CLIPVisionModel
 
 from wantrain.models.encode import decode_latents, encode_frames
+from wantrain.models.loading import free_bytes
 from wantrain.models.vae import to_pixels
 from wantrain.models.variants import Task, Variant
 from wantrain.terms import WINDOW, Bucket, PlannedClip
@@ -41,21 +42,21 @@ CONDITION_CHANNELS = {"i2v": 20, "flf2v": 20, "control": 16, "vace": 96, "animat
 
 @dataclass(frozen=True, slots=True)
 class Encoders:
-    """The models that turn frames into conditions. `image` is None where the variant has no CLIP tokens; the VAE works
-    in tiles where the whole picture would take more than `limit_bytes`.
+    """The models that turn frames into conditions. `image` is None where the variant has no CLIP tokens. The VAE works
+    in tiles where the whole picture would take more than is left of `gib` GiB, or of all that the device has.
     """
 
     vae: AutoencoderKLWan
     image: CLIPVisionModel | None
-    limit_bytes: float = math.inf
+    gib: float | None = None
 
     def latents(self, frames_FCHW: torch.Tensor) -> torch.Tensor:
-        """encode.encode_frames within the limit."""
-        return encode_frames(self.vae, frames_FCHW, self.limit_bytes)
+        """encode.encode_frames within what is left now."""
+        return encode_frames(self.vae, frames_FCHW, free_bytes(self.vae.device, self.gib))
 
     def frames(self, latents_CTHW: torch.Tensor) -> torch.Tensor:
-        """encode.decode_latents within the limit."""
-        return decode_latents(self.vae, latents_CTHW, self.limit_bytes)
+        """encode.decode_latents within what is left now."""
+        return decode_latents(self.vae, latents_CTHW, free_bytes(self.vae.device, self.gib))
 
     @torch.no_grad()
     def image_tokens(self, frames_FCHW: torch.Tensor | None, num_images: int) -> Condition:
@@ -111,7 +112,7 @@ def media_of_task(task: Task) -> TaskMedia:
 
 
 def of_window(frames: Frames, bucket: Bucket) -> Frames:
-    """A window's frames under the names that `encode` knows. A single frame is not given: it would be the answer."""
+    """Name a window's frames as `encode` knows them. From a single frame none is given: it would be the answer."""
     own = frames.get(WINDOW)
     rest = {name: value for name, value in frames.items() if name != WINDOW}
     if own is None or bucket.num_frames == 1:
@@ -205,7 +206,7 @@ def condition_bytes(variant: Variant, planned: PlannedClip) -> int:
 
 
 def without_prompt(condition: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """The condition of the guidance's other side: the face goes with the prompt, the rest stays."""
+    """The condition for guidance's call without the prompt: the face is left out with the prompt, the rest stays."""
     return {**condition, "face": torch.zeros_like(condition["face"])} if "face" in condition else condition
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from wantrain.flow import timestep
 from wantrain.models import vae as tiled
+from wantrain.models.loading import let_go
 from wantrain.models.vae import to_pixels
 from wantrain.terms import TEXT_LEN, Bucket
 
@@ -70,6 +71,28 @@ def encode_text(text: WanPipeline, caption: str) -> torch.Tensor:
     return text_BLD[0, : int(used.max()) + 1].cpu().clone()
 
 
+class Texts:
+    """Text features of captions, by a text encoder that is loaded for those not met before, and let go at once."""
+
+    def __init__(self, load: Callable[[], WanPipeline]) -> None:
+        self._load = load
+        self._known: dict[str, torch.Tensor] = {}
+
+    def prepare(self, captions: Iterable[str]) -> None:
+        """Encode all of these together."""
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self._known]
+        if new:
+            text = self._load()
+            self._known |= {caption: encode_text(text, caption) for caption in new}
+            del text
+            let_go()
+
+    def __call__(self, caption: str) -> torch.Tensor:
+        """text_LD of `encode_text`."""
+        self.prepare([caption])
+        return self._known[caption]
+
+
 def pad_text(text_LD: torch.Tensor) -> torch.Tensor:
     """Zero-pad text features to TEXT_LEN tokens: the transformer attends to these zeros, so all of them are needed."""
     return torch.nn.functional.pad(text_LD, (0, 0, 0, TEXT_LEN - text_LD.shape[0]))
@@ -81,7 +104,7 @@ def count_tokens(tokenizer: PreTrainedTokenizerBase, caption: str) -> int:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
-    """bfloat16 compute over a bfloat16 base (adapters stay float32); float32 is left alone."""
+    """In the block, a bfloat16 base computes in bfloat16 (adapters stay float32); a float32 base is left alone."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 

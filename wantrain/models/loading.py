@@ -42,12 +42,15 @@ ROOM = 0.95
 
 
 def free_bytes(device: torch.device, gib: float | None = None) -> float:
-    """What the device can still take: of `gib` GiB where that is given, else of all it has; endless on a CPU."""
+    """What the device can still take: of `gib` GiB where that is given, else of all it has. A CPU has no end; there
+    `gib` is for the work alone.
+    """
     if device.type != "cuda":
         return math.inf if gib is None else gib * 2**30
-    free, total = torch.cuda.mem_get_info(device)
-    left = total if gib is None else gib * 2**30
-    return min(ROOM * left - torch.cuda.memory_allocated(device), ROOM * free)
+    free, _ = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_allocated(device)
+    left = ROOM * (free + torch.cuda.memory_reserved(device) - held)  # what the allocator holds unused can be had
+    return left if gib is None else min(left, ROOM * gib * 2**30 - held)
 
 
 def let_go() -> None:

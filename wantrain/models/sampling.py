@@ -7,17 +7,17 @@ tests/parity/test_tasks.py holds it against diffusers' pipeline of every task th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from diffusers import UniPCMultistepScheduler, WanPipeline
+from diffusers import UniPCMultistepScheduler
 
 from wantrain import flow, lora
 from wantrain.models import conditioning
 from wantrain.models.conditioning import Encoders, Frames
-from wantrain.models.encode import encode_text, pad_text, predict_velocity
+from wantrain.models.encode import pad_text, predict_velocity
 from wantrain.models.variants import Variant
 from wantrain.terms import NUM_TIMESTEPS, Bucket
 
@@ -41,29 +41,44 @@ class Settings:
 
     @property
     def num_steps_from_video(self) -> int:
-        """Steps that a video to start from goes through."""
+        """The number of steps that remain where sampling starts from a video."""
         return int(self.num_steps * self.strength)
 
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """Loaded parts: one transformer, or (high, low) noise; tokenizer and text encoder; VAE and CLIP tower.
+    """Loaded parts: one transformer, or (high, low) noise; what gives a caption's features; VAE and CLIP tower.
 
-    `dtype` is what the transformers are stored in and are given.
+    `dtype` is what the transformers are stored in and are given. Where `in_turn`, the device has no room for both: the
+    one that does not work waits in the memory of the host.
     """
 
     variant: Variant
     transformers: Sequence[torch.nn.Module]
-    text: WanPipeline
+    text: Callable[[str], torch.Tensor]
     encoders: Encoders
     dtype: torch.dtype
+    in_turn: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where all of it works."""
+        return self.encoders.vae.device
 
     def at(self, timestep: float) -> tuple[torch.nn.Module, bool]:
-        """(the transformer that works at this timestep, whether it is the low noise one or the only one)."""
+        """(the transformer for this timestep, True where it is the low noise expert or the only transformer)."""
         boundary = self.variant.boundary
         if boundary is None or timestep >= boundary * NUM_TIMESTEPS:
             return self.transformers[0], boundary is None
         return self.transformers[1], True
+
+    def put_to_work(self, transformer: torch.nn.Module) -> None:
+        """Bring it to the device, where the others make room first."""
+        for other in self.transformers if self.in_turn else ():
+            if other is not transformer:
+                other.to("cpu")
+        if self.in_turn:
+            transformer.to(self.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +114,7 @@ def sample(pipeline: Pipeline, prompt: str, seed: int, settings: Settings, input
     FloatingPointError where the latents, or what the VAE makes of them, are not finite.
     """
     inputs = inputs or Inputs()
-    device = next(pipeline.transformers[0].parameters()).device
+    device = pipeline.device
     bucket, variant = settings.bucket, pipeline.variant
     shape = (variant.architecture.out_channels, *variant.latent_THW(bucket))
     clean = torch.zeros(shape) if inputs.video is None else pipeline.encoders.latents(inputs.video)
@@ -112,7 +127,7 @@ def sample(pipeline: Pipeline, prompt: str, seed: int, settings: Settings, input
     given = DenoisingInputs(
         clean.to(device)[None], known_T.to(device)[None] if known_T is not None else None,
         {name: tensor.to(device)[None] for name, tensor in condition.items()},
-        [pad_text(encode_text(pipeline.text, text)).to(device, pipeline.dtype)[None]
+        [pad_text(pipeline.text(text)).to(device, pipeline.dtype)[None]
          for text in (prompt, settings.negative_prompt)], inputs.video is not None)
     latents = denoise(pipeline, settings, noise.to(device), given)
     num_before = clean.shape[1] - shape[1]
@@ -132,7 +147,7 @@ class DenoisingInputs:
     from_video: bool
 
     def keep(self, latents_BCTHW: torch.Tensor) -> torch.Tensor:
-        """The latents with their known frames clean."""
+        """Put the clean values of the known frames back into the latents."""
         if self.known_BT is None:
             return latents_BCTHW
         return torch.where(self.known_BT[:, None, :, None, None] > 0, self.clean_BCTHW, latents_BCTHW)
@@ -154,6 +169,7 @@ def denoise(pipeline: Pipeline, settings: Settings, noise_BCTHW: torch.Tensor, g
             sigma = sigma[:, None] * (1 - given.known_BT)
         transformer, is_low = pipeline.at(float(timestep))
         guidance = settings.guidance[0 if is_low else 1]
+        pipeline.put_to_work(transformer)
         velocity = guided(transformer, latents.to(pipeline.dtype), sigma, given, guidance)
         latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
         if not latents.isfinite().all():

@@ -11,9 +11,10 @@ import torch
 
 from wantrain.config import Dtype
 from wantrain.data import decode, media, plan
-from wantrain.models import conditioning, fit, hub, sampling
+from wantrain.models import conditioning, encode, fit, hub, sampling
 from wantrain.models.base import expert_path
 from wantrain.models.conditioning import media_of_task
+from wantrain.models.loading import free_bytes
 from wantrain.models.lora_names import refuse_other_experts_file
 from wantrain.models.variants import Expert, Variant
 from wantrain.recipe.clips import Clips
@@ -23,12 +24,15 @@ from wantrain.terms import Bucket, UserError
 STILLS = ("first", "last", "reference")
 """Inputs of a sample that are images."""
 
+WORKING = 12
+"""Tensors of tokens x width that a block holds at its most: its feed-forward layer is nearly three widths, twice."""
+
 LoraFiles = Mapping[Expert | None, Path]
 """The LoRA file of each adapted transformer: by expert, or of the one under None."""
 
 
 def sampler_settings(recipe: Recipe) -> sampling.Settings:
-    """The config's sampler with the variant's numbers where the config has none."""
+    """The sampler's settings: the config's numbers, and the variant's where the config has null."""
     own, data, variant = recipe.config.sampler, recipe.config.data, recipe.variant
     height, width = own.resolution or data.resolutions[0]
     bucket, = plan.buckets([own.num_frames or max(data.num_frames)], [[height, width]], variant.multiple_px)
@@ -54,16 +58,32 @@ def lora_files(recipe: Recipe, arguments: Sequence[str]) -> LoraFiles:
     return paths
 
 
-def load_pipeline(recipe: Recipe, loras: LoraFiles) -> sampling.Pipeline:
-    """The base loaded on the best device, with LoRA files of any format in its transformers, or none."""
+def load_pipeline(recipe: Recipe, loras: LoraFiles, captions: Sequence[str] = ()) -> sampling.Pipeline:
+    """The base loaded on the best device, with LoRA files of any format in its transformers, or none.
+
+    First `captions` and the negative prompt are encoded, and the text encoder is let go. Where two transformers do not
+    fit in what is left, the second waits in the memory of the host.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    transformers = []
+    texts = encode.Texts(lambda: recipe.load_text(device))
+    texts.prepare([*captions, recipe.config.sampler.negative_prompt])
+    encoders = recipe.load_encoders(device)
+    transformers: list[torch.nn.Module] = []
+    in_turn = False
     for base in recipe.base.each():
+        taken = sum(tensor.nbytes for one in transformers for tensor in one.state_dict().values())
+        in_turn = bool(transformers) and taken + working_bytes(recipe) > free_bytes(device, recipe.config.memory.gib)
+        place = torch.device("cpu") if in_turn else device
         file = fit.AdapterFile(loras[base.expert], base.expert) if base.expert in loras else None
-        transformers.append(base.transformer(recipe.dtype, device, form=recipe.base_form))
+        transformers.append(base.transformer(recipe.dtype, place, form=recipe.base_form))
         fit.fit(transformers[-1], device, file)
-    return sampling.Pipeline(recipe.variant, transformers, recipe.load_text(device), recipe.load_encoders(device),
-                             recipe.dtype)
+    return sampling.Pipeline(recipe.variant, transformers, texts, encoders, recipe.dtype, in_turn)
+
+
+def working_bytes(recipe: Recipe) -> int:
+    """About what a forward pass takes beside the weights: WORKING tensors of tokens x width."""
+    tokens = sampler_settings(recipe).bucket.num_tokens(recipe.variant.multiple_px)
+    return WORKING * tokens * recipe.variant.architecture.dim * recipe.dtype.itemsize
 
 
 def sampled(recipe: Recipe, pipeline: sampling.Pipeline, prompt: str, *, seed: int, strength: float,

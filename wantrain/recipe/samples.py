@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from wantrain.data import decode
-from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Cache, Entry, describe
+from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Cache, Entry, describe, missing
 from wantrain.engine import launch
 from wantrain.jobs import in_workers, progress
 from wantrain.models import conditioning, encode
@@ -34,12 +34,12 @@ def write_texts(recipe: Recipe, cache: Cache, captions: Sequence[str], device: t
 
     Several processes may be given the same captions: each leaves out what another has written by then.
     """
-    missing = [caption for caption in captions if not cache.path_of((TEXT, caption)).exists()]
-    text = recipe.load_text(device) if missing else None
-    with progress(len(missing), 0, "caption", "captions", is_main) as bar:
-        for caption in missing:
-            if text is not None and not cache.path_of((TEXT, caption)).exists():
-                cache.write((TEXT, caption), {"x": encode.encode_text(text, caption)})
+    entries = missing(cache.entries([], captions))
+    text = recipe.load_text(device) if entries else None
+    with progress(len(entries), 0, "caption", "captions", is_main) as bar:
+        for path, (_, caption) in entries.items():
+            if text is not None and not path.exists():
+                cache.write((TEXT, str(caption)), {"x": encode.encode_text(text, str(caption))})
             bar.update()
     del text
     let_go()
@@ -93,12 +93,12 @@ class Encoder:
 
 
 def encoded(entries: Mapping[str, Mapping[str, torch.Tensor]]) -> Encoded:
-    """A window from its cache entries by kind."""
+    """Put a window together from its cache entries, given by kind."""
     return Encoded(entries[LATENTS]["x"], entries[MASK]["x"] if MASK in entries else None, entries.get(CONDITION, {}))
 
 
 class Streamed:
-    """What training asks for, decoded ahead of it in worker processes and encoded here.
+    """Tensors made on the spot: worker processes decode ahead of training, and this process encodes.
 
     `coming` are the windows in the order in which they will be asked for.
     """
@@ -124,13 +124,13 @@ class Streamed:
 
 
 class Cached:
-    """The same tensors read from the cache, which must be complete."""
+    """Tensors read from the cache, which must be complete: UserError otherwise."""
 
     def __init__(self, clips: Clips) -> None:
         self._cache = clips.cache
-        if missing := self._cache.missing(clips.everything, clips.captions):
-            raise UserError(f"the cache lacks {counted(missing)} for this base and these settings; the first is "
-                            f"{describe(next(iter(missing.values())))}", self._cache.build_command)
+        if lacking := missing(clips.entries):
+            raise UserError(f"the cache lacks {counted(lacking)} for this base and these settings; the first is "
+                            f"{describe(next(iter(lacking.values())))}", self._cache.build_command)
 
     def window(self, planned: PlannedClip) -> Encoded:
         """A window's entries."""

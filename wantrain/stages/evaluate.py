@@ -47,7 +47,8 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     inputs = inputs_of(recipe, len(config.evaluate.prompts), lambda: clips)
     cached = Cached(clips)
     loras = lora_files(recipe, arguments)
-    pipeline = load_pipeline(recipe, loras)
+    pipeline = load_pipeline(recipe, loras, [with_trigger(config, prompt, condition)
+                                             for prompt in config.evaluate.prompts for condition in CONDITIONS])
     trainings = {one.base.expert or "": one.run_dir for one in recipe.trainings()}
     shown, rows = [], []
     styles: dict[str, list[style.Style]] = {c: [] for c in CONDITIONS}
@@ -79,6 +80,11 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     print(f"style distance: {told}\nreport: {folder / 'report.html'} and {recipe.run_dir / 'report.json'}")
 
 
+def with_trigger(config: Config, prompt: str, condition: str) -> str:
+    """The prompt as a condition has it."""
+    return f"{config.data.trigger}, {prompt}" if condition == "lora_with_trigger" else prompt
+
+
 def sample_trios(recipe: Recipe, pipeline: sampling.Pipeline, inputs: Sequence[sampling.Inputs]) -> Iterator[Trio]:
     """Every evaluation prompt and seed in the three conditions, from the same noise and the same inputs."""
     config = recipe.config
@@ -88,7 +94,7 @@ def sample_trios(recipe: Recipe, pipeline: sampling.Pipeline, inputs: Sequence[s
         for number, (prompt, seed, given) in enumerate(jobs):
             trio = Trio(prompt, seed, {}, {})
             for condition in CONDITIONS:
-                text = f"{config.data.trigger}, {prompt}" if condition == "lora_with_trigger" else prompt
+                text = with_trigger(config, prompt, condition)
                 trio.videos[condition] = sampled(recipe, pipeline, text, seed=seed, inputs=given,
                                                  strength=0.0 if condition == "base" else 1.0)
                 trio.files[condition] = recipe.run_dir / "report" / f"{number:03d}_{condition}.mp4"
@@ -136,6 +142,7 @@ def validation_losses(recipe: Recipe, clips: Clips, pipeline: sampling.Pipeline,
 def loss_of(pipeline: sampling.Pipeline, sigma: float) -> Callable[[Batch], torch.Tensor]:
     """The loss of the transformer that works at this sigma."""
     transformer, _ = pipeline.at(NUM_TIMESTEPS * sigma)
-    device = next(transformer.parameters()).device
+    pipeline.put_to_work(transformer)
+    device = pipeline.device
     return lambda batch: objective.losses(transformer, batch, objective.Objective(), device=device,
                                           dtype=pipeline.dtype)

@@ -21,7 +21,7 @@ def run(config: Config, arguments: Sequence[str]) -> None:
         raise UserError("sampler.prompts is empty", "sampler.prompts='[a red house, a blue boat]'")
     loras = lora_files(recipe, arguments) if any(config.sampler.strengths) else {}
     inputs = inputs_of(recipe, len(config.sampler.prompts), lambda: open_clips(recipe, arguments))
-    pipeline = load_pipeline(recipe, loras)
+    pipeline = load_pipeline(recipe, loras, config.sampler.prompts)
     folder = recipe.run_dir / "samples"
     jobs = [(prompt, seed, given) for prompt, given in zip(config.sampler.prompts, inputs, strict=True)
             for seed in config.sampler.seeds]
