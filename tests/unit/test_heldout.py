@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from tests.conftest import opened
-from wantrain import flow, validation
+from wantrain import flow, lora, validation
 from wantrain.config import load
 from wantrain.recipe import heldout
 from wantrain.recipe.recipe import open_recipe
 from wantrain.recipe.samples import Cached, samples_of
+from wantrain.recipe.training import prepare
 
 CPU = torch.device("cpu")
 OWN = ("validation.every_steps=2", "optim.lr=0.02")
@@ -66,6 +67,20 @@ def test_the_numbers_are_those_of_the_base_and_of_the_adapter_row_by_row(trained
     at_sigma = [i for i, (_, s) in enumerate(rows) if s == 0]  # the first clip's first pass, the second's last
     assert last["validation_sigma_0.2500"] == pytest.approx(float(now[at_sigma].mean()), rel=1e-6)
     assert list(measures(last)) == sorted(measures(last))
+
+
+def test_the_base_is_measured_without_the_adapter_whatever_that_has_learnt(arguments, cached) -> None:
+    own = [*arguments, "validation.every_steps=4", "validation.sigmas=[0.5]"]
+    training = prepare(*opened(own))
+    source = Cached(training.clips)
+    fresh = heldout.open_validation(training, source)
+    assert fresh is not None
+    for parameter in lora.trainable_parameters(training.model).values():
+        parameter.data = 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    learnt = heldout.begun(training, "", fresh.sets, fresh.extent)
+    assert learnt.base == fresh.base
+    now = heldout.measured(training, fresh.sets, fresh.extent.rows)
+    assert all(a != b for name in now for a, b in zip(now[name], fresh.base[name], strict=True))
 
 
 def test_a_resumed_run_says_the_same_and_measures_no_base_again(trained, monkeypatch) -> None:
