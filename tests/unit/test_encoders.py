@@ -134,15 +134,12 @@ def test_a_form_changes_the_address_of_what_it_changes_and_no_other(arguments) -
 
     plain = paths()
     assert paths("memory.gib=12") == plain  # tiles give the same numbers
-    for form in ("int8", "fp8"):
-        latents, text = paths(f"memory.encoders={form}")
-        assert latents == plain[0]
-        assert text != plain[1]
-    assert paths("memory.encoders=int8") != paths("memory.encoders=fp8")
-    for dtype in ("float16", "bfloat16"):
-        latents, text = paths(f"memory.vae={dtype}")
-        assert latents != plain[0]
-        assert text == plain[1]
+    both = {form: paths(f"memory.encoders={form}", f"memory.vae={dtype}")
+            for form, dtype in (("fp8", "bfloat16"), ("dtype", "float16"), ("int8", "float32"))}
+    assert both["dtype"][1] == plain[1]
+    assert both["int8"][0] == plain[0]
+    assert len({plain[1], both["int8"][1], both["fp8"][1]}) == 3
+    assert len({plain[0], both["dtype"][0], both["fp8"][0]}) == 3
 
 
 def test_the_image_encoders_form_is_in_the_address_of_conditions(tmp_path: Path) -> None:

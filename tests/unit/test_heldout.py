@@ -83,6 +83,7 @@ def test_the_base_is_measured_without_the_adapter_whatever_that_has_learnt(argum
     assert all(a != b for name in now for a, b in zip(now[name], fresh.base[name], strict=True))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_says_the_same_and_measures_no_base_again(trained, monkeypatch) -> None:
     whole = trained("whole", *OWN)
     parts = trained("parts", *OWN, "train.num_steps=2")

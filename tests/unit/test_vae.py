@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
@@ -48,7 +46,8 @@ def counted_gib(own: AutoencoderKLWan, size: Bucket, tiles: tuple[int, int], dec
     return found.peak / GIB
 
 
-@pytest.mark.parametrize("tiles", [(1, 1), (1, 2), (2, 1)])
+@pytest.mark.parametrize("tiles", [pytest.param((1, 1), marks=pytest.mark.slow), (1, 2),
+                                   pytest.param((2, 1), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("which", ["tiny", "2.1", pytest.param("2.2", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_any_tiles_give_what_diffusers_whole_pass_gives(which: str, tiles: tuple[int, int]) -> None:
@@ -97,7 +96,9 @@ def test_tiles_part_a_side_without_gap_or_overlap(number: int, margin: int, size
 
 
 @pytest.mark.parametrize(("version", "decoding", "dtype"), [
-    *itertools.product(["2.1", "2.2"], [False, True], [torch.float32]), ("2.1", False, torch.bfloat16)])
+    ("2.1", False, torch.float32), *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+        ("2.1", True, torch.float32), ("2.2", False, torch.float32), ("2.2", True, torch.float32),
+        ("2.1", False, torch.bfloat16)])])
 def test_what_it_needs_is_what_is_counted(version: str, decoding: bool, dtype: torch.dtype) -> None:
     own, size = on_meta(version, dtype), Bucket(9, 480, 832)
     needed = vae.bytes_needed(own, size, (1, 1), decoding=decoding) / GIB

@@ -197,7 +197,7 @@ def test_an_interval_by_hand():
     assert math.isnan(interval(torch.tensor([1.0])).half)
 
 
-@pytest.mark.parametrize("number", [2, 5, 16])
+@pytest.mark.parametrize("number", [2, *(pytest.param(number, marks=pytest.mark.slow) for number in (5, 16))])
 def test_intervals_hold_a_known_effect_in_95_of_100_runs(number):
     """Clips differ by ten times the effect, their pairs do not; the effect itself differs from clip to clip."""
     generator = torch.Generator().manual_seed(number)
