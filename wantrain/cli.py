@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from wantrain import logs
-from wantrain.options import FILE_VERBS, parse, parser
+from wantrain.options import FILE_VERBS, NEW, OPTION_VERBS, parse, parser
 from wantrain.terms import EXIT_INTERRUPTED, EXIT_STALLED, EXIT_USER_ERROR, Interrupted, Stalled, UserError
 
 VERBS = {
@@ -45,9 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(_help())
             return 0
         verb, rest = given[0], given[1:]
-        if verb not in (*VERBS, *FILE_VERBS):
-            close = difflib.get_close_matches(verb, (*VERBS, *FILE_VERBS), 1)
-            print(f"error: no verb {verb!r}; there are {', '.join((*VERBS, *FILE_VERBS))}\n  next: "
+        if verb not in (*VERBS, *OPTION_VERBS):
+            close = difflib.get_close_matches(verb, (*VERBS, *OPTION_VERBS), 1)
+            print(f"error: no verb {verb!r}; there are {', '.join((*VERBS, *OPTION_VERBS))}\n  next: "
                   f"{shlex.join(['wantrain', *close, *rest]) if close else 'wantrain --help'}", file=sys.stderr)
             return EXIT_USER_ERROR
         if {"-h", "--help"} & set(rest):
@@ -124,7 +124,7 @@ def _leave(code: int) -> int:
 
 
 def _run(verb: str, rest: list[str]) -> int:
-    if verb in FILE_VERBS:
+    if verb in OPTION_VERBS:
         given = parse(verb, rest)  # before the libraries behind the verb, which take seconds to import
         importlib.import_module(f"wantrain.stages.{verb}").run(given)
         return 0
@@ -173,7 +173,8 @@ def _config_dir(rest: Sequence[str]) -> tuple[Path | None, list[str]]:
 def _help() -> str:
     verbs = "\n".join(f"  {name:10}{does}" for name, does in VERBS.items())
     file_verbs = "\n".join(f"  {name:10}{verb.does}" for name, verb in FILE_VERBS.items())
-    return (f"usage: wantrain VERB recipe=NAME [key=value ...]\n\n{verbs}\n\nfor any file:\n{file_verbs}\n\n"
+    return (f"usage: wantrain VERB recipe=NAME [key=value ...]\n\n  {'new':10}{NEW.does}\n{verbs}\n\n"
+            f"for any file:\n{file_verbs}\n\n"
             "wantrain VERB --help lists recipes and keys. With several processes:\n"
             "  accelerate launch --config_file launch/ddp.yaml -m wantrain train recipe=NAME")
 
