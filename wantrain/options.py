@@ -183,3 +183,17 @@ def split_strength(word: str) -> tuple[str, float | None]:
         return (file, float(strength)) if file else (word, None)
     except ValueError:
         return word, None
+
+
+def processes(arguments: Sequence[str]) -> tuple[int, list[str]]:
+    """(how many processes `wantrain run` is to start, by --gpus N, the other arguments). Raises UserError."""
+    text, others, words = "1", [], list(arguments)
+    while words:
+        word = words.pop(0)
+        if word == "--gpus" or word.startswith("--gpus="):
+            text = word.partition("=")[2] if "=" in word else words.pop(0) if words else ""
+        else:
+            others.append(word)
+    if not text.isdecimal() or not int(text):
+        raise UserError(f"--gpus {text} is not allowed: a whole number from 1", "wantrain run NAME --gpus 2")
+    return int(text), others

@@ -136,8 +136,12 @@ def card(text: str) -> tuple[float, str]:
 
 
 def listing(source: str, where: str) -> list[Clip]:
-    """The clips of a source that the user named, if any."""
-    return manifest.listed(manifest.ClipSource(source, where, key=f"--{source}")).clips if where else []
+    """The clips of a source that the user named, if any, without those that a review marked as out (keep = 0)."""
+    clips = manifest.listed(manifest.ClipSource(source, where, key=f"--{source}")).clips if where else []
+    kept = [clip for clip in clips if clip.measures.get("keep") != 0]
+    if len(kept) < len(clips):
+        print(f"{len(clips) - len(kept)} of {where} are marked as out (keep = 0) and left out")
+    return kept
 
 
 def sort_out(clips: list[Clip], plain: list[Clip], heldout: list[Clip]) -> Set:
@@ -151,10 +155,13 @@ def sort_out(clips: list[Clip], plain: list[Clip], heldout: list[Clip]) -> Set:
 
 
 def write_manifests(new: New) -> dict[str, str]:
-    """A path of the recipe for each set: the user's own where it serves as it is, else a manifest beside the recipe."""
+    """A path of the recipe for each set: manifests beside the recipe, of what is used and held out, with the trigger.
+
+    Plain clips stay where the user has them.
+    """
     paths = {what: path for what, path in new.given.items() if path}
     for what, short, members in (("clips", "train", new.clips.training), ("heldout", "heldout", new.clips.heldout)):
-        if members and (not new.given["heldout"] or any(new.trigger not in clip.caption for clip in members)):
+        if members:
             path = FOLDER / f"{new.name}.{short}.jsonl"
             write_text(path, "".join(json_line(row_of(clip, FOLDER, new.trigger)) for clip in members))
             paths[what] = str(path)
