@@ -24,6 +24,7 @@ import torch
 from wantrain import config as schema
 from wantrain import metrics
 from wantrain.config import BaseForm, Config, DataMode, Dtype
+from wantrain.data import cache
 from wantrain.engine import checkpoint, launch
 from wantrain.engine.rendezvous import LONGEST_S, Rendezvous
 from wantrain.files import digest_file, digest_text, write_json
@@ -198,10 +199,9 @@ def of_loras(job: Job, *sections: str) -> str:
     """What samples are made from: LoRA files, base, clips, and sections of the config."""
     loras = lora_files(job.recipe, job.arguments).values()
     inputs = [Path(file) for given in job.config.sampler.inputs for file in given.values()]
-    clips = job.clips.cache.entries(job.clips.everything, job.clips.captions)
     return digest_text(keys(job.config, "model", "memory", "sampler", "validation", *sections), job.recipe.base_digest,
                        job.config.data.resolutions, job.config.data.num_frames, job.config.data.trigger,
-                       *sorted(path.name for path in clips),
+                       *sorted(path.name for path in job.clips.entries),
                        *(digest_file(file) for path in (*loras, *inputs)
                          for file in (sorted(path.iterdir()) if path.is_dir() else [path])))
 
@@ -253,8 +253,8 @@ def sizes(job: Job) -> str:
     return " ".join(sorted({str(p.bucket) for p in job.clips.everything}))
 
 
-def missing(job: Job) -> float:
-    return len(job.clips.cache.missing(job.clips.everything, job.clips.captions))
+def to_encode(job: Job) -> float:
+    return len(cache.missing(job.clips.entries))
 
 
 def steps_left(job: Job) -> float:
@@ -289,7 +289,7 @@ def num_compared(job: Job) -> float:
 
 STAGES = (
     Stage("check", lambda job: 1, lambda job: f"{job.config.model.variant} on {machine()}"),
-    Stage("cache", missing, lambda job: f"{job.config.model.variant} {sizes(job)} on {machine()}", is_shared=True),
+    Stage("cache", to_encode, lambda job: f"{job.config.model.variant} {sizes(job)} on {machine()}", is_shared=True),
     Stage("train", steps_left, of_training, is_shared=True),
     Stage("export", lambda job: 1, lambda job: f"{job.config.model.variant} {job.config.lora.rank}", "export/**/*",
           of_checkpoints),

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ast
-import functools
 import inspect
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields, is_dataclass, replace
 from enum import Enum
@@ -15,7 +14,10 @@ from typing import Any
 import yaml
 from omegaconf import MISSING, OmegaConf
 
-from wantrain.config.schema import Config, ExpertOwn, Schedule, Source
+from wantrain.config.schema import Config
+from wantrain.config.sections.data import Source
+from wantrain.config.sections.model import ExpertOwn
+from wantrain.config.sections.training import Schedule
 from wantrain.config.values import fields_of
 from wantrain.files import digest_text
 from wantrain.terms import OF_A_PLACE
@@ -24,32 +26,12 @@ from wantrain.terms import OF_A_PLACE
 def _harmless() -> Iterator[str]:
     """What each section says of itself in `may_change`, as prefixes of dotted keys."""
     for name, section in fields_of(Config).items():
-        for entry in getattr(section, "may_change", ()):
+        for entry in section.may_change:
             yield f"{name}." if entry == "*" else f"{name}.{entry}"
 
 
 HARMLESS_TO_RESUME = tuple(_harmless())
 """Keys (prefixes) that may differ between a checkpoint and the config that goes on from it."""
-
-
-def value_at(config: Config, key: str) -> Any:
-    """The value of a dotted key."""
-    return functools.reduce(getattr, key.split("."), config)
-
-
-def leaf_values(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every value, those inside lists and dictionaries under the key of these."""
-    if is_dataclass(section):
-        for entry in fields(section):
-            yield from leaf_values(getattr(section, entry.name), f"{prefix}.{entry.name}" if prefix else entry.name)
-    elif isinstance(section, Mapping):
-        for name, value in section.items():
-            yield from leaf_values(value, f"{prefix}.{name}")
-    elif isinstance(section, list):
-        for value in section:
-            yield from leaf_values(value, prefix)
-    else:
-        yield prefix, section
 
 
 def described() -> dict[str, tuple[str, str]]:
@@ -98,7 +80,7 @@ _EXAMPLES = {
 
 
 def example_of(key: str) -> str:
-    """A value that the key may have: its default, or one for those without; `...` where nothing is known of it."""
+    """A value that the key may have: its default, else an example; `...` for a key that is not known."""
     if key.startswith("data.sources.") and key.count(".") == 3:
         key = f"data.sources.NAME.{key.rpartition('.')[2]}"
     if key.startswith("data.limits."):
@@ -107,7 +89,7 @@ def example_of(key: str) -> str:
 
 
 def pasted(key: str, value: object) -> str:
-    """KEY=VALUE as a shell takes it; the empty text of YAML is nothing there."""
+    """KEY=VALUE, quoted for a shell. YAML writes the empty text as two quotes, a command line as nothing."""
     return shlex.quote(f"{key}={'' if value == chr(39) * 2 else value}")
 
 
@@ -148,7 +130,10 @@ def resume_keys(config: Config) -> dict[str, Any]:
 
 
 def expert_config(config: Config, expert: str | None) -> Config:
-    """The config with what `high` or `low` says of this expert in its places; another rank alone keeps alpha / rank."""
+    """The config of one expert's training: what `high` or `low` sets replaces lora, optim and train.
+
+    Where an expert sets a rank and no alpha, alpha / rank stays as it was.
+    """
     own = {"high": config.high, "low": config.low}.get(expert or "", ExpertOwn())
     lora, optim, train = config.lora, config.optim, config.train
     rank = own.rank or lora.rank

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
@@ -41,8 +40,10 @@ from wantrain.config.known import (
     sections,
 )
 from wantrain.config.places import Place, configs_folder, own_places, register
-from wantrain.config.schema import TRACKERS, Config, Source
-from wantrain.config.values import Node, Unfit, convert, nearest, read_text
+from wantrain.config.schema import Config
+from wantrain.config.sections.data import Source
+from wantrain.config.sections.run import TRACKERS
+from wantrain.config.values import Node, Unfit, convert, nearest, read_text, without_null
 from wantrain.terms import UserError
 
 
@@ -117,10 +118,8 @@ def _refuse_other_shapes(composed: DictConfig) -> None:
     found = {key: OmegaConf.select(composed, key) for key in key_types() if not key.startswith("data.sources")}
     found |= {f"data.sources.{name}.columns": source.columns for name, source in composed.data.sources.items()}
     for key, value in found.items():
-        wanted = annotation(key)
-        shapes = [typing.get_origin(one) for one in (wanted, *typing.get_args(wanted))]
-        if isinstance(value, str | int | float) and (list in shapes[:1] or dict in shapes[:1] or (
-                isinstance(wanted, types.UnionType) and (list in shapes or dict in shapes))):
+        shape = typing.get_origin(without_null(annotation(key)))
+        if isinstance(value, str | int | float) and shape in (list, dict):
             raise UserError(f"{key}: it refers to {value!r}, which is one value", pasted(key, example_of(key)))
 
 
@@ -228,7 +227,7 @@ def _node_of(text: str, wanted: Any) -> Node:
 
 
 def tell_split_prompts(key: str, node: Node) -> None:
-    """Say that a comma has split prompts which were not quoted."""
+    """Print a note where a comma has split prompts that were not quoted."""
     plain = [item.text for item in node.items or [] if not item.is_quoted]
     if len(plain) > 1:
         whole = shlex.quote(f'{key}=["{", ".join(plain)}"]')
@@ -237,7 +236,7 @@ def tell_split_prompts(key: str, node: Node) -> None:
 
 
 def tell_untriggered(config: Config) -> None:
-    """Say which prompts of the sampler do not hold the trigger where others do: often a comma without quotes."""
+    """Print which prompts of the sampler lack the trigger where others have it: often a comma has split a prompt."""
     trigger, prompts = config.data.trigger, config.sampler.prompts
     without = [prompt for prompt in prompts if trigger not in prompt]
     if 0 < len(without) < len(prompts):

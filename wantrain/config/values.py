@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
@@ -19,7 +18,7 @@ import yaml
 
 
 class Unfit(Exception):
-    """A value that its key cannot have: what is allowed, and a value that would do."""
+    """A value does not fit the type of its key. Says what is allowed, and gives a value that would do."""
 
     def __init__(self, allowed: str, example: str = "") -> None:
         super().__init__(allowed)
@@ -135,7 +134,7 @@ def _end_of_quote(text: str, start: int) -> int:
 
 
 def unquoted(text: str) -> str:
-    """The text without the quotes around all of it, where there are such."""
+    """Take off one pair of quotes that encloses the whole text, if there is one."""
     if text[:1] in ("'", '"') and text and _end_of_quote(text, 0) == len(text):
         return text[1:-1].replace(f"\\{text[0]}", text[0])
     return text
@@ -164,7 +163,7 @@ def read_yaml(node: yaml.Node) -> Node:
 
 
 def is_said_text(node: yaml.ScalarNode) -> bool:
-    """Whether quotes, or the tag `!!str`, say that a word is text whatever it looks like."""
+    """Whether quotes or the tag `!!str` mark a word as text, although it may look like a number."""
     start, end = node.start_mark, node.end_mark
     written = start.buffer[start.pointer : end.pointer] if start.buffer else ""
     return node.style in ("'", '"') or ("!" in written.removesuffix(node.value) and node.tag == "tag:yaml.org,2002:str")
@@ -178,8 +177,7 @@ def convert(node: Node, wanted: Any) -> Any:
     if "${" in node.text and node.items is None and node.pairs is None:
         return node.text
     arguments = typing.get_args(wanted)
-    if isinstance(wanted, types.UnionType):  # X | None
-        inner = next(argument for argument in arguments if argument is not type(None))
+    if (inner := without_null(wanted)) is not wanted:
         is_null = not node.is_quoted and node.text in ("null", "~", "none", "None", "")
         return None if is_null and node.items is None else convert(node, inner)
     origin = typing.get_origin(wanted)
@@ -190,6 +188,12 @@ def convert(node: Node, wanted: Any) -> Any:
     if is_dataclass(wanted):
         return _as_section(node, wanted)
     return _as_any(node) if wanted is Any else _as_scalar(node, wanted)
+
+
+def without_null(wanted: Any) -> Any:
+    """The type X of `X | None`; any other type as it is."""
+    parts = typing.get_args(wanted)
+    return next(part for part in parts if part is not type(None)) if type(None) in parts else wanted
 
 
 def _as_scalar(node: Node, wanted: Any) -> Any:

@@ -89,10 +89,6 @@ class Cache:
         wanted += [(kind, one) for one in planned for kind in self.kinds_of(one)]
         return {self.path_of(entry): entry for entry in wanted}
 
-    def missing(self, planned: Iterable[PlannedClip], captions: Iterable[str]) -> dict[Path, Entry]:
-        """The entries that are not in the cache yet."""
-        return {path: entry for path, entry in self.entries(planned, captions).items() if not path.exists()}
-
     def kinds_of(self, planned: PlannedClip) -> list[str]:
         """The kinds of entries that a window has."""
         has_condition = bool(self.conditioning.present_in(planned))
@@ -127,7 +123,7 @@ class Cache:
         return self.folder / "faults.jsonl"
 
     def faults(self) -> dict[str, str]:
-        """Why windows could not be decoded in an earlier run, by the name of their entry."""
+        """The reasons why windows could not be decoded in earlier runs, by the name of their entry."""
         return dict(remembered(self._faults, lambda row: (row["entry"], f"{row['fault']} (found by an earlier run; to "
                                                           f"try it again: {shlex.join(['rm', str(self._faults)])})")))
 
@@ -152,6 +148,11 @@ def _content(planned: PlannedClip) -> tuple[object, ...]:
     return found.digest, *filter(None, (*when[:1], found.surprises)), *when[1:], planned.bucket
 
 
+def missing(entries: Mapping[Path, Entry]) -> dict[Path, Entry]:
+    """Those of the entries that are not in the cache yet."""
+    return {path: entry for path, entry in entries.items() if not path.exists()}
+
+
 def read_entry(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of one entry; one that is alone is called `x`. UserError where the file is damaged."""
     tensors, metadata = read_tensors(path)
@@ -167,8 +168,8 @@ def claims_folder(folder: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What a run needs of a cache: its name, its folder ('' in notes of old), the note, and entries relative to the
-    cache's folder.
+    """What a run needs of a cache: the run's name and folder ('' in older notes), the note's file, and the entries, as
+    paths relative to the cache's folder.
     """
 
     run: str
@@ -181,7 +182,7 @@ class Claim:
 
 
 def claims(folder: Path) -> list[Claim]:
-    """What runs need of the cache in `folder`."""
+    """Read the claims of all runs on the cache in `folder`."""
     found = []
     for note in sorted(claims_folder(folder).glob("*.json")):
         try:

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from wantrain.data import decode
-from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Cache, Entry, describe
+from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Cache, Entry, describe, missing
 from wantrain.jobs import in_workers
 from wantrain.models import conditioning, encode
 from wantrain.recipe.clips import Clips, num_workers
@@ -61,12 +61,12 @@ class Encoder:
 
 
 def encoded(entries: Mapping[str, Mapping[str, torch.Tensor]]) -> Encoded:
-    """A window from its cache entries by kind."""
+    """Put a window together from its cache entries, given by kind."""
     return Encoded(entries[LATENTS]["x"], entries[MASK]["x"] if MASK in entries else None, entries.get(CONDITION, {}))
 
 
 class Streamed:
-    """What training asks for, decoded ahead of it in worker processes and encoded here.
+    """Tensors made on the spot: worker processes decode ahead of training, and this process encodes.
 
     `coming` are the windows in the order in which they will be asked for.
     """
@@ -92,13 +92,13 @@ class Streamed:
 
 
 class Cached:
-    """The same tensors read from the cache, which must be complete."""
+    """Tensors read from the cache, which must be complete: UserError otherwise."""
 
     def __init__(self, clips: Clips) -> None:
         self._cache = clips.cache
-        if missing := self._cache.missing(clips.everything, clips.captions):
-            raise UserError(f"the cache lacks {counted(missing)} for this base and these settings; the first is "
-                            f"{describe(next(iter(missing.values())))}", self._cache.build_command)
+        if lacking := missing(clips.entries):
+            raise UserError(f"the cache lacks {counted(lacking)} for this base and these settings; the first is "
+                            f"{describe(next(iter(lacking.values())))}", self._cache.build_command)
 
     def window(self, planned: PlannedClip) -> Encoded:
         """A window's entries."""

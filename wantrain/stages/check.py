@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from wantrain import flow, lora, metrics
 from wantrain.config import Config
+from wantrain.data.cache import missing
 from wantrain.data.folders import Account
 from wantrain.data.plan import cropped, enlarged, surprises_of, trimmed_s
 from wantrain.recipe.clips import HELDOUT, Clips, evaluation_faults, first_words, holding_trigger, open_clips
@@ -24,7 +25,7 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     for fault in (fault for own in trainings for fault in training_faults(own)):
         raise fault
     total = sum(p.numel() for p in trainings[0].base.meta_transformer().parameters())
-    missing = clips.cache.missing(clips.everything, clips.captions)
+    to_make = missing(clips.entries)
     print(f"run          {config.run.name} in {recipe.run_dir}")
     print(f"base         {config.model.variant}, {total:,} parameters, {recipe.dtype}"
           + (f", the Linears of its blocks in {recipe.base_form}" if recipe.base_form else ""))
@@ -37,18 +38,18 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     print_data(clips)
     for own in trainings:
         print_training(own, clips)
-    print(f"cache        {clips.cache.folder}: {counted(missing)} still to encode")
+    print(f"cache        {clips.cache.folder}: {counted(to_make)} still to encode")
     for own in trainings:
         print(f"checkpoints  every {config.train.save_every} steps in {own.run_dir / 'checkpoints'}")
         print(f"export       {own.export_path}")
     for fault in evaluation_faults(clips):
         print(f"evaluate     not yet: {fault.message}")
     print(f"trackers     {', '.join(['jsonl', *config.tracker.names])} (wandb {metrics.wandb_mode()})")
-    print(f"next: {shlex.join(['wantrain', 'cache' if missing else 'train', *arguments])}")
+    print(f"next: {shlex.join(['wantrain', 'cache' if to_make else 'train', *arguments])}")
 
 
 def print_training(recipe: Recipe, clips: Clips) -> None:
-    """The adapter, steps and sigmas of one training."""
+    """Print the adapter, optimizer, steps and sigmas of one training."""
     config, expert = recipe.config, f"{recipe.base.expert} noise expert: " if recipe.base.expert else ""
     transformer = recipe.base.meta_transformer()
     modules = lora.inject(transformer, config.lora.targets, recipe.adapter_spec, config.train.seed)
@@ -71,7 +72,7 @@ def print_training(recipe: Recipe, clips: Clips) -> None:
 
 
 def print_account(account: Account | None, num_used: int, num_dropped: int) -> None:
-    """Every file of a source that is a folder or shards: used, dropped, or passed over."""
+    """Print what becomes of every file of a source that is a folder or shards: used, dropped, or passed over."""
     if account is None or not (account.passed or account.with_clips):
         return
     beside = "".join(f" + {number} {what}" for what, number in sorted(account.with_clips.items()))
@@ -82,7 +83,7 @@ def print_account(account: Account | None, num_used: int, num_dropped: int) -> N
 
 
 def print_trigger(clips: Clips) -> None:
-    """How many clips have the trigger in a caption; where none has, how captions begin."""
+    """Print how many clips have the trigger in a caption; where none has, how captions begin."""
     trigger, ids = clips.config.data.trigger, {p.clip.id for p in clips.planned}
     if not trigger:
         return
@@ -92,7 +93,7 @@ def print_trigger(clips: Clips) -> None:
 
 
 def print_data(clips: Clips) -> None:
-    """What becomes of every clip: used, dropped, trimmed, cropped, and by whom it is read."""
+    """Print what becomes of every clip: used, dropped, trimmed, cropped, and which library reads it."""
     used, dropped = clips.planned, clips.plan.dropped
     for source in sorted({p.clip.source for p in used} | {d.clip.source for d in dropped}):
         windows = [p for p in used if p.clip.source == source]

@@ -16,6 +16,7 @@ import torch
 from wantrain import pictures
 from wantrain.config import Config
 from wantrain.data import batches, decode, plan
+from wantrain.data.cache import missing
 from wantrain.data.folders import Account
 from wantrain.files import write_text
 from wantrain.jobs import in_workers, progress
@@ -54,7 +55,7 @@ def run(config: Config, arguments: Sequence[str]) -> None:
 
 
 def spread(planned: Sequence[PlannedClip], most: int) -> list[PlannedClip]:
-    """At most so many windows, evenly over the plan."""
+    """At most `most` windows, spread evenly over the plan."""
     places = np.linspace(0, len(planned) - 1, min(most, len(planned)))
     return [planned[int(i)] for i in places]
 
@@ -65,8 +66,7 @@ def totals(recipe: Recipe, clips: Clips, count: Callable[[str], int]) -> dict[st
     samples = float(sum(p.clip.repeats for p in planned))
     tokens = sum(p.clip.repeats * p.bucket.num_tokens(px) for p in planned)
     seen = sum(p.bucket.num_frames / p.fps for p in planned)
-    entries = clips.cache.entries(clips.everything, clips.captions)
-    missing = clips.cache.missing(clips.everything, clips.captions)
+    entries = clips.entries
     size = clips.cache_bytes({text: count(text) for text in clips.captions}, recipe.dtype.itemsize)
     return {
         "clips": f"{clips.plan.num_found} found = {len({p.clip.id for p in planned})} used + "
@@ -76,7 +76,7 @@ def totals(recipe: Recipe, clips: Clips, count: Callable[[str], int]) -> dict[st
         "training": f"{config.train.num_steps} steps of {config.data.batch_size} samples"
                     + (" or more" if clips.batch_factors else ""),
         "cache": f"about {size / 2**20:,.1f} MiB for {len(entries)} entries, "
-                 f"{len(missing)} of them still to make",
+                 f"{len(missing(entries))} of them still to make",
     }
 
 
