@@ -2,7 +2,8 @@
 
 Hydra chooses the files of the groups and composes them; values typed as `key=value` are read by the type of their key
 (`values`), so Hydra's own grammar, in which commas, brackets and equal signs mean something, never sees them.
-No other part of Hydra is used than its `compose`: docs/facts.md, "Config" says why.
+No other part of Hydra is used than its `compose`, and its search path for recipes (`places`): docs/facts.md, "Config"
+says why.
 """
 
 from __future__ import annotations
