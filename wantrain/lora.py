@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import gather_params_ctx
 
@@ -181,6 +182,18 @@ def scales(transformer: torch.nn.Module) -> dict[str, float]:
     """The factor on each adapted module's product: alpha/rank, or alpha/sqrt(rank) for rslora."""
     return {name: float(layer.scaling[ADAPTER]) for name, layer in transformer.named_modules()
             if isinstance(layer, BaseTunerLayer)}
+
+
+def pair_of(layer: torch.nn.Module) -> tuple[Any, torch.Tensor | None, torch.Tensor | None, float] | None:
+    """The frozen Linear of an adapted layer, A, B and the factor on their product; None where it is no plain LoRA.
+
+    A and B are None where the adapter is switched off.
+    """
+    if not isinstance(layer, LoraLayer) or layer.lora_variant or not layer.lora_A:
+        return None
+    if layer.disable_adapters or ADAPTER not in layer.active_adapters:
+        return layer.base_layer, None, None, 1.0
+    return layer.base_layer, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER]
 
 
 def adapter_state(parameters: Mapping[str, torch.Tensor], factors: Mapping[str, float]) -> AdapterState:
