@@ -199,7 +199,8 @@ def of_loras(job: Job, *sections: str) -> str:
     """What samples are made from: LoRA files, base, clips, and sections of the config."""
     loras = lora_files(job.recipe, job.arguments).values()
     inputs = [Path(file) for given in job.config.sampler.inputs for file in given.values()]
-    return digest_text(keys(job.config, "model", "memory", "sampler", "validation", *sections), job.recipe.base_digest,
+    bases = [one.digest("transformer", job.recipe.memo) for one in job.recipe.base.each()]
+    return digest_text(keys(job.config, "model", "memory", "sampler", "validation", *sections), *bases,
                        job.config.data.resolutions, job.config.data.num_frames, job.config.data.trigger,
                        *sorted(path.name for path in job.clips.entries),
                        *(digest_file(file) for path in (*loras, *inputs)
