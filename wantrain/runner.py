@@ -200,8 +200,9 @@ def of_loras(job: Job, *sections: str) -> str:
     loras = lora_files(job.recipe, job.arguments).values()
     inputs = [Path(file) for given in job.config.sampler.inputs for file in given.values()]
     bases = [one.digest("transformer", job.recipe.memo) for one in job.recipe.base.each()]
-    return digest_text(keys(job.config, "model", "memory", "sampler", "validation", *sections), *bases,
-                       job.config.data.resolutions, job.config.data.num_frames, job.config.data.trigger,
+    return digest_text(keys(job.config, "model", "sampler", "validation", *sections), *bases,
+                       job.config.memory.base.name, job.config.data.resolutions, job.config.data.num_frames,
+                       job.config.data.trigger,
                        *sorted(path.name for path in job.clips.entries),
                        *(digest_file(file) for path in (*loras, *inputs)
                          for file in (sorted(path.iterdir()) if path.is_dir() else [path])))
