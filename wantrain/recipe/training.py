@@ -20,6 +20,7 @@ from wantrain.engine.rendezvous import Rendezvous
 from wantrain.metrics import Trackers
 from wantrain.models import fit, hub, quantised, sequence
 from wantrain.models.base import expert_path
+from wantrain.models.block import BlockMemory
 from wantrain.models.lora_updates import read_given
 from wantrain.recipe.clips import Clips
 from wantrain.recipe.recipe import Recipe
@@ -117,7 +118,7 @@ def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator) -> Training:
         print(quantised.told(errors, recipe.base_form))
     modules = fit.fit(transformer, accelerator.device,
                       fit.NewAdapter(config.lora.targets, recipe.adapter_spec, own.seed, start),
-                      keep=keep_of(config, accelerator), num_swapped=swap,
+                      memory=BlockMemory(keep_of(config, accelerator), swap, config.memory.offload),
                       is_divided=bool(engine.divides(accelerator)), sequence_parallel=own.sequence_parallel)
     record = record_of(recipe, clips, lora.scales(transformer))
     groups = optimizers.groups(lora.trainable_parameters(transformer),
