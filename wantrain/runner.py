@@ -22,15 +22,15 @@ from typing import Any, NoReturn
 import torch
 
 from wantrain import config as schema
-from wantrain import metrics
-from wantrain.config import BaseForm, Config, DataMode, Dtype
+from wantrain import costs, metrics
+from wantrain.config import BaseForm, Config, DataMode, Dtype, variant_of
 from wantrain.data import cache
 from wantrain.engine import checkpoint, launch
 from wantrain.engine.rendezvous import LONGEST_S, Rendezvous
 from wantrain.files import digest_file, digest_text, write_json
 from wantrain.recipe.clips import Clips, evaluation_faults, open_clips
-from wantrain.recipe.draft import GIB, is_tiny, tokens_that_fit
-from wantrain.recipe.folders import variant_of
+from wantrain.recipe.costing import job_of, largest_bucket, policy_of
+from wantrain.recipe.draft import is_tiny, tokens_that_fit
 from wantrain.recipe.recipe import Recipe, open_recipe
 from wantrain.recipe.sampler import lora_files, sampler_settings
 from wantrain.terms import UserError
@@ -109,8 +109,8 @@ def launch_file(config: Config) -> Path:
     folder = package / "launch" if (package / "launch").is_dir() else package.parent / "launch"
     variant, is_whole = variant_of(config), True
     if torch.cuda.is_available() and config.memory.base is BaseForm.dtype and not is_tiny(variant):
-        card_gib = torch.cuda.get_device_properties(0).total_memory / GIB
-        is_whole = tokens_that_fit(variant, card_gib, 2 if config.model.dtype is Dtype.bfloat16 else 4) > 0
+        card_gib = torch.cuda.get_device_properties(0).total_memory / costs.GIB
+        is_whole = tokens_that_fit(variant, card_gib, "dtype", 2 if config.model.dtype is Dtype.bfloat16 else 4) > 0
     return folder / ("ddp.yaml" if is_whole else "zero3.yaml")
 
 
@@ -217,12 +217,14 @@ def keys(config: Config, *sections: str) -> str:
 
 
 def forecast(job: Job, stages: Sequence[Stage]) -> list[str]:
-    """A line for each stage: what is to do, and how long that will take, where it was measured before."""
+    """A line for each stage: how long it will take, where that was measured before or `wantrain plan` knows it."""
     lines = [f"run {job.config.run.name}: {len(stages)} stages; Ctrl-C stops, the same command goes on"]
     for stage in stages:
-        amount, rate = stage.amount(job), seconds_each(job, stage)
+        amount, rate, source = stage.amount(job), seconds_each(job, stage), "as measured before"
+        if rate is None and stage.name == "train":
+            rate, source = planned_step_s(job), "by the arithmetic of wantrain plan"
         what = "done already" if done(job, stage) or not amount else "not known yet" if rate is None else \
-            f"about {told_time(rate * amount)}, as measured before"
+            f"about {told_time(rate * amount)}, {source}"
         lines.append(f"  {stage.name:10}{what}")
     return lines
 
@@ -238,6 +240,18 @@ def seconds_each(job: Job, stage: Stage) -> float | None:
     found = [read_notes(path).get(stage.name, {}) for path in [*folders, job.notes]]
     rates = [one["seconds"] / one["amount"] for one in found if one.get("like") == stage.like(job)]
     return rates[-1] if rates else None
+
+
+def planned_step_s(job: Job) -> float | None:
+    """Seconds of a step at the largest clips, where the card is one that `wantrain plan` knows."""
+    own, num_processes = job.recipe.trainings()[0].config, launch.world_size()
+    try:
+        card = costs.card_of(machine())
+    except UserError:
+        return None
+    planned = job_of(own, largest_bucket(own), num_processes)
+    at_once = own.train.micro_batch_size * max(1, num_processes // own.train.sequence_parallel)
+    return costs.step(planned, policy_of(own, planned), card, max(1, own.data.batch_size // at_once)).seconds
 
 
 def told_time(seconds: float) -> str:

@@ -147,12 +147,12 @@ def test_sizes_are_those_of_the_clips_and_never_larger():
 def test_a_card_that_is_small_gets_a_base_in_int8_and_smaller_clips():
     a14b = VARIANTS["wan22_t2v_a14b"]
     native = a14b.native_tokens
-    assert draft.form_for(a14b, 80, native) == ("dtype", draft.tokens_that_fit(a14b, 80, 2))
+    assert draft.form_for(a14b, 80, native) == ("dtype", draft.tokens_that_fit(a14b, 80, "dtype"))
     form, room = draft.form_for(a14b, 24, native)
     assert form == "int8"
     assert 1560 < room < native
-    assert draft.tokens_that_fit(a14b, 24, 1) < draft.tokens_that_fit(a14b, 32, 1)
-    with pytest.raises(UserError, match=r"does not train on a card of 12 GiB: 13\.3 GiB are its base in int8"):
+    assert draft.tokens_that_fit(a14b, 24, "int8") < draft.tokens_that_fit(a14b, 32, "int8")
+    with pytest.raises(UserError, match=r"does not train on a card of 12 GiB: 13\.6 GiB are its base in int8"):
         draft.form_for(a14b, 12, native)
 
 

@@ -45,6 +45,17 @@ def test_an_estimate_is_of_the_same_work_on_the_same_machine(tmp_path, arguments
     assert [runner.told_time(s) for s in (61, 600, 9000)] == ["61 s", "10 min", "2.5 h"]
 
 
+def test_where_nothing_was_measured_the_plan_says_how_long_a_training_takes(arguments, monkeypatch):
+    job = runner.open_job(load(arguments), arguments)
+    stage = next(stage for stage in runner.STAGES if stage.name == "train")
+    assert "  train     not known yet" in runner.forecast(job, [stage])
+    monkeypatch.setattr(runner, "machine", lambda: "NVIDIA GeForce RTX 4090")
+    assert runner.forecast(job, [stage])[1].endswith("by the arithmetic of wantrain plan")
+    one = runner.planned_step_s(job)
+    job.config.data.batch_size *= 2
+    assert runner.planned_step_s(job) == pytest.approx(2 * one)
+
+
 def test_several_gpus_are_a_launch_of_the_same_command(arguments, monkeypatch):
     assert options.processes(["mine", "--gpus", "4", "optim.lr=1"]) == (4, ["mine", "optim.lr=1"])
     assert options.processes(["mine", "--gpus=2"]) == (2, ["mine"])

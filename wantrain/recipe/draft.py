@@ -1,27 +1,27 @@
 """What a new recipe says: sizes, lengths, steps and prompts, chosen from the clips and the card, each with its reason.
 
-What is chosen by a rule of thumb says so. Memory is arithmetic over what a training must hold, not measured.
+What is chosen by a rule of thumb says so. Memory is that of `wantrain plan`: arithmetic, not measured.
 """
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
+from wantrain import costs
+from wantrain.data.buckets import buckets
 from wantrain.data.decode import count_frames
-from wantrain.data.plan import buckets
 from wantrain.models.variants import NATIVE_PX, Variant
 from wantrain.terms import Bucket, Clip, Media, MediaInfo, UserError
 
-GIB = 2**30
-RESERVED_GIB = 1.5
-"""What the driver, the libraries and fragments of freed memory take of a card."""
+TARGETS, RANK = ("attn_ffn",), 32
+"""Those of configs/lora/style.yaml."""
 
-RANK = 32
-"""The rank of configs/lora/style.yaml."""
+MOST_TOKENS = 1 << 20
 
 LENGTHS = (1, 5, 9, 17, 33, 49, 81, 121)
 """Lengths that recipes are written with, in frames."""
@@ -137,30 +137,24 @@ def _size(sizes: Sequence[tuple[int, int]], variant: Variant) -> tuple[int, int]
 
 def form_for(variant: Variant, card_gib: float, longest: int) -> tuple[str, int]:
     """(how the base is stored, tokens of a clip that then fit): in its dtype where that does, else in int8."""
-    rooms = {form: tokens_that_fit(variant, card_gib, size) for form, size in (("dtype", 2), ("int8", 1))}
+    rooms = {form: tokens_that_fit(variant, card_gib, form) for form in ("dtype", "int8")}
     form = "dtype" if rooms["dtype"] >= min(longest, rooms["int8"] // 2) else "int8"
-    smallest = 2 * max(1, NATIVE_PX[variant.vae][0] // variant.multiple_px) ** 2 // 4
-    if rooms[form] < smallest:
-        raise UserError(f"{variant.name} does not train on a card of {card_gib:g} GiB: {_base_gib(variant, 1):.1f} GiB "
-                        "are its base in int8 alone", "--model wan22_ti2v_5b or wan21_t2v_1b3, or a larger --gpu")
+    if rooms[form] < variant.native_tokens // variant.num_frames:  # a still of the native size, about
+        base_gib = costs.base_bytes(variant, 2, "int8") / costs.GIB
+        raise UserError(f"{variant.name} does not train on a card of {card_gib:g} GiB: {base_gib:.1f} GiB are its base "
+                        "in int8 alone", "--model wan22_ti2v_5b or wan21_t2v_1b3, or a larger --gpu")
     return form, rooms[form]
 
 
-def tokens_that_fit(variant: Variant, card_gib: float, bytes_a_weight: int) -> int:
-    """Tokens of one clip for which the card has memory beside the base, the adapter and its optimizer.
+def tokens_that_fit(variant: Variant, card_gib: float, form: str, itemsize: int = 2) -> int:
+    """Tokens of one clip for which the card has memory, where each block keeps its input alone."""
+    def is_too_long(tokens: int) -> bool:
+        bucket = Bucket(1, variant.multiple_px, tokens * variant.multiple_px)
+        job = costs.Job(variant, costs.MicroBatch(bucket), costs.Adapter(TARGETS, RANK), itemsize)
+        policy = costs.MemoryPolicy(form, ("inputs",) * job.num_blocks)
+        return costs.peak(costs.device_parts(job, policy)) > card_gib * costs.GIB
 
-    Counted with activations recomputed: each block's input in bfloat16, and one block's activations and their
-    gradients.
-    """
-    a = variant.architecture
-    adapter = RANK * a.num_layers * (8 * 2 * a.dim + 2 * (a.dim + a.ffn_dim))
-    left = (card_gib - RESERVED_GIB - _base_gib(variant, bytes_a_weight)) * GIB - 16 * adapter
-    a_token = 2 * a.num_layers * a.dim + 2 * 2 * (2 * a.ffn_dim + 14 * a.dim)
-    return max(0, int(left / a_token))
-
-
-def _base_gib(variant: Variant, bytes_a_weight: int) -> float:
-    return (variant.num_parameters or 0) * bytes_a_weight / GIB
+    return bisect.bisect_left(range(1, MOST_TOKENS), True, key=is_too_long)
 
 
 def _about_clips(made: Draft, seen: Seen, variant: Variant) -> list[str]:

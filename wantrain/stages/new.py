@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 
+from wantrain import costs
 from wantrain.config import configs_folder, recipes
 from wantrain.data import manifest, media, plan
 from wantrain.data.apart import hold_out
+from wantrain.data.buckets import buckets
 from wantrain.data.tables import COLUMNS
 from wantrain.files import json_line, write_text
 from wantrain.jobs import cores
@@ -29,7 +31,6 @@ from wantrain.terms import Clip, Media, MediaInfo, UserError
 FOLDER = Path("recipes")
 HELDOUT_SHARE = 0.1
 MODEL, CARD_GIB = "wan22_ti2v_5b", 24.0
-GIB = 2**30
 LOOK_S = 300.0
 SAVES = 4
 """How often a training is saved and measured on held-out clips."""
@@ -124,14 +125,11 @@ def asked(asks: bool, option: str, question: str, default: str, may_default: boo
 
 
 def card(text: str) -> tuple[float, str]:
-    """(GiB of the card's memory, where that is from)."""
+    """(GiB of the card's memory, where that is from); the text is a card's name or a size, as for `wantrain plan`."""
     if text:
-        number = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:gi?b?)?", text.strip().lower())
-        if not number or not float(number[1]):
-            raise UserError(f"--gpu {text} is no size of memory", "--gpu 24gb")
-        return float(number[1]), "as given"
+        return costs.card_of(text).memory_gib, "as given"
     if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory / GIB, "the card here"
+        return torch.cuda.get_device_properties(0).total_memory / costs.GIB, "the card here"
     return CARD_GIB, "no card here, so one of 24 GiB; --gpu says another"
 
 
@@ -186,7 +184,7 @@ def sampler_size(new: New) -> list[str]:
     made, variant = new.made, new.variant
     if not media_of_task(variant.task).encoded or not new.clips.heldout:
         return []
-    rules = plan.Rules(plan.buckets(made.num_frames, made.resolutions, variant.multiple_px, made.max_tokens),
+    rules = plan.Rules(buckets(made.num_frames, made.resolutions, variant.multiple_px, made.max_tokens),
                        variant.fps, face_px=variant.face_px)
     placed = plan.place(new.clips.heldout, new.clips.found, rules).used
     return [f"  num_frames: {p.bucket.num_frames}  # of the held-out clips, which samples begin from\n"
