@@ -197,15 +197,15 @@ def of_checkpoints(job: Job) -> str:
 
 def of_loras(job: Job, *sections: str) -> str:
     """What samples are made from: LoRA files, base, clips, and sections of the config."""
-    loras = lora_files(job.recipe, job.arguments).values()
+    loras = [use for uses in lora_files(job.recipe, job.arguments).values() for use in uses]
     inputs = [Path(file) for given in job.config.sampler.inputs for file in given.values()]
+    files = [file for path in (*(path for path, _ in loras), *inputs)
+             for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
     bases = [one.digest("transformer", job.recipe.memo) for one in job.recipe.base.each()]
+    data = job.config.data
     return digest_text(keys(job.config, "model", "sampler", "validation", *sections), *bases,
-                       job.config.memory.base.name, job.config.data.resolutions, job.config.data.num_frames,
-                       job.config.data.trigger,
-                       *sorted(path.name for path in job.clips.entries),
-                       *(digest_file(file) for path in (*loras, *inputs)
-                         for file in (sorted(path.iterdir()) if path.is_dir() else [path])))
+                       job.config.memory.base.name, data.resolutions, data.num_frames, data.trigger,
+                       *sorted(path.name for path in job.clips.entries), *map(digest_file, files))
 
 
 def keys(config: Config, *sections: str) -> str:

@@ -278,7 +278,7 @@ def test_train_export_and_sample_with_the_average(wantrain, tmp_path, capsys):
     values, averages = (checkpoint.values(tensors, key) for key in ("value", "ema"))
     assert all(averages[name].any() and not torch.equal(values[name], averages[name])
                for name in values if "lora_B" in name)
-    assert wantrain("sample", *more, f"sampler.lora={path}", "sampler.strengths=[1]") == 0
+    assert wantrain("sample", *more, f"sampler.loras={path}", "sampler.strengths=[1]") == 0
     assert all(math.isfinite(json.loads(line)["loss"]) for line in (run / "metrics.jsonl").read_text().splitlines())
 
 

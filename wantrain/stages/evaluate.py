@@ -62,7 +62,8 @@ def run(config: Config, arguments: Sequence[str]) -> None:
         "settings": schema.flat(config),
         "run": {expert: json.loads((run_dir / "run.json").read_text()) for expert, run_dir in trainings.items()
                 if (run_dir / "run.json").exists()},
-        "loras": [{"path": str(path), "metadata": read_lora(path).metadata} for path in loras.values()],
+        "loras": [{"path": str(path), "strength": strength, "metadata": read_lora(path).metadata}
+                  for uses in loras.values() for path, strength in uses],
     }
     folder = recipe.run_dir / "report"
     pictures.contact_sheet(folder / "before_after.png", rows, ["base", f"LoRA, {config.data.trigger!r}",
