@@ -17,6 +17,7 @@ from wantrain.costs.devices import card_of as card_of
 from wantrain.costs.memory import Job as Job
 from wantrain.costs.memory import MemoryPolicy as MemoryPolicy
 from wantrain.costs.memory import MicroBatch as MicroBatch
+from wantrain.costs.memory import base_bytes as base_bytes
 from wantrain.costs.memory import cache_bytes as cache_bytes
 from wantrain.costs.memory import checkpoint_bytes as checkpoint_bytes
 from wantrain.costs.memory import device_parts as device_parts
