@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from wantrain import logs
-from wantrain.options import FILE_VERBS, parse, parser
+from wantrain.options import FILE_VERBS, parse, parse_plan, parser, plan_parser
 from wantrain.terms import EXIT_INTERRUPTED, EXIT_STALLED, EXIT_USER_ERROR, Interrupted, Stalled, UserError
 
 VERBS = {
     "check": "compose the config and say what it would do, without loading weights",
+    "plan": "memory, hours and price on a card, and the fastest setting that fits it; no GPU, weights or clips needed",
     "report": "an HTML page of the data: what the model will see, what is dropped and why, tokens, cache size",
     "cache": "decode clips, encode them and their captions, once",
     "train": "train the LoRA, going on from the newest checkpoint",
@@ -134,7 +135,8 @@ def _run(verb: str, rest: list[str]) -> int:
                             "wantrain sample --like VIDEO.mp4")
         importlib.import_module("wantrain.stages.sample").repeat(Path(rest[1]).expanduser())
         return 0
-    config_dir, overrides = _config_dir(rest)
+    options, words = ([], rest) if verb != "plan" else parse_plan(rest)
+    config_dir, overrides = _config_dir(words)
     # The libraries behind a verb take seconds to import, so help and faults of the config come first.
     schema = importlib.import_module("wantrain.config")
     config = schema.load(overrides, config_dir)
@@ -146,7 +148,7 @@ def _run(verb: str, rest: list[str]) -> int:
     log = logs.kept(Path(config.run.dir), process, ["wantrain", verb, *rest]) if verb in SHARED_VERBS \
         else contextlib.nullcontext()
     with log:
-        importlib.import_module(f"wantrain.stages.{verb}").run(config, rest)
+        importlib.import_module(f"wantrain.stages.{verb}").run(config, words, *options)
     return 0
 
 
@@ -189,6 +191,7 @@ def _verb_help(verb: str) -> str:
     again = ["       wantrain sample --like VIDEO    makes a sampled video again, from what it says of itself"]
     lines = [f"usage: wantrain {verb} recipe=NAME [key=value ...] [--config-dir FOLDER]",
              *(again if verb == "sample" else []), "", f"  {VERBS[verb]}", "",
+             *(plan_parser().format_help().partition("options:\n")[2].splitlines() if verb == "plan" else ()),
              f"recipes: {', '.join(schema.recipes())}",
              "your own: FOLDER/recipe/NAME.yaml with --config-dir FOLDER", "", "keys:"]
     for key, (default, sentence) in schema.described().items():

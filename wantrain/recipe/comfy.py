@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from wantrain.config import Config, SamplerProfile
+from wantrain.config import Config, SamplerProfile, variant_of
 from wantrain.files import write_json
 from wantrain.models.base import expert_path
 from wantrain.models.comfy_workflow import FILES, Wanted, workflow
@@ -14,7 +14,6 @@ from wantrain.models.lora_formats import read_lora
 from wantrain.models.lora_loaders import not_loading
 from wantrain.models.variants import Expert
 from wantrain.options import split_strength
-from wantrain.recipe.folders import variant_of
 from wantrain.recipe.sampler import settings_of
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from wantrain import flow, lora
-from wantrain.config import BaseForm, Config, Dtype, expert_config
+from wantrain.config import BaseForm, Config, Dtype, expert_config, variant_of
 from wantrain.engine.checkpoint import CheckpointStore, step_of
 from wantrain.lora import AdapterState, Spec
 from wantrain.models import hub
@@ -129,7 +129,7 @@ class Recipe:
 
 def open_recipe(config: Config) -> Recipe:
     """Find the base's files. Raises UserError where one is not there."""
-    variant = folders.variant_of(config)
+    variant = variant_of(config)
     return Recipe(config, find(variant, config.model.path, config.model.parts, config.model.merge))
 
 

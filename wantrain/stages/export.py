@@ -11,7 +11,7 @@ from datetime import datetime
 
 from wantrain import config as schema
 from wantrain import lora
-from wantrain.config import Config, expert_config
+from wantrain.config import Config, expert_config, experts_of, variant_of
 from wantrain.engine import checkpoint
 from wantrain.engine.checkpoint import Checkpoint, Record
 from wantrain.models.lora_formats import LoraFile, products, read_lora
@@ -19,7 +19,7 @@ from wantrain.models.lora_loaders import told
 from wantrain.models.lora_updates import from_adapter, write_proven
 from wantrain.models.variants import Expert
 from wantrain.recipe.comfy import write_workflow
-from wantrain.recipe.folders import checkpoints_of, experts_of, export_path, variant_of, workflow_path
+from wantrain.recipe.folders import checkpoints_of, export_path, workflow_path
 from wantrain.terms import UserError
 
 
