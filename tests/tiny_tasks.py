@@ -17,6 +17,7 @@ from wantrain import pictures
 from wantrain.flow import inference_sigmas
 from wantrain.models import sampling
 from wantrain.models.base import EMBEDDED, Base
+from wantrain.models.encode import Texts
 from wantrain.models.fit import AdapterFile, fit
 from wantrain.models.profiles import FLOW
 from wantrain.models.variants import VARIANTS, diffusers_config
@@ -109,8 +110,8 @@ def pipeline(found: Base, loras: Mapping[str | None, Path] | None = None) -> sam
     transformers = [one.transformer(torch.float32, cpu) for one in found.each()]
     for one, transformer in zip(found.each(), transformers, strict=True):
         fit(transformer, cpu, [AdapterFile(loras[one.expert], one.expert)] if loras else ())
-    return sampling.Pipeline(found.variant, transformers, found.text(torch.float32, cpu), found.encoders(cpu),
-                             torch.float32)
+    return sampling.Pipeline(found.variant, transformers, Texts(lambda: found.text(torch.float32, cpu)),
+                             found.encoders(cpu), torch.float32)
 
 
 def write_partners(folder: Path, task: str, number: int, height: int = 2 * SIZE[0], width: int = 2 * SIZE[1]) -> None:

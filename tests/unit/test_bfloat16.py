@@ -11,7 +11,7 @@ from tests.conftest import arguments_for
 from wantrain import cli
 from wantrain.engine import checkpoint
 
-MORE = ["model.dtype=bfloat16", "validation.every_steps=2", "sampler.strengths=[1]"]
+MORE = ["model.dtype=bfloat16", "validation.every_steps=2", "validation.sigmas=[0.5]", "sampler.strengths=[1]"]
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,16 @@ tests/parity/test_tasks.py holds it against diffusers' pipeline of every task th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from diffusers import WanPipeline
 
 from wantrain import flow, lora
 from wantrain.models import conditioning
 from wantrain.models.conditioning import Encoders, Frames
-from wantrain.models.encode import decode_latents, encode_frames, encode_text, pad_text, predict_velocity
+from wantrain.models.encode import pad_text, predict_velocity
 from wantrain.models.profiles import PROFILES, Solver, Steps
 from wantrain.models.variants import Variant
 from wantrain.terms import NUM_TIMESTEPS, Bucket
@@ -59,22 +58,37 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """Loaded parts: one transformer, or (high, low) noise; tokenizer and text encoder; VAE and CLIP tower.
+    """Loaded parts: one transformer, or (high, low) noise; what gives a caption's features; VAE and CLIP tower.
 
-    `dtype` is what the transformers are stored in and are given.
+    `dtype` is what the transformers are stored in and are given. Where `in_turn`, the device has no room for both: the
+    one that does not work waits in the memory of the host.
     """
 
     variant: Variant
     transformers: Sequence[torch.nn.Module]
-    text: WanPipeline
+    text: Callable[[str], torch.Tensor]
     encoders: Encoders
     dtype: torch.dtype
+    in_turn: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where all of it works."""
+        return self.encoders.vae.device
 
     def at(self, timestep: float) -> tuple[torch.nn.Module, bool]:
         """(the transformer for this timestep, True where it is the low noise expert or the only transformer)."""
         if self.variant.is_high(timestep):
             return self.transformers[0], self.variant.boundary is None
         return self.transformers[1], True
+
+    def put_to_work(self, transformer: torch.nn.Module) -> None:
+        """Bring it to the device, where the others make room first."""
+        for other in self.transformers if self.in_turn else ():
+            if other is not transformer:
+                other.to("cpu")
+        if self.in_turn:
+            transformer.to(self.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +115,13 @@ def sample(pipeline: Pipeline, prompt: str, seed: int, settings: Settings, input
     FloatingPointError where the latents, or what the VAE makes of them, are not finite.
     """
     inputs = inputs or Inputs()
-    device = next(pipeline.transformers[0].parameters()).device
+    device = pipeline.device
     bucket, variant = settings.bucket, pipeline.variant
     shape = (variant.architecture.out_channels, *variant.latent_THW(bucket))
-    clean = torch.zeros(shape) if inputs.video is None else encode_frames(pipeline.encoders.vae, inputs.video)
+    clean = torch.zeros(shape) if inputs.video is None else pipeline.encoders.latents(inputs.video)
     first = inputs.frames.get("first")
     if first is not None:
-        clean[:, :1] = encode_frames(pipeline.encoders.vae, first)
+        clean[:, :1] = pipeline.encoders.latents(first)
     encoded = conditioning.encode(variant, pipeline.encoders, inputs.frames, bucket)
     condition, clean, known_T = conditioning.arrange(variant, encoded, clean, first is not None)
     drawn_on = device if PROFILES[settings.profile].draws_on_device else torch.device("cpu")
@@ -115,11 +129,11 @@ def sample(pipeline: Pipeline, prompt: str, seed: int, settings: Settings, input
     given = DenoisingInputs(
         clean.to(device)[None], known_T.to(device)[None] if known_T is not None else None,
         {name: tensor.to(device)[None] for name, tensor in condition.items()},
-        [pad_text(encode_text(pipeline.text, text)).to(device, pipeline.dtype)[None]
+        [pad_text(pipeline.text(text)).to(device, pipeline.dtype)[None]
          for text in (prompt, settings.negative_prompt)], inputs.video is not None)
     latents = denoise(pipeline, settings, noise.to(device), given)
     num_before = clean.shape[1] - shape[1]
-    return decode_latents(pipeline.encoders.vae, latents[0, :, num_before:])
+    return pipeline.encoders.frames(latents[0, :, num_before:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +187,7 @@ def velocity_at(pipeline: Pipeline, settings: Settings, timestep: float, latents
     if given.known_BT is not None:
         sigma = sigma[:, None] * (1 - given.known_BT)
     transformer, is_low = pipeline.at(timestep)
+    pipeline.put_to_work(transformer)
     return guided(transformer, latents.to(pipeline.dtype), sigma, given, settings.guidance[0 if is_low else 1])
 
 

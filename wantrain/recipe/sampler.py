@@ -13,9 +13,10 @@ import torch
 from wantrain.config import Config, Dtype
 from wantrain.data import decode, media
 from wantrain.data.buckets import buckets
-from wantrain.models import conditioning, fit, hub, sampling
+from wantrain.models import conditioning, encode, fit, hub, sampling
 from wantrain.models.base import expert_path
 from wantrain.models.conditioning import media_of_task
+from wantrain.models.loading import free_bytes
 from wantrain.models.lora_names import refuse_other_experts_file
 from wantrain.models.profiles import PROFILES
 from wantrain.models.variants import Expert, Variant
@@ -26,6 +27,9 @@ from wantrain.terms import Bucket, UserError
 
 STILLS = ("first", "last", "reference")
 """Inputs of a sample that are images."""
+
+WORKING = 12
+"""Tensors of tokens x width that a block holds at its most: its feed-forward layer is nearly three widths, twice."""
 
 LoraFiles = Mapping[Expert | None, Sequence[tuple[Path, float]]]
 """The LoRA files of each adapted transformer with their strengths: by expert, or of the one under None."""
@@ -79,16 +83,32 @@ def lora_uses(word: str, expert: Expert | None) -> list[tuple[Path, float]]:
     return [(path, strength)]
 
 
-def load_pipeline(recipe: Recipe, loras: LoraFiles) -> sampling.Pipeline:
-    """The base loaded on the best device, with LoRA files of any format in its transformers, or none."""
+def load_pipeline(recipe: Recipe, loras: LoraFiles, captions: Sequence[str] = ()) -> sampling.Pipeline:
+    """The base loaded on the best device, with LoRA files of any format in its transformers, or none.
+
+    First `captions` and the negative prompt are encoded, and the text encoder is let go. Where two transformers do not
+    fit in what is left, the second waits in the memory of the host.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    transformers = []
+    texts = encode.Texts(lambda: recipe.load_text(device))
+    texts.prepare([*captions, recipe.config.sampler.negative_prompt])
+    encoders = recipe.load_encoders(device)
+    transformers: list[torch.nn.Module] = []
+    in_turn = False
     for base in recipe.base.each():
+        taken = sum(tensor.nbytes for one in transformers for tensor in one.state_dict().values())
+        in_turn = bool(transformers) and taken + working_bytes(recipe) > free_bytes(device, recipe.config.memory.gib)
+        place = torch.device("cpu") if in_turn else device
         files = [fit.AdapterFile(path, base.expert, strength) for path, strength in loras.get(base.expert, ())]
-        transformers.append(base.transformer(recipe.dtype, device, form=recipe.base_form))
+        transformers.append(base.transformer(recipe.dtype, place, form=recipe.base_form))
         fit.fit(transformers[-1], device, files)
-    return sampling.Pipeline(recipe.variant, transformers, recipe.base.text(recipe.dtype, device),
-                             recipe.base.encoders(device), recipe.dtype)
+    return sampling.Pipeline(recipe.variant, transformers, texts, encoders, recipe.dtype, in_turn)
+
+
+def working_bytes(recipe: Recipe) -> int:
+    """About what a forward pass takes beside the weights: WORKING tensors of tokens x width."""
+    tokens = sampler_settings(recipe).bucket.num_tokens(recipe.variant.multiple_px)
+    return WORKING * tokens * recipe.variant.architecture.dim * recipe.dtype.itemsize
 
 
 def sampled(recipe: Recipe, pipeline: sampling.Pipeline, prompt: str, *, seed: int, strength: float,

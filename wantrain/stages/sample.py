@@ -77,7 +77,7 @@ def loras_of(recipe: Recipe, arguments: Sequence[str]) -> LoraFiles:
 def videos(recipe: Recipe, loras: LoraFiles, wanted: Sequence[tuple[Job, float]]
            ) -> Iterator[tuple[Job, float, torch.Tensor]]:
     """Each job at its strength with its frames_FCHW, one after the other."""
-    pipeline = load_pipeline(recipe, loras)
+    pipeline = load_pipeline(recipe, loras, [job.prompt for job, _ in wanted])
     for job, strength in wanted:
         yield job, strength, sampled(recipe, pipeline, job.prompt, seed=job.seed, strength=strength, inputs=job.inputs)
 
