@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from wantrain import flow
 from wantrain.lora import Spec
 from wantrain.models.base import WanAnimateTransformer3DModel, WanTransformer3DModel, WanVACETransformer3DModel
+from wantrain.models.block import train_blocks
 from wantrain.models.encode import autocast, predict_velocity
 from wantrain.models.fit import NewAdapter, fit
 from wantrain.models.quantised import QuantisedLinear, quantise
@@ -77,11 +78,13 @@ class Step:
     kind: str = "lora"
     form: str = ""
     keep: str = "all"
+    swap: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """Bytes: of the frozen base, of all that lasts between steps (base, adapter, gradients, moments), and at the peak.
+    """Bytes: of the frozen base wherever it lies; on the device of all that lasts between steps (base, adapter,
+    gradients, moments), and at the peak.
     """
 
     base: int
@@ -99,12 +102,15 @@ def counted(step: Step, fake: bool = True) -> Counted:
         optimizer = torch.optim.AdamW(trainable)
         for parameter in trainable:
             parameter.grad = torch.zeros_like(parameter)
+        swap = train_blocks(model, step.keep, step.swap, CPU) if step.swap else None
+        host = swap.blocks[0].host.untyped_storage().nbytes() if swap else 0
         with Allocations() as allocations:
+            allocations.count([slot.memory for slot in swap.slots] if swap else [])
             allocations.count([*model.parameters(), *model.buffers(), *(p.grad for p in trainable)])
             optimizer.step()
             lasting = allocations.alive
             backward(model, step)
-    return Counted(held, lasting, allocations.peak)
+    return Counted(held, lasting - host, allocations.peak - host)
 
 
 def transformer(step: Step) -> torch.nn.Module:

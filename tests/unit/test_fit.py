@@ -26,7 +26,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     inject = lora.inject
     monkeypatch.setattr(fit, "shorten_text", lambda _: done.append("short text"))
     monkeypatch.setattr(lora, "inject", lambda *given: (done.append("adapter"), inject(*given))[1])
-    monkeypatch.setattr(fit.block, "train_blocks", lambda _, keep: done.append(f"blocks keep {keep}"))
+    monkeypatch.setattr(fit.block, "train_blocks", lambda _, keep, num_swapped, __: done.append(
+        f"blocks keep {keep}, {num_swapped} swapped"))
     monkeypatch.setattr(WanTransformer3DModel, "enable_gradient_checkpointing",
                         lambda self: done.append("checkpointing"))
     monkeypatch.setattr(fit.sequence, "share_tokens", lambda _, parts: done.append(f"tokens of {parts}"))
@@ -35,8 +36,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_the_order_is_the_one_that_is_stated(calls: list[str]) -> None:
     transformer = copy.deepcopy(tiny.transformer("t2v"))
-    modules = fit.fit(transformer, CPU, ADAPTER, keep="attention", sequence_parallel=2)
-    assert calls == ["short text", "adapter", "blocks keep attention", "tokens of 2"]
+    modules = fit.fit(transformer, CPU, ADAPTER, keep="attention", num_swapped=1, sequence_parallel=2)
+    assert calls == ["short text", "adapter", "blocks keep attention, 1 swapped", "tokens of 2"]
     assert modules == [name for name, module in transformer.named_modules() if hasattr(module, "lora_A")]
 
 

@@ -143,10 +143,10 @@ def base_bytes(variant: Variant, itemsize: int, form: str) -> int:
 
 
 @functools.cache
-def block_bytes(variant: Variant, itemsize: int, form: str) -> int:
-    """The frozen weights of one block."""
-    shapes = inventory.tensors(variant.architecture)
-    return sum(_stored(name, shape, itemsize, form) for name, shape in shapes.items() if name.startswith("blocks.0."))
+def streamed_bytes(variant: Variant, itemsize: int, form: str) -> int:
+    """The weights of one block that wait in host memory where it is swapped: those of its Linears."""
+    return sum(_stored(name, shape, itemsize, form) for name, shape in inventory.tensors(variant.architecture).items()
+               if name.startswith("blocks.0.") and name.endswith(".weight") and len(shape) == 2)
 
 
 def _stored(name: str, shape: tuple[int, ...], itemsize: int, form: str) -> int:
@@ -159,7 +159,7 @@ def _stored(name: str, shape: tuple[int, ...], itemsize: int, form: str) -> int:
 def device_parts(job: Job, policy: MemoryPolicy) -> dict[str, int]:
     """The parts of the peak of a training step; their sum is the peak."""
     kept, working = activations(job, policy)
-    numbers, block = job.numbers, block_bytes(job.variant, job.itemsize, policy.base)
+    numbers, block = job.numbers, streamed_bytes(job.variant, job.itemsize, policy.base)
     streamed = max(0, policy.swap - NUM_BUFFERS)
     parts = {
         "base": base_bytes(job.variant, job.itemsize, policy.base) - streamed * block,
@@ -267,5 +267,6 @@ def host_parts(job: Job, policy: MemoryPolicy) -> dict[str, int]:
     kept = kept_in_all(job, policy) if policy.offload else 0.0
     return {"libraries": LIBRARIES_BYTES, "a tensor being loaded": 2 * 4 * _largest_tensor(job.variant),
             "a checkpoint being written": checkpoint_bytes(job),
-            "streamed blocks": policy.swap * block_bytes(job.variant, job.itemsize, policy.base),
+            "base while it is read": base_bytes(job.variant, job.itemsize, policy.base) if policy.swap else 0,
+            "streamed blocks": policy.swap * streamed_bytes(job.variant, job.itemsize, policy.base),
             "offloaded activations": round(kept)}

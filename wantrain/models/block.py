@@ -11,6 +11,7 @@ Modules, names and weights stay diffusers' own. Nothing is computed that no adap
 
 from __future__ import annotations
 
+import itertools
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,9 @@ from wantrain.models.block_operations import (
     split,
 )
 from wantrain.models.products import Product, Products, product_of
+from wantrain.models.quantised import QuantisedLinear
 from wantrain.models.short_text import ShortText
+from wantrain.models.swap import Swap, spread
 from wantrain.terms import TEXT_LEN
 
 KEEPS = ("all", "attention", "inputs")
@@ -50,11 +53,27 @@ class BlockInputs:
     turns: torch.Tensor
 
 
-class BlockPass:
-    """One call of one block: forward once, and backward at most once. `keep` is one of KEEPS."""
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What a block keeps for its backward pass, one of KEEPS; and, where its weights wait in host memory, what brings
+    them, and its number among those blocks.
+    """
 
-    def __init__(self, block: Any, keep: str, given: BlockInputs, products: dict[str, list[Product]]) -> None:
-        self.block, self.keep = block, keep
+    keep: str
+    swap: Swap | None = None
+    number: int = 0
+
+    def acquire(self, step: int) -> None:
+        """The block's weights are there for what follows, going forward (1) or backward (-1)."""
+        if self.swap is not None:
+            self.swap.acquire(self.number, step)
+
+
+class BlockPass:
+    """One call of one block: forward once, and backward at most once."""
+
+    def __init__(self, block: Any, policy: Policy, given: BlockInputs, products: dict[str, list[Product]]) -> None:
+        self.block, self.policy, self.keep = block, policy, policy.keep
         self.x, self.text, self.temb, self.turns = given.x, given.text, given.temb, given.turns
         device = self.x.device.type
         self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.x.dtype
@@ -151,6 +170,7 @@ class BlockPass:
 
     def forward(self, *, has_backward: bool) -> torch.Tensor:
         """[B, L, D], in x's dtype."""
+        self.policy.acquire(1)
         self.run(for_backward=has_backward and self.keep == "all", keeps_graph=has_backward and self.keep != "inputs")
         out, = self.group["ffn_out"].forward(functional.gelu(self.inner, approximate="tanh"))
         result = gated(self.x2, out, self.modulation(5))
@@ -163,6 +183,7 @@ class BlockPass:
     def backward(self, gradient: torch.Tensor, asks_x: bool, asks_text: bool, asks_temb: bool
                  ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, list[torch.Tensor | None]]:
         """Gradients for x, text and temb, where asked for, and for down and up of each product in order of `group`."""
+        self.policy.acquire(-1)
         self.run(for_backward=True, keeps_graph=True)
         adapted = {name for name, group in self.group.items() if group.is_adapted}
         asks_first = asks_x or asks_temb  # whether norm1's input matters
@@ -350,11 +371,11 @@ class Turns:
         return self._turns
 
 
-def compute(block: Any, keep: str, given: BlockInputs) -> torch.Tensor:
+def compute(block: Any, policy: Policy, given: BlockInputs) -> torch.Tensor:
     """What the block answers, [B, L, D]; see BlockPass."""
     products = products_of(block)
     assert products is not None, "train_blocks has looked"
-    own = BlockPass(block, keep, given, products)
+    own = BlockPass(block, policy, given, products)
     weights = [half for group in products.values() for p in group for half in (p.down, p.up)]
     inputs = (given.x, given.text, given.temb)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, *weights)):
@@ -373,13 +394,22 @@ def blocks_of(transformer: Any) -> list[Any]:
     return [*getattr(transformer, "vace_blocks", ()), *transformer.blocks]
 
 
-def train_blocks(transformer: Any, keep: str) -> None:
-    """From now on the transformer's blocks compute so, each keeping what `keep` says, one of KEEPS."""
-    turns = Turns()
+def train_blocks(transformer: Any, keep: str, num_swapped: int = 0, device: torch.device | None = None) -> Swap | None:
+    """From now on the transformer's blocks compute so, each keeping what `keep` says, one of KEEPS.
+
+    The weights of `num_swapped` blocks wait in host memory for their turn on `device`, to which all else is moved; what
+    brings them is returned.
+    """
+    turns, blocks = Turns(), blocks_of(transformer)
+    swapped = spread(len(blocks), num_swapped)
+    swap = swap_weights(transformer, [blocks[i] for i in swapped], device or torch.device("cpu")) if swapped else None
+    policies = {id(block): Policy(keep, swap, swapped.index(i)) if i in swapped else Policy(keep)
+                for i, block in enumerate(blocks)}
 
     def plain(self: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, temb: torch.Tensor,
               rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        return compute(self, keep, BlockInputs(hidden_states, encoder_hidden_states, temb, turns.of(rotary_emb)))
+        given = BlockInputs(hidden_states, encoder_hidden_states, temb, turns.of(rotary_emb))
+        return compute(self, policies[id(self)], given)
 
     def vace(self: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor,
              control_hidden_states: torch.Tensor, *rest: Any) -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -389,5 +419,28 @@ def train_blocks(transformer: Any, keep: str) -> None:
         control = plain(self, control_hidden_states, encoder_hidden_states, *rest)
         return None if self.proj_out is None else self.proj_out(control), control
 
-    for block in blocks_of(transformer):
+    for block in blocks:
         block.forward = types.MethodType(vace if hasattr(block, "proj_in") else plain, block)
+    return swap
+
+
+def swap_weights(transformer: Any, blocks: Sequence[Any], device: torch.device) -> Swap:
+    """Put the large weights of these blocks into host memory, and all others on the device."""
+    weights = [frozen_weights(block) for block in blocks]
+    swapped = {id(tensor) for own in weights for tensor in own}
+    swap = Swap(weights, device)
+    tensors = dict(itertools.chain(transformer.named_parameters(), transformer.named_buffers()))
+    for tensor in tensors.values():
+        if id(tensor) not in swapped:
+            tensor.data = tensor.data.to(device)
+    # DDP would send them from the first process to all, from where they are not.
+    transformer._ddp_params_and_buffers_to_ignore = [name for name, t in tensors.items() if id(t) in swapped]
+    return swap
+
+
+def frozen_weights(block: Any) -> list[torch.Tensor]:
+    """What of a block is large: the weights of its Linears, and the scales of those that are stored in a byte."""
+    found: list[torch.Tensor] = []
+    for p in itertools.chain.from_iterable((products_of(block) or {}).values()):
+        found += [p.linear.weight, *([p.linear.scale] if isinstance(p.linear, QuantisedLinear) else [])]
+    return found

@@ -44,13 +44,14 @@ class AdapterFile:
 
 
 def fit(transformer: WanTransformer3DModel, device: torch.device, adapter: NewAdapter | AdapterFile | None = None, *,
-        keep: str = "all", is_divided: bool = False, sequence_parallel: int = 1) -> list[str]:
+        keep: str = "all", num_swapped: int = 0, is_divided: bool = False, sequence_parallel: int = 1) -> list[str]:
     """Make a loaded transformer ready to be trained or sampled on `device`; the names of its adapted modules.
 
-    A new adapter is trained, each block keeping what `keep` says (wantrain.models.block.KEEPS); `is_divided` says that
-    the engine divides the weights of a block among processes. To be called once. Raises UserError where the adapter
-    does not fit the transformer, or its file is damaged, of another variant or expert, or more than an adapter; and
-    where blocks cannot keep so.
+    A new adapter is trained, each block keeping what `keep` says (wantrain.models.block.KEEPS). The weights of
+    `num_swapped` blocks wait in host memory; all else is then moved to `device`. `is_divided` says that the engine
+    divides the weights of a block among processes. To be called once. Raises UserError where the adapter does not fit
+    the transformer, or its file is damaged, of another variant or expert, or more than an adapter; and where blocks
+    cannot keep so.
     """
     if device.type == "cpu" and not transformer.config.image_dim:
         shorten_text(transformer)
@@ -63,21 +64,20 @@ def fit(transformer: WanTransformer3DModel, device: torch.device, adapter: NewAd
     elif adapter:
         modules = _attach(transformer, adapter)
     if isinstance(adapter, NewAdapter):
-        _keep(transformer, keep, is_divided)
+        if not is_divided and block.can_train(transformer):
+            block.train_blocks(transformer, keep, num_swapped, device)
+        else:
+            _checkpoint(transformer, keep)
     if sequence_parallel > 1:
         sequence.share_tokens(transformer, sequence_parallel)
     return modules
 
 
-def _keep(transformer: WanTransformer3DModel, keep: str, is_divided: bool) -> None:
-    """Our own backward pass of the blocks, or diffusers' blocks and checkpointing where that cannot be.
-
-    An engine that divides weights gathers those of a module when the module is called; ours does not call the block's
-    parts.
+def _checkpoint(transformer: WanTransformer3DModel, keep: str) -> None:
+    """diffusers' own blocks, where ours cannot be: an engine that divides weights gathers those of a module when that
+    is called, and our backward pass does not call the parts of a block.
     """
-    if not is_divided and block.can_train(transformer):
-        block.train_blocks(transformer, keep)
-    elif keep == "inputs":
+    if keep == "inputs":
         transformer.enable_gradient_checkpointing()
     elif keep != "all":
         raise UserError(f"memory.keep = {keep}: adapters other than lora and rslora, and weights that ZeRO-3 or FSDP2 "

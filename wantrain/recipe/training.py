@@ -79,8 +79,8 @@ def advised_if_memory_ends(recipe: Recipe, clips: Clips, accelerator: Accelerato
         px, micro_batch_size = recipe.variant.multiple_px, recipe.config.train.micro_batch_size
         bucket = costs.largest_bucket(clips.planned, px)
         job = job_of(recipe.config, bucket, accelerator.num_processes)
-        offers = costs.savers(job, policy_of(recipe.config, job, accelerator.device.type == "cpu"),
-                              engine.zero_stage(accelerator))
+        on_cpu = accelerator.device.type == "cpu"
+        offers = costs.savers(job, policy_of(recipe.config, job, on_cpu), engine.zero_stage(accelerator), not on_cpu)
         raise UserError(
             f"out of memory, with {peak_gib:.1f} GiB in use at the most: {why}; the largest "
             f"clips are {bucket} ({bucket.num_tokens(px):,} tokens), {micro_batch_size} at once",
@@ -103,37 +103,41 @@ def prepare(recipe: Recipe, clips: Clips) -> Training:
 def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator) -> Training:
     """The part of `prepare` that takes memory: load the base, inject the adapter, make the optimizer."""
     config, optim, own = recipe.config, recipe.config.optim, recipe.config.train
-    keep = keep_of(config, accelerator.device.type == "cpu")
     rendezvous = Rendezvous(own.stall_timeout_s)
     optimizers.check(accelerator, optim.name.name)
-    refuse_form(accelerator, recipe.base_form)
+    refuse_memory(accelerator, recipe.base_form, config.memory.swap)
     start = None
     if config.lora.start_from:
         start = read_given(hub.local(expert_path(config.lora.start_from, recipe.base.expert)), recipe.base.expert)
-    transformer = recipe.base.transformer(recipe.dtype, engine.loading_device(accelerator),
+    swap = config.memory.swap
+    transformer = recipe.base.transformer(recipe.dtype, engine.loading_device(accelerator, through_host=swap > 0),
                                           engine.shard_parameter(accelerator), recipe.base_form)
     errors = quantised.relative_errors(transformer)
     if errors and accelerator.is_main_process:
         print(quantised.told(errors, recipe.base_form))
     modules = fit.fit(transformer, accelerator.device,
                       fit.NewAdapter(config.lora.targets, recipe.adapter_spec, own.seed, start),
-                      keep=keep, is_divided=bool(engine.divides(accelerator)),
-                      sequence_parallel=own.sequence_parallel)
+                      keep=keep_of(config, accelerator.device.type == "cpu"), num_swapped=swap,
+                      is_divided=bool(engine.divides(accelerator)), sequence_parallel=own.sequence_parallel)
     record = record_of(recipe, clips, lora.scales(transformer))
     groups = optimizers.groups(lora.trainable_parameters(transformer),
                                lora.lr_factors(transformer, optim.lora_plus, optim.lr_factors))
     rendezvous.flags(0)  # all have their base
     with rendezvous.guarded():
         model, optimizer = accelerator.prepare(transformer, optimizers.make(
-            optim.name.name, groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay))
+            optim.name.name, groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay),
+            device_placement=[not swap, True] if swap else None)
     ema = None if optim.ema_decay is None else Ema(accelerator, model, optim.ema_decay)
     writer = Writer(recipe.checkpoints, own.stall_timeout_s / 2)  # others wait meanwhile
     return Training(recipe, clips, accelerator, rendezvous, model, optimizer, ema, modules, errors, Progress(), writer,
                     record, Trackers())
 
 
-def refuse_form(accelerator: Accelerator, form: str) -> None:
-    """Raise UserError where the engine divides the base and would not divide one that is stored in this form."""
+def refuse_memory(accelerator: Accelerator, form: str, swap: int) -> None:
+    """Raise UserError where the engine would not do with the base what section memory asks for."""
+    if swap and (engine.is_deepspeed(accelerator) or engine.is_fsdp(accelerator)):
+        raise UserError(f"memory.swap = {swap}: DeepSpeed and FSDP2 put all weights on the device. Allowed there: 0",
+                        "launch with launch/ddp.yaml or launch/one_gpu.yaml, or set memory.swap=0")
     if form and (divides := engine.divides(accelerator)):
         raise UserError(f"memory.base = {form}: {divides} divides the base among processes, which was tried with "
                         "memory.base=dtype alone", "launch with launch/ddp.yaml or zero2.yaml, under which each "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from omegaconf import MISSING
 
 from wantrain.config.sections.parts import FloatAbove0, FloatFrom0, IntFrom0, IntFrom1, Rule, Seconds, Section, Seed
+from wantrain.models.variants import VARIANTS
 
 if TYPE_CHECKING:
     from wantrain.config.schema import Config
@@ -146,9 +147,18 @@ class Keep(Enum):
 
 @dataclass(slots=True)
 class Memory(Section):
-    may_change: ClassVar[tuple[str, ...]] = ("keep",)
+    may_change: ClassVar[tuple[str, ...]] = ("keep", "swap")
     base: BaseForm = BaseForm.dtype
     """How the Linears of the frozen transformer are stored: dtype (model.dtype), int8 or fp8 (a byte a weight)."""
     keep: Keep = Keep.auto
     """What each block keeps for the backward pass: all, attention (its answer, and the block's input) or inputs; what
     is not kept is computed again, with equal numbers. auto: the most that fits, everything on a CPU."""
+    swap: IntFrom0 = 0
+    """How many blocks wait in host memory, and come to the device one ahead of their turn: equal numbers."""
+
+    def rules(self, config: Config) -> Iterator[Rule]:
+        own = VARIANTS[config.model.variant].architecture
+        most = own.num_layers + len(own.vace_layers)
+        yield self.swap <= most, "memory.swap", self.swap, f"at most {most}, the blocks of {config.model.variant}"
+        yield not self.swap or config.lora.kind.name in ("lora", "rslora"), "memory.swap", self.swap, \
+            f"0 with lora.kind={config.lora.kind.name}, which is trained through diffusers' blocks"
