@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from wantrain import lora
 from wantrain.lora import Spec
 from wantrain.models.base import WanTransformer3DModel, diffusers_config
-from wantrain.models.block import KEEPS, train_blocks
+from wantrain.models.block import KEEPS, BlockMemory, train_blocks
 from wantrain.models.short_text import shorten_text
 from wantrain.models.variants import VARIANTS
 
@@ -158,7 +158,7 @@ def main() -> None:
                                                             checkpointed=True)}
     for keep in KEEPS:
         model = transformer_of(given.rank)
-        train_blocks(model, keep)
+        train_blocks(model, BlockMemory(keep), torch.device("cpu"))
         contestants[f"wantrain, memory.keep={keep}"] = Blocks(model, side, given.text)
     floor = Floor(NUM_FRAMES * side * side, given.text, given.rank)
     work: dict[str, Callable[[], None]] = {"floor": floor.step, **{n: own.step for n, own in contestants.items()}}

@@ -130,7 +130,7 @@ def test_validation_moves_nothing(plain, trained):
     assert [line["step"] for line in lines(validated) if "validation_loss" in line] == [2, 4]
 
 
-@pytest.mark.parametrize("setting", ["keep=attention", "keep=inputs", "swap=1"])
+@pytest.mark.parametrize("setting", ["keep=attention", "keep=inputs", "swap=1", "offload=true"])
 def test_how_memory_is_saved_changes_no_number(plain, trained, setting):
     spared = trained(setting, f"memory.{setting}")
     assert losses(plain) == losses(spared)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from wantrain.costs.adapter import STATE_BYTES, Adapter
-from wantrain.costs.block import KEEPS, OTHER_KEPT, Sizes, Tensors, kept_bytes, working_bytes
+from wantrain.costs.block import KEEPS, OTHER_KEPT, Sizes, Tensors, kept_bytes, text_bytes, working_bytes
 from wantrain.models import inventory
 from wantrain.models.variants import Variant
 from wantrain.terms import TEXT_LEN, Bucket
@@ -184,13 +184,14 @@ def _activations(job: Job, keeps: tuple[str, ...], offload: bool, is_stored_othe
     kept: list[float] = []
     for keep in keeps[job.first_adapted:]:
         kept.append(kept_bytes(own, keep))
-        found.append((sum(kept[-NUM_BUFFERS:] if offload else kept), working_bytes(own, keep, is_stored_otherwise)))
+        held = sum(kept[-NUM_BUFFERS:] if offload else kept) + len(kept) * text_bytes(own)
+        found.append((held, working_bytes(own, keep, is_stored_otherwise)))
     most = max(found, key=sum)
     return most[0], most[1] + _beside_blocks(job)
 
 
 def kept_in_all(job: Job, policy: MemoryPolicy) -> float:
-    """What the blocks keep, wherever it waits."""
+    """What the blocks keep and may wait in host memory."""
     return sum(kept_bytes(job.block, keep) for keep in policy.keep[job.first_adapted:])
 
 

@@ -42,6 +42,8 @@ def _same_numbers(job: Job, policy: MemoryPolicy, zero_stage: int, on_gpu: bool)
                     replace(job, batch=half))
     if on_gpu and job.block.is_lora and not zero_stage and policy.swap < job.num_blocks:
         yield Saver(f"memory.swap={job.num_blocks}", "blocks wait in host memory for their turn: same numbers", job)
+    if on_gpu and job.block.is_lora and not policy.offload:
+        yield Saver("memory.offload=true", "what blocks keep waits in host memory: same numbers", job)
     if job.itemsize == 4:
         yield Saver("model.dtype=bfloat16", "half of the base", replace(job, itemsize=2))
     if policy.base == "dtype" and job.adapter.kind != "dora":

@@ -30,6 +30,7 @@ from wantrain.models.block_operations import (
     normed_backward,
     split,
 )
+from wantrain.models.offload import Offload, Parcel
 from wantrain.models.products import Product, Products, product_of
 from wantrain.models.quantised import QuantisedLinear
 from wantrain.models.short_text import ShortText
@@ -55,11 +56,12 @@ class BlockInputs:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What a block keeps for its backward pass, one of KEEPS; and, where its weights wait in host memory, what brings
-    them, and its number among those blocks.
+    """What a block keeps for its backward pass, one of KEEPS, and what takes that to the host meanwhile, if it goes
+    there. Where its weights wait in host memory: what brings them, and its number among those blocks.
     """
 
     keep: str
+    offload: Offload | None = None
     swap: Swap | None = None
     number: int = 0
 
@@ -67,6 +69,9 @@ class Policy:
         """The block's weights are there for what follows, going forward (1) or backward (-1)."""
         if self.swap is not None:
             self.swap.acquire(self.number, step)
+
+
+_KEPT = ("x", "q", "k", "v", "x1", "q2", "x2", "inner")
 
 
 class BlockPass:
@@ -81,6 +86,8 @@ class BlockPass:
         self.text_kv: list[torch.Tensor] | None = None
         self.q = self.k = self.v = self.x1 = self.q2 = self.x2 = self.inner = cast("torch.Tensor", None)
         self.attention: Attention | None = None
+        self.taken: list[str] = []
+        self.parcel: Parcel | None = None
 
     # The arithmetic, in diffusers' order.
 
@@ -176,7 +183,27 @@ class BlockPass:
         result = gated(self.x2, out, self.modulation(5))
         if self.keep != "all":
             self.x1 = self.x2 = self.inner = cast("torch.Tensor", None)
+        if has_backward and self.policy.offload is not None:
+            self.parcel = self.policy.offload.send(self.take())
         return result
+
+    def take(self) -> list[torch.Tensor]:
+        """All that is kept, which is forgotten here."""
+        self.taken = [name for name in _KEPT if getattr(self, name) is not None]
+        tensors = [getattr(self, name) for name in self.taken]
+        for name in self.taken:
+            setattr(self, name, None)
+        if self.attention is not None:
+            tensors += [self.attention.output, *self.attention.kept]
+            self.attention.output, self.attention.kept = cast("torch.Tensor", None), []
+        return tensors
+
+    def give_back(self, tensors: Sequence[torch.Tensor]) -> None:
+        """What `take` gave."""
+        for name, tensor in zip(self.taken, tensors, strict=False):
+            setattr(self, name, tensor)
+        if self.attention is not None:
+            self.attention.output, *self.attention.kept = tensors[len(self.taken):]
 
     # Its gradients.
 
@@ -184,6 +211,8 @@ class BlockPass:
                  ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, list[torch.Tensor | None]]:
         """Gradients for x, text and temb, where asked for, and for down and up of each product in order of `group`."""
         self.policy.acquire(-1)
+        if self.policy.offload is not None and self.parcel is not None:
+            self.give_back(self.policy.offload.fetch(self.parcel))
         self.run(for_backward=True, keeps_graph=True)
         adapted = {name for name, group in self.group.items() if group.is_adapted}
         asks_first = asks_x or asks_temb  # whether norm1's input matters
@@ -394,17 +423,28 @@ def blocks_of(transformer: Any) -> list[Any]:
     return [*getattr(transformer, "vace_blocks", ()), *transformer.blocks]
 
 
-def train_blocks(transformer: Any, keep: str, num_swapped: int = 0, device: torch.device | None = None) -> Swap | None:
-    """From now on the transformer's blocks compute so, each keeping what `keep` says, one of KEEPS.
+@dataclass(frozen=True, slots=True)
+class BlockMemory:
+    """How the blocks of a transformer save memory: what each keeps for its backward pass (of KEEPS; one for all, or one
+    a block in the order of blocks_of), of how many the weights wait in host memory, and whether what is kept does too.
+    """
 
-    The weights of `num_swapped` blocks wait in host memory for their turn on `device`, to which all else is moved; what
-    brings them is returned.
+    keep: str | tuple[str, ...] = "all"
+    swap: int = 0
+    offload: bool = False
+
+
+def train_blocks(transformer: Any, memory: BlockMemory, device: torch.device) -> Swap | None:
+    """From now on the transformer's blocks compute so. Where weights wait in host memory, all others are moved to
+    `device`, and what brings those is returned.
     """
     turns, blocks = Turns(), blocks_of(transformer)
-    swapped = spread(len(blocks), num_swapped)
-    swap = swap_weights(transformer, [blocks[i] for i in swapped], device or torch.device("cpu")) if swapped else None
-    policies = {id(block): Policy(keep, swap, swapped.index(i)) if i in swapped else Policy(keep)
-                for i, block in enumerate(blocks)}
+    swapped = spread(len(blocks), memory.swap)
+    swap = swap_weights(transformer, [blocks[i] for i in swapped], device) if swapped else None
+    offload = Offload(device) if memory.offload else None
+    keeps = (memory.keep,) * len(blocks) if isinstance(memory.keep, str) else memory.keep
+    policies = {id(block): Policy(keep, offload, *((swap, swapped.index(i)) if i in swapped else ()))
+                for i, (block, keep) in enumerate(zip(blocks, keeps, strict=True))}
 
     def plain(self: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, temb: torch.Tensor,
               rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

@@ -3,9 +3,6 @@
 The weights of the Linears of `num_swapped` blocks lie in one host arena. Two slots of the device take turns: while one
 block computes from its slot, the next one's weights are copied into the other, forward and backward. Only the weights
 go, and only towards the device, for they never change. With `wantrain.models.block`, which says when a block begins.
-
-What only a GPU has (a stream for copies, memory that it may read by itself) stands behind Copies. On the CPU LateCopies
-takes its place: a copy arrives when it is waited for, and until then its target holds what no number is.
 """
 
 from __future__ import annotations
@@ -13,65 +10,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import torch
 
+from wantrain.models.copies import copies_of
+
 NUM_SLOTS = 2
 _ALIGNMENT = 256
-
-
-class Copies(Protocol):
-    """Copies from the host to a device, beside the computation."""
-
-    def host(self, num_bytes: int) -> torch.Tensor:
-        """Host memory, uint8 [num_bytes], from which copies can run beside the computation."""
-
-    def start(self, target: torch.Tensor, source: torch.Tensor) -> object:
-        """Begin a copy, after all computation that was asked for until now; what to wait for."""
-
-    def wait(self, ticket: object) -> None:
-        """All computation that is asked for from now on comes after this copy."""
-
-
-class CudaCopies:
-    """Copies on a stream of their own."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.stream = device, torch.Stream(device)
-
-    def host(self, num_bytes: int) -> torch.Tensor:
-        """Page-locked as it is: torch's own pinned memory takes up to twice as much, the next power of two."""
-        arena = torch.empty(num_bytes, dtype=torch.uint8)
-        runtime: Any = torch.cuda
-        code = runtime.cudart().cudaHostRegister(arena.data_ptr(), num_bytes, 0)
-        if int(code) != 0:
-            raise MemoryError(f"{num_bytes / 2**30:.1f} GiB of host memory cannot be page-locked: {code}")
-        return arena
-
-    def start(self, target: torch.Tensor, source: torch.Tensor) -> torch.Event:
-        self.stream.wait_stream(torch.accelerator.current_stream(self.device))
-        with self.stream:
-            target.copy_(source, non_blocking=True)
-        return self.stream.record_event()
-
-    def wait(self, ticket: Any) -> None:
-        torch.accelerator.current_stream(self.device).wait_event(ticket)
-
-
-class LateCopies:
-    """The stand-in: each copy arrives when it is waited for, and not before."""
-
-    def host(self, num_bytes: int) -> torch.Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8)
-
-    def start(self, target: torch.Tensor, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        target.fill_(255)  # in every float format no number
-        return target, source
-
-    def wait(self, ticket: Any) -> None:
-        target, source = ticket
-        target.copy_(source)
 
 
 @dataclass(slots=True)
@@ -109,7 +54,7 @@ class Swap:
     """
 
     def __init__(self, weights: Sequence[Sequence[torch.Tensor]], device: torch.device) -> None:
-        self.copies: Copies = CudaCopies(device) if device.type == "cuda" else LateCopies()
+        self.copies = copies_of(device)
         self.num_copies = self.most_resident = 0
         sizes = [sum(_aligned(tensor.nbytes) for tensor in own) for own in weights]
         arena = self.copies.host(sum(sizes))

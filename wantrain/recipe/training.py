@@ -20,6 +20,7 @@ from wantrain.engine.rendezvous import Rendezvous
 from wantrain.metrics import Trackers
 from wantrain.models import fit, hub, quantised, sequence
 from wantrain.models.base import expert_path
+from wantrain.models.block import BlockMemory
 from wantrain.models.lora_updates import read_given
 from wantrain.recipe.clips import Clips
 from wantrain.recipe.costing import job_of, keep_of, policy_of
@@ -109,7 +110,7 @@ def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator) -> Training:
     start = None
     if config.lora.start_from:
         start = read_given(hub.local(expert_path(config.lora.start_from, recipe.base.expert)), recipe.base.expert)
-    swap = config.memory.swap
+    swap, keep = config.memory.swap, keep_of(config, accelerator.device.type == "cpu")
     transformer = recipe.base.transformer(recipe.dtype, engine.loading_device(accelerator, through_host=swap > 0),
                                           engine.shard_parameter(accelerator), recipe.base_form)
     errors = quantised.relative_errors(transformer)
@@ -117,7 +118,7 @@ def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator) -> Training:
         print(quantised.told(errors, recipe.base_form))
     modules = fit.fit(transformer, accelerator.device,
                       fit.NewAdapter(config.lora.targets, recipe.adapter_spec, own.seed, start),
-                      keep=keep_of(config, accelerator.device.type == "cpu"), num_swapped=swap,
+                      memory=BlockMemory(keep, swap, config.memory.offload),
                       is_divided=bool(engine.divides(accelerator)), sequence_parallel=own.sequence_parallel)
     record = record_of(recipe, clips, lora.scales(transformer))
     groups = optimizers.groups(lora.trainable_parameters(transformer),

@@ -147,7 +147,7 @@ class Keep(Enum):
 
 @dataclass(slots=True)
 class Memory(Section):
-    may_change: ClassVar[tuple[str, ...]] = ("keep", "swap")
+    may_change: ClassVar[tuple[str, ...]] = ("keep", "swap", "offload")
     base: BaseForm = BaseForm.dtype
     """How the Linears of the frozen transformer are stored: dtype (model.dtype), int8 or fp8 (a byte a weight)."""
     keep: Keep = Keep.auto
@@ -155,6 +155,9 @@ class Memory(Section):
     is not kept is computed again, with equal numbers. auto: the most that fits, everything on a CPU."""
     swap: IntFrom0 = 0
     """How many blocks wait in host memory, and come to the device one ahead of their turn: equal numbers."""
+
+    offload: bool = False
+    """Whether what blocks keep waits in host memory until their backward pass: equal numbers."""
 
     def rules(self, config: Config) -> Iterator[Rule]:
         own = VARIANTS[config.model.variant].architecture
