@@ -30,6 +30,7 @@ TEXT_GRADIENTS = 6
 FORM_BYTES = {"int8": 1.0, "fp8": 1.0}
 """Bytes of a weight of the blocks' Linears where memory.base stores them otherwise; each row has a scale beside."""
 
+MARGIN = "allocator's margin"
 CONTEXT_BYTES = round(0.75 * 2**30)
 FRAGMENTS = 0.04
 """What the driver's context takes, and the share of all else that the allocator cannot use: assumed, not measured."""
@@ -170,7 +171,12 @@ def device_parts(job: Job, policy: MemoryPolicy) -> dict[str, int]:
         "working activations": round(working),
         "attention's workspace": attention_workspace(job),
     }
-    return {**parts, "allocator's margin": CONTEXT_BYTES + round(FRAGMENTS * sum(parts.values()))}
+    return {**parts, MARGIN: CONTEXT_BYTES + round(FRAGMENTS * sum(parts.values()))}
+
+
+def in_tensors(parts: Mapping[str, int]) -> int:
+    """Of the peak, what torch counts as its tensors: all but the allocator's margin."""
+    return sum(size for name, size in parts.items() if name != MARGIN)
 
 
 def activations(job: Job, policy: MemoryPolicy) -> tuple[float, float]:
@@ -256,7 +262,7 @@ def encoding_parts(variant: Variant, bucket: Bucket, itemsize: int) -> dict[str,
         "VAE": 4 * VAE_NUMBERS[variant.vae],
         "working activations": round(bucket.height * bucket.width * (each + for_frame * bucket.num_frames)),
     }
-    return {**parts, "allocator's margin": CONTEXT_BYTES + round(FRAGMENTS * sum(parts.values()))}
+    return {**parts, MARGIN: CONTEXT_BYTES + round(FRAGMENTS * sum(parts.values()))}
 
 
 LIBRARIES_BYTES = 3 * 2**30

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import secrets
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
@@ -17,6 +18,7 @@ from wantrain.engine import Accelerator, checkpoint, launch, optimizers
 from wantrain.engine.checkpoint import Checkpoint, Progress, Record, Writer
 from wantrain.engine.ema import Ema
 from wantrain.engine.rendezvous import Rendezvous
+from wantrain.files import write_json
 from wantrain.metrics import Trackers
 from wantrain.models import fit, hub, quantised, sequence
 from wantrain.models.base import expert_path
@@ -186,6 +188,23 @@ def save(training: Training) -> None:
     tensors = checkpoint.gather(training.accelerator, training.model, training.optimizer, training.kind, training.ema)
     if training.accelerator.is_main_process:
         training.writer.write(training.progress, tensors, training.record)
+
+
+def tell_memory(training: Training) -> None:
+    """Add to `run.json` what the plan said of the peak of device memory, and what it was; on a GPU, say both."""
+    recipe, device = training.recipe, training.device
+    if not training.accelerator.is_main_process:
+        return
+    bucket = costs.largest_bucket(training.clips.planned, recipe.variant.multiple_px)
+    job = job_of(recipe.config, bucket, training.accelerator.num_processes)
+    parts = costs.device_parts(job, policy_of(recipe.config, job, device.type == "cpu"))
+    planned, measured = costs.in_tensors(parts) / costs.GIB, engine.peak_memory_gib(device)
+    path = recipe.run_dir / "run.json"
+    of = "tensors of the device" if device.type == "cuda" else "the whole process"
+    write_json(path, {**json.loads(path.read_text()),
+                      "memory": {"planned_gib": planned, "peak_gib": measured, "peak_is_of": of}})
+    if device.type == "cuda":
+        print(f"device memory: {measured:.2f} GiB at the most, {planned:.2f} by the plan")
 
 
 def start_run(training: Training) -> None:
