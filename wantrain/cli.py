@@ -129,6 +129,12 @@ def _run(verb: str, rest: list[str]) -> int:
         given = parse(verb, rest)  # before the libraries behind the verb, which take seconds to import
         importlib.import_module(f"wantrain.stages.{verb}").run(given)
         return 0
+    if verb == "sample" and "--like" in rest:
+        if len(rest) != 2 or rest[0] != "--like":
+            raise UserError("--like takes one video and nothing else, for all is as it was",
+                            "wantrain sample --like VIDEO.mp4")
+        importlib.import_module("wantrain.stages.sample").repeat(Path(rest[1]).expanduser())
+        return 0
     options, words = ([], rest) if verb != "plan" else parse_plan(rest)
     config_dir, overrides = _config_dir(words)
     # The libraries behind a verb take seconds to import, so help and faults of the config come first.
@@ -182,7 +188,9 @@ def _help() -> str:
 
 def _verb_help(verb: str) -> str:
     schema = importlib.import_module("wantrain.config")
-    lines = [f"usage: wantrain {verb} recipe=NAME [key=value ...] [--config-dir FOLDER]", "", f"  {VERBS[verb]}", "",
+    again = ["       wantrain sample --like VIDEO    makes a sampled video again, from what it says of itself"]
+    lines = [f"usage: wantrain {verb} recipe=NAME [key=value ...] [--config-dir FOLDER]",
+             *(again if verb == "sample" else []), "", f"  {VERBS[verb]}", "",
              *(plan_parser().format_help().partition("options:\n")[2].splitlines() if verb == "plan" else ()),
              f"recipes: {', '.join(schema.recipes())}",
              "your own: FOLDER/recipe/NAME.yaml with --config-dir FOLDER", "", "keys:"]

@@ -84,6 +84,12 @@ def test_price_gpus_and_experts(planned):
     assert own["hours"] == pytest.approx(high["hours"] + low["hours"])
 
 
+def test_what_the_recipe_leaves_of_the_card_is_the_budget(planned):
+    plan = planned("recipe=anime_1b3", "--gpu", "h100", "memory.gib=12")
+    assert plan["card"]["memory_gib"] == 12
+    assert plan["settings"]["fastest that fits"]["peak"] <= 12 * costs.GIB
+
+
 def test_without_a_card_it_says_each_size(planned, capsys):
     plans = planned("recipe=anime_1b3")
     assert [plan["card"]["memory_gib"] for plan in plans] == list(costs.TYPICAL)

@@ -78,6 +78,8 @@ def load(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
         if missing := sorted(OmegaConf.missing_keys(composed)):
             raise UserError(f"no value for {', '.join(missing)}", pasted(missing[0], example_of(missing[0])))
         _refuse_other_shapes(composed)
+        for section in (composed.sampler, composed.evaluate):
+            section.prompts = [prompt for word in section.prompts for prompt in read_prompts(word)]
         config = OmegaConf.to_object(composed)
     except RecursionError as error:
         raise told(OmegaConfBaseException("RecursionError"), folders) from error
@@ -85,6 +87,25 @@ def load(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
         raise told(error, folders) from error
     assert isinstance(config, Config)
     return config
+
+
+def load_yaml(text: str) -> Config:
+    """The Config of which `to_yaml` made this text."""
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text)))
+    assert isinstance(config, Config)
+    return config
+
+
+def read_prompts(word: str) -> list[str]:
+    """A prompt, or the prompts in a text file: a line each, without empty ones and those that begin with #."""
+    if not word.endswith(".txt"):
+        return [word]
+    try:
+        lines = [line.strip() for line in Path(word).expanduser().read_text("utf-8").splitlines()]
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"prompts: {word} cannot be read: {error}", "give the path of a text file, a prompt a line") \
+            from error
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def _composed(groups: Mapping[str, str], config_dir: Path | None) -> DictConfig:

@@ -244,25 +244,32 @@ def peak(parts: Mapping[str, int]) -> int:
 
 
 TEXT_ENCODER_NUMBERS = 5_680_910_336
+TEXT_EMBEDDING_NUMBERS = 256_384 * 4096
 IMAGE_ENCODER_NUMBERS = 632_076_800
 VAE_NUMBERS = {"2.1": 126_892_531, "2.2": 704_688_668}
-"""Numbers of the encoders (docs/facts.md, "Variants" and "Encoders"): umT5-XXL, CLIP ViT-H, the two VAEs."""
+"""Numbers of the encoders (docs/facts.md, "Variants" and "Encoders"): umT5-XXL (of it the embedding of tokens,
+which is never stored in a byte), CLIP ViT-H, the two VAEs."""
 
 VAE_WORKING = {"2.1": (14_080.0, 15.5), "2.2": (7_163.0, 27.4)}
 """Bytes a pixel of the picture that encoding takes in float32, and more for each frame; counted allocation by
 allocation (tests/memory_oracle.py)."""
 
 
-def encoding_parts(variant: Variant, bucket: Bucket, itemsize: int) -> dict[str, int]:
-    """The parts of the peak of `cache`, which holds all encoders while it encodes a clip."""
+def encoding_phases(variant: Variant, bucket: Bucket, itemsize: int, encoders: str, vae_itemsize: int
+                    ) -> dict[str, dict[str, int]]:
+    """The parts of the peaks of `cache`, which encodes all texts and then all clips, these in tiles where a whole
+    picture takes more than the card has. `encoders` is the form of umT5 and CLIP, "dtype" or one of a byte a weight.
+    """
     each, for_frame = VAE_WORKING[variant.vae]
-    parts = {
-        "text encoder": TEXT_ENCODER_NUMBERS * itemsize,
-        "image encoder": 4 * IMAGE_ENCODER_NUMBERS if variant.architecture.image_dim else 0,
-        "VAE": 4 * VAE_NUMBERS[variant.vae],
-        "working activations": round(bucket.height * bucket.width * (each + for_frame * bucket.num_frames)),
-    }
-    return {**parts, MARGIN: CONTEXT_BYTES + round(FRAGMENTS * sum(parts.values()))}
+    stored = 1 if encoders != "dtype" else itemsize
+    text = TEXT_ENCODER_NUMBERS * stored + TEXT_EMBEDDING_NUMBERS * (itemsize - stored)
+    image = IMAGE_ENCODER_NUMBERS * (1 if encoders != "dtype" else 4) if variant.architecture.image_dim else 0
+    working = bucket.height * bucket.width * (each + for_frame * bucket.num_frames) * vae_itemsize / 4
+    phases = {"texts": {"text encoder": text},
+              "clips": {"image encoder": image, "VAE": vae_itemsize * VAE_NUMBERS[variant.vae],
+                        "working activations": round(working)}}
+    return {name: {**parts, MARGIN: CONTEXT_BYTES + round(FRAGMENTS * sum(parts.values()))}
+            for name, parts in phases.items()}
 
 
 LIBRARIES_BYTES = 3 * 2**30

@@ -9,18 +9,19 @@ from pathlib import Path
 import torch
 
 from wantrain import flow, lora
-from wantrain.config import BaseForm, Config, Dtype, expert_config, variant_of
+from wantrain.config import BaseForm, Config, expert_config, variant_of
 from wantrain.engine.checkpoint import CheckpointStore, step_of
 from wantrain.lora import AdapterState, Spec
 from wantrain.models import hub
-from wantrain.models.base import Base, expert_path, find
+from wantrain.models.base import Base, TextPipeline, expert_path, find
+from wantrain.models.conditioning import Encoders
 from wantrain.models.lora_updates import adapter_for, read_given, refuse_unexportable
 from wantrain.models.variants import Variant
 from wantrain.objective import Objective
 from wantrain.recipe import folders
 from wantrain.terms import Bucket, UserError
 
-TORCH_DTYPE = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
+TORCH_DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +70,26 @@ class Recipe:
     @property
     def dtype(self) -> torch.dtype:
         """Storage of the frozen transformer and text encoder."""
-        return TORCH_DTYPE[self.config.model.dtype]
+        return TORCH_DTYPE[self.config.model.dtype.name]
 
     @property
     def base_form(self) -> str:
         """How the Linears of the frozen transformer are stored; empty where they are in `dtype`."""
-        form = self.config.memory.base
-        return "" if form is BaseForm.dtype else form.name
+        return _form(self.config.memory.base)
+
+    @property
+    def encoders_form(self) -> str:
+        """How the Linears of the text and image encoders are stored; empty where they are not quantised."""
+        return _form(self.config.memory.encoders)
+
+    def load_text(self, device: torch.device) -> TextPipeline:
+        """The text encoder as the config says."""
+        return self.base.text(self.dtype, device, self.encoders_form)
+
+    def load_encoders(self, device: torch.device) -> Encoders:
+        """The VAE and the image encoder as the config says."""
+        own = self.config.memory
+        return self.base.encoders(device, TORCH_DTYPE[own.vae.name], self.encoders_form, own.gib)
 
     @property
     def adapter_spec(self) -> Spec:
@@ -97,8 +111,14 @@ class Recipe:
 
     @property
     def validation_sigmas(self) -> list[float]:
-        """The validation.sigmas at which this transformer is trained."""
+        """The validation.sigmas at which this transformer is trained; without them the nine deciles of the inference
+        schedule, as far as it is trained there.
+        """
         low, high = self.sigmas
+        if self.config.validation.sigmas is None:
+            schedule = flow.Density("uniform", (), self.variant.shift, (low, high))
+            deciles = schedule.quantile(torch.arange(1, 10, dtype=torch.float64) / 10)
+            return [round(sigma, 4) for sigma in deciles.tolist()]
         return [sigma for sigma in self.config.validation.sigmas if low <= sigma < high or sigma == high == 1]
 
     @property
@@ -125,6 +145,10 @@ class Recipe:
         transformer = self.base.meta_transformer()
         lora.inject(transformer, self.config.lora.targets, self.adapter_spec, self.config.train.seed)
         return lora.adapter_state(lora.trainable_parameters(transformer), lora.scales(transformer))
+
+
+def _form(form: BaseForm) -> str:
+    return "" if form is BaseForm.dtype else form.name
 
 
 def open_recipe(config: Config) -> Recipe:
