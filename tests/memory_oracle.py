@@ -8,11 +8,12 @@ themselves is not seen: attention's workspace is costs' own, by the kernel's sou
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -22,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 from wantrain import flow
 from wantrain.lora import Spec
 from wantrain.models.base import WanAnimateTransformer3DModel, WanTransformer3DModel, WanVACETransformer3DModel
-from wantrain.models.block import BlockMemory
+from wantrain.models.block import BlockMemory, train_blocks
+from wantrain.models.copies import LateCopies
 from wantrain.models.encode import autocast, predict_velocity
 from wantrain.models.fit import NewAdapter, fit
 from wantrain.models.quantised import QuantisedLinear, quantise
@@ -41,7 +43,7 @@ class Allocations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.alive = self.peak = 0
-        self._known: dict[int, weakref.ref[Any]] = {}
+        self._known: dict[int, weakref.ref[Any] | None] = {}
 
     def count(self, tensors: Any) -> None:
         """Count the storages of these tensors that are not counted yet."""
@@ -54,6 +56,16 @@ class Allocations(TorchDispatchMode):
                 self._known[key] = weakref.ref(storage, lambda _, key=key, size=size: self._free(key, size))
                 self.alive += size
                 self.peak = max(self.peak, self.alive)
+
+    def elsewhere(self, make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """A function whose tensors do not count: they are the host's."""
+        def made(*given: Any) -> torch.Tensor:
+            alive, peak = self.alive, self.peak
+            tensor = make(*given)
+            self._known[tensor.untyped_storage()._cdata] = None
+            self.alive, self.peak = alive, peak
+            return tensor
+        return made
 
     def _free(self, key: int, size: int) -> None:
         self._known.pop(key, None)
@@ -78,11 +90,14 @@ class Step:
     kind: str = "lora"
     form: str = ""
     keep: str = "all"
+    swap: int = 0
+    offload: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """Bytes: of the frozen base, of all that lasts between steps (base, adapter, gradients, moments), and at the peak.
+    """Bytes: of the frozen base wherever it lies; on the device of all that lasts between steps (base, adapter,
+    gradients, moments), and at the peak.
     """
 
     base: int
@@ -100,7 +115,10 @@ def counted(step: Step, fake: bool = True) -> Counted:
         optimizer = torch.optim.AdamW(trainable)
         for parameter in trainable:
             parameter.grad = torch.zeros_like(parameter)
-        with Allocations() as allocations:
+        with Allocations() as allocations, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LateCopies, "host", allocations.elsewhere(LateCopies.host))
+            if step.swap or step.offload:
+                train_blocks(model, BlockMemory(step.keep, step.swap, step.offload), CPU)
             allocations.count([*model.parameters(), *model.buffers(), *(p.grad for p in trainable)])
             optimizer.step()
             lasting = allocations.alive

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -56,6 +58,19 @@ def test_what_it_offers_is_a_recipe_that_does_as_it_says(planned):
         config.load(["recipe=motion_i2v_14b", *one["overrides"]])
 
 
+def test_the_arithmetic_that_docs_memory_md_follows_by_hand_is_the_plans(planned):
+    page = (Path(__file__).parents[2] / "docs" / "memory.md").read_text()
+    command = re.search(r"`wantrain plan (.*?)` names\n`(.*?)`, ([\d.]+) GiB in all", page)
+    best = planned(*shlex.split(command[1]))["settings"]["fastest that fits"]
+    assert (best["overrides"], round(best["peak"] / costs.GIB, 2)) == (command[2].split(), float(command[3]))
+    parts = {name: size / costs.GIB for name, size in best["parts"].items()}
+    parts["adapter, gradients, moments"] = parts.pop("adapter") + parts.pop("gradients") + parts.pop("optimizer")
+    told = dict(re.findall(r"^\| ([\w', ]+) \| .* \| ([\d.]+) \|$", page, re.MULTILINE))
+    assert [float(number) for number in told.values()] == pytest.approx([parts[name] for name in (
+        "base", "adapter, gradients, moments", "kept activations", "working activations", "attention's workspace",
+        "allocator's margin")], abs=0.006)
+
+
 def test_price_gpus_and_experts(planned):
     one = planned("recipe=anime_a14b", "--gpu", "h100", "--price", "2")
     four = planned("recipe=anime_a14b", "--gpu", "h100", "--price", "2", "--gpus", "4")
@@ -67,6 +82,12 @@ def test_price_gpus_and_experts(planned):
     high = planned("recipe=anime_a14b", "--gpu", "h100", "model.experts=high")["settings"]["as the recipe says"]
     low = planned("recipe=anime_a14b", "--gpu", "h100", "model.experts=low")["settings"]["as the recipe says"]
     assert own["hours"] == pytest.approx(high["hours"] + low["hours"])
+
+
+def test_what_the_recipe_leaves_of_the_card_is_the_budget(planned):
+    plan = planned("recipe=anime_1b3", "--gpu", "h100", "memory.gib=12")
+    assert plan["card"]["memory_gib"] == 12
+    assert plan["settings"]["fastest that fits"]["peak"] <= 12 * costs.GIB
 
 
 def test_without_a_card_it_says_each_size(planned, capsys):
@@ -91,3 +112,13 @@ def test_help_has_the_options_and_the_keys(capsys):
     assert cli.main(shlex.split("plan --help")) == 0
     told = capsys.readouterr().out
     assert all(words in told for words in ("--gpu CARD", "--price PER_HOUR", "--json", "memory.base"))
+
+
+def test_a_training_keeps_what_the_plan_said_beside_its_peak(trained):
+    run = trained("run", "train.num_steps=1")
+    memory = json.loads((run / "run.json").read_text())["memory"]
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert memory["peak_gib"] >= last["memory_gib"]
+    assert memory["peak_is_of"] == "the whole process"
+    # the base, and keys and values of 512 tokens of text in 6 blocks for 4 samples: at 12 tokens there is little else
+    assert memory["planned_gib"] == pytest.approx((15.97e6 + 6 * 2 * 4 * 512 * 192 * 4) / 2**30, rel=0.2)

@@ -31,3 +31,4 @@ from wantrain.config.sections.training import Keep as Keep
 from wantrain.config.sections.training import OnNonfinite as OnNonfinite
 from wantrain.config.sections.training import Optimizer as Optimizer
 from wantrain.config.sections.training import Resume as Resume
+from wantrain.config.sections.training import VaeDtype as VaeDtype

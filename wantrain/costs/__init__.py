@@ -21,8 +21,9 @@ from wantrain.costs.memory import base_bytes as base_bytes
 from wantrain.costs.memory import cache_bytes as cache_bytes
 from wantrain.costs.memory import checkpoint_bytes as checkpoint_bytes
 from wantrain.costs.memory import device_parts as device_parts
-from wantrain.costs.memory import encoding_parts as encoding_parts
+from wantrain.costs.memory import encoding_phases as encoding_phases
 from wantrain.costs.memory import host_parts as host_parts
+from wantrain.costs.memory import in_tensors as in_tensors
 from wantrain.costs.memory import peak as peak
 from wantrain.costs.savers import savers as savers
 from wantrain.costs.seconds import Step as Step

@@ -61,11 +61,15 @@ MOVED = {"all": Tensors(345, 8), "attention": Tensors(409, 8), "inputs": Tensors
 
 
 def kept_bytes(own: Sizes, keep: str) -> float:
-    """From a block's forward to its backward: tensors, the log-sum-exp of attention, keys and values of the text."""
+    """From a block's forward to its backward: tensors, and the log-sum-exp of attention."""
     if not own.is_lora:
         return own.nbytes(OTHER_KEPT[keep])
-    attention = 4 * own.tokens * own.num_heads if keep != "inputs" else 0
-    return own.nbytes(KEPT[keep]) + attention + 2 * own.itemsize * own.text * own.dim
+    return own.nbytes(KEPT[keep]) + (4 * own.tokens * own.num_heads if keep != "inputs" else 0)
+
+
+def text_bytes(own: Sizes) -> float:
+    """Keys and values of the text: a block keeps them too, and always on the device."""
+    return 2.0 * own.itemsize * own.text * own.dim if own.is_lora else 0.0
 
 
 def working_bytes(own: Sizes, keep: str, is_stored_otherwise: bool) -> float:

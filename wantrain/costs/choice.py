@@ -35,26 +35,27 @@ class Choice:
     smaller: Candidate | None
 
 
-def policies(job: Job, streams: bool) -> Iterator[MemoryPolicy]:
+def policies(job: Job, may_mix: bool) -> Iterator[MemoryPolicy]:
     """Every policy that is weighed, those that change least first.
 
-    With `streams` blocks may also stream from host memory, what is kept may wait there, and blocks may keep
-    differently: then those that keep more are the last, whose backward pass comes first.
+    With `may_mix`, which no key of the config says, blocks may keep differently: then those that keep more are the
+    last, whose backward pass comes first.
     """
     size = job.num_blocks
-    eighths = sorted({round(size * n / 8) for n in range(9)}) if streams else [0]
+    eighths = sorted({round(size * n / 8) for n in range(9)})
     mixed = [(less,) * (size - n) + (more,) * n for more, less in itertools.pairwise(job.keeps) for n in eighths]
-    keeps = dict.fromkeys([*((keep,) * size for keep in job.keeps), *mixed])
+    keeps = dict.fromkeys([*((keep,) * size for keep in job.keeps), *(mixed if may_mix else ())])
     bases = ("dtype", *(FORM_BYTES if job.adapter.kind != "dora" else ()))
-    for base, keep, swap in itertools.product(bases, keeps, eighths):
-        for offload in (False, True)[:1 + streams]:
+    can_move = job.block.is_lora
+    for base, keep, swap in itertools.product(bases, keeps, eighths if can_move else [0]):
+        for offload in (False, True)[:1 + can_move]:
             yield MemoryPolicy(base, keep, swap, offload)
 
 
-def frontier(job: Job, card: Card, host_bytes: float, streams: bool) -> list[Candidate]:
+def frontier(job: Job, card: Card, host_bytes: float, may_mix: bool) -> list[Candidate]:
     """The policies within the host's memory of which no other is as fast and as small, the fastest first."""
     every = [Candidate(policy, peak(device_parts(job, policy)), micro_step_s(job, policy, card))
-             for policy in policies(job, streams) if peak(host_parts(job, policy)) <= host_bytes]
+             for policy in policies(job, may_mix) if peak(host_parts(job, policy)) <= host_bytes]
     kept: list[Candidate] = []
     for one in sorted(every, key=lambda candidate: (candidate.seconds, candidate.nbytes)):
         if not kept or one.nbytes < kept[-1].nbytes:
@@ -62,9 +63,9 @@ def frontier(job: Job, card: Card, host_bytes: float, streams: bool) -> list[Can
     return kept
 
 
-def choose(job: Job, card: Card, budget_bytes: float, host_bytes: float = HOST_BYTES, streams: bool = False) -> Choice:
+def choose(job: Job, card: Card, budget_bytes: float, host_bytes: float = HOST_BYTES, may_mix: bool = False) -> Choice:
     """The fastest policy within the budgets of device and host memory by the model of time, with its neighbours."""
-    candidates = frontier(job, card, host_bytes, streams)
+    candidates = frontier(job, card, host_bytes, may_mix)
     place = next((i for i, one in enumerate(candidates) if one.nbytes <= budget_bytes), None)
     if place is None:
         return Choice(None, None, candidates[-1] if candidates else None)
@@ -72,15 +73,16 @@ def choose(job: Job, card: Card, budget_bytes: float, host_bytes: float = HOST_B
                   candidates[place + 1] if place + 1 < len(candidates) else None)
 
 
-def relieved(job: Job, card: Card, budget_bytes: float, host_bytes: float = HOST_BYTES, streams: bool = False
+def relieved(job: Job, card: Card, budget_bytes: float, host_bytes: float = HOST_BYTES, may_mix: bool = False
              ) -> tuple[list[str], Choice] | None:
     """The settings of the least change that makes a job fit, and what is chosen then. None where no change does."""
     for settings, smaller in shrunk(job):
-        if (choice := choose(smaller, card, budget_bytes, host_bytes, streams)).best:
+        if (choice := choose(smaller, card, budget_bytes, host_bytes, may_mix)).best:
             return settings, choice
     return None
 
 
 def overrides(policy: MemoryPolicy) -> list[str]:
     """The policy as keys of the config."""
-    return [f"memory.base={policy.base}", f"memory.keep={policy.keep[0]}"]
+    return [f"memory.base={policy.base}", f"memory.keep={policy.keep[0]}", f"memory.swap={policy.swap}",
+            f"memory.offload={str(policy.offload).lower()}"]

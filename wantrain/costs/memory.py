@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from wantrain.costs.adapter import STATE_BYTES, Adapter
-from wantrain.costs.block import KEEPS, OTHER_KEPT, Sizes, Tensors, kept_bytes, working_bytes
+from wantrain.costs.block import KEEPS, OTHER_KEPT, Sizes, Tensors, kept_bytes, text_bytes, working_bytes
 from wantrain.models import inventory
 from wantrain.models.variants import Variant
 from wantrain.terms import TEXT_LEN, Bucket
@@ -30,6 +30,7 @@ TEXT_GRADIENTS = 6
 FORM_BYTES = {"int8": 1.0, "fp8": 1.0}
 """Bytes of a weight of the blocks' Linears where memory.base stores them otherwise; each row has a scale beside."""
 
+MARGIN = "allocator's margin"
 CONTEXT_BYTES = round(0.75 * 2**30)
 FRAGMENTS = 0.04
 """What the driver's context takes, and the share of all else that the allocator cannot use: assumed, not measured."""
@@ -143,10 +144,10 @@ def base_bytes(variant: Variant, itemsize: int, form: str) -> int:
 
 
 @functools.cache
-def block_bytes(variant: Variant, itemsize: int, form: str) -> int:
-    """The frozen weights of one block."""
-    shapes = inventory.tensors(variant.architecture)
-    return sum(_stored(name, shape, itemsize, form) for name, shape in shapes.items() if name.startswith("blocks.0."))
+def streamed_bytes(variant: Variant, itemsize: int, form: str) -> int:
+    """The weights of one block that wait in host memory where it is swapped: those of its Linears."""
+    return sum(_stored(name, shape, itemsize, form) for name, shape in inventory.tensors(variant.architecture).items()
+               if name.startswith("blocks.0.") and name.endswith(".weight") and len(shape) == 2)
 
 
 def _stored(name: str, shape: tuple[int, ...], itemsize: int, form: str) -> int:
@@ -159,7 +160,7 @@ def _stored(name: str, shape: tuple[int, ...], itemsize: int, form: str) -> int:
 def device_parts(job: Job, policy: MemoryPolicy) -> dict[str, int]:
     """The parts of the peak of a training step; their sum is the peak."""
     kept, working = activations(job, policy)
-    numbers, block = job.numbers, block_bytes(job.variant, job.itemsize, policy.base)
+    numbers, block = job.numbers, streamed_bytes(job.variant, job.itemsize, policy.base)
     streamed = max(0, policy.swap - NUM_BUFFERS)
     parts = {
         "base": base_bytes(job.variant, job.itemsize, policy.base) - streamed * block,
@@ -170,7 +171,12 @@ def device_parts(job: Job, policy: MemoryPolicy) -> dict[str, int]:
         "working activations": round(working),
         "attention's workspace": attention_workspace(job),
     }
-    return {**parts, "allocator's margin": CONTEXT_BYTES + round(FRAGMENTS * sum(parts.values()))}
+    return {**parts, MARGIN: CONTEXT_BYTES + round(FRAGMENTS * sum(parts.values()))}
+
+
+def in_tensors(parts: Mapping[str, int]) -> int:
+    """Of the peak, what torch counts as its tensors: all but the allocator's margin."""
+    return sum(size for name, size in parts.items() if name != MARGIN)
 
 
 def activations(job: Job, policy: MemoryPolicy) -> tuple[float, float]:
@@ -184,13 +190,14 @@ def _activations(job: Job, keeps: tuple[str, ...], offload: bool, is_stored_othe
     kept: list[float] = []
     for keep in keeps[job.first_adapted:]:
         kept.append(kept_bytes(own, keep))
-        found.append((sum(kept[-NUM_BUFFERS:] if offload else kept), working_bytes(own, keep, is_stored_otherwise)))
+        held = sum(kept[-NUM_BUFFERS:] if offload else kept) + len(kept) * text_bytes(own)
+        found.append((held, working_bytes(own, keep, is_stored_otherwise)))
     most = max(found, key=sum)
     return most[0], most[1] + _beside_blocks(job)
 
 
 def kept_in_all(job: Job, policy: MemoryPolicy) -> float:
-    """What the blocks keep, wherever it waits."""
+    """What the blocks keep and may wait in host memory."""
     return sum(kept_bytes(job.block, keep) for keep in policy.keep[job.first_adapted:])
 
 
@@ -237,25 +244,32 @@ def peak(parts: Mapping[str, int]) -> int:
 
 
 TEXT_ENCODER_NUMBERS = 5_680_910_336
+TEXT_EMBEDDING_NUMBERS = 256_384 * 4096
 IMAGE_ENCODER_NUMBERS = 632_076_800
 VAE_NUMBERS = {"2.1": 126_892_531, "2.2": 704_688_668}
-"""Numbers of the encoders (docs/facts.md, "Variants" and "Encoders"): umT5-XXL, CLIP ViT-H, the two VAEs."""
+"""Numbers of the encoders (docs/facts.md, "Variants" and "Encoders"): umT5-XXL (of it the embedding of tokens,
+which is never stored in a byte), CLIP ViT-H, the two VAEs."""
 
 VAE_WORKING = {"2.1": (14_080.0, 15.5), "2.2": (7_163.0, 27.4)}
 """Bytes a pixel of the picture that encoding takes in float32, and more for each frame; counted allocation by
 allocation (tests/memory_oracle.py)."""
 
 
-def encoding_parts(variant: Variant, bucket: Bucket, itemsize: int) -> dict[str, int]:
-    """The parts of the peak of `cache`, which holds all encoders while it encodes a clip."""
+def encoding_phases(variant: Variant, bucket: Bucket, itemsize: int, encoders: str, vae_itemsize: int
+                    ) -> dict[str, dict[str, int]]:
+    """The parts of the peaks of `cache`, which encodes all texts and then all clips, these in tiles where a whole
+    picture takes more than the card has. `encoders` is the form of umT5 and CLIP, "dtype" or one of a byte a weight.
+    """
     each, for_frame = VAE_WORKING[variant.vae]
-    parts = {
-        "text encoder": TEXT_ENCODER_NUMBERS * itemsize,
-        "image encoder": 4 * IMAGE_ENCODER_NUMBERS if variant.architecture.image_dim else 0,
-        "VAE": 4 * VAE_NUMBERS[variant.vae],
-        "working activations": round(bucket.height * bucket.width * (each + for_frame * bucket.num_frames)),
-    }
-    return {**parts, "allocator's margin": CONTEXT_BYTES + round(FRAGMENTS * sum(parts.values()))}
+    stored = 1 if encoders != "dtype" else itemsize
+    text = TEXT_ENCODER_NUMBERS * stored + TEXT_EMBEDDING_NUMBERS * (itemsize - stored)
+    image = IMAGE_ENCODER_NUMBERS * (1 if encoders != "dtype" else 4) if variant.architecture.image_dim else 0
+    working = bucket.height * bucket.width * (each + for_frame * bucket.num_frames) * vae_itemsize / 4
+    phases = {"texts": {"text encoder": text},
+              "clips": {"image encoder": image, "VAE": vae_itemsize * VAE_NUMBERS[variant.vae],
+                        "working activations": round(working)}}
+    return {name: {**parts, MARGIN: CONTEXT_BYTES + round(FRAGMENTS * sum(parts.values()))}
+            for name, parts in phases.items()}
 
 
 LIBRARIES_BYTES = 3 * 2**30
@@ -267,5 +281,6 @@ def host_parts(job: Job, policy: MemoryPolicy) -> dict[str, int]:
     kept = kept_in_all(job, policy) if policy.offload else 0.0
     return {"libraries": LIBRARIES_BYTES, "a tensor being loaded": 2 * 4 * _largest_tensor(job.variant),
             "a checkpoint being written": checkpoint_bytes(job),
-            "streamed blocks": policy.swap * block_bytes(job.variant, job.itemsize, policy.base),
+            "base while it is read": base_bytes(job.variant, job.itemsize, policy.base) if policy.swap else 0,
+            "streamed blocks": policy.swap * streamed_bytes(job.variant, job.itemsize, policy.base),
             "offloaded activations": round(kept)}

@@ -23,13 +23,13 @@ class Saver:
         return f"{self.setting}    {self.change}"
 
 
-def savers(job: Job, policy: MemoryPolicy, zero_stage: int = 0) -> list[Saver]:
-    """Every setting that needs less than these, those that change least first."""
+def savers(job: Job, policy: MemoryPolicy, zero_stage: int = 0, on_gpu: bool = False) -> list[Saver]:
+    """Every setting that needs less than these, those that change least first; `on_gpu`: host memory is another."""
     smaller = (step(job) for step in (_clips, _rank, _moments))
-    return [*_same_numbers(job, policy, zero_stage), *filter(None, smaller)]
+    return [*_same_numbers(job, policy, zero_stage, on_gpu), *filter(None, smaller)]
 
 
-def _same_numbers(job: Job, policy: MemoryPolicy, zero_stage: int) -> Iterator[Saver]:
+def _same_numbers(job: Job, policy: MemoryPolicy, zero_stage: int, on_gpu: bool) -> Iterator[Saver]:
     """Those that leave the result as it is, or nearly."""
     own, size = job.batch, job.num_processes
     again = {"attention": "computes each block's products again: same numbers, more time",
@@ -40,6 +40,10 @@ def _same_numbers(job: Job, policy: MemoryPolicy, zero_stage: int) -> Iterator[S
         half = replace(own, micro_batch_size=own.micro_batch_size // 2)
         yield Saver(f"train.micro_batch_size={half.micro_batch_size}", "accumulates instead: same numbers",
                     replace(job, batch=half))
+    if on_gpu and job.block.is_lora and not zero_stage and policy.swap < job.num_blocks:
+        yield Saver(f"memory.swap={job.num_blocks}", "blocks wait in host memory for their turn: same numbers", job)
+    if on_gpu and job.block.is_lora and not policy.offload:
+        yield Saver("memory.offload=true", "what blocks keep waits in host memory: same numbers", job)
     if job.itemsize == 4:
         yield Saver("model.dtype=bfloat16", "half of the base", replace(job, itemsize=2))
     if policy.base == "dtype" and job.adapter.kind != "dora":

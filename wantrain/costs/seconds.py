@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from wantrain.costs.block import MOVED, attentions_again, products_again
 from wantrain.costs.devices import FAMILIES, MEMORY_SHARE, PCIE_SHARE, Card
-from wantrain.costs.memory import Job, MemoryPolicy, block_bytes, kept_in_all
+from wantrain.costs.memory import Job, MemoryPolicy, kept_in_all, streamed_bytes
 from wantrain.models import inventory
 
 CAST_BYTES = 19
@@ -103,7 +103,7 @@ def micro_step_s(job: Job, policy: MemoryPolicy, card: Card) -> float:
     """
     slot, bandwidth = card.pcie_gbs * 1e9 * PCIE_SHARE, card.memory_gbs * 1e9 * MEMORY_SHARE
     ahead, back = _all_passes(job, policy.base, policy.keep, card)
-    weights = policy.swap * block_bytes(job.variant, job.itemsize, policy.base)
+    weights = policy.swap * streamed_bytes(job.variant, job.itemsize, policy.base)
     kept = kept_in_all(job, policy) if policy.offload else 0.0
     shared = 2 * (weights + kept) / bandwidth
     return shared + max(ahead, weights / slot, kept / slot) + max(back, (weights + kept) / slot)

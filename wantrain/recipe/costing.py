@@ -29,7 +29,8 @@ def job_of(config: Config, bucket: Bucket, num_processes: int) -> costs.Job:
 
 def policy_of(config: Config, job: costs.Job, on_cpu: bool = False) -> costs.MemoryPolicy:
     """How the config saves memory."""
-    return costs.MemoryPolicy(config.memory.base.name, (keep_of(config, on_cpu),) * job.num_blocks)
+    return costs.MemoryPolicy(config.memory.base.name, (keep_of(config, on_cpu),) * job.num_blocks,
+                              config.memory.swap, config.memory.offload)
 
 
 def keep_of(config: Config, on_cpu: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import secrets
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
@@ -17,6 +18,7 @@ from wantrain.engine import Accelerator, checkpoint, launch, optimizers
 from wantrain.engine.checkpoint import Checkpoint, Progress, Record, Writer
 from wantrain.engine.ema import Ema
 from wantrain.engine.rendezvous import Rendezvous
+from wantrain.files import write_json
 from wantrain.metrics import Trackers
 from wantrain.models import fit, hub, quantised, sequence
 from wantrain.models.base import expert_path
@@ -80,8 +82,8 @@ def advised_if_memory_ends(recipe: Recipe, clips: Clips, accelerator: Accelerato
         px, micro_batch_size = recipe.variant.multiple_px, recipe.config.train.micro_batch_size
         bucket = costs.largest_bucket(clips.planned, px)
         job = job_of(recipe.config, bucket, accelerator.num_processes)
-        offers = costs.savers(job, policy_of(recipe.config, job, accelerator.device.type == "cpu"),
-                              engine.zero_stage(accelerator))
+        on_cpu = accelerator.device.type == "cpu"
+        offers = costs.savers(job, policy_of(recipe.config, job, on_cpu), engine.zero_stage(accelerator), not on_cpu)
         raise UserError(
             f"out of memory, with {peak_gib:.1f} GiB in use at the most: {why}; the largest "
             f"clips are {bucket} ({bucket.num_tokens(px):,} tokens), {micro_batch_size} at once",
@@ -104,14 +106,13 @@ def prepare(recipe: Recipe, clips: Clips) -> Training:
 def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator) -> Training:
     """The part of `prepare` that takes memory: load the base, inject the adapter, make the optimizer."""
     config, optim, own = recipe.config, recipe.config.optim, recipe.config.train
-    keep = keep_of(config, accelerator.device.type == "cpu")
     rendezvous = Rendezvous(own.stall_timeout_s)
     optimizers.check(accelerator, optim.name.name)
     refuse_memory(accelerator, recipe.base_form, config.memory.swap)
     start = None
     if config.lora.start_from:
         start = read_given(hub.local(expert_path(config.lora.start_from, recipe.base.expert)), recipe.base.expert)
-    swap = config.memory.swap
+    swap, keep = config.memory.swap, keep_of(config, accelerator.device.type == "cpu")
     transformer = recipe.base.transformer(recipe.dtype, engine.loading_device(accelerator, through_host=swap > 0),
                                           engine.shard_parameter(accelerator), recipe.base_form)
     errors = quantised.relative_errors(transformer)
@@ -187,6 +188,23 @@ def save(training: Training) -> None:
     tensors = checkpoint.gather(training.accelerator, training.model, training.optimizer, training.kind, training.ema)
     if training.accelerator.is_main_process:
         training.writer.write(training.progress, tensors, training.record)
+
+
+def tell_memory(training: Training) -> None:
+    """Add to `run.json` what the plan said of the peak of device memory, and what it was; on a GPU, say both."""
+    recipe, device = training.recipe, training.device
+    if not training.accelerator.is_main_process:
+        return
+    bucket = costs.largest_bucket(training.clips.planned, recipe.variant.multiple_px)
+    job = job_of(recipe.config, bucket, training.accelerator.num_processes)
+    parts = costs.device_parts(job, policy_of(recipe.config, job, device.type == "cpu"))
+    planned, measured = costs.in_tensors(parts) / costs.GIB, engine.peak_memory_gib(device)
+    path = recipe.run_dir / "run.json"
+    of = "tensors of the device" if device.type == "cuda" else "the whole process"
+    write_json(path, {**json.loads(path.read_text()),
+                      "memory": {"planned_gib": planned, "peak_gib": measured, "peak_is_of": of}})
+    if device.type == "cuda":
+        print(f"device memory: {measured:.2f} GiB at the most, {planned:.2f} by the plan")
 
 
 def start_run(training: Training) -> None:

@@ -7,11 +7,11 @@ import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from wantrain import costs
-from wantrain.config import Config, Dtype, expert_config, experts_of
+from wantrain.config import Config, Dtype, VaeDtype, expert_config, experts_of
 from wantrain.costs import GIB, Card, Choice, Job, MemoryPolicy
 from wantrain.recipe.costing import job_of, largest_bucket, policy_of
 from wantrain.terms import UserError
@@ -67,6 +67,7 @@ def trainings_of(config: Config, num_gpus: int) -> list[Training]:
 def plan_for(config: Config, trainings: Sequence[Training], card: Card, given: argparse.Namespace) -> dict[str, Any]:
     """All numbers for one card: bytes, seconds, hours; `settings` are the recipe's own and what would fit."""
     largest = max(trainings, key=lambda one: costs.peak(costs.device_parts(one.job, one.policy)))
+    card = replace(card, memory_gib=min(card.memory_gib, config.memory.gib or math.inf))
     job, budget, host = largest.job, card.memory_gib * GIB, given.ram * GIB
     choice = costs.choose(job, card, budget, host)
     smaller = None if choice.best else costs.relieved(job, card, budget, host)
@@ -76,7 +77,8 @@ def plan_for(config: Config, trainings: Sequence[Training], card: Card, given: a
         "tokens": job.tokens, "rows": job.batch.rows, "trainable": job.numbers, "fits": choice.best is not None,
         "settings": {name: setting(policy, trainings, job, card, given) for name, policy in policies.items()},
         "relief": relief(smaller),
-        "cache": costs.encoding_parts(job.variant, job.batch.bucket, job.itemsize),
+        "cache": costs.encoding_phases(job.variant, job.batch.bucket, job.itemsize, config.memory.encoders.name,
+                                       4 if config.memory.vae is VaeDtype.float32 else 2),
         "disk": {"cache, a clip": costs.cache_bytes(job.variant, job.batch.bucket, job.itemsize),
                  "a checkpoint": costs.checkpoint_bytes(job),
                  "checkpoints": sum(costs.checkpoint_bytes(one.job) for one in trainings)
@@ -133,7 +135,8 @@ def told(config: Config, plan: Mapping[str, Any], arguments: Sequence[str]) -> s
         lines += ["nothing fits as it is", *relief_lines(plan)]
     step = own["step"]
     lines += ["", f"a step       {step['tokens']:,} tokens and {step['flops'] / 1e15:.3g} PFLOP on each GPU",
-              "cache        " + summed(plan["cache"]), "host memory  " + summed((best or own)["host"]),
+              *(f"cache, {name} {summed(parts)}" for name, parts in plan["cache"].items()),
+              "host memory  " + summed((best or own)["host"]),
               f"disk         cache {plan['disk']['cache, a clip'] / 2**20:,.1f} MiB for a clip; checkpoints "
               f"{gib(plan['disk']['checkpoints'])}, {gib(plan['disk']['a checkpoint'])} each",
               f"next: {shlex.join(['wantrain', 'train', *arguments, *(best or plan['relief'] or own)['overrides']])}"]

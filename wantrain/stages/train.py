@@ -27,7 +27,7 @@ from wantrain.recipe.heldout import open_validation
 from wantrain.recipe.recipe import Recipe, more_steps_done, open_recipe, training_faults
 from wantrain.recipe.run import run_fingerprint
 from wantrain.recipe.samples import Cached, Encode, Encoder, Streamed, prepare_texts, sample_of
-from wantrain.recipe.training import Training, advised_if_memory_ends, prepare, resume, save, start_run
+from wantrain.recipe.training import Training, advised_if_memory_ends, prepare, resume, save, start_run, tell_memory
 from wantrain.terms import Batch, Interrupted, UserError
 
 LEFT_AFTER_S = 600.0
@@ -168,6 +168,7 @@ def train(training: Training, source: Encode, stopper: Stopper) -> None:
         save(training)
     work.report(training.rendezvous, recipe.run_dir / "processes.json", training.device,
                 training.accelerator.is_main_process)
+    tell_memory(training)
 
 
 def num_tokens(training: Training, micro_batches: Sequence[Batch]) -> int:
