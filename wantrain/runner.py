@@ -29,7 +29,7 @@ from wantrain.engine import checkpoint, launch
 from wantrain.engine.rendezvous import LONGEST_S, Rendezvous
 from wantrain.files import digest_file, digest_text, write_json
 from wantrain.recipe.clips import Clips, evaluation_faults, open_clips
-from wantrain.recipe.costing import job_of, largest_bucket, policy_of
+from wantrain.recipe.costing import Room, job_of, largest_bucket, policy_of
 from wantrain.recipe.draft import is_tiny, tokens_that_fit
 from wantrain.recipe.recipe import Recipe, open_recipe
 from wantrain.recipe.sampler import lora_files, sampler_settings
@@ -251,7 +251,8 @@ def planned_step_s(job: Job) -> float | None:
         return None
     planned = job_of(own, largest_bucket(own), num_processes)
     at_once = own.train.micro_batch_size * max(1, num_processes // own.train.sequence_parallel)
-    return costs.step(planned, policy_of(own, planned), card, max(1, own.data.batch_size // at_once)).seconds
+    policy = policy_of(own, planned, Room(card, card.memory_gib * costs.GIB))
+    return costs.step(planned, policy, card, max(1, own.data.batch_size // at_once)).seconds
 
 
 def told_time(seconds: float) -> str:

@@ -35,27 +35,37 @@ class Choice:
     smaller: Candidate | None
 
 
-def policies(job: Job, may_mix: bool) -> Iterator[MemoryPolicy]:
-    """Every policy that is weighed, those that change least first.
-
-    With `may_mix`, which no key of the config says, blocks may keep differently: then those that keep more are the
-    last, whose backward pass comes first.
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """What of a policy is set already; None is free. With `may_mix`, which no key of the config says, blocks may keep
+    differently: then those that keep more are the last, whose backward pass comes first.
     """
-    size = job.num_blocks
+
+    base: str | None = None
+    keep: str | None = None
+    swap: int | None = None
+    offload: bool | None = None
+    may_mix: bool = False
+
+
+def policies(job: Job, fixed: Fixed) -> Iterator[MemoryPolicy]:
+    """Every policy that is weighed, those that change least first."""
+    size, can_move = job.num_blocks, job.block.is_lora
     eighths = sorted({round(size * n / 8) for n in range(9)})
     mixed = [(less,) * (size - n) + (more,) * n for more, less in itertools.pairwise(job.keeps) for n in eighths]
-    keeps = dict.fromkeys([*((keep,) * size for keep in job.keeps), *(mixed if may_mix else ())])
-    bases = ("dtype", *(FORM_BYTES if job.adapter.kind != "dora" else ()))
-    can_move = job.block.is_lora
-    for base, keep, swap in itertools.product(bases, keeps, eighths if can_move else [0]):
-        for offload in (False, True)[:1 + can_move]:
-            yield MemoryPolicy(base, keep, swap, offload)
+    whole = [(keep,) * size for keep in ([fixed.keep] if fixed.keep else job.keeps)]
+    keeps = dict.fromkeys([*whole, *(mixed if fixed.may_mix and not fixed.keep else ())])
+    bases = (fixed.base,) if fixed.base else ("dtype", *(FORM_BYTES if job.adapter.kind != "dora" else ()))
+    swaps = (eighths if can_move else [0]) if fixed.swap is None else [fixed.swap]
+    offloads = (False, True)[:1 + can_move] if fixed.offload is None else (fixed.offload,)
+    for base, keep, swap, offload in itertools.product(bases, keeps, swaps, offloads):
+        yield MemoryPolicy(base, keep, swap, offload)
 
 
-def frontier(job: Job, card: Card, host_bytes: float, may_mix: bool) -> list[Candidate]:
+def frontier(job: Job, card: Card, host_bytes: float, fixed: Fixed) -> list[Candidate]:
     """The policies within the host's memory of which no other is as fast and as small, the fastest first."""
     every = [Candidate(policy, peak(device_parts(job, policy)), micro_step_s(job, policy, card))
-             for policy in policies(job, may_mix) if peak(host_parts(job, policy)) <= host_bytes]
+             for policy in policies(job, fixed) if peak(host_parts(job, policy)) <= host_bytes]
     kept: list[Candidate] = []
     for one in sorted(every, key=lambda candidate: (candidate.seconds, candidate.nbytes)):
         if not kept or one.nbytes < kept[-1].nbytes:
@@ -63,9 +73,10 @@ def frontier(job: Job, card: Card, host_bytes: float, may_mix: bool) -> list[Can
     return kept
 
 
-def choose(job: Job, card: Card, budget_bytes: float, host_bytes: float = HOST_BYTES, may_mix: bool = False) -> Choice:
+def choose(job: Job, card: Card, budget_bytes: float, host_bytes: float = HOST_BYTES, fixed: Fixed | None = None
+           ) -> Choice:
     """The fastest policy within the budgets of device and host memory by the model of time, with its neighbours."""
-    candidates = frontier(job, card, host_bytes, may_mix)
+    candidates = frontier(job, card, host_bytes, fixed or Fixed())
     place = next((i for i, one in enumerate(candidates) if one.nbytes <= budget_bytes), None)
     if place is None:
         return Choice(None, None, candidates[-1] if candidates else None)
@@ -73,11 +84,11 @@ def choose(job: Job, card: Card, budget_bytes: float, host_bytes: float = HOST_B
                   candidates[place + 1] if place + 1 < len(candidates) else None)
 
 
-def relieved(job: Job, card: Card, budget_bytes: float, host_bytes: float = HOST_BYTES, may_mix: bool = False
+def relieved(job: Job, card: Card, budget_bytes: float, host_bytes: float = HOST_BYTES, fixed: Fixed | None = None
              ) -> tuple[list[str], Choice] | None:
     """The settings of the least change that makes a job fit, and what is chosen then. None where no change does."""
     for settings, smaller in shrunk(job):
-        if (choice := choose(smaller, card, budget_bytes, host_bytes, may_mix)).best:
+        if (choice := choose(smaller, card, budget_bytes, host_bytes, fixed)).best:
             return settings, choice
     return None
 

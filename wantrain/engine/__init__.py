@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,11 @@ def offloads_optimizer(accelerator: Accelerator) -> bool:
         return False
     zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
     return zero.get("offload_optimizer", {}).get("device", "none") != "none"
+
+
+def host_bytes() -> float:
+    """Memory of this machine that a training may take: three quarters of it all."""
+    return 0.75 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def peak_memory_gib(device: torch.device) -> float:

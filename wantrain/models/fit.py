@@ -84,10 +84,11 @@ def _checkpoint(transformer: WanTransformer3DModel, memory: BlockMemory) -> None
         "diffusers' blocks. Allowed there:"
     if memory.offload:
         raise UserError(f"memory.offload = true: {others} false", "set memory.offload=false")
-    if memory.keep == "inputs":
+    keeps = {memory.keep} if isinstance(memory.keep, str) else set(memory.keep)
+    if keeps == {"inputs"}:
         transformer.enable_gradient_checkpointing()
-    elif memory.keep != "all":
-        raise UserError(f"memory.keep = {memory.keep}: {others} all, inputs",
+    elif keeps != {"all"}:
+        raise UserError(f"memory.keep = {', '.join(sorted(keeps))}: {others} all, inputs",
                         "set memory.keep=inputs, or memory.keep=all")
 
 

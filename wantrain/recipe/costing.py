@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass
+
 from wantrain import costs
 from wantrain.config import Config, Dtype, Keep, variant_of
 from wantrain.data.buckets import buckets
@@ -27,14 +30,36 @@ def job_of(config: Config, bucket: Bucket, num_processes: int) -> costs.Job:
                      asks_base)
 
 
-def policy_of(config: Config, job: costs.Job, on_cpu: bool = False) -> costs.MemoryPolicy:
-    """How the config saves memory."""
-    return costs.MemoryPolicy(config.memory.base.name, (keep_of(config, on_cpu),) * job.num_blocks,
-                              config.memory.swap, config.memory.offload)
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a training may take: bytes of device and of host memory, and the card whose speed decides."""
+
+    card: costs.Card
+    device_bytes: float
+    host_bytes: float = costs.HOST_BYTES
 
 
-def keep_of(config: Config, on_cpu: bool) -> str:
-    """What each block keeps for the backward pass."""
-    if config.memory.keep is not Keep.auto:
-        return config.memory.keep.name
-    return "all" if on_cpu else "inputs"
+def policy_of(config: Config, job: costs.Job, room: Room | None, can_move: bool = True) -> costs.MemoryPolicy:
+    """How the training saves memory: what the config sets, and for the rest the fastest that fits the room (where
+    nothing does, what needs least). Without a room nothing is saved that is not asked for.
+
+    With `can_move` false, weights and kept tensors cannot wait on the host. What is chosen changes no number: so the
+    form of the base is never chosen.
+    """
+    own = config.memory
+    keep = None if own.keep is Keep.auto else own.keep.name
+    swap, offload = (own.swap, own.offload) if can_move else (own.swap or 0, own.offload or False)
+    if room is None:
+        return costs.MemoryPolicy(own.base.name, (keep or "all",) * job.num_blocks, swap or 0, offload or False)
+    fixed = costs.Fixed(own.base.name, keep, swap, offload, may_mix=can_move and job.block.is_lora)
+    choice = costs.choose(job, room.card, room.device_bytes, room.host_bytes, fixed)
+    found = choice.best or choice.smaller
+    return found.policy if found else policy_of(config, job, None)
+
+
+def told(policy: costs.MemoryPolicy) -> str:
+    """A policy in words, e.g. `base int8, of 40 blocks 30 keep inputs and 10 attention, 35 wait on the host`."""
+    keeps = " and ".join(f"{number} keep {keep}" for keep, number in Counter(policy.keep).items())
+    swap = f", {policy.swap} wait on the host" if policy.swap else ""
+    offload = ", what they keep waits there too" if policy.offload else ""
+    return f"base {policy.base}, of {len(policy.keep)} blocks {keeps}{swap}{offload}"

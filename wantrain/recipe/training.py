@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import secrets
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 import torch
@@ -23,9 +24,10 @@ from wantrain.metrics import Trackers
 from wantrain.models import fit, hub, quantised, sequence
 from wantrain.models.base import expert_path
 from wantrain.models.block import BlockMemory
+from wantrain.models.loading import free_bytes
 from wantrain.models.lora_updates import read_given
 from wantrain.recipe.clips import Clips
-from wantrain.recipe.costing import job_of, keep_of, policy_of
+from wantrain.recipe.costing import Room, job_of, policy_of, told
 from wantrain.recipe.recipe import Recipe
 from wantrain.recipe.run import record_of, write_header
 from wantrain.terms import Batch, UserError
@@ -41,6 +43,7 @@ class Training:
     recipe: Recipe
     clips: Clips
     accelerator: Accelerator
+    memory: costs.MemoryPolicy
     rendezvous: Rendezvous
     model: torch.nn.Module
     optimizer: Any
@@ -71,7 +74,8 @@ class Training:
 
 
 @contextlib.contextmanager
-def advised_if_memory_ends(recipe: Recipe, clips: Clips, accelerator: Accelerator) -> Iterator[None]:
+def advised_if_memory_ends(recipe: Recipe, clips: Clips, accelerator: Accelerator, policy: costs.MemoryPolicy
+                           ) -> Iterator[None]:
     """In the block, running out of memory is a UserError that says how much was used and what needs less."""
     try:
         yield
@@ -80,10 +84,9 @@ def advised_if_memory_ends(recipe: Recipe, clips: Clips, accelerator: Accelerato
             raise
         peak_gib, why = engine.peak_memory_gib(accelerator.device), str(error).partition("\n")[0]
         px, micro_batch_size = recipe.variant.multiple_px, recipe.config.train.micro_batch_size
-        bucket = costs.largest_bucket(clips.planned, px)
-        job = job_of(recipe.config, bucket, accelerator.num_processes)
-        on_cpu = accelerator.device.type == "cpu"
-        offers = costs.savers(job, policy_of(recipe.config, job, on_cpu), engine.zero_stage(accelerator), not on_cpu)
+        job = largest_job(recipe, clips, accelerator)
+        bucket, on_cpu = job.batch.bucket, accelerator.device.type == "cpu"
+        offers = costs.savers(job, policy, engine.zero_stage(accelerator), not on_cpu)
         raise UserError(
             f"out of memory, with {peak_gib:.1f} GiB in use at the most: {why}; the largest "
             f"clips are {bucket} ({bucket.num_tokens(px):,} tokens), {micro_batch_size} at once",
@@ -99,28 +102,57 @@ def prepare(recipe: Recipe, clips: Clips) -> Training:
         sequence.check(recipe.variant, num_parts, lengths)
     accelerator = launch.start(config.data.batch_size, config.train.micro_batch_size, sequence_parallel=num_parts,
                                max_grad_norm=optim.max_grad_norm, timeout_s=config.train.stall_timeout_s)
-    with advised_if_memory_ends(recipe, clips, accelerator):
-        return loaded(recipe, clips, accelerator)
+    policy = memory_policy(recipe, clips, accelerator)
+    with advised_if_memory_ends(recipe, clips, accelerator, policy):
+        return loaded(recipe, clips, accelerator, policy)
 
 
-def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator) -> Training:
+def largest_job(recipe: Recipe, clips: Clips, accelerator: Accelerator) -> costs.Job:
+    """The training as far as costs go, at its largest clips."""
+    bucket = costs.largest_bucket(clips.planned, recipe.variant.multiple_px)
+    return job_of(recipe.config, bucket, accelerator.num_processes)
+
+
+def memory_policy(recipe: Recipe, clips: Clips, accelerator: Accelerator) -> costs.MemoryPolicy:
+    """How this training saves memory, which is said where it was chosen; equal in all processes."""
+    config, device, job = recipe.config, accelerator.device, largest_job(recipe, clips, accelerator)
+    gib = config.memory.gib
+    free = free_bytes(device, gib)
+    policy = policy_of(config, job, None)
+    if math.isfinite(free):
+        total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else free
+        card = costs.card_of(f"{total / costs.GIB:.1f}gb")
+        if device.type == "cuda":
+            with contextlib.suppress(UserError):  # one that nobody wrote down: the speed of a common card of its size
+                card = costs.card_of(torch.cuda.get_device_name(device))
+        room = Room(card, free, engine.host_bytes() / accelerator.num_processes)
+        can_move = not engine.is_deepspeed(accelerator) and not engine.is_fsdp(accelerator)
+        policy = policy_of(config, job, room, can_move)
+        if accelerator.is_main_process:
+            planned = costs.peak(costs.device_parts(job, policy))
+            print(f"memory: {told(policy)}; by the plan {planned / costs.GIB:.2f} of {free / costs.GIB:.2f} GiB"
+                  + ("" if planned <= free else ": it may not fit, wantrain plan says what would"))
+    return policy
+
+
+def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator, policy: costs.MemoryPolicy) -> Training:
     """The part of `prepare` that takes memory: load the base, inject the adapter, make the optimizer."""
     config, optim, own = recipe.config, recipe.config.optim, recipe.config.train
     rendezvous = Rendezvous(own.stall_timeout_s)
     optimizers.check(accelerator, optim.name.name)
-    refuse_memory(accelerator, recipe.base_form, config.memory.swap)
+    refuse_memory(accelerator, recipe.base_form, policy.swap)
     start = None
     if config.lora.start_from:
         start = read_given(hub.local(expert_path(config.lora.start_from, recipe.base.expert)), recipe.base.expert)
-    swap, keep = config.memory.swap, keep_of(config, accelerator.device.type == "cpu")
-    transformer = recipe.base.transformer(recipe.dtype, engine.loading_device(accelerator, through_host=swap > 0),
+    device = engine.loading_device(accelerator, through_host=policy.swap > 0)
+    transformer = recipe.base.transformer(recipe.dtype, device,
                                           engine.shard_parameter(accelerator), recipe.base_form)
     errors = quantised.relative_errors(transformer)
     if errors and accelerator.is_main_process:
         print(quantised.told(errors, recipe.base_form))
     modules = fit.fit(transformer, accelerator.device,
                       fit.NewAdapter(config.lora.targets, recipe.adapter_spec, own.seed, start),
-                      memory=BlockMemory(keep, swap, config.memory.offload),
+                      memory=BlockMemory(policy.keep, policy.swap, policy.offload),
                       is_divided=bool(engine.divides(accelerator)), sequence_parallel=own.sequence_parallel)
     record = record_of(recipe, clips, lora.scales(transformer))
     groups = optimizers.groups(lora.trainable_parameters(transformer),
@@ -129,11 +161,11 @@ def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator) -> Training:
     with rendezvous.guarded():
         model, optimizer = accelerator.prepare(transformer, optimizers.make(
             optim.name.name, groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay),
-            device_placement=[not swap, True] if swap else None)
+            device_placement=[False, True] if policy.swap else None)
     ema = None if optim.ema_decay is None else Ema(accelerator, model, optim.ema_decay)
     writer = Writer(recipe.checkpoints, own.stall_timeout_s / 2)  # others wait meanwhile
-    return Training(recipe, clips, accelerator, rendezvous, model, optimizer, ema, modules, errors, Progress(), writer,
-                    record, Trackers())
+    return Training(recipe, clips, accelerator, policy, rendezvous, model, optimizer, ema, modules, errors, Progress(),
+                    writer, record, Trackers())
 
 
 def refuse_memory(accelerator: Accelerator, form: str, swap: int) -> None:
@@ -195,14 +227,13 @@ def tell_memory(training: Training) -> None:
     recipe, device = training.recipe, training.device
     if not training.accelerator.is_main_process:
         return
-    bucket = costs.largest_bucket(training.clips.planned, recipe.variant.multiple_px)
-    job = job_of(recipe.config, bucket, training.accelerator.num_processes)
-    parts = costs.device_parts(job, policy_of(recipe.config, job, device.type == "cpu"))
+    parts = costs.device_parts(largest_job(recipe, training.clips, training.accelerator), training.memory)
     planned, measured = costs.in_tensors(parts) / costs.GIB, engine.peak_memory_gib(device)
     path = recipe.run_dir / "run.json"
     of = "tensors of the device" if device.type == "cuda" else "the whole process"
     write_json(path, {**json.loads(path.read_text()),
-                      "memory": {"planned_gib": planned, "peak_gib": measured, "peak_is_of": of}})
+                      "memory": {"policy": asdict(training.memory), "planned_gib": planned, "peak_gib": measured,
+                                 "peak_is_of": of}})
     if device.type == "cuda":
         print(f"device memory: {measured:.2f} GiB at the most, {planned:.2f} by the plan")
 

@@ -13,7 +13,7 @@ from typing import Any
 from wantrain import costs
 from wantrain.config import Config, Dtype, VaeDtype, expert_config, experts_of
 from wantrain.costs import GIB, Card, Choice, Job, MemoryPolicy
-from wantrain.recipe.costing import job_of, largest_bucket, policy_of
+from wantrain.recipe.costing import Room, job_of, largest_bucket, policy_of
 from wantrain.terms import UserError
 
 BAR_WIDTH = 40
@@ -24,8 +24,8 @@ class Training:
     """One transformer's training: its name (an expert, or empty), job, own policy, steps and micro-steps in each."""
 
     name: str
+    config: Config
     job: Job
-    policy: MemoryPolicy
     num_steps: int
     num_micro_steps: int
 
@@ -59,19 +59,21 @@ def trainings_of(config: Config, num_gpus: int) -> list[Training]:
                             f"{own.train.sequence_parallel}: each GPU (or group that shares clips) takes as many "
                             "samples", f"data.batch_size={max(groups, 1) * own.train.micro_batch_size}")
         job = job_of(own, bucket, num_gpus)
-        found.append(Training(expert or "", job, policy_of(own, job), own.train.num_steps,
+        found.append(Training(expert or "", own, job, own.train.num_steps,
                               own.data.batch_size // at_once))
     return found
 
 
 def plan_for(config: Config, trainings: Sequence[Training], card: Card, given: argparse.Namespace) -> dict[str, Any]:
     """All numbers for one card: bytes, seconds, hours; `settings` are the recipe's own and what would fit."""
-    largest = max(trainings, key=lambda one: costs.peak(costs.device_parts(one.job, one.policy)))
     card = replace(card, memory_gib=min(card.memory_gib, config.memory.gib or math.inf))
-    job, budget, host = largest.job, card.memory_gib * GIB, given.ram * GIB
+    budget, host = card.memory_gib * GIB, given.ram * GIB
+    own = {one.name: policy_of(one.config, one.job, Room(card, budget, host)) for one in trainings}
+    largest = max(trainings, key=lambda one: costs.peak(costs.device_parts(one.job, own[one.name])))
+    job = largest.job
     choice = costs.choose(job, card, budget, host)
     smaller = None if choice.best else costs.relieved(job, card, budget, host)
-    policies = {"as the recipe says": largest.policy, **named(choice)}
+    policies = {"as the recipe says": own[largest.name], **named(choice)}
     return {
         "variant": job.variant.name, "card": asdict(card), "gpus": given.gpus, "bucket": str(job.batch.bucket),
         "tokens": job.tokens, "rows": job.batch.rows, "trainable": job.numbers, "fits": choice.best is not None,

@@ -113,7 +113,7 @@ def tell_mirror(writer: Writer) -> None:
 def train_one(recipe: Recipe, clips: Clips, cached: Cached | None, another_follows: bool) -> None:
     """One adapter on one transformer. Raises Interrupted."""
     training = prepare(recipe, clips)
-    with (training.rendezvous.guarded(), advised_if_memory_ends(recipe, clips, training.accelerator),
+    with (training.rendezvous.guarded(), advised_if_memory_ends(recipe, clips, training.accelerator, training.memory),
           Stopper() as stopper):
         resume(training)
         start_run(training)

@@ -158,21 +158,22 @@ class Memory(Section):
     """How the Linears of the frozen transformer are stored: dtype (model.dtype), int8 or fp8 (a byte a weight)."""
     keep: Keep = Keep.auto
     """What each block keeps for the backward pass: all, attention (its answer, and the block's input) or inputs; what
-    is not kept is computed again, with equal numbers. auto: the most that fits, everything on a CPU."""
-    swap: IntFrom0 = 0
-    """How many blocks wait in host memory, and come to the device one ahead of their turn: equal numbers."""
-    offload: bool = False
-    """Whether what blocks keep waits in host memory until their backward pass: equal numbers."""
+    is not kept is computed again, with equal numbers. auto: with swap and offload the fastest that fits gib."""
+    swap: IntFrom0 | None = None
+    """How many blocks wait in host memory and come to the device one ahead of their turn: equal numbers; null: auto."""
+    offload: bool | None = None
+    """Whether what blocks keep waits in host memory until their backward pass: equal numbers; null: auto."""
     encoders: BaseForm = BaseForm.dtype
     """How the Linears of umT5 and CLIP are stored, which encode texts and images: as memory.base says."""
     vae: VaeDtype = VaeDtype.float32
     """Storage and arithmetic of the VAE: float32 as the official code, bfloat16, or float16 (nearer, may overflow)."""
     gib: FloatAbove0 | None = None
-    """Memory of the device to stay within, in GiB, null for all of it; the VAE takes large pictures in tiles."""
+    """Memory of the device to stay within, in GiB; null: what the card has free, and no limit on a CPU."""
 
     def rules(self, config: Config) -> Iterator[Rule]:
         own = VARIANTS[config.model.variant].architecture
         most = own.num_layers + len(own.vace_layers)
-        yield self.swap <= most, "memory.swap", self.swap, f"at most {most}, the blocks of {config.model.variant}"
+        yield self.swap is None or self.swap <= most, "memory.swap", self.swap, \
+            f"at most {most}, the blocks of {config.model.variant}"
         yield not self.swap or config.lora.kind.name in ("lora", "rslora"), "memory.swap", self.swap, \
             f"0 with lora.kind={config.lora.kind.name}, which is trained through diffusers' blocks"
