@@ -2,6 +2,8 @@
 for each task with its own steps and shift.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
@@ -11,7 +13,6 @@ from tests.solvers import Field, sampled
 from wantrain.config import load
 from wantrain.models import sampling
 from wantrain.models.base import Base
-from wantrain.models.conditioning import Encoders
 from wantrain.models.profiles import FLOW, PROFILES
 from wantrain.models.variants import VARIANTS
 from wantrain.recipe.recipe import Recipe
@@ -189,10 +190,9 @@ def test_the_noise_is_drawn_as_the_tool_draws_it(profile: str, monkeypatch: pyte
     randn = torch.randn
     monkeypatch.setattr(sampling.torch, "randn", lambda *size, **how: drawn.append(how["generator"].device) or randn(
         *size, **how))
-    monkeypatch.setattr(sampling, "encode_text", lambda *_: torch.zeros(4, 8))
-    monkeypatch.setattr(sampling, "decode_latents", lambda vae, latents: latents)
     model = Remembers()
-    pipeline = sampling.Pipeline(VARIANTS["wan21_t2v_1b3"], [model], None, Encoders(None, None), torch.float32)
+    no_vae = SimpleNamespace(vae=SimpleNamespace(device=torch.device("cpu")), frames=lambda latents: latents)
+    pipeline = sampling.Pipeline(VARIANTS["wan21_t2v_1b3"], [model], lambda _: torch.zeros(4, 8), no_vae, torch.float32)
     settings = sampling.Settings(2, (1.0, 1.0), 5.0, Bucket(5, 48, 64), "", 1.0, profile)
     sampling.sample(pipeline, "a square", 42, settings)
     generator = torch.manual_seed(42)
