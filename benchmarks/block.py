@@ -13,17 +13,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from tests.allocations import Allocations
 from wantrain import lora
 from wantrain.lora import Spec
 from wantrain.models.base import WanTransformer3DModel, diffusers_config
@@ -34,36 +31,6 @@ from wantrain.models.variants import VARIANTS
 NUM_BLOCKS, NUM_FRAMES = 2, 4
 VARIANT = VARIANTS["wan21_t2v_1b3"]
 ARCHITECTURE = replace(VARIANT.architecture, num_layers=NUM_BLOCKS)
-
-
-class Alive(TorchDispatchMode):
-    """Counts the bytes of all storages that operations made and that are still there."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-        self._known: dict[int, weakref.ref[Any]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        leaves = tree_leaves((args, kwargs))
-        given = {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, torch.Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self._follow(leaf.untyped_storage(), given)
-        return result
-
-    def _follow(self, storage: torch.UntypedStorage, given: set[int]) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known or key in given:
-            return
-
-        def gone(_: object) -> None:
-            self.bytes -= size
-            del self._known[key]
-
-        self._known[key] = weakref.ref(storage, gone)
-        self.bytes += size
 
 
 def transformer_of(rank: int) -> torch.nn.Module:
@@ -138,9 +105,9 @@ class Blocks:
 
     def kept(self) -> float:
         """What is alive after the forward pass and was not before, in tensors of tokens x width, a block."""
-        with Alive() as alive:
+        with Allocations() as allocations:
             out = self.forward()
-            kept = alive.bytes / (NUM_BLOCKS * self.hidden.nbytes)
+            kept = allocations.alive / (NUM_BLOCKS * self.hidden.nbytes)
         del out
         return kept
 

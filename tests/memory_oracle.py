@@ -7,19 +7,16 @@ themselves is not seen: attention's workspace is costs' own, by the kernel's sou
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from tests.allocations import Allocations
 from wantrain import flow
 from wantrain.lora import Spec
 from wantrain.models.base import WanAnimateTransformer3DModel, WanTransformer3DModel, WanVACETransformer3DModel
@@ -33,48 +30,6 @@ from wantrain.terms import TEXT_LEN, Bucket
 
 CPU = torch.device("cpu")
 CLASSES = {c.__name__: c for c in (WanTransformer3DModel, WanVACETransformer3DModel, WanAnimateTransformer3DModel)}
-
-
-class Allocations(TorchDispatchMode):
-    """In the block, `alive` are the bytes of all storages that operations made and something still refers to, and
-    `peak` the most they ever were.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive = self.peak = 0
-        self._known: dict[int, weakref.ref[Any] | None] = {}
-
-    def count(self, tensors: Any) -> None:
-        """Count the storages of these tensors that are not counted yet."""
-        for tensor in tree_leaves(tensors):
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            storage = tensor.untyped_storage()
-            key, size = storage._cdata, storage.nbytes()
-            if key not in self._known:
-                self._known[key] = weakref.ref(storage, lambda _, key=key, size=size: self._free(key, size))
-                self.alive += size
-                self.peak = max(self.peak, self.alive)
-
-    def elsewhere(self, make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        """A function whose tensors do not count: they are the host's."""
-        def made(*given: Any) -> torch.Tensor:
-            alive, peak = self.alive, self.peak
-            tensor = make(*given)
-            self._known[tensor.untyped_storage()._cdata] = None
-            self.alive, self.peak = alive, peak
-            return tensor
-        return made
-
-    def _free(self, key: int, size: int) -> None:
-        self._known.pop(key, None)
-        self.alive -= size
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.count(result)
-        return result
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
+from tests.allocations import Allocations
 from tests.conftest import moving_square
-from tests.counted_memory import Allocations
 from wantrain.models import base, encode, sizes, vae
 from wantrain.models.variants import VARIANTS
 from wantrain.terms import Bucket

@@ -1,0 +1,50 @@
+"""How much memory a computation holds, by following every storage that an operation makes.
+
+Works on tensors without memory too (fake ones, and the meta device), so that full-size models can be counted on any
+machine. What a GPU's library takes inside one operation, e.g. a convolution's workspace, is not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Allocations(TorchDispatchMode):
+    """In the block, `alive` are the bytes of all storages that operations made there and something still refers to, and
+    `peak` the most they ever were. What was there before counts when it is given to `count`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def count(self, tensors: Any) -> None:
+        """Count the storages of these tensors that are not counted yet."""
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, torch.Tensor):
+                self._follow(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
+
+    def _follow(self, storage: torch.UntypedStorage, size: int) -> None:
+        key = storage._cdata
+        if key not in self._known:
+            self._known[key] = weakref.ref(storage, lambda _: self._free(key, size))
+            self.alive += size
+            self.peak = max(self.peak, self.alive)
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.pop(key, None)
+        self.alive -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, torch.Tensor):
+                self._follow(tensor.untyped_storage(), 0)  # was there before
+        result = func(*args, **(kwargs or {}))
+        self.count(result)
+        return result
