@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from tests import memory_oracle
-from wantrain import costs, lora
+from wantrain import config, costs, lora
 from wantrain.costs import adapter, seconds
 from wantrain.models.variants import VARIANTS
+from wantrain.recipe import costing
 from wantrain.terms import Bucket, UserError
 
 NATIVE = Bucket(81, 480, 832)
@@ -216,3 +217,22 @@ def test_where_memory_ends_on_a_gpu_blocks_may_wait_in_host_memory():
     dora = job("wan21_t2v_14b", kind="dora", itemsize=4)
     told = [one.setting for one in costs.savers(dora, policy(dora, keep="all"), on_gpu=True)]
     assert told[:3] == ["memory.keep=inputs", "model.dtype=bfloat16", "data.max_tokens_per_clip=24570"]
+
+
+def config_of(*overrides):
+    return config.load(["recipe=anime_1b3", "model=wan21_t2v_14b", *overrides])
+
+
+def test_what_the_config_sets_is_kept_and_the_rest_is_chosen_to_fit():
+    own = config_of()
+    job_ = costing.job_of(own, costing.largest_bucket(own), 1)
+    room = costing.Room(costs.CARDS["rtx4090"], 24 * costs.GIB)
+    assert costing.policy_of(own, job_, None) == costs.MemoryPolicy("dtype", ("all",) * 40)
+    free = costing.policy_of(own, job_, room)
+    assert costs.peak(costs.device_parts(job_, free)) <= 24 * costs.GIB
+    assert free.base == "dtype"  # another form would change the numbers
+    held = costing.policy_of(config_of("memory.swap=13", "memory.base=int8", "memory.keep=inputs"), job_, room)
+    assert (held.swap, held.base, set(held.keep)) == (13, "int8", {"inputs"})
+    still = costing.policy_of(own, job_, room, can_move=False)
+    assert (still.swap, still.offload, len(set(still.keep))) == (0, False, 1)
+    assert costing.told(held).startswith("base int8, of 40 blocks 40 keep inputs, 13 wait on the host")

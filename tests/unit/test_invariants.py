@@ -130,11 +130,22 @@ def test_validation_moves_nothing(plain, trained):
     assert [line["step"] for line in lines(validated) if "validation_loss" in line] == [2, 4]
 
 
-@pytest.mark.parametrize("setting", ["keep=attention", "keep=inputs", "swap=1", "offload=true"])
+@pytest.mark.parametrize("setting", ["keep=attention", "keep=inputs", "swap=1", "offload=true", "gib=0.81"])
 def test_how_memory_is_saved_changes_no_number(plain, trained, setting):
     spared = trained(setting, f"memory.{setting}")
     assert losses(plain) == losses(spared)
     assert same_bits(state(plain)[1], state(spared)[1])
+
+
+def test_what_is_chosen_for_a_budget_is_said_and_kept(trained, capsys):
+    run = trained("budget", "memory.gib=0.81", "memory.swap=2")
+    assert "memory: base dtype, of 6 blocks" in capsys.readouterr().out
+    memory = json.loads((run / "run.json").read_text())["memory"]
+    assert memory["policy"]["swap"] == 2
+    assert len(memory["policy"]["keep"]) == 6
+    assert memory["planned_gib"] > 0
+    assert memory["peak_gib"] > 0
+
 
 
 def test_the_model_is_told_1000_sigma_and_the_noisy_latents_of_that_sigma(wantrain, arguments, cached):
