@@ -14,19 +14,12 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import gather_params_ctx
 
+from wantrain.targets import matched, matching
 from wantrain.terms import UserError
 
 ADAPTER = "default"
 MAGNITUDE = "lora_magnitude_vector"
 """PEFT's word for DoRA's magnitudes [out]."""
-
-_ATTENTION = r"(vace_)?blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0|add_k_proj|add_v_proj)"
-TARGET_PRESETS: dict[str, tuple[str, ...]] = {
-    "attn": (_ATTENTION,),
-    "attn_ffn": (_ATTENTION, r"(vace_)?blocks\.\d+\.ffn\.(net\.0\.proj|net\.2)"),
-    "all_linear": (r".*",),
-}
-"""Names of target sets, each a list of regular expressions over diffusers module names (full match)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,24 +77,8 @@ def match_targets(transformer: torch.nn.Module, targets: Sequence[str]) -> list[
 
     Raises UserError when any pattern matches nothing: a typo must not train something else.
     """
-    linears = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
-    matched: set[str] = set().union(*(_matching(linears, target, "lora.targets") for target in targets))
-    return [name for name in linears if name in matched]
-
-
-def _matching(names: Sequence[str], target: str, key: str) -> set[str]:
-    """The names that one preset or regular expression matches. Raises UserError when none does."""
-    try:
-        found = {name for name in names if any(re.fullmatch(p, name) for p in TARGET_PRESETS.get(target, (target,)))}
-    except re.error as error:
-        raise UserError(f"{key}: {target!r} is not a regular expression: {error}", "mend the pattern") from error
-    if not found:
-        raise UserError(
-            f"{key}: {target!r} matches no Linear here. Allowed: a preset ({', '.join(TARGET_PRESETS)}) or a regular "
-            f"expression over names such as {', '.join(names[:3])}",
-            "use a preset, e.g. lora.targets=[attn_ffn]" if key == "lora.targets" else f"mend the pattern of {key}",
-        )
-    return found
+    return matched([name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)],
+                   targets)
 
 
 def inject(transformer: torch.nn.Module, targets: Sequence[str], spec: Spec, seed: int) -> list[str]:
@@ -131,7 +108,7 @@ def inject(transformer: torch.nn.Module, targets: Sequence[str], spec: Spec, see
 
 def _by_name(names: Sequence[str], patterns: Mapping[str, Any], key: str) -> dict[str, Any]:
     """PEFT's patterns, one for each module that ours match."""
-    return {re.escape(name): value for target, value in patterns.items() for name in _matching(names, target, key)}
+    return {re.escape(name): value for target, value in patterns.items() for name in matching(names, target, key)}
 
 
 def trainable_parameters(transformer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -148,7 +125,7 @@ def lr_factors(transformer: torch.nn.Module, b_factor: float, patterns: Mapping[
     leaves = _by_module(trainable_parameters(transformer))
     chosen = dict.fromkeys(leaves, 1.0)
     for target, factor in patterns.items():
-        chosen |= dict.fromkeys(_matching(list(leaves), target, "optim.lr_factors"), factor)
+        chosen |= dict.fromkeys(matching(list(leaves), target, "optim.lr_factors"), factor)
     return {name: chosen[found["module"]] * (b_factor if found["leaf"] == "lora_B" else 1.0)
             for name, found in ((name, _parsed(name)) for name in trainable_parameters(transformer))}
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from tests.conftest import write_clips
-from wantrain.data import manifest, plan
+from wantrain.data import manifest
+from wantrain.data.buckets import buckets
 from wantrain.terms import UserError
 
 
@@ -77,5 +78,5 @@ def test_a_missing_source_names_its_key(tmp_path):
 
 def test_a_size_off_the_grid_is_refused_with_the_nearest():
     with pytest.raises(UserError, match="multiple of 16") as caught:
-        plan.buckets([5], [[40, 50]], 16)
+        buckets([5], [[40, 50]], 16)
     assert "[32, 48]" in caught.value.next_step

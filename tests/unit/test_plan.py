@@ -19,6 +19,7 @@ from tests import odd_files
 from tests.conftest import moving_square
 from wantrain import cli, journal, pictures
 from wantrain.data import decode, media, plan
+from wantrain.data.buckets import buckets
 from wantrain.data.plan import Rules
 from wantrain.jobs import Ending, Failure, in_workers
 from wantrain.terms import Bucket, Clip, MediaInfo, UserError
@@ -118,9 +119,9 @@ def test_a_longer_clip_has_a_smaller_picture_within_the_budget(length, rows, col
     size, latent_frames = [rows * multiple, columns * multiple], 1 + (length - 1) // 4
     if budget < latent_frames:
         with pytest.raises(UserError, match=rf"max_tokens_per_clip = {budget} .* {length} frames"):
-            plan.buckets([length], [size], multiple, budget)
+            buckets([length], [size], multiple, budget)
         return
-    bucket, = plan.buckets([length], [size], multiple, budget)
+    bucket, = buckets([length], [size], multiple, budget)
     assert bucket.num_frames == length
     assert bucket.height % multiple == bucket.width % multiple == 0
     assert 0 < bucket.height <= size[0]
@@ -136,7 +137,7 @@ def test_a_longer_clip_has_a_smaller_picture_within_the_budget(length, rows, col
     ([512, 32], 21 * 44, (352, 32)),  # (368, 16) is nearer in aspect by a hair, with half the picture
 ])
 def test_the_smaller_picture_keeps_the_aspect_that_multiples_allow(size, budget, wanted):
-    bucket, = plan.buckets([81], [size], 16, budget)
+    bucket, = buckets([81], [size], 16, budget)
     assert (bucket.height, bucket.width) == wanted
 
 
@@ -146,7 +147,7 @@ def test_the_smaller_picture_is_never_far_from_the_aspect_and_uses_the_budget(le
     latent_frames = 1 + (length - 1) // 4
     area = min(budget // latent_frames, rows * columns)
     hypothesis.assume(area >= 64)
-    bucket, = plan.buckets([length], [[16 * rows, 16 * columns]], 16, budget)
+    bucket, = buckets([length], [[16 * rows, 16 * columns]], 16, budget)
     r, c = bucket.height // 16, bucket.width // 16
     ideal = min(r * columns / rows, c * rows / columns)  # the smaller side decides what one more row or column changes
     assert abs(math.log((r / c) / (rows / columns))) <= 1 / math.floor(ideal)

@@ -9,7 +9,6 @@ docs/facts.md, "Conditioning". Parity with diffusers' pipelines: tests/parity/te
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from transformers import CLIPVisionModel
 
 from wantrain.models.encode import encode_frames, to_pixels
 from wantrain.models.variants import Task, Variant
-from wantrain.terms import WINDOW, Bucket, PlannedClip
+from wantrain.terms import WINDOW, Bucket
 
 Frames = Mapping[str, torch.Tensor]
 """frames_FCHW uint8 by name: first and last (one frame each), control, control_mask, reference, face."""
@@ -31,12 +30,6 @@ Condition = dict[str, torch.Tensor]
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 WHITE = 255
-TOKENS_OF_AN_IMAGE = 257
-"""Of the published CLIP tower: 224 px in patches of 14, and one for all."""
-
-CONDITION_CHANNELS = {"i2v": 20, "flf2v": 20, "control": 16, "vace": 96, "animate": 36}
-"""Channels of the latents that the cache keeps of a window for its task (`encode`)."""
-
 
 @dataclass(frozen=True, slots=True)
 class Encoders:
@@ -180,16 +173,6 @@ def encode_animate(encoders: Encoders, frames: Frames, bucket: Bucket) -> Condit
     return {"channels": torch.cat([known, rest], dim=1), "reference": reference_C1HW,
             "pose": encode_frames(encoders.vae, frames["control"]), "face": frames["face"].movedim(0, 1).contiguous(),
             **encoders.image_tokens(frames["reference"], 1)}
-
-
-def condition_bytes(variant: Variant, planned: PlannedClip) -> int:
-    """About what the cache keeps of a window for its task."""
-    shape_THW, a = variant.latent_THW(planned.bucket), variant.architecture
-    size, channels = math.prod(shape_THW), CONDITION_CHANNELS[variant.task]
-    images = (2 if variant.task == "flf2v" else 1) * (a.image_dim or 0) * TOKENS_OF_AN_IMAGE
-    face = 3 * planned.bucket.num_frames * a.animate.motion_encoder_size ** 2 if a.animate else 0
-    more = (channels + 16) * size // shape_THW[0] if "reference" in planned.partners else 0
-    return 4 * (channels * size + images + more) + face
 
 
 def without_prompt(condition: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from wantrain.config import Config
 from wantrain.data import batches, manifest, media, plan
+from wantrain.data.buckets import buckets
 from wantrain.data.cache import CONDITION, MASK, Cache, Conditioning
 from wantrain.data.folders import Account
 from wantrain.data.plan import Plan
 from wantrain.files import digest_text
 from wantrain.jobs import cores
-from wantrain.models import conditioning
+from wantrain.models import inventory
 from wantrain.models.base import Base
 from wantrain.models.conditioning import media_of_task
 from wantrain.models.variants import Variant
@@ -79,7 +80,7 @@ class Clips:
         for kind, p in self.cache.entries(self.everything, []).values():
             assert isinstance(p, PlannedClip), "no caption was asked for"
             if kind == CONDITION:
-                total += conditioning.condition_bytes(self.variant, p)
+                total += inventory.condition_bytes(self.variant, p.bucket, "reference" in p.partners)
             else:
                 bucket = p.partners["mask"].bucket if kind == MASK else p.bucket
                 total += 4 * math.prod(shape(bucket)) * (1 if kind == MASK else architecture.out_channels)
@@ -111,7 +112,7 @@ def open_clips(recipe: Recipe, arguments: Sequence[str], refuse: bool = True) ->
     heldout = listed[HELDOUT].clips if HELDOUT in listed else []
     refuse_partners(variant, [*training, *heldout])
     infos = media.look_all(plan.files_of(training + heldout), cache.folder, num_workers(config), data.timeout_s)
-    rules = plan.Rules(plan.buckets(data.num_frames, data.resolutions, variant.multiple_px, data.max_tokens_per_clip),
+    rules = plan.Rules(buckets(data.num_frames, data.resolutions, variant.multiple_px, data.max_tokens_per_clip),
                        variant.fps, data.extract.name, data.limits, variant.face_px)
     placed = _without_faults(plan.place(training, infos, rules), cache)
     apart = _without_faults(plan.place(heldout, infos, replace(rules, extract="head", limits={})), cache)

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from wantrain.config import Dtype
-from wantrain.data import decode, media, plan
+from wantrain.data import decode, media
+from wantrain.data.buckets import buckets
 from wantrain.models import conditioning, fit, hub, sampling
 from wantrain.models.base import expert_path
 from wantrain.models.conditioning import media_of_task
@@ -31,7 +32,7 @@ def sampler_settings(recipe: Recipe) -> sampling.Settings:
     """The config's sampler with the variant's numbers where the config has none."""
     own, data, variant = recipe.config.sampler, recipe.config.data, recipe.variant
     height, width = own.resolution or data.resolutions[0]
-    bucket, = plan.buckets([own.num_frames or max(data.num_frames)], [[height, width]], variant.multiple_px)
+    bucket, = buckets([own.num_frames or max(data.num_frames)], [[height, width]], variant.multiple_px)
     return sampling.Settings(
         num_steps=own.num_steps or variant.num_steps,
         guidance=variant.guidance if own.guidance is None else (own.guidance, own.guidance),

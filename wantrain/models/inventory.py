@@ -1,0 +1,131 @@
+"""What there is of a variant, by arithmetic from its row of the variants table: no torch, no file.
+
+Names and shapes of tensors are diffusers'. Sources: docs/facts.md, "Variants"; tests hold them against its own classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from wantrain.models.variants import PATCH, Architecture, Variant
+from wantrain.terms import Bucket
+
+_FLOAT32 = {"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}
+"""Parts of names that diffusers keeps in float32 whatever the dtype (`_keep_in_fp32_modules`)."""
+
+TOKENS_OF_AN_IMAGE = 257
+"""Of the published CLIP tower: 224 px in patches of 14, and one for all."""
+
+_CONDITION_CHANNELS = {"i2v": 20, "flf2v": 20, "control": 16, "vace": 96, "animate": 36}
+"""Channels of the latents that the cache keeps of a window for its task (wantrain.models.conditioning.encode)."""
+
+
+def is_float32(name: str) -> bool:
+    """Whether a tensor stays in float32."""
+    return not _FLOAT32.isdisjoint(name.split("."))
+
+
+def image_tokens(variant: Variant) -> int:
+    """Tokens of CLIP that cross-attention sees beside the text."""
+    return variant.architecture.image_tokens or (TOKENS_OF_AN_IMAGE if variant.architecture.image_dim else 0)
+
+
+def condition_bytes(variant: Variant, bucket: Bucket, has_reference: bool = False) -> int:
+    """About what the cache keeps of a window for its task."""
+    shape_THW, a = variant.latent_THW(bucket), variant.architecture
+    size, channels = math.prod(shape_THW), _CONDITION_CHANNELS.get(variant.task, 0)
+    images = image_tokens(variant) * (a.image_dim or 0)
+    face = 3 * bucket.num_frames * a.animate.motion_encoder_size ** 2 if a.animate else 0
+    more = (channels + 16) * size // shape_THW[0] if has_reference else 0
+    return 4 * (channels * size + images + more) + face
+
+
+def tensors(a: Architecture) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter by name, but for the motion encoder of Animate (a thousandth of it)."""
+    found = dict(_outside(a))
+    for number in range(a.num_layers):
+        found |= _block(f"blocks.{number}", a)
+    for number in range(len(a.vace_layers)):
+        found |= _block(f"vace_blocks.{number}", a)
+        found |= _linear(f"vace_blocks.{number}.proj_out", a.dim, a.dim)
+    if a.vace_layers:
+        found |= _linear("vace_blocks.0.proj_in", a.dim, a.dim)
+    return found
+
+
+def linears(a: Architecture) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of every Linear by module name, as lora.targets matches them."""
+    return {name.removesuffix(".weight"): (shape[1], shape[0]) for name, shape in tensors(a).items()
+            if name.endswith(".weight") and len(shape) == 2}
+
+
+def _linear(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def _norm(name: str, size: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
+
+
+def _patches(name: str, channels: int, dim: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (dim, channels, *PATCH), f"{name}.bias": (dim,)}
+
+
+def _block(name: str, a: Architecture) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {f"{name}.scale_shift_table": (1, 6, a.dim)}
+    for attention in ("attn1", "attn2"):
+        for part in ("to_q", "to_k", "to_v", "to_out.0"):
+            found |= _linear(f"{name}.{attention}.{part}", a.dim, a.dim)
+        found |= {f"{name}.{attention}.norm_{part}.weight": (a.dim,) for part in ("q", "k")}
+    if a.image_dim:
+        for part in ("add_k_proj", "add_v_proj"):
+            found |= _linear(f"{name}.attn2.{part}", a.dim, a.dim)
+        found[f"{name}.attn2.norm_added_k.weight"] = (a.dim,)
+    return {**found, **_norm(f"{name}.norm2", a.dim), **_linear(f"{name}.ffn.net.0.proj", a.dim, a.ffn_dim),
+            **_linear(f"{name}.ffn.net.2", a.ffn_dim, a.dim)}
+
+
+def _outside(a: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """What is in no block."""
+    yield "scale_shift_table", (1, 2, a.dim)
+    yield from _patches("patch_embedding", a.in_channels, a.dim).items()
+    if a.vace_layers:
+        yield from _patches("vace_patch_embedding", a.vace_in_channels, a.dim).items()
+    yield from _linear("proj_out", a.dim, a.out_channels * math.prod(PATCH)).items()
+    own = "condition_embedder"
+    yield from _linear(f"{own}.time_embedder.linear_1", a.freq_dim, a.dim).items()
+    yield from _linear(f"{own}.time_embedder.linear_2", a.dim, a.dim).items()
+    yield from _linear(f"{own}.time_proj", a.dim, 6 * a.dim).items()
+    yield from _linear(f"{own}.text_embedder.linear_1", a.text_dim, a.dim).items()
+    yield from _linear(f"{own}.text_embedder.linear_2", a.dim, a.dim).items()
+    if a.image_dim:
+        image = f"{own}.image_embedder"
+        yield from _norm(f"{image}.norm1", a.image_dim).items()
+        yield from _linear(f"{image}.ff.net.0.proj", a.image_dim, a.image_dim).items()
+        yield from _linear(f"{image}.ff.net.2", a.image_dim, a.dim).items()
+        yield from _norm(f"{image}.norm2", a.dim).items()
+        if a.image_tokens:
+            yield f"{image}.pos_embed", (1, a.image_tokens, a.image_dim)
+    if a.animate:
+        yield from _face(a)
+
+
+def _face(a: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Animate's patches of the pose, face encoder and face adapter."""
+    own = a.animate
+    assert own is not None, "of Animate alone"
+    yield from _patches("pose_patch_embedding", a.out_channels, a.dim).items()
+    hidden, heads = own.face_encoder_hidden_dim, own.face_encoder_num_heads
+    yield "face_encoder.padding_tokens", (1, 1, 1, a.dim)
+    yield "face_encoder.conv1_local.weight", (hidden * heads, own.motion_encoder_dim, 3)
+    yield "face_encoder.conv1_local.bias", (hidden * heads,)
+    for name in ("conv2", "conv3"):
+        yield f"face_encoder.{name}.weight", (hidden, hidden, 3)
+        yield f"face_encoder.{name}.bias", (hidden,)
+    yield from _linear("face_encoder.out_proj", hidden, a.dim).items()
+    for number in range(a.num_layers // own.inject_face_latents_blocks):
+        for part in ("to_q", "to_k", "to_v", "to_out"):
+            yield from _linear(f"face_adapter.{number}.{part}", a.dim, a.dim).items()
+        for part in ("q", "k"):
+            yield f"face_adapter.{number}.norm_{part}.weight", (a.dim // a.num_heads,)
