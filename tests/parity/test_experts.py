@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests.tiny_tasks import official_steps, pipeline, write_a14b
 from wantrain import flow, objective
 from wantrain.config import load
-from wantrain.engine import checkpoint
+from wantrain.engine import saved
 from wantrain.models import base, sampling
 from wantrain.models.lora_formats import read_lora
 from wantrain.models.lora_updates import worst_difference
@@ -179,10 +179,10 @@ def test_one_expert_at_a_time_and_going_on(wantrain, own, tmp_path):
     assert wantrain("train", *own, "model.experts=high") == 0
     run = tmp_path / "run"
     assert not (run / "low").exists()
-    first = checkpoint.steps_on_disk(run / "high" / "checkpoints")[-1].stat().st_mtime_ns
+    first = saved.steps_on_disk(run / "high" / "checkpoints")[-1].stat().st_mtime_ns
     assert wantrain("export", *own, "model.experts=high") == 0
     assert wantrain("train", *own) == 0
-    assert checkpoint.steps_on_disk(run / "high" / "checkpoints")[-1].stat().st_mtime_ns == first
+    assert saved.steps_on_disk(run / "high" / "checkpoints")[-1].stat().st_mtime_ns == first
     assert wantrain("export", *own) == 0
     pair = exported(run)
     template = str(run / "export" / "demo_anime_{expert}_noise.safetensors")

@@ -1,15 +1,18 @@
-"""accelerate and DeepSpeed end in this room. Here: questions about the engine that runs, and what a step asks of it."""
+"""accelerate and DeepSpeed end in this room. Here: questions about the engine that runs, and what a step asks of it.
+
+torch and accelerate are imported by what needs them: `saved`, beside this, tells of checkpoints without.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate import Accelerator as Accelerator
-from accelerate.utils import DistributedType
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator as Accelerator
 
 
 def learning_rate(step: int, peak: float, schedule: str, warmup_steps: int, num_steps: int) -> float:
@@ -29,6 +32,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
     """Whether the flag is up on any process. Every process must call it."""
+    import torch
+
     return bool(accelerator.gather(torch.tensor([float(flag)], device=accelerator.device)).any())
 
 
@@ -43,16 +48,18 @@ def clip_gradients(accelerator: Accelerator, model: torch.nn.Module, max_norm: f
 
 def is_deepspeed(accelerator: Accelerator) -> bool:
     """Whether DeepSpeed is the engine."""
-    return accelerator.distributed_type == DistributedType.DEEPSPEED
+    return accelerator.distributed_type == "DEEPSPEED"
 
 
 def is_fsdp(accelerator: Accelerator) -> bool:
     """Whether FSDP2 is the engine."""
-    return accelerator.distributed_type == DistributedType.FSDP
+    return accelerator.distributed_type == "FSDP"
 
 
 def loading_device(accelerator: Accelerator) -> torch.device:
     """The device to load the base on. FSDP2 takes it block by block from the CPU: no GPU ever holds it whole."""
+    import torch
+
     return torch.device("cpu") if is_fsdp(accelerator) else accelerator.device
 
 
@@ -70,6 +77,7 @@ def shard_parameter(accelerator: Accelerator) -> Callable[[torch.nn.Parameter], 
     if zero_stage(accelerator) < 3:
         return None
     import deepspeed
+    import torch
 
     settings = accelerator.state.deepspeed_plugin.deepspeed_config
     first: Any = None
@@ -96,6 +104,8 @@ def offloads_optimizer(accelerator: Accelerator) -> bool:
 def peak_memory_gib(device: torch.device) -> float:
     """Peak memory so far in GiB: the device's on an accelerator, else the process's resident set."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")
     if status.exists():  # unlike getrusage's, it does not begin with what the launcher had

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from wantrain.config import Config, LoraFormat
-from wantrain.engine.checkpoint import CheckpointStore
+from wantrain.engine.saved import CheckpointStore
 from wantrain.models.variants import VARIANTS, Expert, Variant
 
 

@@ -10,7 +10,7 @@ import torch
 
 from wantrain import flow, lora
 from wantrain.config import BaseForm, Config, Dtype, expert_config
-from wantrain.engine.checkpoint import CheckpointStore, step_of
+from wantrain.engine.saved import CheckpointStore, step_of
 from wantrain.lora import AdapterState, Spec
 from wantrain.models import hub
 from wantrain.models.base import Base, expert_path, find
