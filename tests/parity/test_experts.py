@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tests.tiny_tasks import official_steps, pipeline, write_a14b
 from wantrain import flow, objective
 from wantrain.config import load
+from wantrain.density import share_of_schedule
 from wantrain.engine import saved
 from wantrain.models import base, sampling
 from wantrain.models.lora_formats import read_lora
@@ -100,8 +101,8 @@ def test_draws_over_the_whole_range_are_shared_as_inference_shares_its_schedule(
     whole = replace(density_of(variant, "high"), within=(0.0, 1.0))
     is_high = flow.timestep(flow.sigma_at(u, whole)) >= 1000 * boundary
     assert float(is_high.double().mean()) == pytest.approx(share, abs=0.002)
-    assert flow.share(row.shift, boundary, 1) == pytest.approx(share, abs=5e-4)
-    assert flow.share(row.shift, 0, boundary) == pytest.approx(1 - share, abs=5e-4)
+    assert share_of_schedule(row.shift, boundary, 1) == pytest.approx(share, abs=5e-4)
+    assert share_of_schedule(row.shift, 0, boundary) == pytest.approx(1 - share, abs=5e-4)
 
 
 @pytest.mark.parametrize("variant", [name for name in PUBLISHED if VARIANTS[name].experts])

@@ -14,6 +14,7 @@ from wantrain import cli, flow, lora
 from wantrain import config as schema
 from wantrain.config import load
 from wantrain.data.batches import Order
+from wantrain.density import Density
 from wantrain.engine import saved
 from wantrain.engine.stopping import Stopper
 from wantrain.files import digest_folder
@@ -145,7 +146,7 @@ def test_the_model_is_told_1000_sigma_and_the_noisy_latents_of_that_sigma(wantra
         train.train(training, Cached(training.clips), stopper)
     training.writer.finish()
     for step, kwargs in enumerate(told):
-        sigma_B = flow.draw_sigma(0, step, range(4), 4, flow.Density("uniform", (), 3.0))
+        sigma_B = flow.draw_sigma(0, step, range(4), 4, Density("uniform", (), 3.0))
         assert kwargs["timestep"].dtype == torch.float32
         assert torch.equal(kwargs["timestep"], 1000 * sigma_B)
         assert kwargs["encoder_hidden_states"].shape == (4, 512, 128)

@@ -22,6 +22,7 @@ from wantrain.config.schema import ExpertOwn as ExpertOwn
 from wantrain.config.schema import Experts as Experts
 from wantrain.config.schema import Lora as Lora
 from wantrain.config.schema import LoraFormat as LoraFormat
+from wantrain.config.schema import LoraKind as LoraKind
 from wantrain.config.schema import OnNonfinite as OnNonfinite
 from wantrain.config.schema import Optimizer as Optimizer
 from wantrain.config.schema import Resume as Resume

@@ -250,7 +250,7 @@ def _sigma_rules(config: Config) -> Iterator[Rule]:
         "[low, high] in [0, 1]: sigma, and not timesteps (sigma = timestep / 1000)"
     if own.distribution is Distribution.uniform and not own.shape and own.range == [0, 1]:
         return  # right with every shift
-    from wantrain.flow import Density  # torch takes seconds to import: every other rule comes first
+    from wantrain.density import Density
 
     try:
         Density(own.distribution.name, tuple(own.shape), 1.0 if own.shift is None else own.shift,

@@ -1,4 +1,7 @@
-"""The frozen base: where its parts are, in whatever published layout, and each of them loaded strictly."""
+"""The frozen base: where its parts are, in whatever published layout, and each of them loaded strictly.
+
+Where the parts are and what they hold is told without torch: each method imports the library whose class it fills.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +11,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
-from diffusers import (
-    AutoencoderKLWan,
-    WanAnimateTransformer3DModel,
-    WanPipeline,
-    WanTransformer3DModel,
-    WanVACETransformer3DModel,
-)
-from diffusers.utils import logging as diffusers_logging
-from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
-from transformers.utils import logging as transformers_logging
+from typing import TYPE_CHECKING, Any
 
 from wantrain.files import digest_path, digest_text
 from wantrain.models import hub, names, sizes
-from wantrain.models.conditioning import Encoders
 from wantrain.models.containers import Container, find_parts, open_container
-from wantrain.models.loading import empty_weights, load_into
 from wantrain.models.lora_names import is_lora, lora_argument, refuse_other_experts_file
-from wantrain.models.lora_updates import merged_tensor, plan_merge, read_given
-from wantrain.models.quantised import quantise
 from wantrain.models.variants import (
     Expert,
     Variant,
@@ -39,14 +26,18 @@ from wantrain.models.variants import (
     is_diffusers_config,
     stated_vace_layers,
 )
-from wantrain.models.weight_files import ContainerError
+from wantrain.models.weight_files import ContainerError, parse_json
 from wantrain.terms import TEXT_LEN, UserError
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+    from transformers import CLIPVisionModel
+
+    from wantrain.models.conditioning import Encoders
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny_wan"
 SHARED_PARTS = ("vae", "text_encoder", "tokenizer")
-
-diffusers_logging.disable_progress_bar()
-transformers_logging.disable_progress_bar()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +71,8 @@ class Base:
         return digest_text(own, *(f"{digest_path(file, memo)} {strength}" for file, strength in self.merged))
 
     def _transformer_config(self) -> dict[str, Any]:
-        path = self.parts["transformer"]
-        own = WanTransformer3DModel.load_config(path) if (path / "config.json").is_file() else {}
+        path = self.parts["transformer"] / "config.json"
+        own = parse_json(path, path.name, path.read_bytes()) if path.is_file() else {}
         if is_diffusers_config(own):
             return own
         stated = stated_vace_layers(own)
@@ -89,11 +80,14 @@ class Base:
 
     @property
     def _transformer_class(self) -> Any:
-        classes = (WanTransformer3DModel, WanVACETransformer3DModel, WanAnimateTransformer3DModel)
-        return {c.__name__: c for c in classes}[self.variant.transformer_class]
+        import diffusers
+
+        return getattr(diffusers, self.variant.transformer_class)
 
     def meta_transformer(self) -> WanTransformer3DModel:
         """The transformer's architecture on the meta device, without reading weights."""
+        import torch
+
         with torch.device("meta"):
             return self._transformer_class.from_config(self._transformer_config())
 
@@ -119,6 +113,9 @@ class Base:
 
         `placed` gets each parameter as soon as it is there (wantrain.models.loading.load_into).
         """
+        from wantrain.models.loading import empty_weights, load_into
+        from wantrain.models.quantised import quantise
+
         container = open_container(self.parts["transformer"])
         self._detected(container)
         with empty_weights():
@@ -132,11 +129,20 @@ class Base:
 
     def _merging(self, container: Container) -> Callable[[str, torch.Tensor], torch.Tensor] | None:
         """What folds the merged LoRAs into the container's tensors as they are read."""
+        if not self.merged:
+            return None
+        from wantrain.models.lora_updates import merged_tensor, plan_merge, read_given
+
         loras = [(read_given(file, self.expert), strength) for file, strength in self.merged]
-        return partial(merged_tensor, plan_merge(container, loras)) if loras else None
+        return partial(merged_tensor, plan_merge(container, loras))
 
     def vae(self, device: torch.device) -> AutoencoderKLWan:
         """The VAE in float32, as the official code runs it, frozen."""
+        import torch
+        from diffusers import AutoencoderKLWan
+
+        from wantrain.models.loading import empty_weights, load_into
+
         container = open_container(self.parts["vae"])
         with empty_weights():
             module = AutoencoderKLWan.from_config(container.config or sizes.VAES[names.vae_version(container.names())])
@@ -151,6 +157,11 @@ class Base:
     def text(self, dtype: torch.dtype, device: torch.device) -> WanPipeline:
         """Tokenizer and umT5 encoder, frozen, as a pipeline without the other parts: its prompt code is the reference.
         """
+        from diffusers import WanPipeline
+        from transformers import UMT5Config, UMT5EncoderModel
+
+        from wantrain.models.loading import empty_weights, load_into
+
         container = open_container(self.parts["text_encoder"])
         with empty_weights():
             module = UMT5EncoderModel(UMT5Config(**(container.config or sizes.UMT5_XXL)))
@@ -160,6 +171,8 @@ class Base:
 
     def tokenizer(self) -> Any:
         """The umT5 tokenizer by itself."""
+        from transformers import AutoTokenizer, T5Tokenizer
+
         path = self.parts["tokenizer"]
         if path.is_dir():
             return AutoTokenizer.from_pretrained(path)
@@ -169,6 +182,10 @@ class Base:
 
     def image_encoder(self, dtype: torch.dtype, device: torch.device) -> CLIPVisionModel:
         """The CLIP vision tower of the 2.1 image-to-video checkpoints, frozen."""
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+
+        from wantrain.models.loading import empty_weights, load_into
+
         container = open_container(self.parts["image_encoder"])
         with empty_weights():
             module = CLIPVisionModel(CLIPVisionConfig(**(container.config or sizes.CLIP_VIT_H)))
@@ -177,6 +194,10 @@ class Base:
 
     def encoders(self, device: torch.device) -> Encoders:
         """The VAE, and the CLIP tower where the variant has one."""
+        import torch
+
+        from wantrain.models.conditioning import Encoders
+
         image = self.image_encoder(torch.float32, device) if self.variant.architecture.image_dim else None
         return Encoders(self.vae(device), image)
 

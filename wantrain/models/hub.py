@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from httpx2 import HTTPError, Request
-from huggingface_hub import HfApi, constants, get_session, parse_hf_uri, snapshot_download
+from huggingface_hub import HfApi, constants, get_session, get_token, parse_hf_uri, snapshot_download
 from huggingface_hub.errors import FileMetadataError, HfUriError, IncompleteSnapshotError, OfflineModeIsEnabled
 
 from wantrain.outside import Caught
@@ -46,6 +46,24 @@ class _Wanted(NamedTuple):
     repo: str
     revision: str | None
     inside: str
+
+
+class State(NamedTuple):
+    """What is set here of Hugging Face's hub: the folder of its cache, whether a token is there, whether downloads are
+    forbidden.
+    """
+
+    cache: Path
+    has_token: bool
+    is_offline: bool
+
+
+def state() -> State:
+    """How this machine stands to the hub; nothing is asked of it."""
+    token = None
+    with Caught():  # its file may be unreadable
+        token = get_token()
+    return State(Path(constants.HF_HUB_CACHE), token is not None, constants.HF_HUB_OFFLINE)
 
 
 def local(where: str, whole: Callable[[Path], bool] | None = None) -> Path:

@@ -14,8 +14,8 @@ from wantrain.data import decode, media
 from wantrain.data.buckets import buckets
 from wantrain.models import conditioning, fit, hub, sampling
 from wantrain.models.base import expert_path
-from wantrain.models.conditioning import media_of_task
 from wantrain.models.lora_names import refuse_other_experts_file
+from wantrain.models.task_media import media_of_task
 from wantrain.models.variants import Expert, Variant
 from wantrain.recipe.clips import Clips
 from wantrain.recipe.recipe import Recipe

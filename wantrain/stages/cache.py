@@ -11,12 +11,12 @@ import torch
 from wantrain import engine
 from wantrain.config import Config
 from wantrain.data import decode
-from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Cache, Entry, leftovers
+from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Cache, Entry, counted, leftovers
 from wantrain.engine import launch
 from wantrain.jobs import in_workers, progress
 from wantrain.recipe.clips import Clips, num_workers, open_clips
 from wantrain.recipe.recipe import open_recipe
-from wantrain.recipe.samples import Encoder, counted
+from wantrain.recipe.samples import Encoder
 from wantrain.terms import WINDOW, PlannedClip, UserError
 
 LONGEST_S = 7 * 24 * 3600.0
