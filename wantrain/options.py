@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -85,7 +86,8 @@ def parser(verb: str) -> argparse.ArgumentParser:
     for option in told.options:
         default = option.values[0] if option.values else option.default
         allowed = ", ".join(filter(None, option.values)) or "a number from 1"
-        made.add_argument(f"--{option.name}", metavar="VALUE", default=default, type=int if option.default else str,
+        made.add_argument(f"--{option.name}", metavar="VALUE", default=default,
+                          type=partial(_checked, verb, option),
                           help=f"{option.help}: {allowed}" + (f" (default: {default})" if default else ""))
     return made
 
@@ -109,7 +111,7 @@ def parse(verb: str, arguments: Sequence[str]) -> argparse.Namespace:
         if _exists(word):
             files.append(word)
         elif key in known:
-            options.append(f"--{key}={_checked(verb, known[key], value)}")
+            options.append(f"--{key}={value}")
         elif word.startswith("--") or (equals and not _is_file(word)):
             raise UserError(f"{word} is not known; there are {', '.join(known)}", f"wantrain {verb} --help")
         else:
@@ -124,11 +126,13 @@ def parse(verb: str, arguments: Sequence[str]) -> argparse.Namespace:
     return made.parse_args([*options, "--", *files])
 
 
-def _checked(verb: str, option: Option, value: str) -> str:
+def _checked(verb: str, option: Option, value: str) -> str | int:
+    """The value of an option as argparse is to keep it. Raises UserError for one that is not allowed."""
     if option.default is not None:
         if not value.isdecimal() or int(value) < 1:
             raise UserError(f"{option.name}={value} is not allowed: a whole number from 1", f"wantrain {verb} --help")
-    elif value not in option.values:
+        return int(value)
+    if value not in option.values:
         raise UserError(f"{option.name}={value} is not allowed: {', '.join(filter(None, option.values))}",
                         f"wantrain {verb} --help")
     return value

@@ -231,8 +231,8 @@ def _saved(**tensors: torch.Tensor) -> Callable[[Path], Path]:
     return write
 
 
-def _noted(note: bytes) -> Callable[[Path], Path]:
-    return _saved(q__weight=torch.ones(2), q__comfy_quant=torch.tensor(list(note), dtype=torch.uint8))
+def _noted(note: bytes, **more: torch.Tensor) -> Callable[[Path], Path]:
+    return _saved(q__weight=torch.ones(2), q__comfy_quant=torch.tensor(list(note), dtype=torch.uint8), **more)
 
 
 def _metadata_format(folder: Path) -> Path:
@@ -274,6 +274,10 @@ OPENING_FAULTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "all-in-one": (_saved(model__diffusion_model__w=torch.ones(1), vae__w=torch.ones(1)), "all-in-one checkpoint"),
     "nvfp4": (_saved(q__weight=torch.ones(2), q__weight_scale_2=torch.ones(1)), "quantisation format nvfp4"),
     "awq": (_saved(q__weight=torch.ones(2), q__pre_quant_scale=torch.ones(1)), "quantisation format awq_w4a16"),
+    "nvfp4 with awq": (_saved(q__weight=torch.ones(2), q__weight_scale_2=torch.ones(1),
+                              q__pre_quant_scale=torch.ones(1)), "quantisation format nvfp4"),
+    "what a file says goes first": (_noted(b'{"format": "asym_w4a8_int8"}', a__pre_quant_scale=torch.ones(1)),
+                                    "quantisation format asym_w4a8_int8"),
     "mxfp8": (_noted(b'{"format": "mxfp8"}'), "quantisation format mxfp8"),
     "unknown comfy format": (_noted(b'{"format": "convrot_w4a4"}'), "quantisation format convrot_w4a4"),
     "comfy note is no JSON": (_noted(b"{"), "q.comfy_quant is not JSON"),

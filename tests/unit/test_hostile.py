@@ -24,6 +24,7 @@ from PIL import Image
 from tests.conftest import opened
 from tests.misbehaving import misbehave
 from wantrain.data import manifest, media
+from wantrain.data.cache import missing
 from wantrain.jobs import Ending, Failure, in_workers
 from wantrain.terms import Bucket, Clip, UserError
 
@@ -362,7 +363,7 @@ def test_a_folder_of_hostile_files_is_cached_but_for_them(world, monkeypatch, ca
     assert all(words in dropped[name] for name, words in expected.items())
     used = {planned.clip.id.removeprefix("style/") for planned in clips.planned}
     assert used == {"film.mp4", "clear moving.webp", "moving.gif", *ODD_NAMES}
-    assert not clips.cache.missing(clips.planned, clips.captions)
+    assert not missing(clips.entries)
     assert listing(root) == before
     assert {path.name for path in root.iterdir()} <= {"style", "cache", "run"}
 

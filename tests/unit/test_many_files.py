@@ -10,7 +10,7 @@ from data_tools import caption, command, dividing
 from data_tools import manifest as tool
 from data_tools.rows import sound_entries
 from wantrain.data import manifest, plan
-from wantrain.data.cache import Cache
+from wantrain.data.cache import Cache, missing
 from wantrain.terms import Bucket, MediaInfo
 
 FEW, MANY = 60, 240
@@ -59,7 +59,8 @@ def planned(folder, out):
     found = {path: MediaInfo(path.name, 0.0, 4, 4, "image", 1) for path in plan.files_of(clips)}
     made = plan.place(clips, found, plan.Rules([Bucket(1, 32, 32)], 16.0))
     assert made.num_found == len(clips) == len(made.used)
-    assert len(Cache(out, "v", "t", "").missing(made.used, [c.caption for c in clips])) == 2 * len(clips)
+    entries = Cache(out, "v", "t", "").entries(made.used, [c.caption for c in clips])
+    assert len(missing(entries)) == len(entries) == 2 * len(clips)
 
 
 @pytest.mark.parametrize("work", [built_again, captioned, merged, divided, planned])

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from tests.conftest import opened
 from wantrain import flow, lora, objective
+from wantrain.data.cache import missing
 from wantrain.models.encode import predict_velocity
 from wantrain.models.fit import fit
 from wantrain.recipe.samples import Cached, Encoder, sample_of
@@ -147,11 +148,11 @@ def test_the_cache_verb_makes_the_captions_with_the_class_words(arguments, wantr
     own = [*arguments, "loss.class_words=a figure"]
     _, clips = opened(own)
     wanted = {f"a figure, square number {i}" for i in range(6)}
-    assert wanted <= {caption for _, caption in clips.cache.missing([], clips.captions).values()}
+    assert wanted <= {caption for _, caption in missing(clips.cache.entries([], clips.captions)).values()}
     assert wantrain("train", "loss.class_words=a figure") == 2
     assert "caption 'a figure, " in capsys.readouterr().err
     assert wantrain("cache", "loss.class_words=a figure") == 0
-    assert clips.cache.missing(clips.planned, clips.captions) == {}
+    assert missing(clips.entries) == {}
 
 
 def test_the_cache_and_streaming_give_the_same_class_words(prepared, with_words):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
@@ -16,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from wantrain.config.keys import example_of
 from wantrain.config.known import annotation, choice, nearest_keys
-from wantrain.config.values import Unfit, convert, is_said_text, read_yaml
+from wantrain.config.values import Unfit, convert, is_said_text, read_yaml, without_null
 from wantrain.terms import UserError
 
 PACKAGE_LINE = "# @package _global_"
@@ -180,9 +179,8 @@ def _refuse_other_reading(path: Path, name: str, value: yaml.Node, wanted: Any) 
     YAML takes yes and on for true, 010 for 8, 1:30 for 90, an empty place for null.
     """
     origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
-    if isinstance(wanted, types.UnionType):
+    if (inner := without_null(wanted)) is not wanted:
         if value.tag != "tag:yaml.org,2002:null":
-            inner = next(argument for argument in arguments if argument is not type(None))
             _refuse_other_reading(path, name, value, inner)
         return
     if origin is list and isinstance(value, yaml.ScalarNode) and "${" not in value.value:

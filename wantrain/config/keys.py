@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ast
-import functools
 import inspect
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields, is_dataclass, replace
 from enum import Enum
@@ -15,7 +14,10 @@ from typing import Any
 import yaml
 from omegaconf import MISSING, OmegaConf
 
-from wantrain.config.schema import Config, ExpertOwn, Schedule, Source
+from wantrain.config.schema import Config
+from wantrain.config.sections.data import Source
+from wantrain.config.sections.model import ExpertOwn
+from wantrain.config.sections.training import Schedule
 from wantrain.config.values import fields_of
 from wantrain.files import digest_text
 from wantrain.terms import OF_A_PLACE
@@ -24,32 +26,12 @@ from wantrain.terms import OF_A_PLACE
 def _harmless() -> Iterator[str]:
     """What each section says of itself in `may_change`, as prefixes of dotted keys."""
     for name, section in fields_of(Config).items():
-        for entry in getattr(section, "may_change", ()):
+        for entry in section.may_change:
             yield f"{name}." if entry == "*" else f"{name}.{entry}"
 
 
 HARMLESS_TO_RESUME = tuple(_harmless())
 """Keys (prefixes) that may differ between a checkpoint and the config that goes on from it."""
-
-
-def value_at(config: Config, key: str) -> Any:
-    """The value of a dotted key."""
-    return functools.reduce(getattr, key.split("."), config)
-
-
-def leaf_values(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every value, those inside lists and dictionaries under the key of these."""
-    if is_dataclass(section):
-        for entry in fields(section):
-            yield from leaf_values(getattr(section, entry.name), f"{prefix}.{entry.name}" if prefix else entry.name)
-    elif isinstance(section, Mapping):
-        for name, value in section.items():
-            yield from leaf_values(value, f"{prefix}.{name}")
-    elif isinstance(section, list):
-        for value in section:
-            yield from leaf_values(value, prefix)
-    else:
-        yield prefix, section
 
 
 def described() -> dict[str, tuple[str, str]]:

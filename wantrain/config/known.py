@@ -11,7 +11,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from wantrain.config.schema import Config, Source
+from wantrain.config.schema import Config
+from wantrain.config.sections.data import Source
 from wantrain.config.values import fields_of, leaves, nearest
 from wantrain.terms import UserError
 

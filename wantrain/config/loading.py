@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
@@ -41,8 +40,10 @@ from wantrain.config.known import (
     path_of,
     sections,
 )
-from wantrain.config.schema import TRACKERS, Config, Source
-from wantrain.config.values import Node, Unfit, convert, nearest, read_text
+from wantrain.config.schema import Config
+from wantrain.config.sections.data import Source
+from wantrain.config.sections.run import TRACKERS
+from wantrain.config.values import Node, Unfit, convert, nearest, read_text, without_null
 from wantrain.terms import UserError
 
 
@@ -104,10 +105,8 @@ def _refuse_other_shapes(composed: DictConfig) -> None:
     found = {key: OmegaConf.select(composed, key) for key in key_types() if not key.startswith("data.sources")}
     found |= {f"data.sources.{name}.columns": source.columns for name, source in composed.data.sources.items()}
     for key, value in found.items():
-        wanted = annotation(key)
-        shapes = [typing.get_origin(one) for one in (wanted, *typing.get_args(wanted))]
-        if isinstance(value, str | int | float) and (list in shapes[:1] or dict in shapes[:1] or (
-                isinstance(wanted, types.UnionType) and (list in shapes or dict in shapes))):
+        shape = typing.get_origin(without_null(annotation(key)))
+        if isinstance(value, str | int | float) and shape in (list, dict):
             raise UserError(f"{key}: it refers to {value!r}, which is one value", pasted(key, example_of(key)))
 
 

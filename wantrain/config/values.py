@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
@@ -178,8 +177,7 @@ def convert(node: Node, wanted: Any) -> Any:
     if "${" in node.text and node.items is None and node.pairs is None:
         return node.text
     arguments = typing.get_args(wanted)
-    if isinstance(wanted, types.UnionType):  # X | None
-        inner = next(argument for argument in arguments if argument is not type(None))
+    if (inner := without_null(wanted)) is not wanted:
         is_null = not node.is_quoted and node.text in ("null", "~", "none", "None", "")
         return None if is_null and node.items is None else convert(node, inner)
     origin = typing.get_origin(wanted)
@@ -190,6 +188,12 @@ def convert(node: Node, wanted: Any) -> Any:
     if is_dataclass(wanted):
         return _as_section(node, wanted)
     return _as_any(node) if wanted is Any else _as_scalar(node, wanted)
+
+
+def without_null(wanted: Any) -> Any:
+    """The type X of `X | None`; any other type as it is."""
+    parts = typing.get_args(wanted)
+    return next(part for part in parts if part is not type(None)) if type(None) in parts else wanted
 
 
 def _as_scalar(node: Node, wanted: Any) -> Any:

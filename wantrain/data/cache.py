@@ -98,10 +98,6 @@ class Cache:
         wanted += [(kind, one) for one in planned for kind in self.kinds_of(one)]
         return {self.path_of(entry): entry for entry in wanted}
 
-    def missing(self, planned: Iterable[PlannedClip], captions: Iterable[str]) -> dict[Path, Entry]:
-        """The entries that are not in the cache yet."""
-        return {path: entry for path, entry in self.entries(planned, captions).items() if not path.exists()}
-
     def kinds_of(self, planned: PlannedClip) -> list[str]:
         """The kinds of entries that a window has."""
         has_condition = bool(self.conditioning.present_in(planned))
@@ -161,6 +157,11 @@ def _content(planned: PlannedClip) -> tuple[object, ...]:
     found = planned.found
     when = (found.why_not_decord, planned.start_s, planned.fps) if found.duration_s else ()
     return found.digest, *filter(None, (*when[:1], found.surprises)), *when[1:], planned.bucket
+
+
+def missing(entries: Mapping[Path, Entry]) -> dict[Path, Entry]:
+    """Those of the entries that are not in the cache yet."""
+    return {path: entry for path, entry in entries.items() if not path.exists()}
 
 
 def read_entry(path: Path) -> dict[str, torch.Tensor]:

@@ -183,7 +183,7 @@ def _bytes(path: Path, name: str, entry: Entry) -> bytes:
 def _refuse_unreadable(raw: Container) -> None:
     """Refuse quantisation formats whose weights are not weight * scale."""
     path, entries, metadata = raw.path, raw._entries, raw.metadata
-    formats = {name: kind for name in entries for suffix, kind in _UNREADABLE_SUFFIXES.items() if name.endswith(suffix)}
+    formats = {}
     for name, entry in entries.items():
         if name.endswith(".comfy_quant"):
             formats[name] = str(parse_json(path, name, _bytes(path, name, entry)).get("format"))
@@ -193,6 +193,9 @@ def _refuse_unreadable(raw: Container) -> None:
         if not isinstance(layers, dict) or not all(isinstance(layer, dict) for layer in layers.values()):
             raise ContainerError(path, "_quantization_metadata has no layers with a format each", "damaged metadata")
         formats |= {name: str(layer.get("format")) for name, layer in layers.items()}
+    # What the file says goes first. nvfp4 may have the other suffix as well, so it is looked for before awq_w4a16.
+    for suffix, kind in _UNREADABLE_SUFFIXES.items():
+        formats |= {name: kind for name in entries if name.endswith(suffix)}
     for name, kind in formats.items():
         if kind not in _QUANT_FORMATS:
             raise ContainerError(path, f"{name} says the quantisation format {kind}, wantrain reads "

@@ -13,7 +13,7 @@ from pathlib import Path
 from wantrain.config import Config
 from wantrain.data import manifest, media, plan
 from wantrain.data.buckets import batch_factors, buckets
-from wantrain.data.cache import CONDITION, MASK, Cache, Conditioning
+from wantrain.data.cache import CONDITION, MASK, Cache, Conditioning, Entry
 from wantrain.data.captions import captions_of
 from wantrain.data.folders import Account
 from wantrain.data.plan import Plan
@@ -69,6 +69,11 @@ class Clips:
         texts = ["", *(text for p in self.everything
                        for text in captions_of(p.clip, self.config.data.tag_orders))]
         return [*texts, *(words for text in dict.fromkeys(texts) if (words := self.class_caption(text)) is not None)]
+
+    @property
+    def entries(self) -> dict[Path, Entry]:
+        """All that the cache must hold for these clips."""
+        return self.cache.entries(self.everything, self.captions)
 
     def class_caption(self, caption: str) -> str | None:
         """The caption with the class words in place of the trigger, where training preserves those."""

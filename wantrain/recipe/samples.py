@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from wantrain.data import decode
-from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Cache, counted, describe
+from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Cache, counted, describe, missing
 from wantrain.jobs import in_workers
 from wantrain.models import conditioning, encode
 from wantrain.recipe.clips import Clips, num_workers
@@ -94,9 +94,9 @@ class Cached:
 
     def __init__(self, clips: Clips) -> None:
         self._cache = clips.cache
-        if missing := self._cache.missing(clips.everything, clips.captions):
-            raise UserError(f"the cache lacks {counted(missing)} for this base and these settings; the first is "
-                            f"{describe(next(iter(missing.values())))}", self._cache.build_command)
+        if lacking := missing(clips.entries):
+            raise UserError(f"the cache lacks {counted(lacking)} for this base and these settings; the first is "
+                            f"{describe(next(iter(lacking.values())))}", self._cache.build_command)
 
     def window(self, planned: PlannedClip) -> Encoded:
         """A window's entries."""

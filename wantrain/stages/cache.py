@@ -11,7 +11,7 @@ import torch
 from wantrain import engine
 from wantrain.config import Config
 from wantrain.data import decode
-from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Cache, Entry, counted, leftovers
+from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Cache, Entry, counted, leftovers, missing
 from wantrain.engine import launch
 from wantrain.jobs import in_workers, progress
 from wantrain.recipe.clips import Clips, num_workers, open_clips
@@ -30,12 +30,12 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     with accelerator.main_process_first():  # it looks into new files, the others read what it noted
         recipe = open_recipe(config)
         clips = open_clips(recipe, arguments)
-    entries = clips.cache.entries(clips.everything, clips.captions)
-    missing = clips.cache.missing(clips.everything, clips.captions)
+    entries = clips.entries
+    to_make = missing(entries)
     accelerator.wait_for_everyone()  # all have listed what is missing before any entry appears
-    mine = shares(missing, recipe.variant.multiple_px, accelerator.num_processes)[accelerator.process_index]
+    mine = shares(to_make, recipe.variant.multiple_px, accelerator.num_processes)[accelerator.process_index]
     faults = []
-    if missing:
+    if to_make:
         for training in recipe.trainings():
             training.base.detected()  # as train would, but before hours of encoding
         encoder = Encoder(recipe, clips.cache, accelerator.device)
@@ -51,7 +51,7 @@ def run(config: Config, arguments: Sequence[str]) -> None:
                         + "\n  ".join(faults), "replace these files or take them out of the manifest, or go on without "
                         "them: data.allow_drops=true")
     if accelerator.is_main_process:
-        print(f"cache {clips.cache.folder}: {counted(entries)} ready ({counted(missing)} made now)")
+        print(f"cache {clips.cache.folder}: {counted(entries)} ready ({counted(to_make)} made now)")
 
 
 def shares(entries: Mapping[Path, Entry], multiple_px: int, num_processes: int) -> list[dict[Path, Entry]]:

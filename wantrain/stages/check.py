@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from wantrain import metrics
 from wantrain.config import Config
-from wantrain.data.cache import counted
+from wantrain.data.cache import counted, missing
 from wantrain.data.folders import Account
 from wantrain.data.plan import cropped, enlarged, surprises_of, trimmed_s
 from wantrain.density import share_of_schedule
@@ -27,7 +27,7 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     for fault in (fault for own in trainings for fault in training_faults(own)):
         raise fault
     total = sum(map(math.prod, inventory.tensors(recipe.variant.architecture).values()))
-    missing = clips.cache.missing(clips.everything, clips.captions)
+    to_make = missing(clips.entries)
     print(f"run          {config.run.name} in {recipe.run_dir}")
     print(f"base         {config.model.variant}, {total:,} parameters, {config.model.dtype.name}"
           + (f", the Linears of its blocks in {recipe.base_form}" if recipe.base_form else ""))
@@ -40,14 +40,14 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     print_data(clips)
     for own in trainings:
         print_training(own, clips)
-    print(f"cache        {clips.cache.folder}: {counted(missing)} still to encode")
+    print(f"cache        {clips.cache.folder}: {counted(to_make)} still to encode")
     for own in trainings:
         print(f"checkpoints  every {config.train.save_every} steps in {own.run_dir / 'checkpoints'}")
         print(f"export       {own.export_path}")
     for fault in evaluation_faults(clips):
         print(f"evaluate     not yet: {fault.message}")
     print(f"trackers     {', '.join(['jsonl', *config.tracker.names])} (wandb {metrics.wandb_mode()})")
-    print(f"next: {shlex.join(['wantrain', 'cache' if missing else 'train', *arguments])}")
+    print(f"next: {shlex.join(['wantrain', 'cache' if to_make else 'train', *arguments])}")
 
 
 def print_training(recipe: Recipe, clips: Clips) -> None:

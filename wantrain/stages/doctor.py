@@ -86,11 +86,13 @@ def tried(part: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
 
 def cleaner() -> Callable[[str], str]:
     """What takes homes, names of people and machines, and tokens out of a text."""
+    names: list[tuple[Callable[[], str], str]] = [
+        (lambda: str(Path.home()), "~"), (lambda: os.environ.get("HOME", ""), "~"), (getpass.getuser, "USER"),
+        (socket.gethostname, "HOST")]
     taken: dict[str, str] = {}
-    for text, word in ((lambda: str(Path.home()), "~"), (lambda: os.environ.get("HOME", ""), "~"),
-                       (getpass.getuser, "USER"), (socket.gethostname, "HOST")):
+    for name, word in names:
         with contextlib.suppress(OSError, KeyError, RuntimeError, ImportError):
-            found = text()
+            found = name()
             if len(found) > 2 and found not in ("root", "user"):
                 taken.setdefault(found, word)
 

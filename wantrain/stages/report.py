@@ -16,6 +16,7 @@ import torch
 from wantrain import pictures
 from wantrain.config import Config
 from wantrain.data import decode, plan
+from wantrain.data.cache import missing
 from wantrain.data.captions import captions_of
 from wantrain.data.folders import Account
 from wantrain.files import write_text
@@ -66,8 +67,7 @@ def totals(recipe: Recipe, clips: Clips, count: Callable[[str], int]) -> dict[st
     samples = float(sum(p.clip.repeats for p in planned))
     tokens = sum(p.clip.repeats * p.bucket.num_tokens(px) for p in planned)
     seen = sum(p.bucket.num_frames / p.fps for p in planned)
-    entries = clips.cache.entries(clips.everything, clips.captions)
-    missing = clips.cache.missing(clips.everything, clips.captions)
+    entries = clips.entries
     size = clips.cache_bytes({text: count(text) for text in clips.captions}, recipe.dtype.itemsize)
     return {
         "clips": f"{clips.plan.num_found} found = {len({p.clip.id for p in planned})} used + "
@@ -77,7 +77,7 @@ def totals(recipe: Recipe, clips: Clips, count: Callable[[str], int]) -> dict[st
         "training": f"{config.train.num_steps} steps of {config.data.batch_size} samples"
                     + (" or more" if clips.batch_factors else ""),
         "cache": f"about {size / 2**20:,.1f} MiB for {len(entries)} entries, "
-                 f"{len(missing)} of them still to make",
+                 f"{len(missing(entries))} of them still to make",
     }
 
 

@@ -1,0 +1,92 @@
+"""What is sampled, evaluated and shown in the data report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from wantrain.config.sections.parts import FloatAbove0, FloatFrom0, Frames, IntFrom1, Rule, Section, Seed, size_rule
+from wantrain.models.variants import VARIANTS
+
+if TYPE_CHECKING:
+    from wantrain.config.schema import Config
+
+SAMPLER_INPUTS = ("first", "last", "control", "control_mask", "reference", "face", "video")
+
+
+
+@dataclass(slots=True)
+class Sampler(Section):
+    may_change: ClassVar[tuple[str, ...]] = ("*",)
+    prompts: list[str] = field(default_factory=list)
+    """What to sample."""
+    negative_prompt: str = ""
+    """What guidance moves away from."""
+    seeds: list[Seed] = field(default_factory=lambda: [0])
+    """One video for each prompt, seed and strength."""
+    strengths: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    """LoRA strengths; 0 is the base."""
+    num_steps: IntFrom1 | None = None
+    """Denoising steps; null takes the variant's."""
+    guidance: FloatFrom0 | None = None
+    """Classifier-free guidance scale; null takes the variant's (of each expert)."""
+    shift: FloatAbove0 | None = None
+    """Timestep shift of the sampler; null takes the variant's."""
+    num_frames: Frames | None = None
+    """Frames of a sample; null takes the largest of data.num_frames."""
+    resolution: list[int] | None = None
+    """[height, width] in pixels; null takes the first of data.resolutions."""
+    inputs: list[dict[str, str]] = field(default_factory=list)
+    """Files each prompt works from: first, last, control, control_mask, reference, face, video; one serves all."""
+    strength: float = 0.7
+    """Share of the schedule that a `video` of sampler.inputs goes through; 1 keeps nothing of it."""
+    lora: str | None = None
+    """LoRA file or model id to sample with ({expert}: high or low); null takes the run's own export."""
+
+    def rules(self, config: Config) -> Iterator[Rule]:
+        yield from _text_and_seed_rules("sampler", self.prompts, self.seeds)
+        yield bool(self.strengths), "sampler.strengths", self.strengths, "at least one"
+        yield len(set(self.strengths)) == len(self.strengths), "sampler.strengths", self.strengths, "each once"
+        if self.resolution is not None:
+            variant = VARIANTS[config.model.variant]
+            yield size_rule("sampler.resolution", self.resolution)
+            yield all(side % variant.multiple_px == 0 for side in self.resolution), "sampler.resolution", \
+                self.resolution, f"both must be multiples of {variant.multiple_px} for {variant.name}"
+        for given in self.inputs:
+            yield set(given) <= set(SAMPLER_INPUTS), "sampler.inputs", given, ", ".join(SAMPLER_INPUTS)
+        yield len(self.inputs) in (0, 1, len(self.prompts)), "sampler.inputs", len(self.inputs), \
+            "one for all prompts, or one for each"
+        yield 0 < self.strength <= 1, "sampler.strength", self.strength, "in (0, 1]"
+
+    def remedies(self, config: Config) -> dict[str, object]:
+        """The multiples of what the variant divides by that are nearest to the size of samples; null without one."""
+        size, multiple = self.resolution, VARIANTS[config.model.variant].multiple_px
+        if size is None or len(size) != 2 or min(size) < 1:
+            return {"sampler.resolution": "null"}
+        sides = (max(1, round(side / multiple)) * multiple for side in size)
+        return {"sampler.resolution": f"[{','.join(map(str, sides))}]"}
+
+
+def _text_and_seed_rules(section: str, prompts: list[str], seeds: list[int]) -> Iterator[Rule]:
+    yield all(prompt.strip() for prompt in prompts), f"{section}.prompts", prompts, "prompts that are not empty"
+    yield bool(seeds), f"{section}.seeds", seeds, "at least one"
+
+
+@dataclass(slots=True)
+class Evaluate(Section):
+    may_change: ClassVar[tuple[str, ...]] = ("*",)
+    prompts: list[str] = field(default_factory=list)
+    """Prompts without the trigger; each is sampled from the base, and from the LoRA with and without it."""
+    seeds: list[Seed] = field(default_factory=lambda: [0])
+    """One trio of videos for each prompt and seed."""
+
+    def rules(self, config: Config) -> Iterator[Rule]:
+        yield from _text_and_seed_rules("evaluate", self.prompts, self.seeds)
+
+
+@dataclass(slots=True)
+class Report(Section):
+    may_change: ClassVar[tuple[str, ...]] = ("*",)
+    num_windows: IntFrom1 = 60
+    """Windows that the data report shows as clips, spread evenly over the set; its tables count all."""

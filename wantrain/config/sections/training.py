@@ -1,0 +1,146 @@
+"""The training: optimizer, steps, checkpoints, and the memory that they may take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, ClassVar
+
+from omegaconf import MISSING
+
+from wantrain.config.sections.parts import FloatAbove0, FloatFrom0, IntFrom0, IntFrom1, Rule, Seconds, Section, Seed
+
+if TYPE_CHECKING:
+    from wantrain.config.schema import Config
+
+
+
+class Optimizer(Enum):
+    adamw = "adamw"
+    adamw_8bit = "adamw_8bit"
+    prodigy = "prodigy"
+    schedule_free = "schedule_free"
+
+
+class Schedule(Enum):
+    constant = "constant"
+    cosine = "cosine"
+    linear = "linear"
+
+
+@dataclass(slots=True)
+class Optim(Section):
+    name: Optimizer = Optimizer.adamw
+    """adamw; adamw_8bit, prodigy (finds its learning rate) and schedule_free need a package: docs/optimizers.md."""
+    lr: FloatAbove0 = 1e-4
+    """Peak learning rate; with prodigy the factor on the one that it finds: 1.0."""
+    lora_plus: FloatAbove0 = 1.0
+    """LoRA+: the learning rate of the B matrices is lr times this; its authors recommend 16, with a smaller lr."""
+    lr_factors: dict[str, float] = field(default_factory=dict)
+    """Factors on lr for the modules that a preset or regular expression matches; the last that matches counts."""
+    ema_decay: float | None = None
+    """Also keep and export an average of the adapter with this decay a step, e.g. 0.99 to 0.9999; null keeps none."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    """Decay of the mean gradient and of the mean square (schedule_free: the first is its interpolation)."""
+    eps: FloatAbove0 = 1e-8
+    """Added to the root of the mean square."""
+    weight_decay: FloatFrom0 = 0.01
+    """Decoupled weight decay, times the learning rate."""
+    schedule: Schedule = Schedule.constant
+    """Shape of the learning rate after warm-up; cosine and linear end at zero at train.num_steps."""
+    warmup_steps: IntFrom0 = 0
+    """Steps of linear warm-up."""
+    max_grad_norm: FloatAbove0 = 1.0
+    """Gradients are clipped to this global L2 norm."""
+
+    def rules(self, config: Config) -> Iterator[Rule]:
+        yield all(f > 0 for f in self.lr_factors.values()), "optim.lr_factors", self.lr_factors, "positive numbers"
+        yield len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, \
+            "two numbers in [0, 1)"
+        yield self.ema_decay is None or 0 < self.ema_decay < 1, "optim.ema_decay", self.ema_decay, \
+            "between 0 and 1, e.g. 0.999, or null"
+        yield self.lr * self.weight_decay < 1, "optim.weight_decay", self.weight_decay, \
+            f"below 1 / optim.lr ({self.lr:g}): each step takes their product off every weight"
+        kind = config.lora.kind.name
+        yield self.lora_plus == 1 or kind in ("lora", "rslora", "dora"), "optim.lora_plus", self.lora_plus, \
+            f"1 with lora.kind={kind}, which has no B matrices"
+        if self.name is Optimizer.prodigy:
+            yield from self._prodigy_rules()
+        if self.name is Optimizer.schedule_free:
+            yield from self._schedule_free_rules()
+
+    def _prodigy_rules(self) -> Iterator[Rule]:
+        yield 0.1 <= self.lr <= 10, "optim.lr", self.lr, \
+            "optim.name=prodigy multiplies it with the learning rate that it finds: take 1.0, or from 0.1 to 10"
+        for key, value, alone in (("optim.lora_plus", self.lora_plus, 1), ("optim.lr_factors", self.lr_factors, {})):
+            yield value == alone, key, value, f"{alone} with optim.name=prodigy, which finds one learning rate for all"
+
+    def _schedule_free_rules(self) -> Iterator[Rule]:
+        yield self.schedule is Schedule.constant, "optim.schedule", self.schedule.name, \
+            "constant with optim.name=schedule_free, whose average takes the schedule's place; warmup_steps is allowed"
+        yield self.ema_decay is None, "optim.ema_decay", self.ema_decay, \
+            "null with optim.name=schedule_free, which exports an average already"
+        yield self.betas[0] > 0, "optim.betas", self.betas, "a first number above 0 with optim.name=schedule_free"
+
+    def remedies(self, config: Config) -> dict[str, object]:
+        return {**({"optim.lr": 1.0} if self.name is Optimizer.prodigy else {}),
+                **({"optim.weight_decay": 0.0} if self.lr >= 1 else {})}
+
+
+class Resume(Enum):
+    auto = "auto"
+    never = "never"
+
+
+class OnNonfinite(Enum):
+    stop = "stop"
+    skip = "skip"
+
+
+@dataclass(slots=True)
+class Train(Section):
+    may_change: ClassVar[tuple[str, ...]] = ("num_steps", "micro_batch_size", "save_every", "keep_checkpoints",
+                                             "keep_every", "mirror", "log_every", "resume", "on_nonfinite",
+                                             "max_skips", "stall_timeout_s", "activation_checkpointing",
+                                             "sequence_parallel")
+    num_steps: IntFrom1 = MISSING
+    """Optimizer steps."""
+    micro_batch_size: IntFrom1 = 1
+    """Samples that one process computes at once."""
+    seed: Seed = 0
+    """Seed of the adapter's start, the order of clips, sigma, noise and caption dropout."""
+    save_every: IntFrom1 = 500
+    """Steps between checkpoints; one is always written at the end."""
+    keep_checkpoints: IntFrom1 = 2
+    """How many of the newest checkpoints stay on disk."""
+    keep_every: IntFrom1 | None = None
+    """Checkpoints of every so many steps stay as well; null keeps only the newest."""
+    mirror: str | None = None
+    """Folder or fsspec URL (s3://...) to copy checkpoints to; a run whose folder has none goes on from it."""
+    log_every: IntFrom1 = 1
+    """Steps between metrics lines."""
+    resume: Resume = Resume.auto
+    """auto: go on from the newest checkpoint of the run folder; never: refuse a folder that has one."""
+    on_nonfinite: OnNonfinite = OnNonfinite.stop
+    """When a loss or gradient is not finite: stop before the update, or skip it; both note clips and sigmas."""
+    max_skips: IntFrom0 = 10
+    """With on_nonfinite=skip: the run stops when it has left out more updates than this."""
+    stall_timeout_s: Seconds = 600.0
+    """How long processes wait for one that is gone or stands still before the run ends and names it."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, about a third more time, same numbers."""
+    sequence_parallel: IntFrom1 = 1
+    """Processes that compute a sample together, each a part of its tokens: for clips too long for one."""
+
+
+class BaseForm(Enum):
+    dtype = "dtype"
+    int8 = "int8"
+    fp8 = "fp8"
+
+
+@dataclass(slots=True)
+class Memory(Section):
+    base: BaseForm = BaseForm.dtype
+    """How the Linears of the frozen transformer are stored: dtype (model.dtype), int8 or fp8 (a byte a weight)."""
