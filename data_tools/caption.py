@@ -71,7 +71,7 @@ ELSEWHERE = "on another machine: fetch it, then caption it here"
 
 
 def readable(name: str) -> str:
-    """A file's name as words: numbers, sizes and what `data_tools.split` adds are left out."""
+    """The words in a file's name, without numbers, sizes and what `data_tools.split` adds to names."""
     stem = Path(re.sub(r"(\.\w+)@\d+\.\d{3}\.\w+$", r"\1", name)).stem
     words = re.sub(r"[\W_]+", " ", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", stem)).split()
     kept = [re.sub(r"(?<=[^\W\d]{2})\d+$", "", word) for word in words
@@ -187,7 +187,7 @@ def _see_all(clips: Mapping[Key, Job], jobs: int, timeout_s: float, has_bar: boo
 
 
 def journal_of(out: Path) -> Journal[Answer]:
-    """Where answers are remembered until the manifest is written; a clip that took too long is tried again."""
+    """The file that holds answers until the manifest is written. A clip that took too long is tried again."""
     return Journal(out.with_name(out.name + ".journal"), lambda row: Answer(**row),
                    {*Ending} - {Ending.TIMED_OUT})
 
@@ -243,7 +243,7 @@ def _answered(lines: Sequence[str], faults: Sequence[str]) -> str:
 
 
 def preview(source: Path, out: Path, settings: Settings, jobs: int, timeout_s: float) -> str:
-    """What `run` would do, clip by clip. Writes nothing and loads no weights; raises UserError as `run` does."""
+    """Say what `run` would do, clip by clip. Writes nothing and loads no weights; raises UserError as `run` does."""
     rows, wanted, kept = _wanted(source, out, settings)
     if settings.source == "model":
         lines, faults = _previewed(wanted, settings, jobs, timeout_s)

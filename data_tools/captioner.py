@@ -37,7 +37,7 @@ QUOTES = {'"': '"', "'": "'", "`": "`", "\u201c": "\u201d", "\u2018": "\u2019", 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What becomes of a clip. `prompt` holds {medium} and {trigger}, `form` {trigger} and {caption}."""
+    """How a clip gets its caption. `prompt` may hold {medium} and {trigger}, `form` {trigger} and {caption}."""
 
     source: str
     model: str
@@ -69,7 +69,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """Frames of one clip, their times in seconds of the source; or the `fault` that there are none.
+    """Frames of one clip and their times in seconds of the source; where there are none, `fault` says why.
 
     `shape_FHW` is known without reading; `frames_FHWC` uint8 is None then.
     """
@@ -90,7 +90,7 @@ class Answer:
 
 
 def see(job: Job) -> Seen:
-    """The frames of one span. A bad file is told by `fault`, not by an exception."""
+    """Read the frames of one span. For a bad file `fault` says what is wrong; nothing is raised."""
     try:
         check_openable(job.path)
         return _see(job)
@@ -223,7 +223,7 @@ def _load_model(where: str, dtype: str) -> Any:
 
 
 def worded(settings: Settings, job: Job) -> str:
-    """The user's or the kind's words for this clip."""
+    """The prompt for this clip: the user's own, else the one of its kind of caption."""
     medium = "picture" if is_image(job) else "video"
     return settings.prompt.replace("{medium}", medium).replace("{trigger}", settings.trigger)
 
@@ -248,7 +248,10 @@ def clean(text: str) -> str:
 
 
 def judge(said: Answer, max_tokens: int) -> tuple[str, str]:
-    """(caption, '') or ('', why the answer is none). One that was cut off ends with its last whole sentence."""
+    """(caption, ''), or ('', why the answer is no caption).
+
+    An answer that was cut off is kept up to its last whole sentence.
+    """
     text = clean(said.text)
     if said.fault:
         return "", said.fault

@@ -85,8 +85,8 @@ def check_openable(path: Path) -> None:
 
 
 def stamp(path: Path) -> tuple[int, int, int]:
-    """(size in bytes, times of the last change and of the last change of status in ns): a file with the same ones is
-    taken for unchanged. The last tells a file that was given another's time.
+    """(size in bytes, times of the last change and of the last change of status in ns). A file with the same three is
+    taken as unchanged. The third one shows a file whose time of change was set by hand.
     """
     with contextlib.suppress(OSError):
         status = path.stat()
@@ -100,7 +100,7 @@ def relative(path: Path, folder: Path) -> str:
 
 
 def shown(path: Path) -> str:
-    """The path for people: bytes that are not UTF-8 become question marks."""
+    """The path as it is printed: bytes that are not UTF-8 become question marks."""
     return os.fsencode(path).decode("utf-8", "replace")
 
 
@@ -112,7 +112,7 @@ SCENEDETECT = "scenedetect-headless>=0.7.2,<0.8"
 
 
 def needed(module: str, what: str, requirement: str, extra: str) -> Any:
-    """The optional module. UserError where it is not there or does not import."""
+    """Import an optional module. Raises UserError where it is not installed or does not import."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -44,7 +44,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """Columns of the row `key`: what they said when the person began, and what they shall say."""
+    """Columns of the row `key`: their values when the person began to edit, and the new values."""
 
     key: str
     was: Mapping[str, Any]
@@ -107,7 +107,7 @@ class Manifest:
         return Content(seen, pieces, places)
 
     def content(self) -> Content:
-        """The same, but what was read before where the file has not changed."""
+        """The same as `read`, but the file is read again only if it has changed."""
         if self._content.stamp != stamp(self.path):
             self._content = self.read()
         return self._content

@@ -122,7 +122,7 @@ def _job(entry: Entry) -> Job:
 
 
 def journal_of(out: Path) -> Journal[Measured]:
-    """Where measurements are remembered."""
+    """The file in which measurements are remembered."""
     return Journal(out.with_name(out.name + ".measured"),
                    lambda row: Measured(**row | {"hashes": tuple(row["hashes"])}))
 

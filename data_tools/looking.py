@@ -31,7 +31,7 @@ class Medium(MediaInfo):
 
 
 def look(path: str) -> Medium:
-    """The file, demuxed. A bad one is told by `fault`."""
+    """Demux the file. For a bad file `fault` says what is wrong."""
     try:
         check_openable(Path(path))
         seen = media.probe(Path(path))

@@ -48,7 +48,7 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One span of a file; `key` is what its measurements hang on."""
+    """One span of a file. Measurements with an equal `key` are measurements of the same thing."""
 
     path: Path
     start_s: float
@@ -58,8 +58,9 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What one clip is like, or the fault why that cannot be said. `hashes` are NUM_PAIRS numbers of HASH_BITS bits.
+    """What was measured of one clip, or in `fault` why it could not be measured.
 
+    `hashes` are NUM_PAIRS numbers of HASH_BITS bits.
     `sharpness`, `motion`, `letterbox` and `text` are those of the functions below. `luma` is the mean grey value (0
     black, 1 white), `black` and `white` the shares of the picture that are as good as black (up to 16 of 255) and
     white (from 250): detail that no training brings back. Bars count for none of these three.
@@ -77,7 +78,7 @@ class Measured:
 
 
 def measure(job: Job) -> Measured:
-    """Measure one span in this process. A file that cannot be read is told by `fault`, not by an exception."""
+    """Measure one span in this process. For a file that cannot be read `fault` says why; nothing is raised."""
     cv2.setNumThreads(1)  # the workers are as many as the cores
     try:
         return measure_pairs(*read_pairs(job.path, job.start_s, job.end_s))

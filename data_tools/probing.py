@@ -74,13 +74,13 @@ class Probed:
 
 
 def failed(path: Path, failure: Failure) -> Probed:
-    """What is said of a file whose probing came to no end."""
+    """The result for a file whose probe took too long or crashed."""
     return Probed(str(path), *stamp(path), fault=f"{shown(path)}: {failure}",
                   is_timed_out=failure.ending is Ending.TIMED_OUT)
 
 
 def probe_file(path: Path) -> Probed:
-    """Decode the whole file in this process. A bad file is told by `fault`, not by an exception."""
+    """Decode the whole file in this process. For a bad file `fault` says what is wrong; nothing is raised."""
     found = Probed(str(path), *stamp(path))
     level = av.logging.get_level()
     av.logging.set_level(av.logging.ERROR)

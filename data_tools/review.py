@@ -84,7 +84,7 @@ def preview_of(values: Mapping[str, Any], folder: Path, fps: float, previews: Pa
 
 
 def write_preview(preview: Preview) -> str:
-    """Write its file, and say what is wrong with the source ('' if nothing)."""
+    """Write the preview's file. Returns what is wrong with the source, '' if nothing is."""
     try:
         check_openable(preview.source)
         if preview.target.suffix == ".jpg":
@@ -130,7 +130,7 @@ class Review(ThreadingHTTPServer):
         self._makers: dict[Path, threading.Lock] = {}
 
     def rows(self) -> dict[str, Any]:
-        """All that the page shows but the previews."""
+        """Everything that the page shows, except the previews."""
         found = self.manifest.content()
         return {"manifest": shown(self.manifest.path), "trigger": self.trigger, "fps": self.fps,
                 "preview_s": PREVIEW_S, "faults": found.faults, "further": not self.manifest.is_csv,
@@ -206,7 +206,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._reply(self._post)
 
     def log_message(self, *_: object) -> None:
-        """The terminal keeps the address in sight."""
+        """Print nothing for a request, so that the address stays visible in the terminal."""
 
     def _reply(self, work: Callable[[str], None]) -> None:
         """A request of anything but the page itself is refused before it is looked at."""

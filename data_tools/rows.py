@@ -66,13 +66,13 @@ class Entry:
 
     @property
     def span(self) -> tuple[float, float]:
-        """The same; infinite for 'to its end'."""
+        """Seconds of the source; infinite for 'to its end'."""
         start_s, end_s = self.bounds
         return start_s, math.inf if end_s is None else end_s
 
     @property
     def clip(self) -> tuple[str, float, float]:
-        """What makes it the same clip in another manifest: the file, its links followed, and the span."""
+        """The clip's identity across manifests: its file, with links followed, and its span."""
         return _real(self.where("video")), *self.span
 
     @property
@@ -102,7 +102,7 @@ def _normal(name: str) -> str:
 
 
 def is_url(name: str) -> bool:
-    """Whether it names what is on another machine, which is not looked into here."""
+    """Whether the name is a URL. The tools do not look at files on other machines."""
     return "://" in name
 
 
@@ -156,7 +156,9 @@ def _rows(path: Path) -> Iterator[tuple[str, Row | str]]:
 
 
 def understood(row: Row, path: Path, place: str) -> Entry:
-    """The row with our names and what its cells mean. ValueError where training refuses it, but for its caption."""
+    """The row with our names of columns and parsed cells. Raises ValueError where training would refuse the row for
+    anything but its caption.
+    """
     names = {theirs: ours for ours, theirs in columns_of(row, {}).items()}
     cells = {names.get(name, name): value for name, value in row.items()}
     if path.suffix.lower() in CSV_SUFFIXES:
@@ -218,7 +220,7 @@ def write_rows(out: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def check_written(out: Path) -> None:
-    """UserError for a name that no manifest is written under."""
+    """Raise UserError for a file name with which the tools write no manifest."""
     if out.suffix != ".jsonl":
         raise UserError(f"{shown(out)}: manifests are written as .jsonl",
                         f"give --out (of split: --train, --heldout) a name such as {shown(out.with_suffix('.jsonl'))}")
@@ -238,7 +240,7 @@ def _named(entry: Entry, column: str, folder: Path) -> str:
 
 
 def moved(entry: Entry, folder: Path, ids: Mapping[str, str]) -> dict[str, Any]:
-    """The entry's values for a manifest in `folder`, with the ids that `ids` gives."""
+    """The entry's values as a manifest in `folder` writes them, with new ids as `ids` maps them."""
     values = entry.values | {column: _named(entry, column, folder) for column in MEDIA if entry.values.get(column)}
     if values.get("id"):
         values["id"] = ids[entry.id]

@@ -100,7 +100,7 @@ class Split:
 
 
 def split_file(path: Path, rules: Rules) -> Split:
-    """Find the shots of one film. A film that cannot be read is told by `fault`, not by an exception."""
+    """Find the shots of one film. For a film that cannot be read `fault` says why; nothing is raised."""
     try:
         check_openable(path)
         found = media.probe(path)
@@ -154,7 +154,7 @@ class Adaptive:
 
 
 class Held:
-    """Shows a detector every frame but the repeats of held drawings; its transitions are those of the film's frames.
+    """Shows a detector every frame except repeats of held drawings, and maps its transitions back to the film's frames.
 
     `longest` is how many frames a drawing is held at most. Pictures of twice as many are kept, until what follows is
     known.
@@ -233,7 +233,7 @@ def make_detector(rules: Rules) -> Detector:
 
 
 def longest_hold(times_s: np.ndarray) -> int:
-    """How many frames of a film with these times a drawing is held at most."""
+    """For how many frames, at most, a drawing may be held in a film whose frames have these times."""
     gap_s = float(np.median(np.diff(times_s))) if len(times_s) > 1 else HOLD_S
     return max(HOLD_FRAMES, round(HOLD_S / max(gap_s, 1e-3)))
 

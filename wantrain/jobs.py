@@ -130,7 +130,7 @@ class _Worker:
                 else f"{shlex.join([sys.executable, '-c', f'import {module}'])}    shows what is wrong") from error
 
     def take(self, too_long: Failure) -> tuple[Any, Failure | None]:
-        """(its result, None) or (None, why there is none)."""
+        """Wait for the process: (its result, None), or (None, why there is no result)."""
         failure, self.item = too_long, None
         if self.pipe.poll():
             try:

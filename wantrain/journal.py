@@ -42,7 +42,7 @@ Outcomes = Mapping[Key, Outcome[Result]]
 def by_workers(function: Callable[[Item], Result], items: Mapping[Key, Item], failed: Callable[[Item, Failure], Result],
                jobs: int, timeout_s: float, *, limit: str = "--timeout-s"
                ) -> Callable[[Iterable[Key]], Generator[Outcomes[Key, Result]]]:
-    """What gives the outcomes of items by their keys, as they finish in `wantrain.jobs.in_workers`.
+    """Make a function that runs items in worker processes and gives their outcomes by key, as they finish.
 
     `failed` makes the result of an item that has none; `limit` is the setting of `timeout_s`. No two keys have the same
     item.
@@ -97,7 +97,9 @@ class Journal(Generic[Result]):
 
 @contextlib.contextmanager
 def appending(path: Path) -> Iterator[Callable[[str], None]]:
-    """What appends lines to a file at once; a line that a kill cut off is ended first. UserError for a full disk."""
+    """In the block, a function that appends lines to a file at once. If a kill has cut off the last line, that line is
+    ended first. Raises UserError where the disk is full.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab", buffering=0) as file:
 

@@ -49,7 +49,7 @@ class _Lasting:
 
 @contextlib.contextmanager
 def lasting_console() -> Iterator[None]:
-    """In the block, printing does not fail when nobody reads any more."""
+    """In the block, printing does not fail when the reader of a pipe is gone."""
     out, err = (cast(TextIO, _Lasting(stream)) for stream in (sys.stdout, sys.stderr))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -78,12 +78,12 @@ class _Both:
 
 
 def console() -> TextIO:
-    """The stream for progress bars, which do not belong into a log file."""
+    """The stream for progress bars: standard error itself, never the log file."""
     return sys.stderr.console if isinstance(sys.stderr, _Both) else sys.stderr
 
 
 def name_of(process: int) -> str:
-    """The file of a process in the run folder."""
+    """The name of a process's log file in the run folder."""
     return f"logs/process_{process}.log"
 
 

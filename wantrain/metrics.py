@@ -37,7 +37,7 @@ class Metrics:
                 raise unwritable(path, error) from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One line of numbers for `step`; units are in the names."""
+        """Write a line of numbers for `step`; their names hold the units."""
         if self._main:
             finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
             try:
@@ -48,12 +48,12 @@ class Metrics:
             self._log(values, step)
 
     def advance(self, shown: Mapping[str, str]) -> None:
-        """One step further on the bar, with what is to be shown beside it."""
+        """Move the bar on by one step, and show these numbers beside it."""
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         if self._main:
             self._bar.write(text)
 
@@ -150,7 +150,7 @@ class Trackers:
 
     def open(self, names: Sequence[str], folder: Path, project: str, *, run_name: str, run_id: str, first_step: int,
              settings: Mapping[str, Any]) -> None:
-        """Begin to open these; what they write lies in `folder`."""
+        """Begin to open the trackers of these names; their files go to `folder`."""
         for name in dict.fromkeys(names):
             outside = Outside(f"tracker {name}", "nothing: the training goes on, and its numbers are in metrics.jsonl")
             makers: dict[str, Callable[[], Tracker]] = {
@@ -162,7 +162,7 @@ class Trackers:
             self._open[name] = outside, opened
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Hand the numbers of a step to all of them."""
+        """Hand the numbers of a step to all trackers."""
         for outside, opened in self._open.values():
             outside.call(partial(_log, opened, dict(values), step))
 
@@ -171,7 +171,7 @@ class Trackers:
         return "\n".join(filter(None, (outside.news() for outside, _ in self._open.values())))
 
     def close(self, limit_s: float) -> str:
-        """End them, in so many seconds at the most each; what went wrong that was not told."""
+        """Close the trackers, waiting at most `limit_s` seconds for each. Returns problems that were not yet told."""
         for name, (outside, opened) in self._open.items():
             outside.call(partial(_finish, opened))
             if not outside.wait(limit_s):

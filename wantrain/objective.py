@@ -52,7 +52,7 @@ class LossInputs:
     from_base_N: torch.Tensor
 
     def rows(self, index_N: torch.Tensor) -> LossInputs:
-        """Only these rows, in this order."""
+        """A copy with these rows only, in this order."""
         return LossInputs(self.noisy[index_N], self.sigma[index_N], self.text[index_N],
                           {name: tensor[index_N] for name, tensor in self.condition.items()}, self.target[index_N],
                           self.base[index_N], self.asks_base_N[index_N], self.from_base_N[index_N])

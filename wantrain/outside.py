@@ -46,7 +46,7 @@ def described(fault: BaseException) -> str:
 
 
 class Silent(TimeoutError):
-    """Foreign code has not answered; its `thread` may still do so."""
+    """Foreign code has not answered in time; it still runs in `thread` and may yet answer."""
 
     def __init__(self, limit_s: float, thread: threading.Thread) -> None:
         super().__init__(f"no answer within {limit_s:g} s")
@@ -54,7 +54,7 @@ class Silent(TimeoutError):
 
 
 def awaited(function: Callable[[], Result], limit_s: float, progress: Callable[[], object] = bool) -> Result:
-    """What foreign code gives, called in a thread of its own. Raises what it raises, and Silent once `limit_s`
+    """Call foreign code in a thread of its own and return its result. Raises what it raises, and Silent once `limit_s`
     seconds have passed in which `progress` did not change; the thread is left to itself then.
     """
     results: list[Result] = []
@@ -90,7 +90,7 @@ class Outside:
         """What the last call ended with; empty where it went well."""
 
     def call(self, function: Callable[[], object]) -> None:
-        """Call it after those before."""
+        """Queue a call; it runs after the calls before it."""
         if self._calls.unfinished_tasks >= MOST_WAITING:
             self._fail("it does not answer any more")
             return
@@ -115,7 +115,7 @@ class Outside:
         self.tell(f"{self._name}: {fault}\n  next: {self._advice}")
 
     def tell(self, text: str) -> None:
-        """Add to the news what is not among those told before."""
+        """Add a problem to the news, unless it was told before."""
         if text not in self._told:
             self._told.add(text)
             self._news.append(text)
@@ -126,11 +126,11 @@ class Outside:
         return not self._calls.unfinished_tasks
 
     def wait(self, limit_s: float) -> bool:
-        """Wait until every call has ended; whether they have, within so many seconds."""
+        """Wait at most `limit_s` seconds for every call to end. Returns whether they have ended."""
         with self._calls.all_tasks_done:
             return self._calls.all_tasks_done.wait_for(lambda: self.is_idle, limit_s)
 
     def news(self) -> str:
-        """Problems since the last call; none is told twice."""
+        """The problems since the last call of `news`; none is told twice."""
         told, self._news = self._news, []
         return "\n".join(told)

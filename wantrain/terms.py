@@ -194,7 +194,7 @@ class PlannedClip:
         return f"{self.bucket} with a reference" if "reference" in self.partners else str(self.bucket)
 
     def part(self, name: str) -> PlannedClip:
-        """This window (WINDOW), or the same window of one of its partners."""
+        """The window itself (name WINDOW), or the same window of the partner of this name."""
         return self if name == WINDOW else self.partners[name]
 
     @property

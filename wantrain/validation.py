@@ -27,14 +27,14 @@ Gather = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """This process's part of the work: of `num_processes`, which all must call `losses` with the same clips."""
+    """Which part of the work this process does. All `num_processes` must call `losses` with the same clips."""
 
     num_processes: int = 1
     process_index: int = 0
     gather: Gather = lambda values_N: values_N[None]
 
     def of(self, chunks: Sequence[list[ClipSigma]]) -> list[list[ClipSigma]]:
-        """Its chunks, as many as each other process has: those that lack one repeat the first, which does not count.
+        """This process's chunks. Every process gets equally many: what lacks is the first one again, not counted.
 
         Under ZeRO-3 and FSDP2 every process must call the transformer equally often.
         """
@@ -64,7 +64,7 @@ class HeldOut:
         return found
 
     def read(self) -> None:
-        """Ask for all that `losses` will need in this process."""
+        """Read all clips that `losses` will need in this process, so that faults show at once."""
         for place in sorted({place for rows in self.share.of(self.chunks) for place, _ in rows}):
             self.sample(place)
 

@@ -33,7 +33,7 @@ _KINDS = {"Float": "number", "Integer": "whole number", "Boolean": "true or fals
 
 
 def told(error: Exception, folders: Sequence[Path]) -> UserError:
-    """The user error that says what one of theirs says. `folders` hold the files of the groups."""
+    """Turn an error of Hydra or OmegaConf into a UserError. `folders` hold the files of the groups."""
     text = "\n".join(str(one).strip() for one in (error, error.__cause__) if one is not None)
     if absent := re.search(r"You must specify '(\w+)'", text):
         group = absent[1]

@@ -80,7 +80,7 @@ _EXAMPLES = {
 
 
 def example_of(key: str) -> str:
-    """A value that the key may have: its default, or one for those without; `...` where nothing is known of it."""
+    """A value that the key may have: its default, else an example; `...` for a key that is not known."""
     if key.startswith("data.sources.") and key.count(".") == 3:
         key = f"data.sources.NAME.{key.rpartition('.')[2]}"
     if key.startswith("data.limits."):
@@ -89,7 +89,7 @@ def example_of(key: str) -> str:
 
 
 def pasted(key: str, value: object) -> str:
-    """KEY=VALUE as a shell takes it; the empty text of YAML is nothing there."""
+    """KEY=VALUE, quoted for a shell. YAML writes the empty text as two quotes, a command line as nothing."""
     return shlex.quote(f"{key}={'' if value == chr(39) * 2 else value}")
 
 
@@ -130,7 +130,10 @@ def resume_keys(config: Config) -> dict[str, Any]:
 
 
 def expert_config(config: Config, expert: str | None) -> Config:
-    """The config with what `high` or `low` says of this expert in its places; another rank alone keeps alpha / rank."""
+    """The config of one expert's training: what `high` or `low` sets replaces lora, optim and train.
+
+    Where an expert sets a rank and no alpha, alpha / rank stays as it was.
+    """
     own = {"high": config.high, "low": config.low}.get(expert or "", ExpertOwn())
     lora, optim, train = config.lora, config.optim, config.train
     rank = own.rank or lora.rank

@@ -46,7 +46,7 @@ def choices(folders: Sequence[Path], group: str) -> list[str]:
 
 
 def choice(folders: Sequence[Path], group: str, text: str, place: str = "") -> str:
-    """The name of a group's file. Raises UserError with the nearest names."""
+    """Check the name of a group's file and return it without its ending. Raises UserError with the nearest names."""
     name, known = text.strip().strip("'\"").removesuffix(".yaml"), choices(folders, group)
     if name in known:
         return name
@@ -70,7 +70,7 @@ def choice(folders: Sequence[Path], group: str, text: str, place: str = "") -> s
 
 @functools.cache
 def key_types() -> dict[str, Any]:
-    """Dotted key -> annotation, of every value of the schema; those of a source stand under NAME."""
+    """The type of every key of the schema, by dotted key. Keys of a source have NAME for its name."""
     return {**dict(leaves(Config)), **dict(leaves(Source, "data.sources.NAME."))}
 
 
@@ -98,7 +98,7 @@ def annotation(key: str) -> Any:
 
 
 def known_key(key: str, groups: Sequence[str]) -> str:
-    """The key. Raises UserError with the nearest ones where there is none."""
+    """Return the key if it is known. Raises UserError with the nearest keys otherwise."""
     if annotation(key) is None:
         close = nearest_keys(key, groups)
         raise UserError(f"unknown config key {key}" + (f"; did you mean {' or '.join(close)}?" if close else ""), HELP)
@@ -142,7 +142,7 @@ def nearest_keys(key: str, groups: Sequence[str] = ()) -> list[str]:
 
 
 def path_of(key: str) -> list[str]:
-    """The parts of a key; the last one of a dictionary's may have points itself."""
+    """Split a key at its points. A key inside a dictionary may itself hold points, so that part stays whole."""
     for end in range(len(key)):
         if key[end] == "." and typing.get_origin(key_types().get(key[:end])) is dict and key[:end] != "data.sources":
             return [*key[:end].split("."), key[end + 1 :]]

@@ -216,7 +216,7 @@ def _node_of(text: str, wanted: Any) -> Node:
 
 
 def tell_split_prompts(key: str, node: Node) -> None:
-    """Say that a comma has split prompts which were not quoted."""
+    """Print a note where a comma has split prompts that were not quoted."""
     plain = [item.text for item in node.items or [] if not item.is_quoted]
     if len(plain) > 1:
         whole = shlex.quote(f'{key}=["{", ".join(plain)}"]')
@@ -225,7 +225,7 @@ def tell_split_prompts(key: str, node: Node) -> None:
 
 
 def tell_untriggered(config: Config) -> None:
-    """Say which prompts of the sampler do not hold the trigger where others do: often a comma without quotes."""
+    """Print which prompts of the sampler lack the trigger where others have it: often a comma has split a prompt."""
     trigger, prompts = config.data.trigger, config.sampler.prompts
     without = [prompt for prompt in prompts if trigger not in prompt]
     if 0 < len(without) < len(prompts):

@@ -18,7 +18,7 @@ import yaml
 
 
 class Unfit(Exception):
-    """A value that its key cannot have: what is allowed, and a value that would do."""
+    """A value does not fit the type of its key. Says what is allowed, and gives a value that would do."""
 
     def __init__(self, allowed: str, example: str = "") -> None:
         super().__init__(allowed)
@@ -134,7 +134,7 @@ def _end_of_quote(text: str, start: int) -> int:
 
 
 def unquoted(text: str) -> str:
-    """The text without the quotes around all of it, where there are such."""
+    """Take off one pair of quotes that encloses the whole text, if there is one."""
     if text[:1] in ("'", '"') and text and _end_of_quote(text, 0) == len(text):
         return text[1:-1].replace(f"\\{text[0]}", text[0])
     return text
@@ -163,7 +163,7 @@ def read_yaml(node: yaml.Node) -> Node:
 
 
 def is_said_text(node: yaml.ScalarNode) -> bool:
-    """Whether quotes, or the tag `!!str`, say that a word is text whatever it looks like."""
+    """Whether quotes or the tag `!!str` mark a word as text, although it may look like a number."""
     start, end = node.start_mark, node.end_mark
     written = start.buffer[start.pointer : end.pointer] if start.buffer else ""
     return node.style in ("'", '"') or ("!" in written.removesuffix(node.value) and node.tag == "tag:yaml.org,2002:str")

@@ -148,7 +148,7 @@ class Split:
         return list(range(first, first + self.micro_batch_size))
 
     def of(self, num_samples: int) -> Split:
-        """How a batch is dealt that is a whole number of times as large: in as many micro-steps, each larger."""
+        """The split of a larger batch, a whole multiple of this one: as many micro-steps, each larger."""
         factor = num_samples // self.global_batch_size
         return replace(self, global_batch_size=num_samples, micro_batch_size=self.micro_batch_size * factor)
 
@@ -180,7 +180,7 @@ def is_given_first_frame(seed: int, step: int, index: int, share: float) -> bool
 
 
 def window_for(planned: PlannedClip, seed: int, step: int, index: int) -> PlannedClip:
-    """The window at a moment of its own where the plan leaves that open."""
+    """The window, moved to a random moment where the plan does not fix one (data.extract=random)."""
     if planned.latest_s is None:
         return planned
     share = float(torch.rand((), generator=generator_for(seed, step, "window", index)))
@@ -188,7 +188,7 @@ def window_for(planned: PlannedClip, seed: int, step: int, index: int) -> Planne
 
 
 def planned_at(planned: PlannedClip, start_s: float) -> PlannedClip:
-    """The window moved to begin at `start_s`, and its partners with it."""
+    """Move a window, and the same windows of its partners, so that it begins at `start_s`."""
     partners = {name: replace(p, start_s=start_s, latest_s=None) for name, p in planned.partners.items()}
     return replace(planned, start_s=start_s, latest_s=None, partners=partners)
 
@@ -238,14 +238,14 @@ def stack(samples: Sequence[Sample], planned: Sequence[PlannedClip], noise_BCTHW
 
 
 def stacked(tensors: Sequence[torch.Tensor | None], absent: torch.Tensor) -> torch.Tensor | None:
-    """The samples' tensors, `absent` where one has none; None where none has one."""
+    """Stack the samples' tensors, with `absent` in place of a missing one. None if all are missing."""
     if all(tensor is None for tensor in tensors):
         return None
     return torch.stack([absent if tensor is None else tensor.expand_as(absent) for tensor in tensors])
 
 
 def pinned(batch: Batch) -> Batch:
-    """The batch in page-locked memory, which goes to a GPU while that computes."""
+    """Move the batch to page-locked memory, from which it is copied to a GPU while the GPU computes."""
     def own(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return tensor.pin_memory() if tensor is not None else None
 

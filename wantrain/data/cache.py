@@ -134,7 +134,7 @@ class Cache:
         return self.folder / "faults.jsonl"
 
     def faults(self) -> dict[str, str]:
-        """Why windows could not be decoded in an earlier run, by the name of their entry."""
+        """The reasons why windows could not be decoded in earlier runs, by the name of their entry."""
         return dict(remembered(self._faults, lambda row: (row["entry"], f"{row['fault']} (found by an earlier run; to "
                                                           f"try it again: {shlex.join(['rm', str(self._faults)])})")))
 
@@ -181,8 +181,8 @@ def claims_folder(folder: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What a run needs of a cache: its name, its folder ('' in notes of old), the note, and entries relative to the
-    cache's folder.
+    """What a run needs of a cache: the run's name and folder ('' in older notes), the note's file, and the entries, as
+    paths relative to the cache's folder.
     """
 
     run: str
@@ -195,7 +195,7 @@ class Claim:
 
 
 def claims(folder: Path) -> list[Claim]:
-    """What runs need of the cache in `folder`."""
+    """Read the claims of all runs on the cache in `folder`."""
     found = []
     for note in sorted(claims_folder(folder).glob("*.json")):
         try:

@@ -319,7 +319,7 @@ def _upright(frame: av.VideoFrame) -> Upright:
 
 
 def has_alpha(frame: av.VideoFrame) -> bool:
-    """Whether its pixels may be transparent."""
+    """Whether pixels of the frame may be transparent."""
     return frame.format.has_palette or any(c.is_alpha for c in frame.format.components)
 
 
@@ -334,7 +334,7 @@ def pixels_of(frame: av.VideoFrame) -> np.ndarray:
 
 
 def on_white(rgba_HWC: np.ndarray) -> np.ndarray:
-    """What is seen of a transparent picture on white: uint8 HW3."""
+    """Lay a picture with transparency on white: uint8 HW3."""
     colour, alpha = rgba_HWC[..., :3].astype(np.uint16), rgba_HWC[..., 3:].astype(np.uint16)
     return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 

@@ -40,7 +40,7 @@ class Account:
 
 
 def folded(name: str) -> str:
-    """The name as a disk without upper and lower case, and with another form of accents, would write it."""
+    """The name in lower case and with accents in one form. Names that some disks take for the same become equal."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
@@ -90,7 +90,7 @@ class Stems:
         return owner(sidecar, self._exact) or self._folded.get(owner(folded(sidecar), self._folded), "")
 
     def like(self, stem: str) -> str:
-        """The clip of this name, '' where there is none."""
+        """The clip of exactly this name, else the one that differs in case or accents only; '' for none."""
         return stem if stem in self._exact else self._folded.get(folded(stem), "")
 
 

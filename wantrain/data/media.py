@@ -130,7 +130,7 @@ def fetch(media: Remote) -> bytes:
 
 
 def look(media: Media) -> MediaInfo:
-    """Digest and demux one file, in this process. A bad file is told by `fault`, not by an exception."""
+    """Digest and demux one file, in this process. For a bad file `fault` says what is wrong; nothing is raised."""
     path = None
     try:
         with local(media) as path:

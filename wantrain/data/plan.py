@@ -151,7 +151,7 @@ def cropped(bucket: Bucket, found: MediaInfo) -> float:
 
 
 def enlarged(bucket: Bucket, found: MediaInfo) -> float:
-    """By how much the picture is enlarged; below 1 it shrinks."""
+    """The factor by which the picture is enlarged; below 1 it shrinks."""
     return max(bucket.height / found.height, bucket.width / found.width)
 
 

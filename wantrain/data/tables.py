@@ -74,7 +74,7 @@ def text_of(data: bytes) -> str:
 
 
 def one_line(text: str) -> str:
-    """The text on one line; '' where nothing of it can be seen."""
+    """The text on one line; '' where it has no visible character."""
     line = " ".join(text.replace("\ufeff", " ").split())
     return line if any(unicodedata.category(c)[0] not in "ZCM" and c not in _BLANK_LETTERS for c in line) else ""
 
@@ -240,14 +240,14 @@ def proposed(row: Row) -> dict[str, str]:
 
 
 def lacking(rows: Sequence[Row], columns: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """(the columns that the rows have, "video" and "caption" where none of these is certainly that)."""
+    """(columns that the rows have, those of "video" and "caption" that no column is known to be)."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     known = {ours for row in rows for ours in columns_of(row, columns)}
     return names, [ours for ours in ("video", "caption") if not known & {ours, f"{ours}s"}]
 
 
 def number_of(column: str, value: Any) -> float | None:
-    """The number, None where there is none. ValueError for anything else."""
+    """The number in a cell, None for an empty cell. Raises ValueError for anything else."""
     if value is None or value == "":
         return None
     try:

@@ -31,7 +31,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether the flag is up on any process. Every process must call it."""
+    """Whether `flag` is true on any process. Every process must call it."""
     import torch
 
     return bool(accelerator.gather(torch.tensor([float(flag)], device=accelerator.device)).any())

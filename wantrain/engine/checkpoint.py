@@ -45,7 +45,7 @@ VALUE, EMA, POINT = "value", "ema", "y"
 
 
 def values(tensors: Mapping[str, torch.Tensor], key: str = VALUE) -> dict[str, torch.Tensor]:
-    """Only the parameters' values (or another key's tensors), by name."""
+    """The parameters' values, or the tensors of another key, by the parameters' names."""
     return {name.removesuffix(f"|{key}"): t for name, t in tensors.items() if name.endswith(f"|{key}")}
 
 
@@ -173,7 +173,7 @@ class Writer:
         self._hangs = False
 
     def write(self, progress: Progress, tensors: Mapping[str, torch.Tensor], record: Record) -> None:
-        """Begin to write, once the one before is written. Raises what that one met."""
+        """Begin to write a checkpoint, once the one before is written. Raises the error that that one ended with."""
         self.finish()
         self._writing = self._pool.submit(self._write, replace(progress), tensors, record)
 
@@ -182,7 +182,7 @@ class Writer:
         self.copy()
 
     def copy(self) -> None:
-        """Begin to copy what the mirror lacks, where there is one and it is not still busy."""
+        """Begin to copy the checkpoints that the mirror lacks, if there is a mirror and it is not still copying."""
         if self.store.mirror is not None and self._mirror.is_idle:
             self._mirror.call(self._copy)
 
@@ -221,6 +221,6 @@ class Writer:
         self._hangs = self._hangs and not self._mirror.is_idle
 
     def close(self) -> str:
-        """`finish`; what kept the last checkpoint from the mirror, empty where it is there."""
+        """Call `finish`. Returns what kept the last checkpoint from the mirror; empty if it is there."""
         self.finish()
         return "it hangs" if self._hangs else self._mirror.fault

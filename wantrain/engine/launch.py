@@ -97,7 +97,7 @@ def refuse_precision(asked: str) -> None:
 
 
 def end(accelerator: Accelerator, another_follows: bool) -> None:
-    """Let go of the model; the processes part only when no other training follows in them."""
+    """Free the model. The process group ends too, unless another training follows in these processes."""
     accelerator.free_memory()
     if not another_follows:
         accelerator.end_training()

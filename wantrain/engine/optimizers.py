@@ -112,12 +112,12 @@ def make(name: str, groups: Sequence[Mapping[str, Any]], *, lr: float, betas: Se
 
 
 def numbers(optimizer: Any, name: str) -> dict[str, float]:
-    """Further numbers for the metrics: Prodigy's own estimate, which multiplies the learning rate."""
+    """The optimizer's own numbers for the metrics: Prodigy's estimate, by which it multiplies the learning rate."""
     return {"prodigy_d": float(optimizer.param_groups[0]["d"])} if name == "prodigy" else {}
 
 
 def average(value: torch.Tensor, z: torch.Tensor, beta: float) -> torch.Tensor:
-    """x, the average that schedule-free has found, from y, where it trains, and z: y = (1 - beta) z + beta x."""
+    """Solve y = (1 - beta) z + beta x for x, schedule-free's average. `value` is y, the values that it trains at."""
     return value.lerp(z, 1 - 1 / beta)
 
 
@@ -135,7 +135,7 @@ def averaged(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any) -
 
 @contextlib.contextmanager
 def at_average(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any, kind: OptimizerKind) -> Iterator[None]:
-    """Within the block the model has the values that the optimizer has found, after it those that it trains at.
+    """In the block, the model holds the values that the optimizer has found; after it, those that it trains at.
 
     Only schedule-free keeps the two apart. Going there and back by its own formula would round each time, and
     validation would move the training; so the model gets its own bits back. Every process must call it.

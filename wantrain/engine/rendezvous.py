@@ -83,7 +83,7 @@ class Rendezvous:
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
-        """In the block, what torch raises when a process is gone or does not come is Stalled."""
+        """In the block, errors that torch raises because a process is gone or does not come become Stalled."""
         try:
             yield
         except RuntimeError as error:

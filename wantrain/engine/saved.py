@@ -48,7 +48,7 @@ class Record:
 
 
 class Damaged(UserError):
-    """A checkpoint that is not what was written."""
+    """A checkpoint whose files are incomplete, or differ from those that were written."""
 
 
 class CheckpointStore(NamedTuple):
@@ -115,7 +115,7 @@ def progress_of(path: Path) -> Progress:
 
 
 def record_of(path: Path) -> Record:
-    """What a whole checkpoint says of its training."""
+    """Read the Record of a whole checkpoint."""
     return _state(path, Record)
 
 

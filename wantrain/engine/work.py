@@ -14,8 +14,8 @@ from wantrain.files import write_json
 
 @dataclass(slots=True)
 class Work:
-    """What this process did: transformer tokens, seconds, and those that it waited for its clips; `waited_before_s` it
-    had waited for others when it began.
+    """What this process did: transformer tokens, seconds, and the seconds that it waited for its clips. It had waited
+    `waited_before_s` seconds for other processes when this began.
     """
 
     waited_before_s: float

@@ -54,13 +54,13 @@ class Base:
     expert: Expert | None = None
 
     def each(self) -> list[Base]:
-        """This base, or that of each expert (high noise first), whose part `transformer` it then is."""
+        """This base alone; or one base for each expert, high noise first, whose file is then its part `transformer`."""
         return [replace(self, expert=expert, parts={**self.parts, "transformer": self.parts[expert]})
                 for expert in self.variant.experts] or [self]
 
     @property
     def merged(self) -> Sequence[tuple[Path, float]]:
-        """The LoRA files of this expert with their strengths."""
+        """The LoRA files that are merged into this expert, with their strengths."""
         return self.merges.get(self.expert, ())
 
     def digest(self, part: str, memo: Path) -> str:
@@ -209,7 +209,7 @@ def required_parts(variant: Variant) -> tuple[str, ...]:
 
 
 def expert_path(name: str, expert: Expert | None) -> str:
-    """A file's name with high or low in place of `{expert}`."""
+    """The name, with high or low put in place of `{expert}`."""
     return name.replace("{expert}", expert) if expert else name
 
 

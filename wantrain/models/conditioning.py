@@ -59,7 +59,7 @@ class Encoders:
 
 
 def of_window(frames: Frames, bucket: Bucket) -> Frames:
-    """A window's frames under the names that `encode` knows. A single frame is not given: it would be the answer."""
+    """Name a window's frames as `encode` knows them. From a single frame none is given: it would be the answer."""
     own = frames.get(WINDOW)
     rest = {name: value for name, value in frames.items() if name != WINDOW}
     if own is None or bucket.num_frames == 1:
@@ -143,7 +143,7 @@ def encode_animate(encoders: Encoders, frames: Frames, bucket: Bucket) -> Condit
 
 
 def without_prompt(condition: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """The condition of the guidance's other side: the face goes with the prompt, the rest stays."""
+    """The condition for guidance's call without the prompt: the face is left out with the prompt, the rest stays."""
     return {**condition, "face": torch.zeros_like(condition["face"])} if "face" in condition else condition
 
 

@@ -78,7 +78,7 @@ def count_tokens(tokenizer: PreTrainedTokenizerBase, caption: str) -> int:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
-    """bfloat16 compute over a bfloat16 base (adapters stay float32); float32 is left alone."""
+    """In the block, a bfloat16 base computes in bfloat16 (adapters stay float32); a float32 base is left alone."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 

@@ -101,7 +101,7 @@ def _check_factor(raw: Container, module: str, factor: str, leaves: Tensors, *, 
 
 
 def one_number(tensor: torch.Tensor) -> float:
-    """The number of a tensor that holds one. Raises ValueError."""
+    """The number in a tensor of one element. Raises ValueError for other tensors."""
     if tensor.numel() != 1:
         raise ValueError(f"it has {tensor.numel()} numbers")
     return float(tensor)

@@ -133,7 +133,7 @@ def loading(lora: LoraFile, task: str = "") -> list[str]:
 
 
 def told(lora: LoraFile, task: str = "") -> str:
-    """Lines for a user: where this file loads, and what each other tool does with it."""
+    """Text for the user: the tools that load this file rightly, and what each other tool does with it."""
     return "\n".join([f"loads in  {', '.join(loading(lora, task)) or 'no tool that we know'}",
                       *(f"not in    {tool}: {why}" for tool, why in not_loading(lora, task))])
 
@@ -148,7 +148,7 @@ def _breaks(loader: Loader, format: str, found: Traits) -> str:
 
 
 def traits(lora: LoraFile, task: str = "") -> Traits:
-    """What the tools tell apart in this file."""
+    """The properties of this file on which its loading in tools depends."""
     suffixes = {split_extra(name)[1] for name in lora.extras}
     modules = [*lora.pairs, *(split_extra(name)[0] for name in lora.extras)]
     blocks = [module for module in modules if module.startswith("blocks.")]

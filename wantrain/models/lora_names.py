@@ -52,7 +52,9 @@ def merge_override(path: Path) -> str:
 
 
 def instead_of_adapter(path: Path) -> str:
-    """The next command for a LoRA that is more than an adapter: training and sampling cannot put it beside the base."""
+    """Advice for a LoRA that is more than an adapter, which training and sampling cannot put beside the base: fold it
+    in.
+    """
     return (f"fold it into the base: {merge_override(path)} (in place of lora.start_from; in place of sampler.lora "
             "together with sampler.strengths=[0])")
 
@@ -104,7 +106,9 @@ def _export_of(run: Path) -> str:
 
 
 def said_expert(path: Path, metadata: Mapping[str, str]) -> tuple[Expert | None, str]:
-    """The expert that a LoRA is for and what says so: wantrain's metadata, its name or folders, others' titles."""
+    """The expert that a LoRA is for, and where that is said: in wantrain's metadata, in the name of the file or its
+    folders, or in a title that another tool wrote.
+    """
     experts: dict[str, Expert] = {"high": "high", "low": "low"}
     if own := experts.get(metadata.get("wantrain.expert", "")):
         return own, "metadata (wantrain.expert)"

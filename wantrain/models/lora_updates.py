@@ -47,7 +47,9 @@ _PARAMETERS = ("modulation", "emb_pos")
 
 
 def product_scale(leaves: Mapping[str, torch.Tensor]) -> float:
-    """alpha/rank; 1 without an alpha, and for a LoKr of two whole factors, whose alpha no reader applies."""
+    """The factor on a product: alpha/rank. It is 1 without an alpha, and for a LoKr of two whole factors, since no
+    reader applies the alpha of one.
+    """
     rank = inner_rank(leaves)
     return float(leaves["alpha"]) / rank if rank and "alpha" in leaves else 1.0
 
@@ -175,9 +177,9 @@ _IMAGE_PARTS = re.compile(r"img_emb\..+|blocks\.\d+\.cross_attn\.(k_img|v_img|no
 
 
 def without_image_parts(lora: LoraFile, names: Collection[str]) -> LoraFile:
-    """The LoRA as a base of these official tensor names can take it: without what it does to CLIP's image tokens, if
-    the base has none, as LoRAs of Wan2.1 image-to-video on Wan2.2. What is left out is told. A LoRA of nothing else
-    stays as it is, and does not fit.
+    """Leave out what a LoRA does to CLIP's image tokens where the base, of these official tensor names, has none. So
+    LoRAs of Wan2.1 image-to-video work on Wan2.2. What is left out is printed. A LoRA that does nothing else is
+    returned unchanged, and check_fit refuses it.
     """
     if any(map(_IMAGE_PARTS.fullmatch, names)):
         return lora
@@ -308,8 +310,8 @@ _BUG = "report this as a bug; what it was made from is untouched"
 
 def write_proven(lora: LoraFile, format: str, metadata: Mapping[str, str], storage: str,
                  trained: AdapterState | None = None) -> float:
-    """Write a LoRA to `lora.path` and return the largest relative error of anything that it does, as it is read back;
-    where it was `trained`, against those tensors and factors themselves. Only then the file is set in its place.
+    """Write a LoRA, read it back, and only if it is right set it in its place, `lora.path`. Returns the largest
+    relative error of what it does to any module; with `trained`, against those tensors and factors themselves.
 
     `storage`: a word of STORAGE. Raises UserError for what the format cannot hold, and for an error above what the
     storage may cost.
@@ -325,8 +327,9 @@ def write_proven(lora: LoraFile, format: str, metadata: Mapping[str, str], stora
 
 
 def refuse_difference(path: Path, lora: LoraFile, trained: AdapterState, storage: str) -> float:
-    """The largest relative L2 error of what a LoRA does to any module, as the sampler reads it, against the trained
-    tensors and factors themselves.
+    """Compare what a LoRA does to each module, as the sampler reads it, with the trained tensors and factors.
+
+    Returns the largest relative L2 error.
 
     Raises UserError above what the storage (a word of STORAGE) may cost; `path` is the file's, for that message.
     """

@@ -21,7 +21,7 @@ VaeVersion = Literal["2.1", "2.2"]
 
 
 class UnknownName(ValueError):
-    """A name that the table does not have; `name` is it."""
+    """The table does not have the name `name`."""
 
     def __init__(self, name: str, why: str) -> None:
         super().__init__(f"{name}: {why}")

@@ -1,4 +1,7 @@
-"""What a file verb is about to write: not onto what it reads, nor onto a file of another sort, nor where it cannot."""
+"""Checks of the file that a verb is about to write.
+
+A verb writes over no file that it reads, over no file of another sort, and nowhere that it cannot write.
+"""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class QuantisedLinear(torch.nn.Linear):
         return kept
 
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
-        """What the stored numbers stand for, [out, in]."""
+        """The weight that the stored numbers stand for, [out, in] in `dtype`."""
         stored = self.weight if self.form == "int8" else self.weight.view(torch.float8_e4m3fn)
         return (stored.float() * self.scale).to(dtype)
 
@@ -98,7 +98,7 @@ def relative_errors(transformer: torch.nn.Module) -> dict[str, float]:
 
 
 def told(errors: Mapping[str, float], form: str) -> str:
-    """A line for people."""
+    """The errors as one printed line."""
     least, most = min(errors, key=lambda kind: errors[kind]), max(errors, key=lambda kind: errors[kind])
     return (f"base stored in {form}, a byte a weight: relative error of the weights from {errors[least]:.2%} ({least}) "
             f"to {errors[most]:.2%} ({most})")

@@ -41,7 +41,7 @@ class Settings:
 
     @property
     def num_steps_from_video(self) -> int:
-        """Steps that a video to start from goes through."""
+        """The number of steps that remain where sampling starts from a video."""
         return int(self.num_steps * self.strength)
 
 
@@ -59,7 +59,7 @@ class Pipeline:
     dtype: torch.dtype
 
     def at(self, timestep: float) -> tuple[torch.nn.Module, bool]:
-        """(the transformer that works at this timestep, whether it is the low noise one or the only one)."""
+        """(the transformer for this timestep, True where it is the low noise expert or the only transformer)."""
         boundary = self.variant.boundary
         if boundary is None or timestep >= boundary * NUM_TIMESTEPS:
             return self.transformers[0], boundary is None
@@ -132,7 +132,7 @@ class DenoisingInputs:
     from_video: bool
 
     def keep(self, latents_BCTHW: torch.Tensor) -> torch.Tensor:
-        """The latents with their known frames clean."""
+        """Put the clean values of the known frames back into the latents."""
         if self.known_BT is None:
             return latents_BCTHW
         return torch.where(self.known_BT[:, None, :, None, None] > 0, self.clean_BCTHW, latents_BCTHW)

@@ -96,7 +96,7 @@ class Variant:
     multiple_px: int = 16
 
     def latent_THW(self, bucket: Bucket) -> tuple[int, int, int]:
-        """The shape of a bucket's latents but for the channels."""
+        """The shape of a bucket's latents without the channels."""
         px = self.multiple_px // 2
         return 1 + (bucket.num_frames - 1) // 4, bucket.height // px, bucket.width // px
 

@@ -156,7 +156,7 @@ def conditioning_of(base: Base, memo: Path) -> Conditioning:
 
 
 def refuse_partners(variant: Variant, clips: Sequence[Clip]) -> None:
-    """Say which clips lack what the task needs, or have what it would ignore."""
+    """Raise UserError for clips that lack media which the task needs, or have media which it would ignore."""
     task = media_of_task(variant.task)
     for needs in task.partners_needed:
         if lacking := [c.id for c in clips if not set(needs) & c.partners.keys()]:
@@ -174,7 +174,7 @@ def refuse_partners(variant: Variant, clips: Sequence[Clip]) -> None:
 
 
 def num_workers(config: Config) -> int:
-    """Processes that look into files and decode: this process's share of the cores unless told."""
+    """The number of worker processes: data.num_workers, else this process's share of the cores."""
     shares = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return config.data.num_workers or max(1, cores() // shares)
 
@@ -192,7 +192,7 @@ def without_trigger(clips: Clips) -> UserError:
 
 
 def first_words(clips: Clips) -> str:
-    """How the captions begin most often, in as many words as the trigger has."""
+    """The most frequent beginnings of captions, each of as many words as the trigger has."""
     number = len(clips.config.data.trigger.split())
     texts = {text: p.clip.id for p in clips.planned for text in (p.clip.caption, *p.clip.more_captions)}
     words = Counter(" ".join(text.split()[:number]).strip(".,;:!")[:40] for text in texts)
@@ -234,7 +234,9 @@ def _without_faults(placed: Plan, cache: Cache) -> Plan:
 
 
 def refuse_drops(dropped: Sequence[Dropped], allowed: bool) -> None:
-    """Say all clips that cannot be used, unless the user goes on without them; limits are the user's own wish."""
+    """Raise UserError with all clips that cannot be used, unless data.allow_drops. Clips outside data.limits do not
+    count, since the user wants those out.
+    """
     faults = [f"{one.clip.id}: {one.reason}" for one in dropped if one.kind != "outside limits"]
     if faults and not allowed:
         raise UserError(f"{len(faults)} clip(s) cannot be used:\n  " + "\n  ".join(faults),

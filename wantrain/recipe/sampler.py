@@ -29,7 +29,7 @@ LoraFiles = Mapping[Expert | None, Path]
 
 
 def sampler_settings(recipe: Recipe) -> sampling.Settings:
-    """The config's sampler with the variant's numbers where the config has none."""
+    """The sampler's settings: the config's numbers, and the variant's where the config has null."""
     own, data, variant = recipe.config.sampler, recipe.config.data, recipe.variant
     height, width = own.resolution or data.resolutions[0]
     bucket, = buckets([own.num_frames or max(data.num_frames)], [[height, width]], variant.multiple_px)

@@ -59,12 +59,12 @@ class Encoder:
 
 
 def encoded(entries: Mapping[str, Mapping[str, torch.Tensor]]) -> Encoded:
-    """A window from its cache entries by kind."""
+    """Put a window together from its cache entries, given by kind."""
     return Encoded(entries[LATENTS]["x"], entries[MASK]["x"] if MASK in entries else None, entries.get(CONDITION, {}))
 
 
 class Streamed:
-    """What training asks for, decoded ahead of it in worker processes and encoded here.
+    """Tensors made on the spot: worker processes decode ahead of training, and this process encodes.
 
     `coming` are the windows in the order in which they will be asked for.
     """
@@ -90,7 +90,7 @@ class Streamed:
 
 
 class Cached:
-    """The same tensors read from the cache, which must be complete."""
+    """Tensors read from the cache, which must be complete: UserError otherwise."""
 
     def __init__(self, clips: Clips) -> None:
         self._cache = clips.cache

@@ -92,7 +92,7 @@ def advised_if_memory_ends(recipe: Recipe, clips: Clips, accelerator: Accelerato
 
 
 def prepare(recipe: Recipe, clips: Clips) -> Training:
-    """Frozen base, injected adapter, optimizer, all handed to the engine that launched us."""
+    """Load the frozen base, inject the adapter, make the optimizer, and hand all to the engine that launched us."""
     config, optim, num_parts = recipe.config, recipe.config.optim, recipe.config.train.sequence_parallel
     if num_parts > 1:
         lengths = {costs.sequence_length(recipe.variant.latent_THW(p.bucket), "reference" in p.partners)
@@ -105,7 +105,7 @@ def prepare(recipe: Recipe, clips: Clips) -> Training:
 
 
 def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator) -> Training:
-    """The rest of `prepare`: all that takes memory."""
+    """The part of `prepare` that takes memory: load the base, inject the adapter, make the optimizer."""
     config, optim, own = recipe.config, recipe.config.optim, recipe.config.train
     rendezvous = Rendezvous(own.stall_timeout_s)
     optimizers.check(accelerator, optim.name.name)
@@ -187,7 +187,7 @@ def save(training: Training) -> None:
 
 
 def start_run(training: Training) -> None:
-    """Trackers, and the run folder's header."""
+    """Write the header of the run folder and open the trackers."""
     config, recipe, accelerator, progress = training.config, training.recipe, training.accelerator, training.progress
     progress.run_id = progress.run_id or secrets.token_hex(4)
     if accelerator.is_main_process:

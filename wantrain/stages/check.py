@@ -51,7 +51,7 @@ def run(config: Config, arguments: Sequence[str]) -> None:
 
 
 def print_training(recipe: Recipe, clips: Clips) -> None:
-    """The adapter, steps and sigmas of one training."""
+    """Print the adapter, optimizer, steps and sigmas of one training."""
     config, expert = recipe.config, f"{recipe.base.expert} noise expert: " if recipe.base.expert else ""
     adapter = outline(recipe)
     print(f"adapter      {expert}{config.lora.kind.name}, rank {config.lora.rank}, alpha {config.lora.alpha:g} on "
@@ -71,7 +71,7 @@ def print_training(recipe: Recipe, clips: Clips) -> None:
 
 
 def print_account(account: Account | None, num_used: int, num_dropped: int) -> None:
-    """Every file of a source that is a folder or shards: used, dropped, or passed over."""
+    """Print what becomes of every file of a source that is a folder or shards: used, dropped, or passed over."""
     if account is None or not (account.passed or account.with_clips):
         return
     beside = "".join(f" + {number} {what}" for what, number in sorted(account.with_clips.items()))
@@ -82,7 +82,7 @@ def print_account(account: Account | None, num_used: int, num_dropped: int) -> N
 
 
 def print_trigger(clips: Clips) -> None:
-    """How many clips have the trigger in a caption; where none has, how captions begin."""
+    """Print how many clips have the trigger in a caption; where none has, how captions begin."""
     trigger, ids = clips.config.data.trigger, {p.clip.id for p in clips.planned}
     if not trigger:
         return
@@ -92,7 +92,7 @@ def print_trigger(clips: Clips) -> None:
 
 
 def print_data(clips: Clips) -> None:
-    """What becomes of every clip: used, dropped, trimmed, cropped, and by whom it is read."""
+    """Print what becomes of every clip: used, dropped, trimmed, cropped, and which library reads it."""
     used, dropped = clips.planned, clips.plan.dropped
     for source in sorted({p.clip.source for p in used} | {d.clip.source for d in dropped}):
         windows = [p for p in used if p.clip.source == source]

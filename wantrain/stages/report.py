@@ -56,7 +56,7 @@ def run(config: Config, arguments: Sequence[str]) -> None:
 
 
 def spread(planned: Sequence[PlannedClip], most: int) -> list[PlannedClip]:
-    """At most so many windows, evenly over the plan."""
+    """At most `most` windows, spread evenly over the plan."""
     places = np.linspace(0, len(planned) - 1, min(most, len(planned)))
     return [planned[int(i)] for i in places]
 

@@ -56,7 +56,9 @@ def run(config: Config, arguments: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def held(trainings: Sequence[Recipe], arguments: Sequence[str]) -> Iterator[None]:
-    """In the block, the first process holds the folders of all these trainings, cleared of what killed ones left."""
+    """In the block, the first process holds the locks of all these trainings' folders. Files that killed trainings left
+    are deleted.
+    """
     with contextlib.ExitStack() as stack:
         for own in trainings if launch.is_first() else ():
             stack.enter_context(lock.held(own.run_dir, ["wantrain", "train", *arguments]))
@@ -98,7 +100,7 @@ def is_done(recipe: Recipe, clips: Clips) -> bool:
 
 
 def tell_mirror(writer: Writer) -> None:
-    """Wait for the last checkpoint and its copy, and say loudly where there is no copy."""
+    """Wait for the last checkpoint and its copy in the mirror, and print a warning where the copy is not there."""
     if fault := writer.close():
         print(f"WARNING: {writer.store.mirror} lacks the last checkpoint ({fault}). {writer.store.folder} has it whole"
               "\n  next: start the same command once the mirror can be written: it copies what is there",
@@ -204,7 +206,7 @@ def batch_maker(training: Training, source: Encode, start: int) -> Callable[[int
 
 
 def order_of(clips: Clips) -> Order:
-    """Which windows make each step."""
+    """The order in which windows make the steps of this config."""
     return Order(clips.planned, clips.config.data.batch_size, clips.config.train.seed, clips.batch_factors)
 
 

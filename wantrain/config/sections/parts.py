@@ -15,24 +15,27 @@ Rule = tuple[bool, str, object, str]
 
 
 class Section:
-    """What every section of a config says besides its fields. A rule stands in the section that it complains about."""
+    """The base class of all sections. A rule stands in the section that it complains about."""
 
     __slots__ = ()
     may_change: ClassVar[tuple[str, ...]] = ()
     """Fields that a resume may change, for they do not fix the training's numbers; `*` stands for all."""
 
     def rules(self, config: Config) -> Iterator[Rule]:
-        """What must hold besides the fields' own annotations; those, and the sections above in Config, hold already."""
+        """The rules that no single field's annotation can say.
+
+    They may take for granted that every value fits its annotation, and that the sections before this one are right.
+    """
         yield from ()
 
     def remedies(self, config: Config) -> dict[str, object]:
-        """Values that would do, by key, where what else is set may not allow the key's default."""
+        """For an error's advice: values by key, for keys whose default other settings may forbid."""
         return {}
 
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """Part of a field's annotation: what each of its values may be. Null passes where the type allows it."""
+    """A part of a field's annotation that says what each of its values may be. Null passes where the type allows it."""
 
     words: str
     holds: Callable[[Any], bool]
