@@ -52,10 +52,13 @@ class Base:
     parts: Mapping[str, Path]
     merges: Mapping[Expert | None, Sequence[tuple[Path, float]]] = field(default_factory=dict)
     expert: Expert | None = None
+    absent: tuple[str, ...] = ()
+    """Model ids that are not on this machine yet, whose parts are left out."""
 
     def each(self) -> list[Base]:
         """This base alone; or one base for each expert, high noise first, whose file is then its part `transformer`."""
-        return [replace(self, expert=expert, parts={**self.parts, "transformer": self.parts[expert]})
+        return [replace(self, expert=expert, parts={**self.parts, **(
+            {"transformer": self.parts[expert]} if expert in self.parts else {})})
                 for expert in self.variant.experts] or [self]
 
     @property
@@ -65,14 +68,16 @@ class Base:
 
     def digest(self, part: str, memo: Path) -> str:
         """A digest of one part's files, and of what is merged into the transformer."""
+        if part not in self.parts:
+            return ""  # of a model that is yet to be downloaded: it names no entry of any cache
         own = digest_path(self.parts[part], memo)
         if part != "transformer" or not self.merged:
             return own
         return digest_text(own, *(f"{digest_path(file, memo)} {strength}" for file, strength in self.merged))
 
     def _transformer_config(self) -> dict[str, Any]:
-        path = self.parts["transformer"] / "config.json"
-        own = parse_json(path, path.name, path.read_bytes()) if path.is_file() else {}
+        path = self.parts["transformer"] / "config.json" if "transformer" in self.parts else None
+        own = parse_json(path, path.name, path.read_bytes()) if path and path.is_file() else {}
         if is_diffusers_config(own):
             return own
         stated = stated_vace_layers(own)
@@ -213,42 +218,57 @@ def expert_path(name: str, expert: Expert | None) -> str:
     return name.replace("{expert}", expert) if expert else name
 
 
-def find(variant: Variant, path: str | None, parts: Mapping[str, str], merge: Sequence[str] = ()) -> Base:
+def find(variant: Variant, path: str | None, parts: Mapping[str, str], merge: Sequence[str] = (), fetch: bool = True
+         ) -> Base:
     """Where everything is: the parts of the folder `path` (`embedded` for the tiny base; diffusers or official
     layout), with single files or folders in their place where `parts` names them.
 
-    Each may be a model id (wantrain.models.hub). `merge`: LoRA files as FILE or FILE=STRENGTH; `{expert}` in a name
-    stands for high or low.
+    Each may be a model id (wantrain.models.hub); without `fetch` none is downloaded, and those that are not here are
+    `absent`. `merge`: LoRA files as FILE or FILE=STRENGTH; `{expert}` in a name stands for high or low.
     """
     required = required_parts(variant)
     if unknown := sorted(set(parts) - set(required)):
         raise UserError(f"model.parts.{unknown[0]} is not allowed: {', '.join(required)}", "rename the key")
     found: dict[str, Path] = {}
+    absent: dict[str, set[str]] = {}
     if path:
         wanted = set(required) - set(parts)
-        folder = EMBEDDED if path == "embedded" else _local("model.path", path, lambda f: _is_whole(f, wanted))
-        found = find_parts(folder) if folder.is_dir() else {"transformer": folder}
-    found |= {part: _local(f"model.parts.{part}", where) for part, where in parts.items()}
+        folder = EMBEDDED if path == "embedded" else _at("model.path", path, fetch, lambda f: _is_whole(f, wanted))
+        if folder is None:
+            absent[path] = wanted
+        else:
+            found = find_parts(folder) if folder.is_dir() else {"transformer": folder}
+    for part, where in parts.items():
+        if file := _at(f"model.parts.{part}", where, fetch):
+            found[part] = file
+        else:
+            absent.setdefault(where, set()).add(part)
     if "tokenizer" not in found and "text_encoder" in found and found["text_encoder"].is_file() \
             and open_container(found["text_encoder"]).spiece_model():
         found["tokenizer"] = found["text_encoder"]
-    for part in required:
-        if part not in found:
-            like = {"tokenizer": "google/umt5-xxl"}.get(part, "FILE_OR_FOLDER")
-            raise UserError(f"model.path = {path} holds no {part}, and model.parts.{part} is not set",
-                            f"set model.parts.{part}={like}, or model.path to a whole checkpoint, e.g. "
-                            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+    for part in [part for part in required if part not in set(found).union(*absent.values())]:
+        like = {"tokenizer": "google/umt5-xxl"}.get(part, "FILE_OR_FOLDER")
+        raise UserError(f"model.path = {path} holds no {part}, and model.parts.{part} is not set",
+                        f"set model.parts.{part}={like}, or model.path to a whole checkpoint, e.g. "
+                        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+    return Base(variant, {part: found[part] for part in required if part in found}, _merges(variant, merge),
+                absent=tuple(absent))
+
+
+def _merges(variant: Variant, merge: Sequence[str]) -> dict[Expert | None, list[tuple[Path, float]]]:
+    """The LoRA files of each expert with their strengths. Raises UserError for one that says it is the other's."""
     merges = {expert: [lora_argument(expert_path(argument, expert)) for argument in merge]
               for expert in variant.experts or (None,)}
     for expert, loras in merges.items():
         for file, _ in loras:
             refuse_other_experts_file(file, expert)
-    return Base(variant, {part: found[part] for part in required}, merges)
+    return dict(merges)
 
 
-def _local(key: str, where: str, whole: Callable[[Path], bool] | None = None) -> Path:
+def _at(key: str, where: str, fetch: bool, whole: Callable[[Path], bool] | None = None) -> Path | None:
+    """The local path of what a key names; None for a model id that is not here and is not to be fetched."""
     try:
-        return hub.local(where, whole)
+        return hub.local(where, whole) if fetch else hub.here(where, whole)
     except UserError as error:
         raise UserError(f"{key}: {error.message}", error.next_step) from error
 

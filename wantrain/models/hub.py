@@ -7,12 +7,13 @@ import glob
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from httpx2 import HTTPError, Request
-from huggingface_hub import HfApi, constants, get_session, get_token, parse_hf_uri, snapshot_download
+from huggingface_hub import DryRunFileInfo, HfApi, constants, get_session, get_token, parse_hf_uri, snapshot_download
 from huggingface_hub.errors import FileMetadataError, HfUriError, IncompleteSnapshotError, OfflineModeIsEnabled
 
 from wantrain.outside import Caught
@@ -73,11 +74,21 @@ def local(where: str, whole: Callable[[Path], bool] | None = None) -> Path:
     (ModelScope's cache has none: what exists there is taken). What a download gave is not asked of `whole`: the code
     that reads it names better what it lacks. Raises UserError when `where` is neither, or cannot be downloaded.
     """
+    return here(where, whole) or _downloaded(_parse(where))
+
+
+def here(where: str, whole: Callable[[Path], bool] | None = None) -> Path | None:
+    """As `local`, and None for a model id that is not in the cache: nothing is asked of the network."""
     with contextlib.suppress(RuntimeError):  # a ~user that this machine does not know
         if (path := Path(where).expanduser()).exists():
             return path
+    return _cached(_parse(where), whole)
+
+
+def download_command(where: str) -> str:
+    """The hub's own command that brings a model id into its cache."""
     wanted = _parse(where)
-    return _cached(wanted, whole) or _downloaded(wanted)
+    return shlex.join([wanted.hub.tool, "download", wanted.repo, *_part_of(wanted)])
 
 
 def _parse(where: str) -> _Wanted:
@@ -126,7 +137,16 @@ def _fetch(wanted: _Wanted, *, offline: bool) -> Path:
             hooks.append(_limit)
         # Asked first, because snapshot_download answers for a hub out of reach with whatever the cache holds.
         HfApi().repo_info(wanted.repo, revision=wanted.revision)
+        _tell_size(wanted, snapshot_download(wanted.repo, revision=wanted.revision, dry_run=True, **files))
     return Path(snapshot_download(wanted.repo, revision=wanted.revision, local_files_only=offline, **files))
+
+
+def _tell_size(wanted: _Wanted, files: Sequence[DryRunFileInfo]) -> None:
+    """Say how much is about to be downloaded, and where it will lie. huggingface_hub shows how far it is."""
+    coming = [file for file in files if file.will_download]
+    size_gb = sum(file.file_size or 0 for file in coming) / 1e9
+    print(f"note: {wanted.where} is not here: {len(coming)} files, {size_gb:.1f} GB, are downloaded into "
+          f"{constants.HF_HUB_CACHE}", file=sys.stderr)
 
 
 def _limit(request: Request) -> None:
@@ -187,9 +207,14 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _by_hand(wanted: _Wanted) -> str:
     """What to do on two machines, for a model that this one cannot download."""
     folder, inside = Path("models", wanted.repo.partition("/")[2]), wanted.inside
-    is_file = Path(inside).suffix[1:].isalpha()
-    part = [] if not inside else [inside] if is_file else ["--include", f"{inside}/*"]
-    revision = ["--revision", wanted.revision] if wanted.revision else []
-    command = shlex.join([wanted.hub.tool, "download", wanted.repo, *part, *revision, "--local-dir", str(folder)])
+    command = shlex.join([wanted.hub.tool, "download", wanted.repo, *_part_of(wanted), "--local-dir", str(folder)])
     return (f"run `{command}` on a machine with a network, copy {folder} here, and write {folder / inside} instead of "
             "the id")
+
+
+def _part_of(wanted: _Wanted) -> list[str]:
+    """Of a repository, the words of a download command that name the part and the revision."""
+    inside = wanted.inside
+    is_file = Path(inside).suffix[1:].isalpha()
+    part = [] if not inside else [inside] if is_file else ["--include", f"{inside}/*"]
+    return [*part, *(["--revision", wanted.revision] if wanted.revision else [])]

@@ -136,10 +136,12 @@ class Recipe:
         return lora.adapter_state(lora.trainable_parameters(transformer), lora.scales(transformer))
 
 
-def open_recipe(config: Config) -> Recipe:
-    """Find the base's files. Raises UserError where one is not there."""
-    variant = folders.variant_of(config)
-    return Recipe(config, find(variant, config.model.path, config.model.parts, config.model.merge))
+def open_recipe(config: Config, fetch: bool = True) -> Recipe:
+    """Find the base's files. Raises UserError where one is not there; without `fetch`, what would have to be downloaded
+    is only told in `base.absent`.
+    """
+    own = config.model
+    return Recipe(config, find(folders.variant_of(config), own.path, own.parts, own.merge, fetch))
 
 
 def training_faults(recipe: Recipe) -> Iterator[UserError]:
