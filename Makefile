@@ -1,4 +1,4 @@
-# make demo: the whole job on the tiny base that ships with wantrain. make test: lint, types and tests. make slow and
+# make demo: wantrain run, the whole job, on the tiny base that ships with wantrain. make test: lint, types and tests. make slow and
 # make long: the tests that the default tier leaves out.
 # Each makes .venv and installs what it needs, once.
 PYTHON ?= python3
@@ -13,11 +13,7 @@ export MALLOC_TOP_PAD_ ?= 300000000
 
 .PHONY: demo test slow long clean
 demo: .venv/installed
-	$(RUN) cache recipe=$(RECIPE)
-	$(RUN) train recipe=$(RECIPE)
-	$(RUN) export recipe=$(RECIPE)
-	$(RUN) sample recipe=$(RECIPE)
-	$(RUN) evaluate recipe=$(RECIPE)
+	$(RUN) run recipe=$(RECIPE)
 
 test: .venv/installed-dev
 	.venv/bin/ruff check

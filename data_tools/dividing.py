@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,10 +10,8 @@ from data_tools.rows import (
     Entry,
     refuse,
 )
+from wantrain.data.apart import OF_SPLIT
 from wantrain.files import digest_text
-
-OF_SPLIT = re.compile(r"(?P<shot>(?P<film>.+)@\d+\.\d{3})#\d+")
-"""An id that `data_tools.split` gave; its `shot_of` is the group of this name."""
 
 TOUCHING_S = 1e-6
 """Spans nearer than this touch. Those of neighbouring shots are `split.GUARD_S` apart, which is more."""

@@ -189,7 +189,7 @@ def shot_of(identity: str) -> str:
 
 
 def _merged(out: Path, films: Collection[str], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The manifest's rows of other films, then these with the captions that they had.
+    """The manifest's rows of other films, then these with the captions, marks and measurements that they had.
 
     UserError where a caption would be lost, because its span is no longer there.
     """
@@ -198,9 +198,9 @@ def _merged(out: Path, films: Collection[str], rows: Sequence[dict[str, Any]]) -
     lost = [row["id"] for row in ours.values() if row.get("caption")]
     for row in rows:
         earlier = ours.get(row["id"], {})
-        if all(row.get(key) == earlier.get(key) for key in ("video", "start_s", "end_s")) and earlier.get("caption"):
-            row["caption"] = earlier["caption"]
-            lost.remove(row["id"])
+        if all(row.get(key) == earlier.get(key) for key in ("video", "start_s", "end_s")):
+            row.update(earlier)
+            lost = [identity for identity in lost if identity != row["id"]]
     if lost:
         raise UserError(f"{out} has captions for {len(lost)} span(s) that these settings do not give, among them "
                         f"{lost[0]}", "give the settings of the first call, or another --out")

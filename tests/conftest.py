@@ -37,12 +37,12 @@ def composed_once() -> Iterator[None]:
     """
     compose, kept = loading._composed, dict[Any, Any]()
 
-    def composed(groups: Mapping[str, str], config_dir: Path | None) -> Any:
-        if config_dir is not None:
-            return compose(groups, config_dir)
+    def composed(groups: Mapping[str, str], own: Sequence[Any]) -> Any:
+        if own:
+            return compose(groups, own)
         key = tuple(groups.items())
         if key not in kept:
-            kept[key] = compose(groups, None)
+            kept[key] = compose(groups, own)
         return copy.deepcopy(kept[key])
 
     with pytest.MonkeyPatch.context() as patch:

@@ -9,16 +9,18 @@ import importlib
 import os
 import re
 import shlex
+import subprocess
 import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from wantrain import logs
-from wantrain.options import FILE_VERBS, parse, parser
+from wantrain.options import FILE_VERBS, NEW, OPTION_VERBS, parse, parser, processes
 from wantrain.terms import EXIT_INTERRUPTED, EXIT_STALLED, EXIT_USER_ERROR, Interrupted, Stalled, UserError
 
 VERBS = {
+    "run": "all of it: check, cache, train, export, sample, evaluate, each left out where it is done; --gpus N",
     "check": "compose the config and say what it would do, without loading weights",
     "report": "an HTML page of the data: what the model will see, what is dropped and why, tokens, cache size",
     "cache": "decode clips, encode them and their captions, once",
@@ -28,10 +30,13 @@ VERBS = {
     "evaluate": "base against LoRA: numbers and an HTML report",
 }
 
-SHARED_VERBS = ("cache", "train")
+SHARED_VERBS = ("run", "cache", "train")
 """What several processes do together; the other verbs run in the first process of a launch."""
 
-READERS = ("check", "report", "cache", "train")
+TOOLS = {"prepare": "films into captioned clips: probe, split, caption, filter, check, hold out (data_tools)"}
+"""What is a tool of its own, started as a process: wantrain imports nothing of data_tools."""
+
+READERS = ("run", "check", "report", "cache", "train")
 """What reads the clips; the others work from what these left."""
 
 
@@ -45,12 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(_help())
             return 0
         verb, rest = given[0], given[1:]
-        if verb not in (*VERBS, *FILE_VERBS):
-            close = difflib.get_close_matches(verb, (*VERBS, *FILE_VERBS), 1)
-            print(f"error: no verb {verb!r}; there are {', '.join((*VERBS, *FILE_VERBS))}\n  next: "
+        if verb not in (*VERBS, *OPTION_VERBS, *TOOLS):
+            close = difflib.get_close_matches(verb, (*VERBS, *OPTION_VERBS, *TOOLS), 1)
+            print(f"error: no verb {verb!r}; there are {', '.join((*VERBS, *OPTION_VERBS, *TOOLS))}\n  next: "
                   f"{shlex.join(['wantrain', *close, *rest]) if close else 'wantrain --help'}", file=sys.stderr)
             return EXIT_USER_ERROR
-        if {"-h", "--help"} & set(rest):
+        if {"-h", "--help"} & set(rest) and verb not in TOOLS:
             print(_verb_help(verb) if verb in VERBS else parser(verb).format_help())
             return 0
         return _run_and_tell(verb, rest)
@@ -124,23 +129,29 @@ def _leave(code: int) -> int:
 
 
 def _run(verb: str, rest: list[str]) -> int:
-    if verb in FILE_VERBS:
+    if verb in TOOLS:
+        return subprocess.run([sys.executable, "-m", f"data_tools.{verb}", *rest], check=False).returncode
+    if verb in OPTION_VERBS:
         given = parse(verb, rest)  # before the libraries behind the verb, which take seconds to import
         importlib.import_module(f"wantrain.stages.{verb}").run(given)
         return 0
+    num_gpus, rest = processes(rest) if verb == "run" else (1, rest)
     config_dir, overrides = _config_dir(rest)
     # The libraries behind a verb take seconds to import, so help and faults of the config come first.
     schema = importlib.import_module("wantrain.config")
     config = schema.load(overrides, config_dir)
     if verb in READERS:
         schema.refuse_absent_clips(config)
-    if verb in ("check", "sample"):
+    if verb in ("run", "check", "sample") and any("sampler.prompts" in word for word in overrides):
         schema.tell_untriggered(config)
+    if num_gpus > 1:
+        importlib.import_module("wantrain.runner").launch_over(config, num_gpus, rest)
     process = int(os.environ.get("RANK", "0"))
     log = logs.kept(Path(config.run.dir), process, ["wantrain", verb, *rest]) if verb in SHARED_VERBS \
         else contextlib.nullcontext()
     with log:
-        importlib.import_module(f"wantrain.stages.{verb}").run(config, rest)
+        room = "wantrain.runner" if verb == "run" else f"wantrain.stages.{verb}"
+        importlib.import_module(room).run(config, rest)
     return 0
 
 
@@ -172,8 +183,10 @@ def _config_dir(rest: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 def _help() -> str:
     verbs = "\n".join(f"  {name:10}{does}" for name, does in VERBS.items())
+    tools = "\n".join(f"  {name:10}{does}" for name, does in TOOLS.items())
     file_verbs = "\n".join(f"  {name:10}{verb.does}" for name, verb in FILE_VERBS.items())
-    return (f"usage: wantrain VERB recipe=NAME [key=value ...]\n\n{verbs}\n\nfor any file:\n{file_verbs}\n\n"
+    return (f"usage: wantrain VERB recipe=NAME [key=value ...]\n\n{tools}\n  {'new':10}{NEW.does}\n{verbs}\n\n"
+            f"for any file:\n{file_verbs}\n\n"
             "wantrain VERB --help lists recipes and keys. With several processes:\n"
             "  accelerate launch --config_file launch/ddp.yaml -m wantrain train recipe=NAME")
 

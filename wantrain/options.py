@@ -1,4 +1,4 @@
-"""The verbs for any file and their command lines, each option declared once. Nothing heavy is imported."""
+"""The verbs that read no recipe and their command lines, each option declared once. Nothing heavy is imported."""
 
 from __future__ import annotations
 
@@ -21,12 +21,17 @@ LORA_FORMATS = ("universal", "comfy_updown", "fun", "kohya", "diffusers", "peft"
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """`--NAME VALUE` or `NAME=VALUE`: its values, of which the first is the default (int: a whole number from 1)."""
+    """`--NAME VALUE` or `NAME=VALUE`: its values, of which the first is the default (int: a whole number from 1).
+
+    `is_free` takes any text, and has no default; `is_flag` is `--NAME` alone.
+    """
 
     name: str
     help: str
     values: tuple[str, ...] = ()
     default: int | None = None
+    is_free: bool = False
+    is_flag: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +73,19 @@ FILE_VERBS = {
         Option("verify", "yes: read every entry, and count damaged ones as not needed", ("no", "yes")))),
 }
 
+NEW = FileVerb("write a recipe for a folder of clips: recipes/NAME.yaml", (
+    ("NAME", "of the recipe, its run and its LoRA file", None),), (
+    Option("model", "the base, a name of configs/model (default: wan22_ti2v_5b)", is_free=True),
+    Option("clips", "a folder of clips with .txt captions, or a manifest", is_free=True),
+    Option("plain", "ordinary clips without the trigger, which keep the base's look when it is absent", is_free=True),
+    Option("heldout", "clips never trained on; without it about a tenth of the clips is held out", is_free=True),
+    Option("trigger", "made-up words that call what is trained; captions without them get them", is_free=True),
+    Option("gpu", "the card's memory, such as 24gb (default: that of the card here, else 24gb)", is_free=True),
+    Option("yes", "take defaults for what is not given, and ask nothing", is_flag=True)))
+
+OPTION_VERBS = {"new": NEW, **FILE_VERBS}
+"""Every verb whose arguments are files and options, not keys of a recipe."""
+
 
 class _Parser(argparse.ArgumentParser):
     """Faults are UserErrors, as those of every other verb."""
@@ -78,12 +96,19 @@ class _Parser(argparse.ArgumentParser):
 
 def parser(verb: str) -> argparse.ArgumentParser:
     """The verb's arguments, with its help."""
-    told = FILE_VERBS[verb]
-    made = _Parser(f"wantrain {verb}", description=told.does, allow_abbrev=False, epilog="--NAME VALUE may be written "
-                   "NAME=VALUE, as for the other verbs. A file may be a model id: owner/name/path/in/it.")
+    told = OPTION_VERBS[verb]
+    may_be_id = " A file may be a model id: owner/name/path/in/it." * (verb in FILE_VERBS)
+    made = _Parser(f"wantrain {verb}", description=told.does, allow_abbrev=False,
+                   epilog=f"--NAME VALUE may be written NAME=VALUE, as for the other verbs.{may_be_id}")
     for name, text, nargs in told.files:
         made.add_argument(name.partition("[")[0], metavar=name, nargs=nargs, help=text)
     for option in told.options:
+        if option.is_flag:
+            made.add_argument(f"--{option.name}", action="store_true", help=option.help)
+            continue
+        if option.is_free:
+            made.add_argument(f"--{option.name}", metavar="VALUE", default="", help=option.help)
+            continue
         default = option.values[0] if option.values else option.default
         allowed = ", ".join(filter(None, option.values)) or "a number from 1"
         made.add_argument(f"--{option.name}", metavar="VALUE", default=default,
@@ -98,13 +123,16 @@ def parse(verb: str, arguments: Sequence[str]) -> argparse.Namespace:
     A file that exists is a file whatever its name; so are FILE=NUMBER (with a strength) and names of weight files.
     Raises UserError for everything else that is not known, and for a value that is not allowed.
     """
-    told = FILE_VERBS[verb]
+    told = OPTION_VERBS[verb]
     known = {option.name: option for option in told.options}
     files: list[str] = []
     options: list[str] = []
     words = list(arguments)
     while words:
         word = words.pop(0)
+        if (flag := known.get(word.removeprefix("--"))) and flag.is_flag and word.startswith("--"):
+            options.append(word)
+            continue
         if word.startswith("--") and "=" not in word and words:
             word = f"{word}={words.pop(0)}"
         key, equals, value = word.removeprefix("--").partition("=")
@@ -157,3 +185,17 @@ def split_strength(word: str) -> tuple[str, float | None]:
         return (file, float(strength)) if file else (word, None)
     except ValueError:
         return word, None
+
+
+def processes(arguments: Sequence[str]) -> tuple[int, list[str]]:
+    """(how many processes `wantrain run` is to start, by --gpus N, the other arguments). Raises UserError."""
+    text, others, words = "1", [], list(arguments)
+    while words:
+        word = words.pop(0)
+        if word == "--gpus" or word.startswith("--gpus="):
+            text = word.partition("=")[2] if "=" in word else words.pop(0) if words else ""
+        else:
+            others.append(word)
+    if not text.isdecimal() or not int(text):
+        raise UserError(f"--gpus {text} is not allowed: a whole number from 1", "wantrain run NAME --gpus 2")
+    return int(text), others

@@ -124,7 +124,6 @@ MISTAKES = {
     "train.num_steps:5": ["did you mean train.num_steps=5?"],
     "--num-steps=5": ["this one is train.num_steps=5"],
     "--resume": ["unknown option --resume", "train.resume=..."],
-    "recipe=configs/recipe/demo_anime.yaml": ["the folder above recipe/ is given", "--config-dir configs"],
 }
 
 

@@ -9,10 +9,10 @@ from wantrain.config.keys import flat as flat
 from wantrain.config.keys import resume_keys as resume_keys
 from wantrain.config.keys import to_yaml as to_yaml
 from wantrain.config.known import asset as asset
-from wantrain.config.known import configs_folder as configs_folder
 from wantrain.config.known import recipes as recipes
 from wantrain.config.loading import load as load
 from wantrain.config.loading import tell_untriggered as tell_untriggered
+from wantrain.config.places import configs_folder as configs_folder
 from wantrain.config.schema import Config as Config
 from wantrain.config.sections.adapter import Lora as Lora
 from wantrain.config.sections.adapter import LoraFormat as LoraFormat

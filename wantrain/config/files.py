@@ -14,20 +14,20 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from wantrain.config.keys import example_of
-from wantrain.config.known import annotation, choice, nearest_keys
+from wantrain.config.known import annotation, choice, file_of, nearest_keys
+from wantrain.config.places import Place
 from wantrain.config.values import Unfit, convert, is_said_text, read_yaml, without_null
 from wantrain.terms import UserError
 
 PACKAGE_LINE = "# @package _global_"
 
 
-def examine(folders: Sequence[Path], group: str, name: str, seen: set[Path], above: Sequence[Path] = ()) -> None:
+def examine(places: Sequence[Place], group: str, name: str, seen: set[Path], above: Sequence[Path] = ()) -> None:
     """Raise UserError for what is wrong in a group's file, and in those that its defaults list names.
 
-    `folders` hold the groups, the user's own first; `seen` are the files that were looked into already, `above` those
-    whose defaults lead here.
+    `seen` are the files that were looked into already, `above` those whose defaults lead here.
     """
-    path = next(folder / group / f"{name}.yaml" for folder in folders if (folder / group / f"{name}.yaml").exists())
+    path = file_of(places, group, name)
     if path in above:
         raise UserError(f"{path}: its defaults lead back to itself by way of {', '.join(map(str, above))}",
                         "name another file there, such as a recipe that ships with wantrain")
@@ -40,7 +40,7 @@ def examine(folders: Sequence[Path], group: str, name: str, seen: set[Path], abo
     for key, value in _entries(path, root):
         if key.value == "defaults":
             for other_group, other in _defaults(path, group, value):
-                examine(folders, other_group, choice(folders, other_group, other, f"{_at(path, value)}: "), seen,
+                examine(places, other_group, choice(places, other_group, other, f"{_at(path, value)}: "), seen,
                         [*above, path])
         else:
             _examine_value(path, key.value if group == "recipe" else f"{group}.{key.value}", key, value)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from wantrain.config.keys import example_of, pasted
 from wantrain.config.known import HELP, choices, nearest_keys
+from wantrain.config.places import Place
 from wantrain.terms import UserError
 
 _WORDS = (
@@ -32,12 +32,12 @@ _WORDS = (
 _KINDS = {"Float": "number", "Integer": "whole number", "Boolean": "true or false"}
 
 
-def told(error: Exception, folders: Sequence[Path]) -> UserError:
-    """Turn an error of Hydra or OmegaConf into a UserError. `folders` hold the files of the groups."""
+def told(error: Exception, places: Sequence[Place]) -> UserError:
+    """Turn an error of Hydra or OmegaConf into a UserError. `places` hold the files of the groups."""
     text = "\n".join(str(one).strip() for one in (error, error.__cause__) if one is not None)
     if absent := re.search(r"You must specify '(\w+)'", text):
         group = absent[1]
-        names = choices(folders, group)
+        names = choices(places, group)
         return UserError(f"the recipe chooses no {group}; there are {', '.join(names)}",
                          f"{group}={names[0]}    or in the recipe, below defaults: - override /{group}: {names[0]}")
     found = re.search(r"full_key: (\S+)", text)

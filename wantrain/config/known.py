@@ -11,19 +11,13 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from wantrain.config.places import Place, configs_folder
 from wantrain.config.schema import Config
 from wantrain.config.sections.data import Source
 from wantrain.config.values import fields_of, leaves, nearest
 from wantrain.terms import UserError
 
 HELP = "wantrain train --help    lists every key with its meaning"
-
-
-def configs_folder() -> Path:
-    """`configs/`: beside the package in a checkout, inside it in an installed wheel."""
-    package = Path(__file__).parents[1]
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
 
 
 def asset(name: str) -> Path:
@@ -36,34 +30,40 @@ def recipes() -> list[str]:
     return sorted(p.stem for p in (configs_folder() / "recipe").glob("*.yaml"))
 
 
-def groups_of(folders: Sequence[Path]) -> list[str]:
+def groups_of(places: Sequence[Place]) -> list[str]:
     """The config groups: folders of YAML files."""
-    return sorted({p.parent.name for folder in folders for p in folder.glob("*/*.yaml")})
+    return sorted(set().union(*(place.groups() for place in places)))
 
 
-def choices(folders: Sequence[Path], group: str) -> list[str]:
-    return sorted({p.stem for folder in folders for p in (folder / group).glob("*.yaml")})
+def choices(places: Sequence[Place], group: str) -> list[str]:
+    """The names of a group's files."""
+    return sorted({path.stem for place in places for path in place.files(group)})
 
 
-def choice(folders: Sequence[Path], group: str, text: str, place: str = "") -> str:
+def file_of(places: Sequence[Place], group: str, name: str) -> Path:
+    """The file of that name. Raises UserError where two places have one: it would not be clear which is meant."""
+    found = [path for place in places for path in place.files(group) if path.stem == name]
+    if len({path.resolve() for path in found}) > 1:
+        raise UserError(f"{group} = {name!r} is the name of {' and of '.join(map(str, found))}",
+                        f"mv {shlex.quote(str(found[0]))} {shlex.quote(str(found[0].with_stem('my_' + name)))}")
+    return found[0]
+
+
+def choice(places: Sequence[Place], group: str, text: str, place: str = "") -> str:
     """Check the name of a group's file and return it without its ending. Raises UserError with the nearest names."""
-    name, known = text.strip().strip("'\"").removesuffix(".yaml"), choices(folders, group)
+    name, known = text.strip().strip("'\"").removesuffix(".yaml"), choices(places, group)
     if name in known:
+        file_of(places, group, name)
         return name
     if not known:
-        raise UserError(f"{place}{group} is no group of files; there are {', '.join(groups_of(folders))}", HELP)
-    if group == "recipe" and text.strip().endswith(".yaml") and (file := Path(text.strip())).is_file():
-        raise UserError(f"{place}{group} = {text!r}: a recipe is named, and the folder above recipe/ is given",
-                        shlex.join(["--config-dir", str(file.parent.parent), f"recipe={file.stem}"])
-                        if file.parent.name == "recipe" else "put it into FOLDER/recipe/, then: --config-dir FOLDER "
-                        + shlex.quote(f"recipe={file.stem}"))
+        raise UserError(f"{place}{group} is no group of files; there are {', '.join(groups_of(places))}", HELP)
     close = nearest(name, known)
     others = [other for other in known if other not in close]
     meant = [f"{group}={other}" for other in close[:1]]
     named = annotation(f"{group}.name")
     if isinstance(named, type) and issubclass(named, Enum):  # a value of the key is more than a file that is like it
         meant = [f"{group}.name={other}" for other in nearest(name, named.__members__, 1)] or meant
-    own = "    (your own: --config-dir FOLDER, with FOLDER/recipe/NAME.yaml)" if group == "recipe" else ""
+    own = "    (your own: recipes/NAME.yaml, or the file itself: recipe=FILE.yaml)" if group == "recipe" else ""
     raise UserError(f"{place}{group} = {name!r} is not there; {f'did you mean {meant[0]}? ' if meant else ''}"
                     f"There are {', '.join([*close, *others])}", f"{(meant or [f'{group}={known[0]}'])[0]}{own}")
 

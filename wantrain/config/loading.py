@@ -32,7 +32,6 @@ from wantrain.config.known import (
     asset,
     choice,
     choices,
-    configs_folder,
     groups_of,
     key_types,
     known_key,
@@ -40,6 +39,7 @@ from wantrain.config.known import (
     path_of,
     sections,
 )
+from wantrain.config.places import Place, configs_folder, own_places, register
 from wantrain.config.schema import Config
 from wantrain.config.sections.data import Source
 from wantrain.config.sections.run import TRACKERS
@@ -59,17 +59,19 @@ class CommandLine:
 def load(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
     """Compose `configs/wantrain.yaml` with the overrides into a checked Config. Every fault is a UserError.
 
-    `config_dir` is a folder of the user's own groups (e.g. `recipe/mine.yaml`), searched before the shipped ones.
+    Recipes are looked for as `places` says; `config_dir` is a folder of the user's own groups.
     """
-    folders = [*([config_dir] if config_dir else []), configs_folder()]
-    asked = _asked(overrides, folders)
+    given = {word: path for word in overrides if (path := _recipe_file(word))}
+    own = own_places(config_dir, [*given.values()])
+    places = [*own, Place(configs_folder())]
+    asked = _asked([f"recipe={given[word].stem}" if word in given else word for word in overrides], places)
     if "recipe" not in asked.groups:
-        raise UserError(f"no recipe is chosen; there are {', '.join(choices(folders, 'recipe'))}", "recipe=demo_anime")
+        raise UserError(f"no recipe is chosen; there are {', '.join(choices(places, 'recipe'))}", "recipe=demo_anime")
     seen: set[Path] = set()
     for group, name in asked.groups.items():
-        examine(folders, group, name, seen)
+        examine(places, group, name, seen)
     try:
-        composed = _composed(asked.groups, config_dir)
+        composed = _composed(asked.groups, own)
         with open_dict(composed):
             for key in asked.without:
                 _take_out(composed, key)
@@ -80,14 +82,24 @@ def load(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
         _refuse_other_shapes(composed)
         config = OmegaConf.to_object(composed)
     except RecursionError as error:
-        raise told(OmegaConfBaseException("RecursionError"), folders) from error
+        raise told(OmegaConfBaseException("RecursionError"), places) from error
     except (HydraException, OmegaConfBaseException) as error:
-        raise told(error, folders) from error
+        raise told(error, places) from error
     assert isinstance(config, Config)
     return config
 
 
-def _composed(groups: Mapping[str, str], config_dir: Path | None) -> DictConfig:
+def _recipe_file(word: str) -> Path | None:
+    """The recipe that a word of the command line names as a file, if it does."""
+    name = word.removeprefix("recipe=").strip()
+    try:
+        path = Path(name).expanduser()
+        return path if path.suffix == ".yaml" and path.is_file() else None
+    except (OSError, RuntimeError, ValueError):  # what cannot be a path is told as a recipe that is not there
+        return None
+
+
+def _composed(groups: Mapping[str, str], own: Sequence[Place]) -> DictConfig:
     node = OmegaConf.structured(Config)
     for key, wanted in key_types().items():
         if typing.get_origin(wanted) is dict and not key.startswith("data.sources"):
@@ -95,7 +107,8 @@ def _composed(groups: Mapping[str, str], config_dir: Path | None) -> DictConfig:
     ConfigStore.instance().store(name="schema", node=node)
     OmegaConf.register_new_resolver("assets", lambda name: str(asset(name)), replace=True)
     GlobalHydra.instance().clear()
-    search = [f"hydra.searchpath=[{_quoted(f'file://{config_dir.resolve()}')}]"] if config_dir else []
+    register()
+    search = [f"hydra.searchpath=[{','.join(_quoted(place.url) for place in own)}]"] if own else []
     with initialize_config_dir(str(configs_folder()), version_base="1.3"):
         return compose("wantrain", overrides=[*(f"{group}={_quoted(name)}" for group, name in groups.items()), *search])
 
@@ -118,31 +131,29 @@ def _quoted(text: str) -> str:
 # The command line
 
 
-def _asked(arguments: Sequence[str], folders: Sequence[Path]) -> CommandLine:
+def _asked(arguments: Sequence[str], places: Sequence[Place]) -> CommandLine:
     """Sort the arguments. Raises UserError for those that are neither a group's file nor a known key's value."""
-    asked, groups = CommandLine({}, [], []), groups_of(folders)
+    asked, groups = CommandLine({}, [], []), groups_of(places)
     for place, argument in enumerate(arguments):
         if argument.startswith("~"):
             asked.without.append(known_key(argument[1:].partition("=")[0], groups))
             continue
         key, equals, text = argument.lstrip("+").partition("=")
         if argument.startswith("-") or not equals:
-            key, text = "recipe", _bare_recipe(argument, arguments[place + 1 :], asked, folders)
+            key, text = "recipe", _bare_recipe(argument, arguments[place + 1 :], asked, places)
         key = key.strip()
         if key in groups and not (key in sections() and text.lstrip().startswith("{")):
-            asked.groups[key] = choice(folders, key, text)
+            asked.groups[key] = choice(places, key, text)
         else:
             asked.values += _values_of(known_key(key, groups), text)
     return asked
 
 
-def _bare_recipe(argument: str, following: Sequence[str], asked: CommandLine, folders: Sequence[Path]) -> str:
+def _bare_recipe(argument: str, following: Sequence[str], asked: CommandLine, places: Sequence[Place]) -> str:
     """The recipe that a word alone names. Raises UserError, with what is likely meant, for any other word."""
-    known, groups = choices(folders, "recipe"), groups_of(folders)
+    known, groups = choices(places, "recipe"), groups_of(places)
     if argument in known and "recipe" not in asked.groups:
         return argument
-    if argument.endswith(".yaml") and Path(argument).is_file():
-        choice(folders, "recipe", argument)
     key, sign, text = re.fullmatch(r"-*([^=:]*)([=:]?)(.*)", argument, re.DOTALL).groups()  # type: ignore[union-attr]
     value = text if sign else next((word for word in following if word != "="), "...")
     value = value if sign or value == "..." or "=" not in value else "..."

@@ -30,13 +30,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["factor"]
 
 
-def any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether `flag` is true on any process. Every process must call it."""
-    import torch
-
-    return bool(accelerator.gather(torch.tensor([float(flag)], device=accelerator.device)).any())
-
-
 def clip_gradients(accelerator: Accelerator, model: torch.nn.Module, max_norm: float) -> float:
     """Clip to the global L2 norm and return the norm before it, the same on every process.
 

@@ -24,6 +24,13 @@ CALL = timedelta(seconds=10)
 """How long those that are left wait to find out who is missing."""
 
 
+LONGEST_S = 7 * 24 * 3600.0
+"""What processes wait for one that has long work to do, such as encoding; one that dies is noticed at once.
+
+The launch itself keeps train.stall_timeout_s: `wantrain run` trains in the same processes afterwards.
+"""
+
+
 class Rendezvous:
     """Small exchanges of all processes, over a group of their own on the CPU (gloo) that no GPU's queue holds up.
 
@@ -72,6 +79,16 @@ class Rendezvous:
     def flags(self, own: int) -> list[int]:
         """Each process's flag."""
         return self.gather(torch.tensor([own]))[:, 0].tolist()
+
+    @contextlib.contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """The first process does the block, then the others do."""
+        is_first = self._group is None or dist.get_rank() == 0
+        if not is_first:
+            self.flags(0)
+        yield
+        if is_first:
+            self.flags(0)
 
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[None]:

@@ -8,31 +8,29 @@ from pathlib import Path
 
 import torch
 
-from wantrain import engine
 from wantrain.config import Config
 from wantrain.data import decode
 from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Cache, Entry, counted, leftovers, missing
 from wantrain.engine import launch
+from wantrain.engine.rendezvous import LONGEST_S, Rendezvous
 from wantrain.jobs import in_workers, progress
 from wantrain.recipe.clips import Clips, num_workers, open_clips
 from wantrain.recipe.recipe import open_recipe
 from wantrain.recipe.samples import Encoder
 from wantrain.terms import WINDOW, PlannedClip, UserError
 
-LONGEST_S = 7 * 24 * 3600.0
-"""What processes wait for the one that has most left to encode; one that dies is noticed at once."""
-
 
 def run(config: Config, arguments: Sequence[str]) -> None:
     """Build what is missing of the recipe's cache; with several processes each does its share."""
     began = time.time()
-    accelerator = launch.start(launch.world_size(), 1, max_grad_norm=1.0, timeout_s=LONGEST_S)
-    with accelerator.main_process_first():  # it looks into new files, the others read what it noted
+    accelerator = launch.start(launch.world_size(), 1, max_grad_norm=1.0, timeout_s=config.train.stall_timeout_s)
+    meeting = Rendezvous(LONGEST_S)
+    with meeting.first_alone():  # it looks into new files, the others read what it noted
         recipe = open_recipe(config)
         clips = open_clips(recipe, arguments)
     entries = clips.entries
     to_make = missing(entries)
-    accelerator.wait_for_everyone()  # all have listed what is missing before any entry appears
+    meeting.flags(0)  # all have listed what is missing before any entry appears
     mine = shares(to_make, recipe.variant.multiple_px, accelerator.num_processes)[accelerator.process_index]
     faults = []
     if to_make:
@@ -41,7 +39,7 @@ def run(config: Config, arguments: Sequence[str]) -> None:
         encoder = Encoder(recipe, clips.cache, accelerator.device)
         encode_texts(clips.cache, encoder, mine, accelerator.is_main_process)
         faults = encode_windows(clips, encoder, mine, accelerator.is_main_process)
-    failed = engine.any_process(accelerator, bool(faults))
+    failed = any(meeting.flags(int(bool(faults))))
     if accelerator.is_main_process:
         clips.cache.claim(Path(config.run.dir), config.run.name, entries)
         for path in leftovers(clips.cache.folder, began):

@@ -58,8 +58,8 @@ def print_base(recipe: Recipe) -> None:
             print(f"  merged     {path} at strength {strength:g}")
     for where in base.absent:
         size = f", about {inventory.published_gb(variant):.0f} GB where it is stored in bfloat16"
-        print(f"  not here   {where}{size if where == recipe.config.model.path else ''}; `wantrain cache` downloads it, as "
-              f"does: {hub.download_command(where)}")
+        print(f"  not here   {where}{size if where == recipe.config.model.path else ''}")
+        print(f"             `wantrain cache` downloads it, as does: {hub.download_command(where)}")
     if base.absent:
         print("  not checked: base not here    whether its files are whole and this variant's")
 
