@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
 
 from wantrain.config.keys import example_of
 from wantrain.config.known import annotation, choice, file_of, nearest_keys
@@ -205,6 +204,8 @@ def _refuse_other_scalar(path: Path, name: str, value: yaml.ScalarNode, wanted: 
     text = value.value
     if value.style is not None or is_said_text(value) or "${" in text or "???" in text or "\n" in text:
         return
+    from omegaconf import DictConfig, OmegaConf
+
     read = OmegaConf.create(f"v: {text}")
     assert isinstance(read, DictConfig), "it is a mapping"
     meant = read["v"]

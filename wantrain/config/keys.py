@@ -12,11 +12,11 @@ from enum import Enum
 from typing import Any
 
 import yaml
-from omegaconf import MISSING, OmegaConf
 
 from wantrain.config.schema import Config
 from wantrain.config.sections.data import Source
 from wantrain.config.sections.model import ExpertOwn
+from wantrain.config.sections.parts import MISSING
 from wantrain.config.sections.training import Schedule
 from wantrain.config.values import fields_of
 from wantrain.files import digest_text
@@ -95,6 +95,8 @@ def pasted(key: str, value: object) -> str:
 
 def to_yaml(config: Config) -> str:
     """The whole resolved config as YAML."""
+    from omegaconf import OmegaConf  # which help and most faults do without
+
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
@@ -115,6 +117,8 @@ def _flat(config: Config | type[Config]) -> dict[str, Any]:
                 yield from walk(inner, f"{prefix}.{key}" if prefix else str(key))
         else:
             yield prefix, value.name if isinstance(value, Enum) else value
+    from omegaconf import OmegaConf
+
     container = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     return dict(walk(container, ""))
 

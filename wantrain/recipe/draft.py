@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
+from wantrain.data.buckets import buckets
 from wantrain.data.films import count_frames
-from wantrain.data.plan import buckets
 from wantrain.models.variants import NATIVE_PX, Variant
 from wantrain.terms import Bucket, Clip, Media, MediaInfo, UserError
 

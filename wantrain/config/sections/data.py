@@ -9,9 +9,8 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from omegaconf import MISSING
-
 from wantrain.config.sections.parts import (
+    MISSING,
     Allowed,
     FloatAbove0,
     Folder,

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 if TYPE_CHECKING:  # it is made of the sections
     from wantrain.config.schema import Config
 
+MISSING: Any = "???"
+"""OmegaConf's default of a key that must be given."""
+
 Rule = tuple[bool, str, object, str]
 """Whether it holds, key, value, what is allowed."""
 
