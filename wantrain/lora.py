@@ -93,7 +93,7 @@ def inject(transformer: torch.nn.Module, targets: Sequence[str], spec: Spec, see
     kind = KINDS[spec.kind]
     on_meta = next(transformer.parameters()).is_meta  # where PEFT would draw the adapter on the CPU, for nothing
     config = getattr(peft, kind.config)(
-        **kind.options, r=spec.rank, target_modules=names,
+        **kind.options, r=spec.rank, target_modules="|".join(map(re.escape, names)),  # PEFT takes names as endings
         rank_pattern=_by_name(names, spec.rank_pattern, "lora.rank_pattern"),
         alpha_pattern=_by_name(names, spec.alpha_pattern, "lora.alpha_pattern"), **{kind.alpha: spec.alpha})
     with torch.random.fork_rng():

@@ -83,7 +83,17 @@ NEW = FileVerb("write a recipe for a folder of clips: recipes/NAME.yaml", (
     Option("gpu", "the card's memory, such as 24gb (default: that of the card here, else 24gb)", is_free=True),
     Option("yes", "take defaults for what is not given, and ask nothing", is_flag=True)))
 
-OPTION_VERBS = {"new": NEW, **FILE_VERBS}
+MACHINE_VERBS = {
+    "runs": FileVerb("how far the runs of a folder are, what they take on the disk, how to go on", (
+        ("FOLDER", "of a run, or the one above runs (default: runs)", "*"),), ()),
+    "doctor": FileVerb("what this machine is, what of it limits wantrain, what mends that; the text for a bug report",
+                       (), (Option("json", "one JSON object, for programs", is_flag=True),)),
+    "completion": FileVerb("the script of Tab completion, for a shell's start-up file", (
+        ("SHELL", "bash, zsh or fish", None),), ()),
+}
+"""What asks the machine, and no recipe."""
+
+OPTION_VERBS = {"new": NEW, **FILE_VERBS, **MACHINE_VERBS}
 """Every verb whose arguments are files and options, not keys of a recipe."""
 
 
@@ -141,7 +151,8 @@ def parse(verb: str, arguments: Sequence[str]) -> argparse.Namespace:
         elif key in known:
             options.append(f"--{key}={value}")
         elif word.startswith("--") or (equals and not _is_file(word)):
-            raise UserError(f"{word} is not known; there are {', '.join(known)}", f"wantrain {verb} --help")
+            options_there = f"are {', '.join(known)}" if known else "is no option"
+            raise UserError(f"{word} is not known; there {options_there}", f"wantrain {verb} --help")
         else:
             files.append(word)
     made = parser(verb)
@@ -151,7 +162,7 @@ def parse(verb: str, arguments: Sequence[str]) -> argparse.Namespace:
         wanted = " ".join(f"[{name}]" if nargs == "*" else name for name, _, nargs in told.files)
         raise UserError(f"{verb} takes {wanted}, and got {len(files)}: {', '.join(files) or 'nothing'}",
                         f"wantrain {verb} {wanted}")
-    return made.parse_args([*options, "--", *files])
+    return made.parse_args([*options, *(["--", *files] if files else [])])
 
 
 def _checked(verb: str, option: Option, value: str) -> str | int:

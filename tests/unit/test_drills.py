@@ -460,7 +460,7 @@ def test_a_prompt_without_the_trigger_is_told(capsys):
 
 
 def test_help_ends_quietly_when_nobody_reads_on_and_its_defaults_are_yaml(monkeypatch, capsys):
-    assert cli.main(["train", "--help"]) == 0
+    assert cli.main(["train", "--help", "all"]) == 0
     shown = capsys.readouterr().out
     for line in ("  train.activation_checkpointing = false", "  train.mirror = null", "  optim.betas = [0.9, 0.99]",
                  "  model.dtype = bfloat16", "  lora.targets = [attn_ffn]", "  optim.eps = 1e-08",
@@ -470,4 +470,4 @@ def test_help_ends_quietly_when_nobody_reads_on_and_its_defaults_are_yaml(monkey
     os.close(ours)
     with os.fdopen(theirs, "w") as nobody:
         monkeypatch.setattr(sys, "stdout", nobody)
-        assert cli.main(["train", "--help"]) == 0
+        assert cli.main(["train", "--help", "all"]) == 0

@@ -1,5 +1,6 @@
 """The config: what a recipe may say (schema, sections, rules), and the way from a command line to it (loading)."""
 
+from wantrain.config.help import keys_help as keys_help
 from wantrain.config.keys import HARMLESS_TO_RESUME as HARMLESS_TO_RESUME
 from wantrain.config.keys import defaults as defaults
 from wantrain.config.keys import described as described

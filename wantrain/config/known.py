@@ -17,7 +17,7 @@ from wantrain.config.sections.data import Source
 from wantrain.config.values import fields_of, leaves, nearest
 from wantrain.terms import UserError
 
-HELP = "wantrain train --help    lists every key with its meaning"
+HELP = "wantrain train --help all    lists every key with its meaning"
 
 
 def asset(name: str) -> Path:

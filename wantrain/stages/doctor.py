@@ -60,7 +60,7 @@ def run(given: argparse.Namespace) -> None:
     """Print all findings, or one JSON object with them; what limits wantrain stands together at the end."""
     clean = cleaner()
     findings = [Finding(*(clean(text) for text in dataclasses.astuple(one))) for part in PARTS for one in tried(part)]
-    if given.json == "yes":
+    if given.json:
         rows = [dataclasses.asdict(one) for one in findings]
         print(json.dumps({"wantrain": __version__, "findings": rows}, indent=1))
         return
@@ -81,7 +81,7 @@ def tried(part: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     with Caught() as caught:
         yield from part()
     if caught.fault is not None:
-        yield Finding(part.__name__.strip("_"), "not known", described(caught.fault))
+        yield Finding(part.__name__, part.__name__, f"not known: {described(caught.fault)}")
 
 
 def cleaner() -> Callable[[str], str]:
@@ -159,7 +159,8 @@ def gpu() -> Iterator[Finding]:
     yield Finding("GPU", "driver", driver or "none")
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
-        mend = "nvidia-smi    says whether the driver sees a GPU" if built or not driver else \
+        mend = "lspci | grep -i nvidia    says whether there is a card; then install its driver" if not driver else \
+            "nvidia-smi    says whether the driver sees the card" if built else \
             "pip install --force-reinstall torch    for the wheel with CUDA"
         yield Finding("GPU", "devices", f"none; torch {torch.__version__} is built "
                       f"{f'for CUDA {built}' if built else 'without CUDA'}",
