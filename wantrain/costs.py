@@ -27,7 +27,7 @@ class MemoryPolicy:
     """What decides how much memory a training takes, besides the base and its clips."""
 
     micro_batch_size: int
-    activation_checkpointing: bool
+    keep: str
     is_float32: bool
     num_processes: int
     zero_stage: int
@@ -41,8 +41,9 @@ def savers(policy: MemoryPolicy, tokens: int) -> list[str]:
     """Settings that need less memory, those that change least first; `tokens` are those of the largest clip."""
     micro, size = policy.micro_batch_size, policy.num_processes
     offers = {
-        "train.activation_checkpointing=true    recomputes each block: same numbers, about a third more time":
-            not policy.activation_checkpointing,
+        "memory.keep=attention    computes each block's products again: same numbers, more time": policy.keep == "all",
+        "memory.keep=inputs    computes each block again: same numbers, about a third more time":
+            policy.keep != "inputs",
         f"train.micro_batch_size={micro // 2}    accumulates instead: same numbers": micro > 1 and micro % 2 == 0,
         "model.dtype=bfloat16    half of the base": policy.is_float32,
         "memory.base=int8    a byte a weight of the base, in a run of its own": not policy.is_quantised,

@@ -169,6 +169,20 @@ def _adapted_layers(transformer: torch.nn.Module) -> list[tuple[str, Any]]:
     return [(name, layer) for name, layer in transformer.named_modules() if isinstance(layer, BaseTunerLayer)]
 
 
+def pair_of(layer: torch.nn.Module) -> tuple[Any, torch.Tensor | None, torch.Tensor | None, float] | None:
+    """The frozen Linear of an adapted layer, A, B and the factor on their product; None where it is no plain LoRA.
+
+    A and B are None where the adapter is switched off.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    if not isinstance(layer, LoraLayer) or layer.lora_variant or not layer.lora_A:
+        return None
+    if layer.disable_adapters or ADAPTER not in layer.active_adapters:
+        return layer.base_layer, None, None, 1.0
+    return layer.base_layer, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER]
+
+
 def adapter_state(parameters: Mapping[str, torch.Tensor], factors: Mapping[str, float]) -> AdapterState:
     """The state from named trainable tensors and `scales`. The tensors are whole, as
     `trainable_parameters` or the engine's gather gives them.

@@ -155,7 +155,7 @@ def test_a_training_that_shares_tokens_is_that_of_one_process_and_goes_on_in_one
     (("DDP", 4), 2, 2e-5), pytest.param(("DDP", 3), 3, 2e-5, marks=pytest.mark.long),
     pytest.param(("ZeRO-2", 4), 2, 2e-5, marks=pytest.mark.long), (("ZeRO-3", 2), 2, 2e-4)])
 def test_sharing_tokens_goes_with_data_parallel_and_zero(launched, alone, launch, num_parts, rtol):
-    run = launched(*launch, f"train.sequence_parallel={num_parts}", "train.activation_checkpointing=true")
+    run = launched(*launch, f"train.sequence_parallel={num_parts}", "memory.keep=inputs")
     assert_same_training(alone, run, rtol)
 
 

@@ -22,6 +22,7 @@ from wantrain.models import base, lora_formats, lora_updates, lora_writing, samp
 from wantrain.models.fit import AdapterFile, fit
 from wantrain.models.names import transformer_to_diffusers
 from wantrain.models.variants import VARIANTS
+from wantrain.stages import export
 from wantrain.terms import UserError
 
 CPU = torch.device("cpu")
@@ -142,18 +143,27 @@ def test_bfloat16_is_refused_where_folding_alpha_would_round(trained, wantrain, 
 
 
 def test_an_export_that_reads_back_wrong_is_an_error(trained, wantrain, capsys, monkeypatch):
-    """A writer that lost alpha, as half the field's do."""
-    write = lora_updates.write_lora
+    """A writer that lost alpha, as half the field's do; and one that was given another alpha than was trained."""
+    write, from_adapter, folder = lora_updates.write_lora, lora_updates.from_adapter, trained / "export"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    def without_alpha(pairs):
+        return {m: lora_formats.LoraPair(p.a, p.b, p.rank) for m, p in pairs.items()}
 
     def losing(path, pairs, *rest, **options):
-        write(path, {m: lora_formats.LoraPair(p.a, p.b, p.rank) for m, p in pairs.items()}, *rest, **options)
+        write(path, without_alpha(pairs), *rest, **options)
 
-    monkeypatch.setattr(lora_updates, "write_lora", losing)
-    folder = trained / "export"
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert wantrain("export", *OWN, "run.name=other") == 2
-    assert "other.safetensors: read back, the delta of" in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before, "nothing wrong is left"
+    def misread(state):
+        pairs, extras = from_adapter(state)
+        return without_alpha(pairs), extras
+
+    for room, name, wrong, said in ((lora_updates, "write_lora", losing, "differs by"),
+                                    (export, "from_adapter", misread, "differs from the checkpoint's by")):
+        with monkeypatch.context() as patched:
+            patched.setattr(room, name, wrong)
+            assert wantrain("export", *OWN, "run.name=other") == 2
+        assert re.search(f"other.safetensors: read back, the delta of .* {said}", capsys.readouterr().err)
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before, "one is left"
 
 
 def test_sampling_with_a_named_file_and_export_need_no_clips(trained, wantrain, tmp_path):

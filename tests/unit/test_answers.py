@@ -95,7 +95,8 @@ def test_what_check_takes_as_exportable_is_so_in_every_format():
         adapter = own.meta_adapter()
         for form in LORA_FORMATS:
             refuse_unexportable(adapter, form, "float32")
-        assert (variant != "tiny_wan_animate") and kind in (LoraKind.lora, LoraKind.rslora)
+        assert variant != "tiny_wan_animate"
+        assert kind in (LoraKind.lora, LoraKind.rslora)
 
 
 def test_what_a_checkpoint_takes_is_counted_as_the_libraries_count():

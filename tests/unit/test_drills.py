@@ -54,7 +54,7 @@ MISTAKES = {
     "recipe=demo_anmie": ["did you mean recipe=demo_anime?"],
     "train.resume=true": ["train.resume", "auto is what true would mean"],
     "train.resume=no": ["train.resume", "never is what no would mean"],
-    "train.activation_checkpointing=maybe": ["train.activation_checkpointing", "true or false"],
+    "data.allow_drops=maybe": ["data.allow_drops", "true or false"],
     "train.seed=2**64": ["train.seed", "whole number"],
     "train.seed=18446744073709551616": ["train.seed", "below 2^63"],
     "train.seed=-1": ["train.seed", "below 2^63"],
@@ -166,7 +166,7 @@ UNDERSTOOD = {
     "optim.lr=5E-5": ("optim.lr", 5e-5),
     "train.num_steps=1e3": ("train.num_steps", 1000),
     "train.num_steps=1_000": ("train.num_steps", 1000),
-    "train.activation_checkpointing=True": ("train.activation_checkpointing", True),
+    "data.allow_drops=True": ("data.allow_drops", True),
     "data.num_frames=17": ("data.num_frames", [17]),
     "sampler.strengths=0,0.5": ("sampler.strengths", [0, 0.5]),
     "optim.betas=0.9,0.99": ("optim.betas", [0.9, 0.99]),
@@ -462,7 +462,7 @@ def test_a_prompt_without_the_trigger_is_told(capsys):
 def test_help_ends_quietly_when_nobody_reads_on_and_its_defaults_are_yaml(monkeypatch, capsys):
     assert cli.main(["train", "--help", "all"]) == 0
     shown = capsys.readouterr().out
-    for line in ("  train.activation_checkpointing = false", "  train.mirror = null", "  optim.betas = [0.9, 0.99]",
+    for line in ("  memory.keep = auto", "  train.mirror = null", "  optim.betas = [0.9, 0.99]",
                  "  model.dtype = bfloat16", "  lora.targets = [attn_ffn]", "  optim.eps = 1e-08",
                  "  data.trigger = ''"):
         assert f"{line}\n" in shown

@@ -310,14 +310,14 @@ def test_no_memory_tells_the_peak_and_three_settings(wantrain, monkeypatch, caps
     assert "the largest clips are 5f 32x48 (12 tokens), 4 at once" in told
     offers = told.partition("one of:\n")[2].strip().splitlines()
     assert [offer.strip().partition("    ")[0] for offer in offers] == [
-        "train.activation_checkpointing=true", "train.micro_batch_size=2", "model.dtype=bfloat16"]
+        "memory.keep=attention", "memory.keep=inputs", "train.micro_batch_size=2"]
 
 
 def test_settings_that_are_in_use_already_are_not_offered(wantrain, monkeypatch, capsys):
     monkeypatch.setattr(Training, "losses", refused)
-    assert wantrain("train", "train.activation_checkpointing=true", "train.micro_batch_size=1") == 2
+    assert wantrain("train", "memory.keep=inputs", "train.micro_batch_size=1") == 2
     told = capsys.readouterr().err
-    assert "activation_checkpointing" not in told
+    assert "memory.keep" not in told
     assert "micro_batch_size=0" not in told
     assert "data.max_tokens_per_clip=9 " in told
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wantrain import cli
-from wantrain.models import base, lora_formats, lora_writing
+from wantrain.models import base, lora_formats, lora_updates, lora_writing
 from wantrain.models.lora_formats import LoraPair
 from wantrain.models.lora_updates import worst_difference
 
@@ -32,6 +32,21 @@ def test_convert_there_and_back_keeps_the_deltas(kohya, tmp_path, capsys):
     assert worst_difference(a, b)[0] < 1e-6
     assert b.metadata["ss_output_name"] == "mine"
     assert all(name.startswith("diffusion_model.blocks.") for name in load_file(there))
+
+
+def test_a_conversion_that_reads_back_wrong_is_an_error_and_leaves_what_was_there(kohya, tmp_path, capsys, monkeypatch):
+    """A writer that lost alpha, 2 on rank 4: what it wrote acts twice as strongly."""
+    out = tmp_path / "u.safetensors"
+    assert cli.main(["convert", str(kohya), str(out), "format=universal"]) == 0
+    before, write = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}, lora_updates.write_lora
+
+    def losing(path, pairs, *rest, **options):
+        write(path, {m: LoraPair(p.a, p.b, p.rank) for m, p in pairs.items()}, *rest, **options)
+
+    monkeypatch.setattr(lora_updates, "write_lora", losing)
+    assert cli.main(["convert", str(kohya), str(out), "format=universal"]) == 2
+    assert "differs by 1.0e+00" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(("arguments", "said"), [

@@ -13,6 +13,7 @@ from wantrain import lora
 from wantrain.lora import Spec
 from wantrain.models import fit
 from wantrain.models.fit import NewAdapter
+from wantrain.terms import UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ADAPTER = NewAdapter(["attn"], Spec(2, 2.0), 0)
@@ -22,21 +23,33 @@ ADAPTER = NewAdapter(["attn"], Spec(2, 2.0), 0)
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The parts in the order in which they are put in."""
     done: list[str] = []
-    inject, checkpointing = lora.inject, WanTransformer3DModel.enable_gradient_checkpointing
+    inject = lora.inject
     monkeypatch.setattr(fit, "shorten_text", lambda _: done.append("short text"))
     monkeypatch.setattr(lora, "inject", lambda *given: (done.append("adapter"), inject(*given))[1])
+    monkeypatch.setattr(fit.block, "train_blocks", lambda _, keep: done.append(f"blocks keep {keep}"))
     monkeypatch.setattr(WanTransformer3DModel, "enable_gradient_checkpointing",
-                        lambda self: (done.append("checkpointing"), checkpointing(self)))
+                        lambda self: done.append("checkpointing"))
     monkeypatch.setattr(fit.sequence, "share_tokens", lambda _, parts: done.append(f"tokens of {parts}"))
     return done
 
 
 def test_the_order_is_the_one_that_is_stated(calls: list[str]) -> None:
     transformer = copy.deepcopy(tiny.transformer("t2v"))
-    modules = fit.fit(transformer, CPU, ADAPTER, activation_checkpointing=True, sequence_parallel=2)
-    assert calls == ["short text", "adapter", "checkpointing", "tokens of 2"]
+    modules = fit.fit(transformer, CPU, ADAPTER, keep="attention", sequence_parallel=2)
+    assert calls == ["short text", "adapter", "blocks keep attention", "tokens of 2"]
     assert modules == [name for name, module in transformer.named_modules() if hasattr(module, "lora_A")]
-    assert transformer.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize(("kind", "is_divided"), [("lora", True), ("dora", False), ("lokr", False)])
+def test_where_the_blocks_cannot_be_ours_diffusers_own_are_checkpointed(calls: list[str], kind: str, is_divided: bool
+                                                                        ) -> None:
+    adapter = NewAdapter(["attn"], Spec(2, 2.0, kind), 0)
+    for keep, done in (("all", []), ("inputs", ["checkpointing"])):
+        fit.fit(copy.deepcopy(tiny.transformer("t2v")), CUDA, adapter, keep=keep, is_divided=is_divided)
+        assert calls == ["adapter", *done]
+        calls.clear()
+    with pytest.raises(UserError, match="Allowed there: all, inputs"):
+        fit.fit(copy.deepcopy(tiny.transformer("t2v")), CUDA, adapter, keep="attention", is_divided=is_divided)
 
 
 def test_nothing_is_changed_that_is_not_asked_for(calls: list[str]) -> None:

@@ -131,8 +131,9 @@ def test_validation_moves_nothing(plain, trained):
     assert [line["step"] for line in lines(validated) if "validation_loss" in line] == [2, 4]
 
 
-def test_activation_checkpointing_changes_no_number(plain, trained):
-    spared = trained("spared", "train.activation_checkpointing=true")
+@pytest.mark.parametrize("keep", ["attention", "inputs"])
+def test_what_blocks_keep_changes_no_number(plain, trained, keep):
+    spared = trained(keep, f"memory.keep={keep}")
     assert losses(plain) == losses(spared)
     assert same_bits(state(plain)[1], state(spared)[1])
 

@@ -25,6 +25,7 @@ from wantrain.config.sections.model import ExpertOwn as ExpertOwn
 from wantrain.config.sections.model import Experts as Experts
 from wantrain.config.sections.objective import Weighting as Weighting
 from wantrain.config.sections.training import BaseForm as BaseForm
+from wantrain.config.sections.training import Keep as Keep
 from wantrain.config.sections.training import OnNonfinite as OnNonfinite
 from wantrain.config.sections.training import Optimizer as Optimizer
 from wantrain.config.sections.training import Resume as Resume

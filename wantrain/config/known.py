@@ -109,7 +109,7 @@ ELSEWHERE = {
     "learning_rate": "optim.lr", "unet_lr": "optim.lr", "optimizer": "optim.name", "optimizer_type": "optim.name",
     "lr_scheduler": "optim.schedule", "lr_warmup_steps": "optim.warmup_steps", "epochs": "train.num_steps",
     "num_epochs": "train.num_steps", "max_train_steps": "train.num_steps", "max_train_epochs": "train.num_steps",
-    "gradient_checkpointing": "train.activation_checkpointing", "save_every_n_steps": "train.save_every",
+    "gradient_checkpointing": "memory.keep", "save_every_n_steps": "train.save_every",
     "gradient_accumulation_steps": "data.batch_size", "train_batch_size": "data.batch_size",
     "network_dim": "lora.rank", "lora_rank": "lora.rank", "dim": "lora.rank", "network_alpha": "lora.alpha",
     "lora_alpha": "lora.alpha", "target_modules": "lora.targets", "network_weights": "lora.start_from",

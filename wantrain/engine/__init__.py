@@ -49,6 +49,11 @@ def is_fsdp(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == "FSDP"
 
 
+def divides(accelerator: Accelerator) -> str:
+    """The engine that divides the frozen weights among processes, by its name; "" where each holds them whole."""
+    return "ZeRO-3" if zero_stage(accelerator) == 3 else "FSDP2" if is_fsdp(accelerator) else ""
+
+
 def loading_device(accelerator: Accelerator) -> torch.device:
     """The device to load the base on. FSDP2 takes it block by block from the CPU: no GPU ever holds it whole."""
     import torch

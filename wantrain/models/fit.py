@@ -1,7 +1,7 @@
 """What changes a loaded transformer: one function, in one order.
 
 1. Short text on the CPU: it replaces diffusers' attention processors, which the adapter and the sharing of tokens then
-   find in place. 2. The adapter, over the frozen weights. 3. Activation checkpointing, of blocks that hold the adapter.
+   find in place. 2. The adapter, over the frozen weights. 3. What each block that holds it keeps for backward.
 4. Sequence parallelism, whose hooks must be the outermost, and which needs the started process group.
 """
 
@@ -16,7 +16,7 @@ from diffusers import WanTransformer3DModel
 
 from wantrain import lora
 from wantrain.lora import Spec
-from wantrain.models import sequence
+from wantrain.models import block, sequence
 from wantrain.models.lora_formats import LoraFile
 from wantrain.models.lora_names import instead_of_adapter
 from wantrain.models.lora_updates import adapter_for, read_adapter
@@ -44,11 +44,13 @@ class AdapterFile:
 
 
 def fit(transformer: WanTransformer3DModel, device: torch.device, adapter: NewAdapter | AdapterFile | None = None, *,
-        activation_checkpointing: bool = False, sequence_parallel: int = 1) -> list[str]:
+        keep: str = "all", is_divided: bool = False, sequence_parallel: int = 1) -> list[str]:
     """Make a loaded transformer ready to be trained or sampled on `device`; the names of its adapted modules.
 
-    To be called once. Raises UserError where the adapter does not fit the transformer, or its file is damaged, of
-    another variant or expert, or more than an adapter.
+    A new adapter is trained, each block keeping what `keep` says (wantrain.models.block.KEEPS); `is_divided` says that
+    the engine divides the weights of a block among processes. To be called once. Raises UserError where the adapter
+    does not fit the transformer, or its file is damaged, of another variant or expert, or more than an adapter; and
+    where blocks cannot keep so.
     """
     if device.type == "cpu" and not transformer.config.image_dim:
         shorten_text(transformer)
@@ -60,11 +62,27 @@ def fit(transformer: WanTransformer3DModel, device: torch.device, adapter: NewAd
             lora.start_from(transformer, start)
     elif adapter:
         modules = _attach(transformer, adapter)
-    if activation_checkpointing:
-        transformer.enable_gradient_checkpointing()
+    if isinstance(adapter, NewAdapter):
+        _keep(transformer, keep, is_divided)
     if sequence_parallel > 1:
         sequence.share_tokens(transformer, sequence_parallel)
     return modules
+
+
+def _keep(transformer: WanTransformer3DModel, keep: str, is_divided: bool) -> None:
+    """Our own backward pass of the blocks, or diffusers' blocks and checkpointing where that cannot be.
+
+    An engine that divides weights gathers those of a module when the module is called; ours does not call the block's
+    parts.
+    """
+    if not is_divided and block.can_train(transformer):
+        block.train_blocks(transformer, keep)
+    elif keep == "inputs":
+        transformer.enable_gradient_checkpointing()
+    elif keep != "all":
+        raise UserError(f"memory.keep = {keep}: adapters other than lora and rslora, and weights that ZeRO-3 or FSDP2 "
+                        "divides, are trained through diffusers' blocks. Allowed there: all, inputs",
+                        "set memory.keep=inputs, or memory.keep=all")
 
 
 def _attach(transformer: torch.nn.Module, file: AdapterFile) -> list[str]:

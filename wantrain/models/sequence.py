@@ -59,7 +59,7 @@ def check(variant: Variant, num_parts: int, num_tokens: Collection[int]) -> None
     if variant.transformer_class not in PLANS:
         raise UserError(f"{KEY} = {num_parts}: diffusers cannot divide the tokens of {variant.name} "
                         f"({variant.transformer_class}). Allowed: 1", f"set {KEY}=1 and "
-                        "train.activation_checkpointing=true, or data.max_tokens_per_clip")
+                        "memory.keep=inputs, or data.max_tokens_per_clip")
     heads = variant.architecture.num_heads
     if heads % num_parts:
         allowed = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)

@@ -12,7 +12,7 @@ import torch
 
 from wantrain import config as schema
 from wantrain import costs, engine, lora, objective
-from wantrain.config import Config, Dtype, Optimizer
+from wantrain.config import Config, Dtype, Keep, Optimizer
 from wantrain.engine import checkpoint, launch, optimizers, saved, snapshot
 from wantrain.engine.checkpoint import Checkpoint, Writer
 from wantrain.engine.ema import Ema
@@ -81,7 +81,7 @@ def advised_if_memory_ends(recipe: Recipe, clips: Clips, accelerator: Accelerato
         peak_gib, why = engine.peak_memory_gib(accelerator.device), str(error).partition("\n")[0]
         bucket, tokens = costs.largest_bucket(clips.planned, recipe.variant.multiple_px)
         config, own = recipe.config, recipe.config.train
-        policy = costs.MemoryPolicy(own.micro_batch_size, own.activation_checkpointing,
+        policy = costs.MemoryPolicy(own.micro_batch_size, keep_of(config, accelerator),
                                     config.model.dtype is Dtype.float32, accelerator.num_processes,
                                     engine.zero_stage(accelerator), own.sequence_parallel, config.lora.rank,
                                     config.optim.name is Optimizer.adamw, bool(recipe.base_form))
@@ -120,7 +120,8 @@ def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator) -> Training:
         print(quantised.told(errors, recipe.base_form))
     modules = fit.fit(transformer, accelerator.device,
                       fit.NewAdapter(config.lora.targets, recipe.adapter_spec, own.seed, start),
-                      activation_checkpointing=own.activation_checkpointing, sequence_parallel=own.sequence_parallel)
+                      keep=keep_of(config, accelerator), is_divided=bool(engine.divides(accelerator)),
+                      sequence_parallel=own.sequence_parallel)
     record = record_of(recipe, clips, lora.scales(transformer))
     groups = optimizers.groups(lora.trainable_parameters(transformer),
                                lora.lr_factors(transformer, optim.lora_plus, optim.lr_factors))
@@ -134,10 +135,16 @@ def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator) -> Training:
                     record, Trackers())
 
 
+def keep_of(config: Config, accelerator: Accelerator) -> str:
+    """What each block keeps for the backward pass."""
+    if config.memory.keep is not Keep.auto:
+        return config.memory.keep.name
+    return "all" if accelerator.device.type == "cpu" else "inputs"
+
+
 def refuse_form(accelerator: Accelerator, form: str) -> None:
     """Raise UserError where the engine divides the base and would not divide one that is stored in this form."""
-    divides = "ZeRO-3" if engine.zero_stage(accelerator) == 3 else "FSDP2" if engine.is_fsdp(accelerator) else ""
-    if form and divides:
+    if form and (divides := engine.divides(accelerator)):
         raise UserError(f"memory.base = {form}: {divides} divides the base among processes, which was tried with "
                         "memory.base=dtype alone", "launch with launch/ddp.yaml or zero2.yaml, under which each "
                         "process holds the whole base, or set memory.base=dtype")

@@ -110,8 +110,7 @@ class OnNonfinite(Enum):
 class Train(Section):
     may_change: ClassVar[tuple[str, ...]] = ("num_steps", "micro_batch_size", "save_every", "keep_checkpoints",
                                              "keep_every", "mirror", "log_every", "resume", "on_nonfinite",
-                                             "max_skips", "stall_timeout_s", "activation_checkpointing",
-                                             "sequence_parallel")
+                                             "max_skips", "stall_timeout_s", "sequence_parallel")
     num_steps: IntFrom1 = MISSING
     """Optimizer steps."""
     micro_batch_size: IntFrom1 = 1
@@ -136,8 +135,6 @@ class Train(Section):
     """With on_nonfinite=skip: the run stops when it has left out more updates than this."""
     stall_timeout_s: Seconds = 600.0
     """How long processes wait for one that is gone or stands still before the run ends and names it."""
-    activation_checkpointing: bool = False
-    """Recompute each block in the backward pass: less memory, about a third more time, same numbers."""
     sequence_parallel: IntFrom1 = 1
     """Processes that compute a sample together, each a part of its tokens: for clips too long for one."""
 
@@ -148,7 +145,18 @@ class BaseForm(Enum):
     fp8 = "fp8"
 
 
+class Keep(Enum):
+    auto = "auto"
+    all = "all"
+    attention = "attention"
+    inputs = "inputs"
+
+
 @dataclass(slots=True)
 class Memory(Section):
+    may_change: ClassVar[tuple[str, ...]] = ("keep",)
     base: BaseForm = BaseForm.dtype
     """How the Linears of the frozen transformer are stored: dtype (model.dtype), int8 or fp8 (a byte a weight)."""
+    keep: Keep = Keep.auto
+    """What each block keeps for the backward pass: all, attention (its answer, and the block's input) or inputs; what
+    is not kept is computed again, with equal numbers. auto: the most that fits, everything on a CPU."""

@@ -1,0 +1,140 @@
+"""What a transformer block does between its matrix products, without autograd: forward, and the gradient for the input.
+
+Norms, rotary embedding and gates are computed in float32, whatever comes and goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+
+
+def normed(x: torch.Tensor, eps: float, factor: torch.Tensor | None, offset: torch.Tensor | None, dtype: torch.dtype
+           ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """LayerNorm over the last dimension, times `factor`, plus `offset`; and its mean and 1 / standard deviation.
+
+    `factor` and `offset` broadcast against x; None leaves them out.
+    """
+    width = x.shape[-1]
+    if factor is None or offset is None:
+        out, mean, rstd = torch.native_layer_norm(x.float(), [width], None, None, eps)
+    elif factor.numel() == width:  # one row for all tokens: fused
+        out, mean, rstd = torch.native_layer_norm(x.float(), [width], factor.view(width), offset.view(width), eps)
+    else:
+        out, mean, rstd = torch.native_layer_norm(x.float(), [width], None, None, eps)
+        out = out.mul_(factor).add_(offset)
+    return out.to(dtype), mean, rstd
+
+
+def normed_backward(gradient: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor,
+                    factor: torch.Tensor | None) -> torch.Tensor:
+    """float32."""
+    width, gradient = x.shape[-1], gradient.float()
+    weight = None
+    if factor is not None and factor.numel() == width:
+        weight = factor.view(width)
+    elif factor is not None:
+        gradient = gradient * factor
+    return torch.ops.aten.native_layer_norm_backward(
+        gradient, x.float(), [width], mean, rstd, weight, None, [True, False, False])[0]
+
+
+def split(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """[B, L, D] -> [B, L, heads, D / heads]."""
+    return x.view(*x.shape[:-1], heads, -1)
+
+
+def in_heads(x: torch.Tensor, norm: torch.nn.RMSNorm, heads: int, turns: torch.Tensor | None, dtype: torch.dtype
+             ) -> torch.Tensor:
+    """RMSNorm over the width of all heads, then the rotary embedding: [B, L, D] -> [B, L, heads, D / heads].
+
+    `turns` [1, L, 1, D / heads / 2] complex: what each pair of numbers is multiplied with; None turns nothing.
+    """
+    wide = x.float()
+    scale = _rms_scale(wide, norm.eps)
+    out = wide * norm.weight.float()
+    if turns is None:
+        return split(out.mul_(scale).to(dtype), heads)
+    pairs = torch.view_as_complex(split(out, heads).view(*x.shape[:-1], heads, -1, 2))
+    pairs.mul_(turns * scale.unsqueeze(-1))
+    return split(out.to(dtype), heads)
+
+
+def in_heads_backward(gradient: torch.Tensor, x: torch.Tensor, norm: torch.nn.RMSNorm, turns: torch.Tensor | None,
+                      dtype: torch.dtype) -> torch.Tensor:
+    """The gradient for x, of `dtype`."""
+    wide = x.float()
+    scale = _rms_scale(wide, norm.eps)
+    if turns is None:
+        back = gradient.flatten(-2) * norm.weight.float()
+    else:
+        pairs = torch.view_as_complex(gradient.float().reshape(*gradient.shape[:-1], -1, 2))
+        back = torch.view_as_real(pairs * turns.conj()).flatten(-3).mul_(norm.weight.float())
+    along = torch.einsum("bld,bld->bl", back, wide).unsqueeze(-1)
+    back = back.mul_(scale).addcmul_(wide, along * scale.pow(3) / x.shape[-1], value=-1)
+    return back.to(dtype)
+
+
+def _rms_scale(wide: torch.Tensor, eps: float | None) -> torch.Tensor:
+    """1 / root mean square over the last dimension, kept."""
+    mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(wide.shape[-1])
+    return mean_square.add_(torch.finfo(torch.float32).eps if eps is None else eps).rsqrt_()
+
+
+def gated(x: torch.Tensor, out: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """x + out * gate, computed in float32, in x's dtype."""
+    return torch.addcmul(x.float(), out.float(), gate).to(x.dtype)
+
+
+class _Entry(torch.autograd.Function):
+    """A tensor as the start of a graph that does not hold it: `anchor` is there to need a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0], None
+
+
+class Attention:
+    """Attention of any back end with its graph, which keeps what its backward pass needs except q, k and v: these are
+    handed to `backward` again.
+    """
+
+    def __init__(self, qkv: Sequence[torch.Tensor], attend: Callable[..., torch.Tensor]) -> None:
+        self._again: list[torch.Tensor] = list(qkv)
+        storages = [tensor.untyped_storage()._cdata for tensor in qkv]
+
+        def pack(saved: torch.Tensor) -> object:
+            for number, storage in enumerate(storages):
+                if saved.untyped_storage()._cdata == storage and saved.dtype == qkv_dtype:
+                    return number, saved.size(), saved.stride(), saved.storage_offset()
+            return saved
+
+        def unpack(kept: object) -> torch.Tensor:
+            if isinstance(kept, torch.Tensor):
+                return kept
+            number, *where = cast("tuple[Any, ...]", kept)
+            return self._again[number].as_strided(*where)
+
+        qkv_dtype, anchor = qkv[0].dtype, torch.zeros((), requires_grad=True)
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            entries = [_entry(tensor, anchor) for tensor in qkv]
+            self._edges = [torch.autograd.graph.get_gradient_edge(entry) for entry in entries]
+            self._graph = attend(*entries)
+        self.output = self._graph.detach().flatten(2)
+        self._again = []
+
+    def backward(self, gradient: torch.Tensor, qkv: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Gradients for q, k and v, which are given again as they were. To be called once."""
+        self._again = list(qkv)
+        given = torch.autograd.grad(self._graph, self._edges, gradient.view_as(self._graph))
+        self._again, self._graph = [], self._graph.detach()
+        return given
+
+
+_entry = cast("Callable[..., torch.Tensor]", _Entry.apply)
