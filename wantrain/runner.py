@@ -270,7 +270,7 @@ def of_training(job: Job) -> str:
     own, train = job.config, job.config.train
     return (f"{own.model.variant} {sizes(job)}, {own.data.batch_size} by {train.micro_batch_size} on "
             f"{launch.world_size()} x {machine()}, {own.lora.kind.name} {own.lora.rank}, {own.memory.base.name}, "
-            f"recomputed {train.activation_checkpointing}")
+            f"keeps {own.memory.keep.name}")
 
 
 def of_sampling(job: Job) -> str:

@@ -17,8 +17,7 @@ COMMANDS = [shlex.split(line)[1:] for block in re.findall(r"```bash\n(.*?)```", 
             for line in block.splitlines()]
 SMALL = ["model=tiny_wan", "memory.base=dtype", "data.num_frames=[5]", "data.resolutions=[[32,48]]",
          "data.max_tokens_per_clip=null", "data.allow_drops=true", "lora.rank=4", "lora.alpha=4", "data.batch_size=4",
-         "train.micro_batch_size=2", "train.activation_checkpointing=false", "validation.every_steps=0", "tracker=none",
-         "sampler.num_steps=2"]
+         "train.micro_batch_size=2", "validation.every_steps=0", "tracker=none", "sampler.num_steps=2"]
 
 
 @pytest.fixture(scope="module")

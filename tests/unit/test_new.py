@@ -160,7 +160,6 @@ def test_the_memory_of_a_recipe_is_in_it(here):
     assert cli.main(["new", "big", "--model", "wan22_t2v_a14b", "--clips", "clips", "--trigger", "sqstyle", "--gpu",
                      "24gb"]) == 0
     text = yaml.safe_load((here / "recipes" / "big.yaml").read_text())
-    assert text["train"]["activation_checkpointing"] is True
     made = config.load(["big"])
     assert made.memory.base.name == ("int8" if "memory" in text else "dtype")
     assert made.data.resolutions == [[64, 96]], "no larger than the clips"

@@ -189,10 +189,11 @@ def test_the_manifest_is_one_and_captions_stay(tmp_path, film, here):
     assert [set(r) <= set(manifest.COLUMNS) for r in ours] == [True] * 4
     assert [r["id"] for r in ours] == ["a.mp4@0.000#1", "a.mp4@0.833#1", "a.mp4@2.125#1", "a.mp4@2.417#1"]
     assert split.shot_of(ours[1]["id"]) == "a.mp4@0.833"
-    out.write_text("".join(json.dumps(r | {"caption": f"shot {i}"}) + "\n" for i, r in enumerate(ours)))
+    out.write_text("".join(json.dumps(r | {"caption": f"shot {i}", "keep": i}) + "\n" for i, r in enumerate(ours)))
     odd_files.write_film(tmp_path / "b.mp4", film[20:])
     run([tmp_path], out)
     assert [r["caption"] for r in rows(out)] == ["shot 0", "shot 1", "shot 2", "shot 3", "", "", ""]
+    assert [r.get("keep") for r in rows(out)] == [0, 1, 2, 3, None, None, None], "a reviewer's marks stay as well"
     with pytest.raises(UserError, match=r"captions for 1 span.*a\.mp4@2\.125#1"):
         run([tmp_path], out, shots.Rules(3.0, 0.5, 100.0, None))
     assert len(rows(out)) == 7

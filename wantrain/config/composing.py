@@ -1,7 +1,7 @@
 """Files of groups and values of a command line, composed into a checked Config. Hydra and OmegaConf end here.
 
-No other part of Hydra is used than its `compose`: docs/facts.md, "Config" says why. Its own grammar sees names of files
-alone.
+No other part of Hydra is used than its `compose`, and its search path for recipes (`places`): docs/facts.md, "Config"
+says why. Its own grammar sees names of files alone.
 """
 
 from __future__ import annotations

@@ -200,7 +200,6 @@ def recipe_text(new: New, paths: Mapping[str, str]) -> str:
     every = max(10, made.num_steps // SAVES)
     plain = paths.get("plain")
     weights = (", weight: 2", ", weight: 1") if plain else ("", "")
-    memory = "" if tiny else ", activation_checkpointing: true"
     parts = [
         "# @package _global_",
         f"# wantrain run {name}        (one stage alone: wantrain train {name}; every key: wantrain train --help)",
@@ -216,7 +215,7 @@ def recipe_text(new: New, paths: Mapping[str, str]) -> str:
         "pictures",
         f"  batch_size: {own.batch_size}", f"optim: {{lr: {own.lr:.1e}, warmup_steps: {own.warmup_steps}}}",
         f"train: {{num_steps: {made.num_steps}, micro_batch_size: {own.batch_size if tiny else 1}, save_every: "
-        f"{every}{memory}}}",
+        f"{every}}}",
         made.base_form == "int8" and "memory: {base: int8}  # a byte a weight of the base",
         "heldout" in paths and f"validation: {{every_steps: {every}}}",
         "sampler:", tiny and "  num_steps: 20\n  guidance: 4.0", *sampler_size(new), *prompt_lines(new, paths)]
