@@ -89,7 +89,7 @@ def _asked(arguments: Sequence[str], places: Sequence[Place]) -> CommandLine:
         if key in groups and not (key in sections() and text.lstrip().startswith("{")):
             asked.groups[key] = choice(places, key, text)
         else:
-            asked.values += _values_of(known_key(key, groups), text)
+            asked.values += _values_of(known_key(key, groups, text), text)
     return asked
 
 
@@ -98,7 +98,7 @@ def _bare_recipe(argument: str, following: Sequence[str], asked: CommandLine, pl
     known, groups = choices(places, "recipe"), groups_of(places)
     if argument in known and "recipe" not in asked.groups:
         return argument
-    key, sign, text = re.fullmatch(r"-*([^=:]*)([=:]?)(.*)", argument, re.DOTALL).groups()  # type: ignore[union-attr]
+    key, sign, text = re.fullmatch(r"-*([^=:\s]*)([=:\s]?)(.*)", argument, re.DOTALL).groups()  # type: ignore[union-attr]
     value = text if sign else next((word for word in following if word != "="), "...")
     value = value if sign or value == "..." or "=" not in value else "..."
     close = [key] if annotation(key) is not None or key in groups else nearest_keys(key, groups)
@@ -149,7 +149,8 @@ def refused(key: str, text: str, error: Unfit) -> UserError:
     """The error for a value that its key cannot have."""
     is_list = typing.get_origin(annotation(key)) is list
     example = error.example if error.example and not (is_list and error.example[0] != "[") else example_of(key)
-    return UserError(f"{key} = {text!r} is not allowed: {error.allowed}", pasted(key, example))
+    form = f", in the form {example}" if is_list and "[" not in error.allowed else ""
+    return UserError(f"{key} = {text!r} is not allowed: {error.allowed}{form}", pasted(key, example))
 
 
 def _is_text(wanted: Any) -> bool:
