@@ -3,7 +3,8 @@
     python -m benchmarks.answers [--rounds 3]
 
 It prepares a run first (cache, four steps, an export), in a temporary folder. The seconds are those of the process and
-of its workers, the least of the rounds. Behind each stand the heavy packages that it imports.
+of its workers, the least of the rounds. Behind each stand the heavy packages that it imports. `import torch` alone comes
+first: on a machine that others use, compare with it.
 """
 
 from __future__ import annotations
@@ -13,19 +14,20 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate", "datasets", "omegaconf")
 RUN = ["recipe=demo_anime", "tracker=none", "train.num_steps=4", "optim.warmup_steps=0", "validation.every_steps=0"]
 LORA = "runs/demo_anime/export/demo_anime.safetensors"
 COMMANDS = {
-    "--help": ["--help"], "train --help": ["train", "--help"], "misspelt verb": ["chek", *RUN],
+    "--help": ["--help"], "train --help": ["train", "--help"], "train --help all": ["train", "--help", "all"],
+    "Tab": ["__complete", "wantrain train optim.n"], "misspelt verb": ["chek", *RUN],
     "misspelt recipe": ["train", "recipe=demo_anmie"], "misspelt key": ["train", *RUN, "lora.rnak=4"],
     "misspelt value": ["train", *RUN, "optim.lr=1e-4x"], "value out of range": ["train", *RUN, "lora.rank=0"],
     "clips not there": ["train", *RUN, "data.heldout=nowhere"], "inspect without a file": ["inspect"],
     "check": ["check", *RUN], "export": ["export", *RUN], "inspect LORA": ["inspect", LORA],
-    "prune": ["prune", "cache"], "cache, all there": ["cache", *RUN],
+    "prune": ["prune", "cache"], "runs": ["runs"], "doctor": ["doctor"], "cache, all there": ["cache", *RUN],
 }
 
 
@@ -34,6 +36,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
+        print(f"{min(torch_s() for _ in range(given.rounds)):6.2f}  import torch")
         print(f"{cpu_s(['check', *RUN], folder):6.2f}  check, for the first time: it looks into 62 files")
         for verb in ("cache", "train", "export"):
             cpu_s([verb, *RUN], folder)
@@ -42,10 +45,20 @@ def main() -> None:
             print(f"{least:6.2f}  {name:24}{', '.join(imported(command, folder))}")
 
 
+def torch_s() -> float:
+    """CPU seconds of the import of torch alone."""
+    return spent(lambda: subprocess.run([sys.executable, "-c", "import torch"], check=True))
+
+
 def cpu_s(command: Sequence[str], folder: str) -> float:
     """CPU seconds of `wantrain COMMAND` and its workers."""
+    return spent(lambda: answer(command, folder))
+
+
+def spent(work: Callable[[], object]) -> float:
+    """CPU seconds of the processes that the work starts."""
     before = os.times()
-    answer(command, folder)
+    work()
     after = os.times()
     return after.children_user - before.children_user + after.children_system - before.children_system
 
