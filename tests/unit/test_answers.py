@@ -18,7 +18,7 @@ from wantrain import cli, config, lora
 from wantrain.config import LoraKind
 from wantrain.config.help import COMMON
 from wantrain.config.known import key_types
-from wantrain.models import hub, inventory, sizes
+from wantrain.models import downloads, inventory, sizes
 from wantrain.models.base import Base
 from wantrain.models.lora_updates import refuse_unexportable
 from wantrain.models.variants import VARIANTS
@@ -111,8 +111,8 @@ def test_what_a_checkpoint_takes_is_counted_as_the_libraries_count():
 
 
 def test_check_without_the_base_says_what_it_could_not_check(arguments, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(hub, "_downloaded", lambda wanted: pytest.fail("check downloads nothing"))
+    monkeypatch.setattr(downloads.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(downloads, "downloaded", lambda where: pytest.fail("check downloads nothing"))
     assert cli.main(["check", *arguments, "model.path=some/wan"]) == 0
     said = capsys.readouterr().out
     assert "not here   some/wan, about 11 GB where it is stored in bfloat16" in said

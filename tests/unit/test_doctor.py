@@ -95,7 +95,7 @@ def test_a_home_that_cannot_be_written(told, monkeypatch, tmp_path):
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setattr(doctor.hub.constants, "HF_HUB_CACHE", str(home / ".cache/huggingface/hub"))
+    monkeypatch.setattr(doctor.downloads.constants, "HF_HUB_CACHE", str(home / ".cache/huggingface/hub"))
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
     found, _ = told()
@@ -111,7 +111,7 @@ def test_no_home_name_or_token_is_told(told, monkeypatch, tmp_path):
                         ("WANDB_API_KEY", "f" * 40)):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(doctor.socket, "gethostname", lambda: "janes-laptop")
-    monkeypatch.setattr(doctor.hub.constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(doctor.downloads.constants, "HF_HUB_CACHE", str(home / "hub"))
     broken = f"{home}/lib/x.so on janes-laptop of jane-doe: hf_abcdefghijklmnop {'f' * 40}"
     monkeypatch.setattr(doctor, "fault_of_import", lambda module: broken if module == "decord" else "")
     found, printed = told()

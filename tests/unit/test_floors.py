@@ -16,8 +16,9 @@ DOORS = {
     "hydra": {"config"}, "omegaconf": {"config"}, "diffusers": {"models"}, "transformers": {"models"},
     "decord": {"data.decode"}, "datasets": {"data.manifest"}, "peft": {"lora"}, "accelerate": {"engine"},
     "deepspeed": {"engine"}, "wandb": {"metrics"}, "tensorboard": {"metrics"}, "jinja2": {"pages"},
-    "huggingface_hub": {"models.hub"}, "httpx2": {"outside", "models.hub"},
-    "modelscope": {"models.hub"}, "bitsandbytes": {"engine"}, "prodigyopt": {"engine"}, "schedulefree": {"engine"},
+    "huggingface_hub": {"models.downloads"}, "httpx2": {"outside", "models.downloads"},
+    "modelscope": {"models.downloads"}, "bitsandbytes": {"engine"}, "prodigyopt": {"engine"},
+    "schedulefree": {"engine"},
 }
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from wantrain import __version__, jobs, metrics
-from wantrain.models import hub
+from wantrain.models import downloads
 from wantrain.outside import Caught, described
 
 IMPORT_S = 120
@@ -261,7 +261,7 @@ def free_bytes(folder: Path) -> int:
 
 def hubs() -> Iterator[Finding]:
     """Where models are downloaded to, and whether somebody is logged in."""
-    state = hub.state()
+    state = downloads.state()
     above = next(path for path in (state.cache, *state.cache.parents) if path.exists())
     by = next((name for name in ("HF_HUB_CACHE", "HF_HOME") if os.environ.get(name)), "")
     writable = os.access(above, os.W_OK)
