@@ -3,8 +3,8 @@
     python -m benchmarks.answers [--rounds 3]
 
 It prepares a run first (cache, four steps, an export), in a temporary folder. The seconds are those of the process and
-of its workers, the least of the rounds. Behind each stand the heavy packages that it imports. `import torch` alone comes
-first: on a machine that others use, compare with it.
+of its workers, the least of the rounds. Behind each stand the heavy packages that it imports. On a machine that others
+use, compare with `import torch` alone, which comes first.
 """
 
 from __future__ import annotations

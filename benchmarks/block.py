@@ -1,22 +1,20 @@
 """What a LoRA step of the transformer blocks takes against the least it could take: time and what autograd keeps.
 
-    python -m benchmarks.block [--tokens 1024] [--text 64] [--rank 32] [--rounds 5] [--compiled]
+    python -m benchmarks.block [--tokens 1024] [--text 64] [--rank 32] [--rounds 5]
 
-Two blocks of Wan 1.3B's width, random weights, LoRA on attention and feed-forward, float32 (this CPU's bfloat16 products
-say nothing). The floor is the same matrix products, LoRA's included, and the same attention, forward and for the
-gradients, and nothing else. All take turns in each round; ratios of CPU seconds to the floor's, the median over rounds.
-Kept: bytes alive after the forward pass that were not before, in tensors of tokens x width, a block.
+Two blocks of Wan 1.3B's width, random weights, LoRA on attention and feed-forward, float32 (this CPU's bfloat16
+products say nothing). The floor is the same matrix products, those of LoRA too, and the same attention, forward and for
+the gradients, and nothing else. All take turns in each round; ratios of CPU seconds to the floor's, the median over
+rounds. Kept: bytes alive after the forward pass that were not before, in tensors of tokens x width, a block.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -24,15 +22,16 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from wantrain import lora
 from wantrain.lora import Spec
 from wantrain.models.base import WanTransformer3DModel, diffusers_config
-from wantrain.models.block import KEEPS, train_blocks
-from wantrain.models.fit import NewAdapter, fit
+from wantrain.models.block import KEEPS, BlockMemory, train_blocks
+from wantrain.models.short_text import shorten_text
 from wantrain.models.variants import VARIANTS
 
-NUM_BLOCKS = 2
+NUM_BLOCKS, NUM_FRAMES = 2, 4
 VARIANT = VARIANTS["wan21_t2v_1b3"]
 ARCHITECTURE = replace(VARIANT.architecture, num_layers=NUM_BLOCKS)
 
@@ -46,7 +45,8 @@ class Alive(TorchDispatchMode):
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        leaves = tree_leaves((args, kwargs))
+        given = {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, torch.Tensor)}
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
@@ -70,14 +70,15 @@ def transformer_of(rank: int) -> torch.nn.Module:
     torch.manual_seed(0)
     made = WanTransformer3DModel.from_config(diffusers_config(replace(VARIANT, architecture=ARCHITECTURE)))
     made.requires_grad_(False)
-    fit(made, torch.device("cpu"), NewAdapter(["attn_ffn"], Spec(rank, float(rank)), 0))
+    shorten_text(made)
+    lora.inject(made, ["attn_ffn"], Spec(rank, float(rank)), 0)
     return made
 
 
 class Floor:
     """The products and attentions of one forward and backward pass, on tensors at hand."""
 
-    def __init__(self, model: torch.nn.Module, tokens: int, text: int, rank: int) -> None:
+    def __init__(self, tokens: int, text: int, rank: int) -> None:
         dim, ffn = ARCHITECTURE.dim, ARCHITECTURE.ffn_dim
         self.heads, self.rank = ARCHITECTURE.num_heads, rank
         self.sizes = [(tokens, dim, dim)] * 6 + [(text, dim, dim)] * 2 + [(tokens, dim, ffn), (tokens, ffn, dim)]
@@ -113,75 +114,71 @@ class Floor:
                 torch.autograd.grad(output, [self.q, self.k][: 1 + (output is attended[1])], output)
 
 
-@contextmanager
-def counting() -> Iterator[Alive]:
-    with Alive() as alive:
-        yield alive
+class Blocks:
+    """Two blocks, called as the transformer calls them."""
+
+    def __init__(self, model: torch.nn.Module, side: int, num_text: int, *, checkpointed: bool = False) -> None:
+        self.model, self.checkpointed = model, checkpointed
+        dim = ARCHITECTURE.dim
+        self.hidden = torch.randn(1, NUM_FRAMES * side * side, dim)
+        self.rest = (torch.randn(1, num_text, dim), torch.randn(1, 6, dim),
+                     model.rope(torch.empty(1, 16, NUM_FRAMES, 2 * side, 2 * side)))
+        for block in model.blocks:
+            block.attn2.processor.bias_L = torch.zeros(num_text)
+
+    def forward(self) -> torch.Tensor:
+        x = self.hidden.detach().requires_grad_()  # as if blocks came before
+        for block in self.model.blocks:
+            x = checkpoint(block, x, *self.rest, use_reentrant=False) if self.checkpointed else block(x, *self.rest)
+        return x
+
+    def step(self) -> None:
+        self.model.zero_grad()
+        self.forward().backward(self.hidden)
+
+    def kept(self) -> float:
+        """What is alive after the forward pass and was not before, in tensors of tokens x width, a block."""
+        with Alive() as alive:
+            out = self.forward()
+            kept = alive.bytes / (NUM_BLOCKS * self.hidden.nbytes)
+        del out
+        return kept
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--text", type=int, default=64, help="tokens of the caption; the rest is zeros")
+    parser.add_argument("--text", type=int, default=64, help="tokens of the caption; the zeros behind them are one")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    frames = 4
-    side = round((given.tokens / frames) ** 0.5)
-    tokens = frames * side * side
-    dim = ARCHITECTURE.dim
-    hidden = torch.randn(1, tokens, dim)
-    models: dict[str, torch.nn.Module] = {"diffusers + PEFT": transformer_of(given.rank)}
-    models["diffusers + PEFT, checkpointed"] = transformer_of(given.rank)
+    side = round((given.tokens / NUM_FRAMES) ** 0.5)
+    contestants = {"diffusers + PEFT": Blocks(transformer_of(given.rank), side, given.text),
+                   "diffusers + PEFT, checkpointed": Blocks(transformer_of(given.rank), side, given.text,
+                                                            checkpointed=True)}
     for keep in KEEPS:
-        models[f"wantrain, keep={keep}"] = model = transformer_of(given.rank)
-        train_blocks(model, [keep] * NUM_BLOCKS)
-    base = models["diffusers + PEFT"]
-    text = torch.randn(1, given.text, dim)
-    latents = torch.randn(1, 16, frames, 2 * side, 2 * side)
-    temb, rotary = torch.randn(1, 6, dim), base.rope(latents)
-
-    def passes(model: torch.nn.Module, checkpointed: bool) -> torch.Tensor:
-        x = hidden.detach().requires_grad_()  # as if blocks came before
-        for block in model.blocks:
-            x = (torch.utils.checkpoint.checkpoint(block, x, text, temb, rotary, use_reentrant=False) if checkpointed
-                 else block(x, text, temb, rotary))
-        return x
-
-    def step(name: str) -> None:
-        model = models[name]
-        passes(model, "checkpointed" in name).backward(hidden)
-
-    for model in models.values():
-        for block in model.blocks:
-            block.attn2.processor.bias_L = torch.zeros(given.text)
-    floor = Floor(base, tokens, given.text, given.rank)
-    work: dict[str, Callable[[], None]] = {"floor": floor.step, **{name: lambda name=name: step(name) for name in models}}
+        model = transformer_of(given.rank)
+        train_blocks(model, BlockMemory(keep), torch.device("cpu"))
+        contestants[f"wantrain, memory.keep={keep}"] = Blocks(model, side, given.text)
+    floor = Floor(NUM_FRAMES * side * side, given.text, given.rank)
+    work: dict[str, Callable[[], None]] = {"floor": floor.step, **{n: own.step for n, own in contestants.items()}}
     times: dict[str, list[float]] = {name: [] for name in work}
     for number in range(given.rounds + 1):
         for name, call in work.items():
-            began = time.process_time()
-            call()
+            seconds = cpu_seconds(call)
             if number:
-                times[name].append(time.process_time() - began)
-            for model in models.values():
-                model.zero_grad()
-    rows = {}
-    for name in work:
-        ratio = statistics.median(t / f for t, f in zip(times[name], times["floor"], strict=True))
-        kept = 0.0
-        if name in models:
-            with counting() as alive:
-                before = alive.bytes
-                out = passes(models[name], "checkpointed" in name)
-                kept = (alive.bytes - before) / (NUM_BLOCKS * tokens * dim * 4)
-                del out
-        rows[name] = {"x floor": round(ratio, 3), "kept": round(kept, 2), "tokens": tokens}
-        print(f"{ratio:7.3f} x floor   {kept:6.2f} kept a block   {name}", flush=True)
-    if given.json:
-        print(json.dumps(rows))
-    assert lora.trainable_parameters(base)
+                times[name].append(seconds)
+    print(f"{NUM_FRAMES * side * side} tokens, text {given.text}, rank {given.rank}, {given.rounds} rounds")
+    for name, taken in times.items():
+        ratio = statistics.median(own / least for own, least in zip(taken, times["floor"], strict=True))
+        kept = contestants[name].kept() if name in contestants else 0.0
+        print(f"{ratio:7.3f} x floor  {kept:6.2f} kept  {name}", flush=True)
+
+
+def cpu_seconds(work: Callable[[], None]) -> float:
+    began = time.process_time()
+    work()
+    return time.process_time() - began
 
 
 if __name__ == "__main__":

@@ -13,9 +13,12 @@ from tests import tiny_models as tiny
 from wantrain import lora
 from wantrain.lora import Spec
 from wantrain.models import block, fit
+from wantrain.models.block import BlockMemory
 from wantrain.models.block_operations import Attention
 from wantrain.models.encode import autocast, predict_velocity
 from wantrain.models.fit import NewAdapter
+from wantrain.models.offload import Offload
+from wantrain.models.swap import Swap, spread
 
 Outcome = tuple[torch.Tensor, dict[str, torch.Tensor]]
 CPU, NO_SHORT_TEXT = torch.device("cpu"), torch.device("cuda")
@@ -26,7 +29,7 @@ def adapted(kind: str, targets: list[str], device: torch.device = CPU, spec: Spe
     """A tiny twin with an adapter that has an effect, with diffusers' own blocks."""
     transformer = copy.deepcopy(tiny.transformer(kind)).requires_grad_(False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit, "_keep", lambda *_: None)
+        patch.setattr(block, "train_blocks", lambda *_: None)
         fit.fit(transformer, device, NewAdapter(targets, spec or Spec(4, 8.0), 0))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in lora.trainable_parameters(transformer).items():
@@ -61,7 +64,7 @@ def passed(transformer: torch.nn.Module, kind: str, dtype: torch.dtype = torch.f
 
 def ours(transformer: torch.nn.Module, keep: str) -> torch.nn.Module:
     """The same transformer, from now on with our blocks."""
-    block.train_blocks(transformer, keep)
+    block.train_blocks(transformer, BlockMemory(keep), CPU)
     return transformer
 
 
@@ -157,3 +160,86 @@ def test_nothing_is_computed_that_no_adapter_needs(monkeypatch: pytest.MonkeyPat
     calls.clear()
     passed(ours(adapted("t2v", [r"blocks\.1\.attn2\.to_q"]), "inputs"), "t2v")
     assert calls == ["ffn_backward", "cross_backward"]
+
+
+@pytest.mark.parametrize("num_swapped", [1, 2])
+@pytest.mark.parametrize("kind", ["t2v", "vace"])
+def test_swapped_blocks_give_equal_numbers_and_two_at_most_are_on_the_device(kind: str, num_swapped: int) -> None:
+    whole = passed(ours(adapted(kind, ALL), "all"), kind)
+    for keep in block.KEEPS:
+        transformer = adapted(kind, ALL)
+        before = {name: p.clone() for name, p in transformer.named_parameters() if not p.requires_grad}
+        swap = block.train_blocks(transformer, BlockMemory(keep, num_swapped), CPU)
+        assert swap is not None
+        for _ in range(2):
+            own = passed(transformer, kind)
+            assert torch.equal(own[0], whole[0])
+            assert all(torch.equal(gradient, whole[1][name]) for name, gradient in own[1].items())
+        assert swap.most_resident <= min(2, num_swapped)
+        assert all(torch.equal(parameter, before[name]) for name, parameter in transformer.named_parameters()
+                   if name in before)
+
+
+def test_swapped_are_blocks_at_equal_distances() -> None:
+    assert spread(40, 0) == []
+    assert spread(4, 4) == [0, 1, 2, 3]
+    assert spread(6, 2) == [2, 5]
+    assert [len(spread(40, number)) for number in range(41)] == list(range(41))
+
+
+def three_blocks() -> tuple[list[list[torch.Tensor]], Swap]:
+    weights = [[torch.full((3, 5), float(i)), torch.full((2,), -float(i))] for i in range(4)]
+    return weights, Swap(weights, CPU)
+
+
+def test_a_weight_that_is_read_before_its_copy_has_landed_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, swap = three_blocks()
+    monkeypatch.setattr(swap.copies, "wait", lambda _: None)
+    swap.acquire(1, 1)
+    assert weights[1][0].isnan().all()
+
+
+def test_the_ring_brings_each_block_in_time_forward_and_backward() -> None:
+    weights, swap = three_blocks()
+    for number, step in [*((i, 1) for i in range(4)), *((i, -1) for i in range(3, -1, -1)), (0, 1), (1, 1), (2, -1)]:
+        swap.acquire(number, step)
+        assert weights[number][0].eq(number).all()
+        assert weights[number][1].eq(-number).all()
+        on_device = {slot.memory.untyped_storage()._cdata for slot in swap.slots}
+        assert weights[number][0].untyped_storage()._cdata in on_device
+        assert sum(own[0].untyped_storage()._cdata in on_device for own in weights) <= 2
+    assert swap.most_resident == 2
+    assert swap.num_copies == 4 + 2 + 0 + 1  # forward all, backward what has left, then 0 and 1 are there
+
+
+@pytest.mark.parametrize("kind", ["t2v", "vace"])
+def test_what_waits_on_the_host_comes_back_as_it_was(kind: str) -> None:
+    """The stand-in for a GPU's copies gives no number to whoever reads too early."""
+    whole = passed(ours(adapted(kind, ALL), "all"), kind)
+    num_blocks = len(block.blocks_of(tiny.transformer(kind)))
+    mixed = ("inputs", *("all",) * (num_blocks - 2), "attention")
+    for keep in (*block.KEEPS, mixed):
+        transformer = adapted(kind, ALL)
+        block.train_blocks(transformer, BlockMemory(keep, 1, offload=True), CPU)
+        for _ in range(2):
+            own = passed(transformer, kind)
+            assert torch.equal(own[0], whole[0])
+            assert all(torch.equal(gradient, whole[1][name]) for name, gradient in own[1].items())
+
+
+def test_a_parcel_leaves_the_device_when_the_next_is_on_its_way() -> None:
+    offload = Offload(CPU)
+    own = [torch.arange(12.0).view(3, 4) + i for i in range(3)]
+    known = [weakref.ref(tensor.untyped_storage()) for tensor in own]
+    expected = [tensor.clone() for tensor in own]
+    parcels = []
+    for i in range(3):
+        parcels.append(offload.send([own[i].T, own[i][1:]]))
+        own[i] = torch.empty(0)
+        gc.collect()
+        assert [storage() is None for storage in known] == [j < i for j in range(3)]
+    for i in (2, 1, 0):
+        turned, part = offload.fetch(parcels[i])
+        assert torch.equal(turned, expected[i].T)
+        assert torch.equal(part, expected[i][1:])
+        assert turned.untyped_storage()._cdata == part.untyped_storage()._cdata

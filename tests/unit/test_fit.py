@@ -12,6 +12,7 @@ from tests import tiny_models as tiny
 from wantrain import lora
 from wantrain.lora import Spec
 from wantrain.models import fit
+from wantrain.models.block import BlockMemory
 from wantrain.models.fit import NewAdapter
 from wantrain.terms import UserError
 
@@ -26,7 +27,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     inject = lora.inject
     monkeypatch.setattr(fit, "shorten_text", lambda _: done.append("short text"))
     monkeypatch.setattr(lora, "inject", lambda *given: (done.append("adapter"), inject(*given))[1])
-    monkeypatch.setattr(fit.block, "train_blocks", lambda _, keep: done.append(f"blocks keep {keep}"))
+    monkeypatch.setattr(fit.block, "train_blocks", lambda _, memory, __: done.append(
+        f"blocks keep {memory.keep}, {memory.swap} swapped"))
     monkeypatch.setattr(WanTransformer3DModel, "enable_gradient_checkpointing",
                         lambda self: done.append("checkpointing"))
     monkeypatch.setattr(fit.sequence, "share_tokens", lambda _, parts: done.append(f"tokens of {parts}"))
@@ -35,8 +37,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_the_order_is_the_one_that_is_stated(calls: list[str]) -> None:
     transformer = copy.deepcopy(tiny.transformer("t2v"))
-    modules = fit.fit(transformer, CPU, ADAPTER, keep="attention", sequence_parallel=2)
-    assert calls == ["short text", "adapter", "blocks keep attention", "tokens of 2"]
+    modules = fit.fit(transformer, CPU, ADAPTER, memory=BlockMemory("attention", 1), sequence_parallel=2)
+    assert calls == ["short text", "adapter", "blocks keep attention, 1 swapped", "tokens of 2"]
     assert modules == [name for name, module in transformer.named_modules() if hasattr(module, "lora_A")]
 
 
@@ -45,11 +47,12 @@ def test_where_the_blocks_cannot_be_ours_diffusers_own_are_checkpointed(calls: l
                                                                         ) -> None:
     adapter = NewAdapter(["attn"], Spec(2, 2.0, kind), 0)
     for keep, done in (("all", []), ("inputs", ["checkpointing"])):
-        fit.fit(copy.deepcopy(tiny.transformer("t2v")), CUDA, adapter, keep=keep, is_divided=is_divided)
+        fit.fit(copy.deepcopy(tiny.transformer("t2v")), CUDA, adapter, memory=BlockMemory(keep), is_divided=is_divided)
         assert calls == ["adapter", *done]
         calls.clear()
     with pytest.raises(UserError, match="Allowed there: all, inputs"):
-        fit.fit(copy.deepcopy(tiny.transformer("t2v")), CUDA, adapter, keep="attention", is_divided=is_divided)
+        fit.fit(copy.deepcopy(tiny.transformer("t2v")), CUDA, adapter, memory=BlockMemory("attention"),
+                is_divided=is_divided)
 
 
 def test_nothing_is_changed_that_is_not_asked_for(calls: list[str]) -> None:

@@ -131,9 +131,9 @@ def test_validation_moves_nothing(plain, trained):
     assert [line["step"] for line in lines(validated) if "validation_loss" in line] == [2, 4]
 
 
-@pytest.mark.parametrize("keep", ["attention", "inputs"])
-def test_what_blocks_keep_changes_no_number(plain, trained, keep):
-    spared = trained(keep, f"memory.keep={keep}")
+@pytest.mark.parametrize("setting", ["keep=attention", "keep=inputs", "swap=1", "offload=true"])
+def test_how_memory_is_saved_changes_no_number(plain, trained, setting):
+    spared = trained(setting, f"memory.{setting}")
     assert losses(plain) == losses(spared)
     assert same_bits(state(plain)[1], state(spared)[1])
 

@@ -181,5 +181,5 @@ def test_what_is_not_tried_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(engine, "zero_stage", lambda _, name=name: 3 * (name == "ZeRO-3"))
         monkeypatch.setattr(engine, "is_fsdp", lambda _, name=name: name == "FSDP2")
         with pytest.raises(UserError, match=f"memory.base = int8: {name} divides the base"):
-            training.refuse_form(SimpleNamespace(), "int8")
-        training.refuse_form(SimpleNamespace(), "")
+            training.refuse_memory(SimpleNamespace(), "int8", 0)
+        training.refuse_memory(SimpleNamespace(), "", 0)

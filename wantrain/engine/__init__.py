@@ -54,11 +54,13 @@ def divides(accelerator: Accelerator) -> str:
     return "ZeRO-3" if zero_stage(accelerator) == 3 else "FSDP2" if is_fsdp(accelerator) else ""
 
 
-def loading_device(accelerator: Accelerator) -> torch.device:
-    """The device to load the base on. FSDP2 takes it block by block from the CPU: no GPU ever holds it whole."""
+def loading_device(accelerator: Accelerator, *, through_host: bool) -> torch.device:
+    """The device to load the base on. FSDP2 takes it block by block from the CPU: no GPU ever holds it whole, and
+    neither does one that some of it waits for in host memory (`through_host`).
+    """
     import torch
 
-    return torch.device("cpu") if is_fsdp(accelerator) else accelerator.device
+    return torch.device("cpu") if is_fsdp(accelerator) or through_host else accelerator.device
 
 
 def zero_stage(accelerator: Accelerator) -> int:

@@ -11,6 +11,7 @@ Modules, names and weights stay diffusers' own. Nothing is computed that no adap
 
 from __future__ import annotations
 
+import itertools
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,8 +30,11 @@ from wantrain.models.block_operations import (
     normed_backward,
     split,
 )
+from wantrain.models.offload import Offload, Parcel
 from wantrain.models.products import Product, Products, product_of
+from wantrain.models.quantised import QuantisedLinear
 from wantrain.models.short_text import ShortText
+from wantrain.models.swap import Swap, spread
 from wantrain.terms import TEXT_LEN
 
 KEEPS = ("all", "attention", "inputs")
@@ -50,11 +54,31 @@ class BlockInputs:
     turns: torch.Tensor
 
 
-class BlockPass:
-    """One call of one block: forward once, and backward at most once. `keep` is one of KEEPS."""
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What a block keeps for its backward pass, one of KEEPS, and what takes that to the host meanwhile, if it goes
+    there. Where its weights wait in host memory: what brings them, and its number among those blocks.
+    """
 
-    def __init__(self, block: Any, keep: str, given: BlockInputs, products: dict[str, list[Product]]) -> None:
-        self.block, self.keep = block, keep
+    keep: str
+    offload: Offload | None = None
+    swap: Swap | None = None
+    number: int = 0
+
+    def acquire(self, step: int) -> None:
+        """The block's weights are there for what follows, going forward (1) or backward (-1)."""
+        if self.swap is not None:
+            self.swap.acquire(self.number, step)
+
+
+_KEPT = ("x", "q", "k", "v", "x1", "q2", "x2", "inner")
+
+
+class BlockPass:
+    """One call of one block: forward once, and backward at most once."""
+
+    def __init__(self, block: Any, policy: Policy, given: BlockInputs, products: dict[str, list[Product]]) -> None:
+        self.block, self.policy, self.keep = block, policy, policy.keep
         self.x, self.text, self.temb, self.turns = given.x, given.text, given.temb, given.turns
         device = self.x.device.type
         self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.x.dtype
@@ -62,6 +86,8 @@ class BlockPass:
         self.text_kv: list[torch.Tensor] | None = None
         self.q = self.k = self.v = self.x1 = self.q2 = self.x2 = self.inner = cast("torch.Tensor", None)
         self.attention: Attention | None = None
+        self.taken: list[str] = []
+        self.parcel: Parcel | None = None
 
     # The arithmetic, in diffusers' order.
 
@@ -151,18 +177,42 @@ class BlockPass:
 
     def forward(self, *, has_backward: bool) -> torch.Tensor:
         """[B, L, D], in x's dtype."""
+        self.policy.acquire(1)
         self.run(for_backward=has_backward and self.keep == "all", keeps_graph=has_backward and self.keep != "inputs")
         out, = self.group["ffn_out"].forward(functional.gelu(self.inner, approximate="tanh"))
         result = gated(self.x2, out, self.modulation(5))
         if self.keep != "all":
             self.x1 = self.x2 = self.inner = cast("torch.Tensor", None)
+        if has_backward and self.policy.offload is not None:
+            self.parcel = self.policy.offload.send(self.take())
         return result
+
+    def take(self) -> list[torch.Tensor]:
+        """All that is kept, which is forgotten here."""
+        self.taken = [name for name in _KEPT if getattr(self, name) is not None]
+        tensors = [getattr(self, name) for name in self.taken]
+        for name in self.taken:
+            setattr(self, name, None)
+        if self.attention is not None:
+            tensors += [self.attention.output, *self.attention.kept]
+            self.attention.output, self.attention.kept = cast("torch.Tensor", None), []
+        return tensors
+
+    def give_back(self, tensors: Sequence[torch.Tensor]) -> None:
+        """What `take` gave."""
+        for name, tensor in zip(self.taken, tensors, strict=False):
+            setattr(self, name, tensor)
+        if self.attention is not None:
+            self.attention.output, *self.attention.kept = tensors[len(self.taken):]
 
     # Its gradients.
 
     def backward(self, gradient: torch.Tensor, asks_x: bool, asks_text: bool, asks_temb: bool
                  ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, list[torch.Tensor | None]]:
         """Gradients for x, text and temb, where asked for, and for down and up of each product in order of `group`."""
+        self.policy.acquire(-1)
+        if self.policy.offload is not None and self.parcel is not None:
+            self.give_back(self.policy.offload.fetch(self.parcel))
         self.run(for_backward=True, keeps_graph=True)
         adapted = {name for name, group in self.group.items() if group.is_adapted}
         asks_first = asks_x or asks_temb  # whether norm1's input matters
@@ -350,11 +400,11 @@ class Turns:
         return self._turns
 
 
-def compute(block: Any, keep: str, given: BlockInputs) -> torch.Tensor:
+def compute(block: Any, policy: Policy, given: BlockInputs) -> torch.Tensor:
     """What the block answers, [B, L, D]; see BlockPass."""
     products = products_of(block)
     assert products is not None, "train_blocks has looked"
-    own = BlockPass(block, keep, given, products)
+    own = BlockPass(block, policy, given, products)
     weights = [half for group in products.values() for p in group for half in (p.down, p.up)]
     inputs = (given.x, given.text, given.temb)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, *weights)):
@@ -373,13 +423,33 @@ def blocks_of(transformer: Any) -> list[Any]:
     return [*getattr(transformer, "vace_blocks", ()), *transformer.blocks]
 
 
-def train_blocks(transformer: Any, keep: str) -> None:
-    """From now on the transformer's blocks compute so, each keeping what `keep` says, one of KEEPS."""
-    turns = Turns()
+@dataclass(frozen=True, slots=True)
+class BlockMemory:
+    """How the blocks of a transformer save memory: what each keeps for its backward pass (of KEEPS; one for all, or one
+    a block in the order of blocks_of), of how many the weights wait in host memory, and whether what is kept does too.
+    """
+
+    keep: str | tuple[str, ...] = "all"
+    swap: int = 0
+    offload: bool = False
+
+
+def train_blocks(transformer: Any, memory: BlockMemory, device: torch.device) -> Swap | None:
+    """From now on the transformer's blocks compute so. Where weights wait in host memory, all others are moved to
+    `device`, and what brings those is returned.
+    """
+    turns, blocks = Turns(), blocks_of(transformer)
+    swapped = spread(len(blocks), memory.swap)
+    swap = swap_weights(transformer, [blocks[i] for i in swapped], device) if swapped else None
+    offload = Offload(device) if memory.offload else None
+    keeps = (memory.keep,) * len(blocks) if isinstance(memory.keep, str) else memory.keep
+    policies = {id(block): Policy(keep, offload, *((swap, swapped.index(i)) if i in swapped else ()))
+                for i, (block, keep) in enumerate(zip(blocks, keeps, strict=True))}
 
     def plain(self: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, temb: torch.Tensor,
               rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        return compute(self, keep, BlockInputs(hidden_states, encoder_hidden_states, temb, turns.of(rotary_emb)))
+        given = BlockInputs(hidden_states, encoder_hidden_states, temb, turns.of(rotary_emb))
+        return compute(self, policies[id(self)], given)
 
     def vace(self: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor,
              control_hidden_states: torch.Tensor, *rest: Any) -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -389,5 +459,28 @@ def train_blocks(transformer: Any, keep: str) -> None:
         control = plain(self, control_hidden_states, encoder_hidden_states, *rest)
         return None if self.proj_out is None else self.proj_out(control), control
 
-    for block in blocks_of(transformer):
+    for block in blocks:
         block.forward = types.MethodType(vace if hasattr(block, "proj_in") else plain, block)
+    return swap
+
+
+def swap_weights(transformer: Any, blocks: Sequence[Any], device: torch.device) -> Swap:
+    """Put the large weights of these blocks into host memory, and all others on the device."""
+    weights = [frozen_weights(block) for block in blocks]
+    swapped = {id(tensor) for own in weights for tensor in own}
+    swap = Swap(weights, device)
+    tensors = dict(itertools.chain(transformer.named_parameters(), transformer.named_buffers()))
+    for tensor in tensors.values():
+        if id(tensor) not in swapped:
+            tensor.data = tensor.data.to(device)
+    # DDP would send them from the first process to all, from where they are not.
+    transformer._ddp_params_and_buffers_to_ignore = [name for name, t in tensors.items() if id(t) in swapped]
+    return swap
+
+
+def frozen_weights(block: Any) -> list[torch.Tensor]:
+    """What of a block is large: the weights of its Linears, and the scales of those that are stored in a byte."""
+    found: list[torch.Tensor] = []
+    for p in itertools.chain.from_iterable((products_of(block) or {}).values()):
+        found += [p.linear.weight, *([p.linear.scale] if isinstance(p.linear, QuantisedLinear) else [])]
+    return found

@@ -102,38 +102,38 @@ class _Entry(torch.autograd.Function):
 
 class Attention:
     """Attention of any back end with its graph, which keeps what its backward pass needs except q, k and v: these are
-    handed to `backward` again.
+    handed to `backward` again. `output` [B, L, D] and `kept` may be taken away meanwhile, and given back.
     """
 
     def __init__(self, qkv: Sequence[torch.Tensor], attend: Callable[..., torch.Tensor]) -> None:
-        self._again: list[torch.Tensor] = list(qkv)
-        storages = [tensor.untyped_storage()._cdata for tensor in qkv]
+        self.kept: list[torch.Tensor] = []
+        self._again: list[torch.Tensor] = []
+        storages, dtype = [tensor.untyped_storage()._cdata for tensor in qkv], qkv[0].dtype
 
-        def pack(saved: torch.Tensor) -> object:
+        def pack(saved: torch.Tensor) -> tuple[Any, ...]:
             for number, storage in enumerate(storages):
-                if saved.untyped_storage()._cdata == storage and saved.dtype == qkv_dtype:
+                if saved.untyped_storage()._cdata == storage and saved.dtype == dtype:
                     return number, saved.size(), saved.stride(), saved.storage_offset()
-            return saved
+            self.kept.append(saved)
+            return (len(self.kept) - 1,)
 
-        def unpack(kept: object) -> torch.Tensor:
-            if isinstance(kept, torch.Tensor):
-                return kept
-            number, *where = cast("tuple[Any, ...]", kept)
-            return self._again[number].as_strided(*where)
+        def unpack(place: tuple[Any, ...]) -> torch.Tensor:
+            number, *where = place
+            return self._again[number].as_strided(*where) if where else self.kept[number]
 
-        qkv_dtype, anchor = qkv[0].dtype, torch.zeros((), requires_grad=True)
+        anchor = torch.zeros((), requires_grad=True)
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             entries = [_entry(tensor, anchor) for tensor in qkv]
-            self._edges = [torch.autograd.graph.get_gradient_edge(entry) for entry in entries]
-            self._graph = attend(*entries)
-        self.output = self._graph.detach().flatten(2)
-        self._again = []
+            self._inputs = [torch.autograd.graph.get_gradient_edge(entry) for entry in entries]
+            result = attend(*entries)
+        self._result, self._shape = torch.autograd.graph.get_gradient_edge(result), result.shape
+        self.output = result.detach().flatten(2)
 
     def backward(self, gradient: torch.Tensor, qkv: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Gradients for q, k and v, which are given again as they were. To be called once."""
         self._again = list(qkv)
-        given = torch.autograd.grad(self._graph, self._edges, gradient.view_as(self._graph))
-        self._again, self._graph = [], self._graph.detach()
+        given = torch.autograd.grad(self._result, self._inputs, gradient.view(self._shape))
+        self._again, self.kept = [], []
         return given
 
 

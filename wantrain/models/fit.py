@@ -17,6 +17,7 @@ from diffusers import WanTransformer3DModel
 from wantrain import lora
 from wantrain.lora import Spec
 from wantrain.models import block, sequence
+from wantrain.models.block import BlockMemory
 from wantrain.models.lora_formats import LoraFile
 from wantrain.models.lora_names import instead_of_adapter
 from wantrain.models.lora_updates import adapter_for, read_adapter
@@ -44,13 +45,13 @@ class AdapterFile:
 
 
 def fit(transformer: WanTransformer3DModel, device: torch.device, adapter: NewAdapter | AdapterFile | None = None, *,
-        keep: str = "all", is_divided: bool = False, sequence_parallel: int = 1) -> list[str]:
+        memory: BlockMemory | None = None, is_divided: bool = False, sequence_parallel: int = 1) -> list[str]:
     """Make a loaded transformer ready to be trained or sampled on `device`; the names of its adapted modules.
 
-    A new adapter is trained, each block keeping what `keep` says (wantrain.models.block.KEEPS); `is_divided` says that
-    the engine divides the weights of a block among processes. To be called once. Raises UserError where the adapter
-    does not fit the transformer, or its file is damaged, of another variant or expert, or more than an adapter; and
-    where blocks cannot keep so.
+    A new adapter is trained, and its blocks save memory as `memory` says. `is_divided` says that the engine divides the
+    weights of a block among processes. To be called once. Raises UserError where the adapter does not fit
+    the transformer, or its file is damaged, of another variant or expert, or more than an adapter; and where blocks
+    cannot keep so.
     """
     if device.type == "cpu" and not transformer.config.image_dim:
         shorten_text(transformer)
@@ -63,25 +64,27 @@ def fit(transformer: WanTransformer3DModel, device: torch.device, adapter: NewAd
     elif adapter:
         modules = _attach(transformer, adapter)
     if isinstance(adapter, NewAdapter):
-        _keep(transformer, keep, is_divided)
+        if not is_divided and block.can_train(transformer):
+            block.train_blocks(transformer, memory or BlockMemory(), device)
+        else:
+            _checkpoint(transformer, memory or BlockMemory())
     if sequence_parallel > 1:
         sequence.share_tokens(transformer, sequence_parallel)
     return modules
 
 
-def _keep(transformer: WanTransformer3DModel, keep: str, is_divided: bool) -> None:
-    """Our own backward pass of the blocks, or diffusers' blocks and checkpointing where that cannot be.
-
-    An engine that divides weights gathers those of a module when the module is called; ours does not call the block's
-    parts.
+def _checkpoint(transformer: WanTransformer3DModel, memory: BlockMemory) -> None:
+    """diffusers' own blocks, where ours cannot be: an engine that divides weights gathers those of a module when that
+    is called, and our backward pass does not call the parts of a block.
     """
-    if not is_divided and block.can_train(transformer):
-        block.train_blocks(transformer, keep)
-    elif keep == "inputs":
+    others = "adapters other than lora and rslora, and weights that ZeRO-3 or FSDP2 divides, are trained through " \
+        "diffusers' blocks. Allowed there:"
+    if memory.offload:
+        raise UserError(f"memory.offload = true: {others} false", "set memory.offload=false")
+    if memory.keep == "inputs":
         transformer.enable_gradient_checkpointing()
-    elif keep != "all":
-        raise UserError(f"memory.keep = {keep}: adapters other than lora and rslora, and weights that ZeRO-3 or FSDP2 "
-                        "divides, are trained through diffusers' blocks. Allowed there: all, inputs",
+    elif memory.keep != "all":
+        raise UserError(f"memory.keep = {memory.keep}: {others} all, inputs",
                         "set memory.keep=inputs, or memory.keep=all")
 
 

@@ -21,6 +21,7 @@ from wantrain.engine.saved import Progress, Record
 from wantrain.metrics import Trackers
 from wantrain.models import fit, hub, quantised, sequence
 from wantrain.models.base import expert_path
+from wantrain.models.block import BlockMemory
 from wantrain.models.lora_updates import read_given
 from wantrain.recipe.clips import Clips
 from wantrain.recipe.recipe import Recipe
@@ -109,26 +110,28 @@ def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator) -> Training:
     config, optim, own = recipe.config, recipe.config.optim, recipe.config.train
     rendezvous = Rendezvous(own.stall_timeout_s)
     optimizers.check(accelerator, optim.name.name)
-    refuse_form(accelerator, recipe.base_form)
+    refuse_memory(accelerator, recipe.base_form, config.memory.swap)
     start = None
     if config.lora.start_from:
         start = read_given(hub.local(expert_path(config.lora.start_from, recipe.base.expert)), recipe.base.expert)
-    transformer = recipe.base.transformer(recipe.dtype, engine.loading_device(accelerator),
+    swap = config.memory.swap
+    transformer = recipe.base.transformer(recipe.dtype, engine.loading_device(accelerator, through_host=swap > 0),
                                           engine.shard_parameter(accelerator), recipe.base_form)
     errors = quantised.relative_errors(transformer)
     if errors and accelerator.is_main_process:
         print(quantised.told(errors, recipe.base_form))
     modules = fit.fit(transformer, accelerator.device,
                       fit.NewAdapter(config.lora.targets, recipe.adapter_spec, own.seed, start),
-                      keep=keep_of(config, accelerator), is_divided=bool(engine.divides(accelerator)),
-                      sequence_parallel=own.sequence_parallel)
+                      memory=BlockMemory(keep_of(config, accelerator), swap, config.memory.offload),
+                      is_divided=bool(engine.divides(accelerator)), sequence_parallel=own.sequence_parallel)
     record = record_of(recipe, clips, lora.scales(transformer))
     groups = optimizers.groups(lora.trainable_parameters(transformer),
                                lora.lr_factors(transformer, optim.lora_plus, optim.lr_factors))
     rendezvous.flags(0)  # all have their base
     with rendezvous.guarded():
         model, optimizer = accelerator.prepare(transformer, optimizers.make(
-            optim.name.name, groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay))
+            optim.name.name, groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay),
+            device_placement=[not swap, True] if swap else None)
     ema = None if optim.ema_decay is None else Ema(accelerator, model, optim.ema_decay)
     writer = Writer(recipe.checkpoints, own.stall_timeout_s / 2)  # others wait meanwhile
     return Training(recipe, clips, accelerator, rendezvous, model, optimizer, ema, modules, errors, Progress(), writer,
@@ -142,8 +145,11 @@ def keep_of(config: Config, accelerator: Accelerator) -> str:
     return "all" if accelerator.device.type == "cpu" else "inputs"
 
 
-def refuse_form(accelerator: Accelerator, form: str) -> None:
-    """Raise UserError where the engine divides the base and would not divide one that is stored in this form."""
+def refuse_memory(accelerator: Accelerator, form: str, swap: int) -> None:
+    """Raise UserError where the engine would not do with the base what section memory asks for."""
+    if swap and (engine.is_deepspeed(accelerator) or engine.is_fsdp(accelerator)):
+        raise UserError(f"memory.swap = {swap}: DeepSpeed and FSDP2 put all weights on the device. Allowed there: 0",
+                        "launch with launch/ddp.yaml or launch/one_gpu.yaml, or set memory.swap=0")
     if form and (divides := engine.divides(accelerator)):
         raise UserError(f"memory.base = {form}: {divides} divides the base among processes, which was tried with "
                         "memory.base=dtype alone", "launch with launch/ddp.yaml or zero2.yaml, under which each "

@@ -18,6 +18,7 @@ from wantrain.config.sections.parts import (
     Section,
     Seed,
 )
+from wantrain.models.variants import VARIANTS
 
 if TYPE_CHECKING:
     from wantrain.config.schema import Config
@@ -154,9 +155,21 @@ class Keep(Enum):
 
 @dataclass(slots=True)
 class Memory(Section):
-    may_change: ClassVar[tuple[str, ...]] = ("keep",)
+    may_change: ClassVar[tuple[str, ...]] = ("keep", "swap", "offload")
     base: BaseForm = BaseForm.dtype
     """How the Linears of the frozen transformer are stored: dtype (model.dtype), int8 or fp8 (a byte a weight)."""
     keep: Keep = Keep.auto
     """What each block keeps for the backward pass: all, attention (its answer, and the block's input) or inputs; what
     is not kept is computed again, with equal numbers. auto: the most that fits, everything on a CPU."""
+    swap: IntFrom0 = 0
+    """How many blocks wait in host memory, and come to the device one ahead of their turn: equal numbers."""
+
+    offload: bool = False
+    """Whether what blocks keep waits in host memory until their backward pass: equal numbers."""
+
+    def rules(self, config: Config) -> Iterator[Rule]:
+        own = VARIANTS[config.model.variant].architecture
+        most = own.num_layers + len(own.vace_layers)
+        yield self.swap <= most, "memory.swap", self.swap, f"at most {most}, the blocks of {config.model.variant}"
+        yield not self.swap or config.lora.kind.name in ("lora", "rslora"), "memory.swap", self.swap, \
+            f"0 with lora.kind={config.lora.kind.name}, which is trained through diffusers' blocks"
