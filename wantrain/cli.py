@@ -15,12 +15,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from wantrain import logs
-from wantrain.options import FILE_VERBS, MACHINE_VERBS, NEW, OPTION_VERBS, parse, parser, processes
+from wantrain.options import (
+    FILE_VERBS,
+    MACHINE_VERBS,
+    NEW,
+    OPTION_VERBS,
+    parse,
+    parse_plan,
+    parser,
+    plan_parser,
+    processes,
+)
 from wantrain.terms import EXIT_INTERRUPTED, EXIT_STALLED, EXIT_USER_ERROR, Interrupted, Stalled, UserError
 
 VERBS = {
     "run": "all of it: check, cache, train, export, sample, evaluate, each left out where it is done; --gpus N",
     "check": "compose the config and say what it would do, without loading weights",
+    "plan": "memory, hours and price on a card, and the fastest setting that fits it; no GPU, weights or clips needed",
     "report": "an HTML page of the data: what the model will see, what is dropped and why, tokens, cache size",
     "cache": "decode clips, encode them and their captions, once",
     "train": "train the LoRA, going on from the newest checkpoint",
@@ -138,8 +149,9 @@ def _run(verb: str, rest: list[str]) -> int:
         given = parse(verb, rest)  # before the libraries behind the verb, which take seconds to import
         importlib.import_module(f"wantrain.stages.{verb}").run(given)
         return 0
-    num_gpus, rest = processes(rest) if verb == "run" else (1, rest)
-    config_dir, overrides = _config_dir(rest)
+    num_gpus, words = processes(rest) if verb == "run" else (1, rest)
+    options, words = ([], words) if verb != "plan" else parse_plan(words)
+    config_dir, overrides = _config_dir(words)
     # The libraries behind a verb take seconds to import, so help and faults of the config come first.
     schema = importlib.import_module("wantrain.config")
     config = schema.load(overrides, config_dir)
@@ -148,13 +160,13 @@ def _run(verb: str, rest: list[str]) -> int:
     if verb in ("run", "check", "sample") and any("sampler.prompts" in word for word in overrides):
         schema.tell_untriggered(config)
     if num_gpus > 1:
-        importlib.import_module("wantrain.runner").launch_over(config, num_gpus, rest)
+        importlib.import_module("wantrain.runner").launch_over(config, num_gpus, words)
     process = int(os.environ.get("RANK", "0"))
     log = logs.kept(Path(config.run.dir), process, ["wantrain", verb, *rest]) if verb in SHARED_VERBS \
         else contextlib.nullcontext()
     with log:
         room = "wantrain.runner" if verb == "run" else f"wantrain.stages.{verb}"
-        importlib.import_module(room).run(config, rest)
+        importlib.import_module(room).run(config, words, *options)
     return 0
 
 
@@ -207,7 +219,8 @@ def _help_topic(rest: Sequence[str]) -> str | None:
 
 def _verb_help(verb: str, topic: str) -> str:
     schema = importlib.import_module("wantrain.config")
+    own = plan_parser().format_help().partition("options:\n")[2].splitlines() if verb == "plan" else []
     return "\n".join([f"usage: wantrain {verb} recipe=NAME [key=value ...] [--config-dir FOLDER]", "",
-                      f"  {VERBS[verb]}", "", f"recipes: {', '.join(schema.recipes())}",
+                      f"  {VERBS[verb]}", "", *own, f"recipes: {', '.join(schema.recipes())}",
                       "your own: recipes/NAME.yaml, a file itself, or FOLDER/recipe/NAME.yaml with --config-dir FOLDER",
                       *schema.keys_help(topic)])

@@ -106,6 +106,29 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message, f"{self.prog} --help")
 
 
+def plan_parser() -> argparse.ArgumentParser:
+    """The options of `plan` beside its recipe and keys."""
+    made = _Parser("wantrain plan", add_help=False, allow_abbrev=False)
+    made.add_argument("--gpu", metavar="CARD", help="rtx4090, h100, ... or a size such as 24gb; without: a line for "
+                      "each size")
+    made.add_argument("--gpus", metavar="N", type=int, default=1, help="how many of them, each with the whole base "
+                      "(default: 1)")
+    made.add_argument("--ram", metavar="GIB", type=float, default=64.0, help="host memory for each of them (default: "
+                      "64)")
+    made.add_argument("--price", metavar="PER_HOUR", type=float, help="of one of them, in any currency")
+    made.add_argument("--json", action="store_true", help="all numbers, for programs")
+    return made
+
+
+def parse_plan(arguments: Sequence[str]) -> tuple[list[argparse.Namespace], list[str]]:
+    """The options of `plan`, as the one further argument of its stage, and the other words."""
+    given, rest = plan_parser().parse_known_args(arguments)
+    for name, value in (("gpus", given.gpus), ("ram", given.ram), ("price", given.price)):
+        if value is not None and not value > 0:
+            raise UserError(f"--{name} {value:g} is not allowed: a number above 0", "wantrain plan --help")
+    return [given], rest
+
+
 def parser(verb: str) -> argparse.ArgumentParser:
     """The verb's arguments, with its help."""
     told = OPTION_VERBS[verb]

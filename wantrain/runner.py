@@ -23,7 +23,7 @@ import torch
 
 from wantrain import config as schema
 from wantrain import metrics
-from wantrain.config import BaseForm, Config, DataMode, Dtype
+from wantrain.config import BaseForm, Config, DataMode, Dtype, variant_of
 from wantrain.data import cache
 from wantrain.engine import launch
 from wantrain.engine.rendezvous import LONGEST_S, Rendezvous
@@ -31,7 +31,6 @@ from wantrain.engine.saved import step_of
 from wantrain.files import digest_file, digest_text, write_json
 from wantrain.recipe.clips import Clips, evaluation_faults, open_clips
 from wantrain.recipe.draft import GIB, is_tiny, tokens_that_fit
-from wantrain.recipe.folders import variant_of
 from wantrain.recipe.recipe import Recipe, open_recipe
 from wantrain.recipe.sampler import lora_files, sampler_settings
 from wantrain.terms import UserError

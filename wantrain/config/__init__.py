@@ -6,9 +6,11 @@ from wantrain.config.keys import defaults as defaults
 from wantrain.config.keys import described as described
 from wantrain.config.keys import digest as digest
 from wantrain.config.keys import expert_config as expert_config
+from wantrain.config.keys import experts_of as experts_of
 from wantrain.config.keys import flat as flat
 from wantrain.config.keys import resume_keys as resume_keys
 from wantrain.config.keys import to_yaml as to_yaml
+from wantrain.config.keys import variant_of as variant_of
 from wantrain.config.known import asset as asset
 from wantrain.config.known import recipes as recipes
 from wantrain.config.loading import load as load

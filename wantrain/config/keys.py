@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields, is_dataclass, replace
 from enum import Enum
@@ -20,6 +20,7 @@ from wantrain.config.sections.parts import MISSING
 from wantrain.config.sections.training import Schedule
 from wantrain.config.values import fields_of
 from wantrain.files import digest_text
+from wantrain.models.variants import VARIANTS, Expert, Variant
 from wantrain.terms import OF_A_PLACE
 
 
@@ -146,6 +147,17 @@ def expert_config(config: Config, expert: str | None) -> Config:
     return replace(config, lora=replace(lora, rank=rank, alpha=own.alpha or lora.alpha * rank / lora.rank),
                    optim=replace(optim, lr=own.lr or optim.lr),
                    train=replace(train, num_steps=own.num_steps or train.num_steps))
+
+
+def variant_of(config: Config) -> Variant:
+    """The config's row of the variants table; the rules of the config have looked at it."""
+    return VARIANTS[config.model.variant]
+
+
+def experts_of(config: Config) -> list[Expert | None]:
+    """The experts whose LoRAs the config asks for, high noise first; [None] where there is one transformer."""
+    experts: Sequence[Expert | None] = variant_of(config).experts or (None,)
+    return [expert for expert in experts if expert is None or config.model.experts.name in ("both", expert)]
 
 
 def digest(config: Config) -> str:

@@ -27,6 +27,11 @@ def is_float32(name: str) -> bool:
     return not _FLOAT32.isdisjoint(name.split("."))
 
 
+def in_block(name: str) -> bool:
+    """Whether a tensor is one of a block's."""
+    return name.startswith(("blocks.", "vace_blocks."))
+
+
 def image_tokens(variant: Variant) -> int:
     """Tokens of CLIP that cross-attention sees beside the text."""
     return variant.architecture.image_tokens or (TOKENS_OF_AN_IMAGE if variant.architecture.image_dim else 0)

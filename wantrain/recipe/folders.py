@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from wantrain.config import Config, LoraFormat
 from wantrain.engine.saved import CheckpointStore
-from wantrain.models.variants import VARIANTS, Expert, Variant
-
-
-def variant_of(config: Config) -> Variant:
-    """The config's row of the variants table; the rules of the config have looked at it."""
-    return VARIANTS[config.model.variant]
-
-
-def experts_of(config: Config) -> list[Expert | None]:
-    """The experts whose LoRAs the config asks for, high noise first; [None] where there is one transformer."""
-    experts: Sequence[Expert | None] = variant_of(config).experts or (None,)
-    return [expert for expert in experts if expert is None or config.model.experts.name in ("both", expert)]
+from wantrain.models.variants import Expert
 
 
 def run_dir(config: Config, expert: Expert | None) -> Path:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wantrain.config import BaseForm, Config, Dtype, LoraKind, expert_config
+from wantrain.config import BaseForm, Config, Dtype, LoraKind, expert_config, variant_of
 from wantrain.density import Density, shift_for
 from wantrain.engine.saved import CheckpointStore, step_of
 from wantrain.models import hub, inventory
@@ -141,7 +141,7 @@ def open_recipe(config: Config, fetch: bool = True) -> Recipe:
     is only told in `base.absent`.
     """
     own = config.model
-    return Recipe(config, find(folders.variant_of(config), own.path, own.parts, own.merge, fetch))
+    return Recipe(config, find(variant_of(config), own.path, own.parts, own.merge, fetch))
 
 
 def training_faults(recipe: Recipe) -> Iterator[UserError]:

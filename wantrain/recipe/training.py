@@ -12,7 +12,7 @@ import torch
 
 from wantrain import config as schema
 from wantrain import costs, engine, lora, objective
-from wantrain.config import Config, Dtype, Keep, Optimizer
+from wantrain.config import Config
 from wantrain.engine import checkpoint, launch, optimizers, saved, snapshot
 from wantrain.engine.checkpoint import Checkpoint, Writer
 from wantrain.engine.ema import Ema
@@ -24,6 +24,7 @@ from wantrain.models.base import expert_path
 from wantrain.models.block import BlockMemory
 from wantrain.models.lora_updates import read_given
 from wantrain.recipe.clips import Clips
+from wantrain.recipe.costing import job_of, keep_of, policy_of
 from wantrain.recipe.recipe import Recipe
 from wantrain.recipe.run import record_of, write_header
 from wantrain.terms import Batch, UserError
@@ -80,16 +81,15 @@ def advised_if_memory_ends(recipe: Recipe, clips: Clips, accelerator: Accelerato
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
             raise
         peak_gib, why = engine.peak_memory_gib(accelerator.device), str(error).partition("\n")[0]
-        bucket, tokens = costs.largest_bucket(clips.planned, recipe.variant.multiple_px)
-        config, own = recipe.config, recipe.config.train
-        policy = costs.MemoryPolicy(own.micro_batch_size, keep_of(config, accelerator),
-                                    config.model.dtype is Dtype.float32, accelerator.num_processes,
-                                    engine.zero_stage(accelerator), own.sequence_parallel, config.lora.rank,
-                                    config.optim.name is Optimizer.adamw, bool(recipe.base_form))
+        px, micro_batch_size = recipe.variant.multiple_px, recipe.config.train.micro_batch_size
+        bucket = costs.largest_bucket(clips.planned, px)
+        job = job_of(recipe.config, bucket, accelerator.num_processes)
+        offers = costs.savers(job, policy_of(recipe.config, job, accelerator.device.type == "cpu"),
+                              engine.zero_stage(accelerator))
         raise UserError(
             f"out of memory, with {peak_gib:.1f} GiB in use at the most: {why}; the largest "
-            f"clips are {bucket} ({tokens:,} tokens), {own.micro_batch_size} at once",
-            "one of:\n    " + "\n    ".join(costs.savers(policy, tokens)[:3])) from error
+            f"clips are {bucket} ({bucket.num_tokens(px):,} tokens), {micro_batch_size} at once",
+            "one of:\n    " + "\n    ".join(map(str, offers[:3]))) from error
 
 
 def prepare(recipe: Recipe, clips: Clips) -> Training:
@@ -108,6 +108,7 @@ def prepare(recipe: Recipe, clips: Clips) -> Training:
 def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator) -> Training:
     """The part of `prepare` that takes memory: load the base, inject the adapter, make the optimizer."""
     config, optim, own = recipe.config, recipe.config.optim, recipe.config.train
+    keep = keep_of(config, accelerator.device.type == "cpu")
     rendezvous = Rendezvous(own.stall_timeout_s)
     optimizers.check(accelerator, optim.name.name)
     refuse_memory(accelerator, recipe.base_form, config.memory.swap)
@@ -122,7 +123,7 @@ def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator) -> Training:
         print(quantised.told(errors, recipe.base_form))
     modules = fit.fit(transformer, accelerator.device,
                       fit.NewAdapter(config.lora.targets, recipe.adapter_spec, own.seed, start),
-                      memory=BlockMemory(keep_of(config, accelerator), swap, config.memory.offload),
+                      memory=BlockMemory(keep, swap, config.memory.offload),
                       is_divided=bool(engine.divides(accelerator)), sequence_parallel=own.sequence_parallel)
     record = record_of(recipe, clips, lora.scales(transformer))
     groups = optimizers.groups(lora.trainable_parameters(transformer),
@@ -136,13 +137,6 @@ def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator) -> Training:
     writer = Writer(recipe.checkpoints, own.stall_timeout_s / 2)  # others wait meanwhile
     return Training(recipe, clips, accelerator, rendezvous, model, optimizer, ema, modules, errors, Progress(), writer,
                     record, Trackers())
-
-
-def keep_of(config: Config, accelerator: Accelerator) -> str:
-    """What each block keeps for the backward pass."""
-    if config.memory.keep is not Keep.auto:
-        return config.memory.keep.name
-    return "all" if accelerator.device.type == "cpu" else "inputs"
 
 
 def refuse_memory(accelerator: Accelerator, form: str, swap: int) -> None:

@@ -11,7 +11,7 @@ from datetime import datetime
 
 from wantrain import config as schema
 from wantrain import lora
-from wantrain.config import Config, expert_config
+from wantrain.config import Config, expert_config, experts_of
 from wantrain.engine import checkpoint, saved
 from wantrain.engine.checkpoint import Checkpoint
 from wantrain.engine.saved import Record
@@ -19,7 +19,7 @@ from wantrain.models.lora_formats import LoraFile, products, read_lora
 from wantrain.models.lora_loaders import told
 from wantrain.models.lora_updates import from_adapter, write_proven
 from wantrain.models.variants import VARIANTS, Expert
-from wantrain.recipe.folders import checkpoints_of, experts_of, export_path
+from wantrain.recipe.folders import checkpoints_of, export_path
 from wantrain.terms import UserError
 
 

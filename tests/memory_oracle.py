@@ -1,0 +1,155 @@
+"""Device memory of a training step, counted allocation by allocation: what wantrain.costs is held against.
+
+The step is wantrain's own (models.fit, objective, AdamW), on fake tensors, which have sizes and no numbers, or on real
+ones. Every storage that an operation makes counts from then until nothing refers to it. What kernels take inside
+themselves is not seen: attention's workspace is costs' own, by the kernel's source.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from wantrain import flow
+from wantrain.lora import Spec
+from wantrain.models.base import WanAnimateTransformer3DModel, WanTransformer3DModel, WanVACETransformer3DModel
+from wantrain.models.block import BlockMemory
+from wantrain.models.encode import autocast, predict_velocity
+from wantrain.models.fit import NewAdapter, fit
+from wantrain.models.quantised import QuantisedLinear, quantise
+from wantrain.models.variants import Variant, diffusers_config
+from wantrain.terms import TEXT_LEN, Bucket
+
+CPU = torch.device("cpu")
+CLASSES = {c.__name__: c for c in (WanTransformer3DModel, WanVACETransformer3DModel, WanAnimateTransformer3DModel)}
+
+
+class Allocations(TorchDispatchMode):
+    """In the block, `alive` are the bytes of all storages that operations made and something still refers to, and
+    `peak` the most they ever were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def count(self, tensors: Any) -> None:
+        """Count the storages of these tensors that are not counted yet."""
+        for tensor in tree_leaves(tensors):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self._known:
+                self._known[key] = weakref.ref(storage, lambda _, key=key, size=size: self._free(key, size))
+                self.alive += size
+                self.peak = max(self.peak, self.alive)
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.pop(key, None)
+        self.alive -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.count(result)
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A training step of `rows` samples: what decides its memory."""
+
+    variant: Variant
+    bucket: Bucket
+    rows: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    targets: Sequence[str] = ("attn_ffn",)
+    rank: int = 32
+    kind: str = "lora"
+    form: str = ""
+    keep: str = "all"
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Bytes: of the frozen base, of all that lasts between steps (base, adapter, gradients, moments), and at the peak.
+    """
+
+    base: int
+    lasting: int
+    peak: int
+
+
+def counted(step: Step, fake: bool = True) -> Counted:
+    """An update, then a micro-step whose gradients add to others; on `fake` tensors or on real ones."""
+    model = transformer(step)
+    with FakeTensorMode() if fake else nullcontext():
+        fill(model)
+        held = sum(t.nbytes for name, t in (*model.named_parameters(), *model.named_buffers()) if "lora_" not in name)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trainable)
+        for parameter in trainable:
+            parameter.grad = torch.zeros_like(parameter)
+        with Allocations() as allocations:
+            allocations.count([*model.parameters(), *model.buffers(), *(p.grad for p in trainable)])
+            optimizer.step()
+            lasting = allocations.alive
+            backward(model, step)
+    return Counted(held, lasting, allocations.peak)
+
+
+def transformer(step: Step) -> torch.nn.Module:
+    """The adapted transformer on the meta device, its dtypes as wantrain.models.base loads them."""
+    kept = set(CLASSES[step.variant.transformer_class]._keep_in_fp32_modules)
+    with torch.device("meta"):
+        model = CLASSES[step.variant.transformer_class].from_config(diffusers_config(step.variant))
+        if step.form:
+            quantise(model, step.form)
+    for name, parameter in model.named_parameters():
+        layer = model.get_submodule(name.rpartition(".")[0])
+        dtype = torch.int8 if isinstance(layer, QuantisedLinear) and name.endswith(".weight") else step.dtype
+        if not kept & set(name.split(".")):
+            parameter.requires_grad_(False).data = parameter.data.to(dtype)
+    model.requires_grad_(False).eval()
+    fit(model, torch.device("cuda"), NewAdapter(step.targets, Spec(step.rank, step.rank, step.kind), 0),
+        memory=BlockMemory(step.keep))
+    return model
+
+
+def fill(model: torch.nn.Module) -> None:
+    """Zeros in the place of all that is on the meta device: numbers do not matter."""
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(torch.zeros(p.shape, dtype=p.dtype), p.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
+
+
+def backward(model: torch.nn.Module, step: Step) -> None:
+    """Loss and gradient of one micro-batch, as wantrain.objective computes them."""
+    variant, rows = step.variant, step.rows
+    a, shape = variant.architecture, variant.latent_THW(step.bucket)
+    latents = torch.zeros(rows, a.out_channels, *shape)
+    sigma = torch.zeros(rows, shape[0]) if variant.task == "ti2v" else torch.zeros(rows)
+    condition = {}
+    if a.in_channels > a.out_channels:
+        condition["channels"] = torch.zeros(rows, a.in_channels - a.out_channels, *shape)
+    if a.image_dim:
+        images = 2 if variant.task == "flf2v" else 1
+        condition["image"] = torch.zeros(rows, images, (a.image_tokens or 257) // images, a.image_dim)
+    if a.vace_layers:
+        condition["vace"] = torch.zeros(rows, a.vace_in_channels, *shape)
+    text = torch.zeros(rows, TEXT_LEN, a.text_dim, dtype=step.dtype)
+    with autocast(CPU, step.dtype), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        predicted = predict_velocity(model, latents.to(step.dtype), sigma, text, condition)
+    flow.loss_per_sample(predicted, latents).mean().backward()
