@@ -17,7 +17,9 @@ from wantrain import pictures
 from wantrain.flow import inference_sigmas
 from wantrain.models import sampling
 from wantrain.models.base import EMBEDDED, Base
+from wantrain.models.encode import Texts
 from wantrain.models.fit import AdapterFile, fit
+from wantrain.models.profiles import FLOW
 from wantrain.models.variants import VARIANTS, diffusers_config
 
 CLASSES = {c.__name__: c for c in (tiny.WanTransformer3DModel, tiny.WanVACETransformer3DModel,
@@ -99,7 +101,7 @@ class OfficialSteps(UniPCMultistepScheduler):
 
 def official_steps(found: Base, shift: float) -> OfficialSteps:
     """The base's scheduler for one of diffusers' pipelines."""
-    return OfficialSteps.from_config(sampling.UNIPC, flow_shift=shift)
+    return OfficialSteps.from_config(FLOW, flow_shift=shift)
 
 
 def pipeline(found: Base, loras: Mapping[str | None, Path] | None = None) -> sampling.Pipeline:
@@ -107,9 +109,9 @@ def pipeline(found: Base, loras: Mapping[str | None, Path] | None = None) -> sam
     cpu = torch.device("cpu")
     transformers = [one.transformer(torch.float32, cpu) for one in found.each()]
     for one, transformer in zip(found.each(), transformers, strict=True):
-        fit(transformer, cpu, AdapterFile(loras[one.expert], one.expert) if loras else None)
-    return sampling.Pipeline(found.variant, transformers, found.text(torch.float32, cpu), found.encoders(cpu),
-                             torch.float32)
+        fit(transformer, cpu, [AdapterFile(loras[one.expert], one.expert)] if loras else ())
+    return sampling.Pipeline(found.variant, transformers, Texts(lambda: found.text(torch.float32, cpu)),
+                             found.encoders(cpu), torch.float32)
 
 
 def write_partners(folder: Path, task: str, number: int, height: int = 2 * SIZE[0], width: int = 2 * SIZE[1]) -> None:

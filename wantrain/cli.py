@@ -149,6 +149,12 @@ def _run(verb: str, rest: list[str]) -> int:
         given = parse(verb, rest)  # before the libraries behind the verb, which take seconds to import
         importlib.import_module(f"wantrain.stages.{verb}").run(given)
         return 0
+    if verb == "sample" and "--like" in rest:
+        if len(rest) != 2 or rest[0] != "--like":
+            raise UserError("--like takes one video and nothing else, for all is as it was",
+                            "wantrain sample --like VIDEO.mp4")
+        importlib.import_module("wantrain.stages.sample").repeat(Path(rest[1]).expanduser())
+        return 0
     num_gpus, words = processes(rest) if verb == "run" else (1, rest)
     options, words = ([], words) if verb != "plan" else parse_plan(words)
     config_dir, overrides = _config_dir(words)
@@ -219,8 +225,10 @@ def _help_topic(rest: Sequence[str]) -> str | None:
 
 def _verb_help(verb: str, topic: str) -> str:
     schema = importlib.import_module("wantrain.config")
+    again = ["       wantrain sample --like VIDEO    makes a sampled video again, from what it says of itself"]
     own = plan_parser().format_help().partition("options:\n")[2].splitlines() if verb == "plan" else []
-    return "\n".join([f"usage: wantrain {verb} recipe=NAME [key=value ...] [--config-dir FOLDER]", "",
+    return "\n".join([f"usage: wantrain {verb} recipe=NAME [key=value ...] [--config-dir FOLDER]",
+                      *(again if verb == "sample" else []), "",
                       f"  {VERBS[verb]}", "", *own, f"recipes: {', '.join(schema.recipes())}",
                       "your own: recipes/NAME.yaml, a file itself, or FOLDER/recipe/NAME.yaml with --config-dir FOLDER",
                       *schema.keys_help(topic)])

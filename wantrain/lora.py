@@ -277,6 +277,29 @@ def attach(transformer: torch.nn.Module, given: AdapterState) -> None:
     start_from(transformer, given)
 
 
+def joined(states: Sequence[tuple[AdapterState, float]]) -> AdapterState:
+    """One adapter whose delta is the sum of these adapters' deltas times their strengths.
+
+    Raises ValueError for kinds other than LoRA where this is no adapter of the kind: of several, and of a DoRA that is
+    not at 1.
+    """
+    if len(states) == 1 and states[0][1] == 1:
+        return states[0][0]
+    leaves = set().union(*(own for state, _ in states for own in state.tensors.values()))
+    if len(states) == 1 and MAGNITUDE not in leaves:
+        (state, strength), = states
+        return AdapterState(state.tensors, {module: scale * strength for module, scale in state.scales.items()})
+    if foreign := sorted(leaves - set(_PAIR)):
+        raise ValueError(f"it holds {foreign[0]}, and only LoRAs of pairs add up, or can be at another strength")
+    tensors = {}
+    for module in dict.fromkeys(module for state, _ in states for module in state.tensors):
+        parts = [(state.tensors[module], state.scales[module] * strength) for state, strength in states
+                 if module in state.tensors]
+        tensors[module] = {"lora_A": torch.cat([own["lora_A"].float() for own, _ in parts]),
+                           "lora_B": torch.cat([own["lora_B"].float() * factor for own, factor in parts], dim=1)}
+    return AdapterState(tensors, dict.fromkeys(tensors, 1.0))
+
+
 def inner_rank(leaves: Mapping[str, torch.Tensor]) -> int | None:
     """One module's inner width; None where both factors of a LoKr are whole."""
     narrow = next((leaves[leaf] for leaf in ("lora_A", "hada_w1_b", "lokr_w1_b", "lokr_w2_b") if leaf in leaves), None)

@@ -223,6 +223,16 @@ def _is_file(word: str) -> bool:
     return word.endswith(FILE_SUFFIXES) or split_strength(word)[1] is not None
 
 
+def split_strengths(word: str) -> tuple[str, list[float]]:
+    """FILE, FILE=STRENGTH or FILE=HIGH/LOW as (FILE, one or two strengths); 1 where none stands behind it."""
+    file, _, numbers = word.rpartition("=")
+    try:
+        strengths = [float(number) for number in numbers.split("/")]
+    except ValueError:
+        return word, [1.0]
+    return (file, strengths) if file and len(strengths) <= 2 else (word, [1.0])
+
+
 def split_strength(word: str) -> tuple[str, float | None]:
     """FILE=STRENGTH as (FILE, strength), cut at the last equals sign; (word, None) where no number stands behind it."""
     file, _, strength = word.rpartition("=")

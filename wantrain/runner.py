@@ -197,7 +197,7 @@ def of_checkpoints(job: Job) -> str:
 
 def of_loras(job: Job, *sections: str) -> str:
     """What samples are made from: LoRA files, base, clips, and sections of the config."""
-    loras = lora_files(job.recipe, job.arguments).values()
+    loras = [path for uses in lora_files(job.recipe, job.arguments).values() for path, _ in uses]
     inputs = [Path(file) for given in job.config.sampler.inputs for file in given.values()]
     return digest_text(keys(job.config, "model", "memory", "sampler", "validation", *sections), job.recipe.base_digest,
                        job.config.data.resolutions, job.config.data.num_frames, job.config.data.trigger,

@@ -61,6 +61,19 @@ def test_two_processes_train_as_one_does_and_resume_in_one(forked):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("engine", "rtol"), [("DDP", 0), ("ZeRO-3", 1e-6)])
+def test_two_processes_validate_as_one_does(forked, engine, rtol):
+    """The base's numbers, and those after a step that changes nothing: to the bit, but where weights are divided."""
+    own = ["train.num_steps=1", "validation.every_steps=1", "optim.lr=1e-30", "validation.budget_pct=100"]
+    one, two = (json.loads((forked(given, *own) / "validation.json").read_text()) for given in (None, engine))
+    assert (one["key"], one["clips"]) == (two["key"], two["clips"])
+    for name, losses in one["base"].items():
+        assert len(losses) == 10
+        assert two["base"][name] == pytest.approx(losses, rel=rtol, abs=0)
+        assert two["steps"]["1"][name] == pytest.approx(one["steps"]["1"][name], rel=rtol, abs=0)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("engine", "rtol"), [("DDP", 2e-5), ("ZeRO-3", 2e-4)])
 def test_the_base_answers_in_two_processes_as_in_one(forked, engine, rtol):
     """The plain clips are preserved and one clip has class words: some processes have nothing to ask in some steps."""

@@ -172,8 +172,8 @@ def one(random: Random, folder: Path) -> None:
 
 
 def _sampled(path: Path) -> None:
-    """As sampler.lora and lora.start_from take it."""
-    fit(copy.deepcopy(_frozen()), torch.device("cpu"), AdapterFile(path))
+    """As sampler.loras and lora.start_from take it."""
+    fit(copy.deepcopy(_frozen()), torch.device("cpu"), [AdapterFile(path)])
 
 
 def _merged(path: Path) -> None:

@@ -17,7 +17,7 @@ from wantrain import flow, objective
 from wantrain.config import load
 from wantrain.density import share_of_schedule
 from wantrain.engine import saved
-from wantrain.models import base, sampling
+from wantrain.models import base, comfy_workflow, sampling
 from wantrain.models.lora_formats import read_lora
 from wantrain.models.lora_updates import worst_difference
 from wantrain.models.variants import VARIANTS
@@ -132,7 +132,8 @@ def test_each_expert_is_trained_at_its_own_sigmas_only(wantrain, own, monkeypatc
     assert low.max() - low.min() > 0.5
 
 
-def test_both_train_in_their_own_folders_and_export_a_pair(wantrain, own, tmp_path, capsys):
+def test_both_train_in_their_own_folders_and_export_a_pair(wantrain, own, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(comfy_workflow.FILES, "tiny_wan_a14b", "tiny_{}.safetensors")
     assert wantrain("check", *own) == 0
     shown = capsys.readouterr().out
     assert "high noise expert: uniform, shift 12, in [0.875, 1]: 63.2% of the schedule" in shown
@@ -150,6 +151,9 @@ def test_both_train_in_their_own_folders_and_export_a_pair(wantrain, own, tmp_pa
     one, other = (load_file(path) for path in exported(run).values())
     assert one.keys() == other.keys()
     assert not any(torch.equal(one[name], other[name]) for name in one if "lora_B" in name)
+    graph = json.loads((run / "export" / "demo_anime.workflow.json").read_text())
+    assert [node["widgets_values"][0] for node in graph["nodes"] if node["type"] == "LoraLoaderModelOnly"] == [
+        path.name for path in exported(run).values()]
 
 
 def test_diffusers_loads_the_pair_and_samples_what_we_sample(wantrain, own, a14b, tmp_path):

@@ -18,7 +18,7 @@ from wantrain import cli, lora, pictures
 from wantrain.config import LoraFormat
 from wantrain.data import decode
 from wantrain.engine import checkpoint, saved
-from wantrain.models import base, lora_formats, lora_updates, lora_writing, sampling
+from wantrain.models import base, comfy_workflow, lora_formats, lora_updates, lora_writing, sampling
 from wantrain.models.fit import AdapterFile, fit
 from wantrain.models.names import transformer_to_diffusers
 from wantrain.models.variants import VARIANTS
@@ -171,7 +171,7 @@ def test_sampling_with_a_named_file_and_export_need_no_clips(trained, wantrain, 
     gone += [f"data.heldout={tmp_path / 'gone'}", f"data.cache_dir={tmp_path / 'empty'}"]
     assert wantrain("export", *OWN, *gone, "run.name=elsewhere") == 0
     file = trained / "export" / "elsewhere.safetensors"
-    assert wantrain("sample", *OWN, *gone, f"sampler.lora={file}", "sampler.strengths=[1]", "sampler.num_steps=2") == 0
+    assert wantrain("sample", *OWN, *gone, f"sampler.loras={file}", "sampler.strengths=[1]", "sampler.num_steps=2") == 0
     assert len(list((trained / "samples").glob("*.mp4"))) == 1
     assert wantrain("check", *OWN, *gone) == 2
 
@@ -239,7 +239,25 @@ def test_a_file_without_effect_is_refused_by_the_sampler(tmp_path):
     save_file({"blocks.0.attn1.to_qq.lora_A.weight": torch.zeros(2, 192),
                "blocks.0.attn1.to_qq.lora_B.weight": torch.zeros(192, 2)}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="is no known module of a Wan transformer"):
-        fit(TINY.transformer(torch.float32, CPU), CPU, AdapterFile(tmp_path / "x.safetensors"))
+        fit(TINY.transformer(torch.float32, CPU), CPU, [AdapterFile(tmp_path / "x.safetensors")])
+
+
+def test_a_comfyui_workflow_stands_beside_the_file_where_comfyui_reads_it(trained, wantrain, capsys, monkeypatch):
+    path = trained / "export" / "demo_anime.workflow.json"
+    assert not path.exists(), "ComfyUI has no tiny_wan"
+    monkeypatch.setitem(comfy_workflow.FILES, "tiny_wan", "tiny.safetensors")
+    capsys.readouterr()
+    assert wantrain("export", *OWN, "sampler.prompts=['sqstyle, a boat']", "sampler.strengths=[0,0.7]") == 0
+    assert f"wrote {path}: drop it into ComfyUI" in capsys.readouterr().out
+    values = {node["type"]: node["widgets_values"] for node in json.loads(path.read_text())["nodes"]}
+    assert values["LoraLoaderModelOnly"] == ["demo_anime.safetensors", 0.7]
+    assert values["ModelSamplingSD3"] == [8.0]
+    texts = [node["widgets_values"] for node in json.loads(path.read_text())["nodes"]
+             if node["type"] == "CLIPTextEncode"]
+    assert texts[0] == ["sqstyle, a boat"]
+    assert wantrain("export", *OWN, "export.format=diffusers") == 0
+    assert "no ComfyUI workflow: it" in capsys.readouterr().out
+    assert not path.exists()
 
 
 def test_sample_writes_playable_videos_whose_strength_0_is_the_base(trained, wantrain):
@@ -283,7 +301,7 @@ def _assert_pipeline_computes_the_checkpoint(run, kind):
     _, tensors = checkpoint.load(saved.steps_on_disk(run / "checkpoints")[-1], None)
     lora.start_from(trained_on, lora.adapter_state(checkpoint.values(tensors), lora.scales(trained_on)))
     sampled_with = TINY.transformer(torch.float32, CPU)
-    fit(sampled_with, CPU, AdapterFile(run / "export" / "demo_anime.safetensors"))
+    fit(sampled_with, CPU, [AdapterFile(run / "export" / "demo_anime.safetensors")])
     after = trained_on(**inputs())[0]
     assert (after - before).abs().max() > 1e-3
     torch.testing.assert_close(sampled_with(**inputs())[0], after, atol=1e-4, rtol=1e-4)

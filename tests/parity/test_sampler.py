@@ -1,13 +1,10 @@
-"""The sampler against UniPC written from its paper (Zhao et al. 2023), in float64, over the official sigmas."""
-
-import math
+"""The official sampler against UniPC written from its paper (tests/solvers.py) over the official sigmas."""
 
 import pytest
 import torch
 
+from tests.solvers import Field, sampled, unipc
 from wantrain.models import sampling
-from wantrain.models.conditioning import Encoders
-from wantrain.models.variants import VARIANTS
 from wantrain.terms import Bucket
 
 # shift, steps, first and last sigma as the official code prints them (docs/facts.md, "Sampler")
@@ -18,84 +15,14 @@ OFFICIAL = {"wan21_t2v_1b3": (5, 50, 0.99980, 0.09251), "wan22_t2v_a14b": (12, 4
 
 @pytest.mark.parametrize(("shift", "num_steps", "first", "last"), OFFICIAL.values(), ids=list(OFFICIAL))
 def test_the_grid_is_the_official_one(shift, num_steps, first, last):
-    scheduler = sampling.scheduler_for(shift, num_steps)
-    assert len(scheduler.timesteps) == len(scheduler.sigmas) - 1 == num_steps
-    assert scheduler.sigmas[[0, -2]].tolist() == pytest.approx([first, last], abs=6e-6)
+    settings = sampling.Settings(num_steps, (1.0, 1.0), shift, Bucket(1, 32, 32), "")
+    sigmas = settings.sigmas
+    assert len(sigmas) - 1 == num_steps
+    assert sigmas[[0, -2]].tolist() == pytest.approx([first, last], abs=6e-6)
     before = [0.999 * (num_steps - i) / num_steps for i in range(num_steps)]
     wanted = [shift * x / (1 + (shift - 1) * x) for x in before]
-    assert scheduler.sigmas[:-1].tolist() == pytest.approx(wanted, rel=1e-6)
-    assert scheduler.timesteps.tolist() == [int(1000 * sigma) for sigma in wanted]
-
-
-def unipc(velocity, noise, sigmas):
-    """UniPC of order 2, B(h) = e^h - 1, predicting clean data; `sigmas` end with 0. Equations 3, 9 and 16 of the paper,
-    with alpha = 1 - sigma and clean = x - sigma * velocity. The first and the last step are of order 1.
-    """
-    levels = [math.log((1 - s) / s) if s else math.inf for s in sigmas]
-    x, cleans, before = noise.double(), [], None
-    for i, sigma in enumerate(sigmas[:-1]):
-        now = x - sigma * velocity(x, sigma)
-        if before is not None:  # correct the step that led here, now that its end is known
-            x = step(before[0], levels[max(i - 2, 0) : i + 1], [*cleans, now], before[1], corrects=True)
-        cleans = [*cleans[-1:], now]
-        order = min(2, i + 1, len(sigmas) - 1 - i)
-        before = (x, order)
-        x = step(x, levels[max(i - 1, 0) : i + 2], cleans, order, corrects=False)
-    return x
-
-
-def sigma_of(level):
-    """lambda = log(alpha / sigma), and alpha + sigma = 1."""
-    return 1 / (1 + math.exp(level)) if level < math.inf else 0.0
-
-
-def step(x, levels, cleans, order, *, corrects):
-    """From levels[-2] to levels[-1] (log alpha / sigma). `cleans` are predictions there, at the last only to correct.
-    """
-    *earlier, here = cleans[:-1] if corrects else cleans
-    h = levels[-1] - levels[-2]
-    alpha, b = 1 - sigma_of(levels[-1]), -math.expm1(-h)
-    moved = sigma_of(levels[-1]) / sigma_of(levels[-2]) * x + alpha * b * here
-    phi_2 = b / h - 1 if math.isfinite(h) else 0.0  # e^-h phi functions of the data prediction: varphi_2 and varphi_3
-    weights = []
-    if order == 2:
-        ratio = (levels[-3] - levels[-2]) / h
-        weights.append((ratio, earlier[-1]))
-    if corrects:
-        weights.append((1.0, cleans[-1]))
-    if not weights:
-        return moved
-    if len(weights) == 1:  # one difference: 1/2 whatever h is (the paper's remark on order 1 and 2)
-        rho = [0.5]
-    else:
-        phi_3 = phi_2 / -h - 0.5
-        rho = torch.linalg.solve(torch.tensor([[1.0, 1.0], [weights[0][0], 1.0]], dtype=torch.float64),
-                                 torch.tensor([phi_2 / -b, 2 * phi_3 / -b], dtype=torch.float64)).tolist()
-    return moved + alpha * b * sum(r * (clean - here) / ratio for r, (ratio, clean) in zip(rho, weights, strict=True))
-
-
-class Field(torch.nn.Module):
-    """A smooth velocity that bends, as a transformer: towards data that depends on where one is and on the timestep."""
-
-    def __init__(self, centre=0.3):
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.tensor(centre))
-        self.told = []
-
-    def forward(self, hidden_states, timestep, encoder_hidden_states, return_dict):
-        self.told.append(float(timestep[0]))
-        return (self.at(hidden_states, timestep.double()[0] / 1000).to(hidden_states.dtype),)
-
-    def at(self, x, sigma):
-        return x - self.scale.item() - 0.5 * torch.sin(2 * x + 3 * sigma)
-
-
-def sampled(variant, models, settings, noise, film=None):
-    pipeline = sampling.Pipeline(VARIANTS[variant], models, None, Encoders(None, None), torch.float32)
-    texts = [torch.zeros(1, 4, 8)] * 2
-    given = sampling.DenoisingInputs(noise if film is None else film, None, {}, texts, film is not None)
-    with torch.no_grad():
-        return sampling.denoise(pipeline, settings, noise, given)
+    assert sigmas.tolist() == pytest.approx([*wanted, 0], rel=1e-6)
+    assert settings.tool_solver.timesteps(sigmas[:-1]) == [int(1000 * sigma) for sigma in wanted]
 
 
 def official(shift, num_steps):

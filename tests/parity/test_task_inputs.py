@@ -27,7 +27,7 @@ from wantrain.data.decode import read_clip
 from wantrain.density import Density
 from wantrain.recipe.clips import open_clips
 from wantrain.recipe.recipe import Recipe, open_recipe
-from wantrain.recipe.samples import Encoder
+from wantrain.recipe.samples import Encoder, write_texts
 from wantrain.recipe.training import Training, prepare
 from wantrain.stages import train
 from wantrain.terms import Batch, Bucket, Encoded, PlannedClip
@@ -291,6 +291,7 @@ def twins(tmp_path_factory):
                 "lora.alpha=2", "data.num_workers=1"])
             recipe = open_recipe(config)
             clips = open_clips(recipe, [])
+            write_texts(recipe, clips.cache, clips.captions, CPU, True)
             trainings = {own.base.expert: prepare(own, clips) for own in recipe.trainings()}
             made[name] = Twin(name, checkpoint, recipe, trainings, Direct(Encoder(recipe, clips.cache, CPU)),
                               Official(checkpoint, FPS.get(name, 16)))

@@ -181,7 +181,8 @@ def test_video_to_video_is_what_diffusers_pipeline_gives(twins):
     # of the embedded VAE this pipeline gets the stride wrong
     vae = random(diffusers.AutoencoderKLWan(**tiny.VAES["2.1"]), 5)
     ours = replace(pipeline(found), encoders=conditioning.Encoders(vae, None))
-    theirs = diffusers.WanVideoToVideoPipeline(ours.text.tokenizer, ours.text.text_encoder, ours.transformers[0], vae,
+    text = found.text(torch.float32, torch.device("cpu"))
+    theirs = diffusers.WanVideoToVideoPipeline(text.tokenizer, text.text_encoder, ours.transformers[0], vae,
                                                official_steps(found, 3.0))
     theirs.set_progress_bar_config(disable=True)
     film = moving_square(3, NUM_FRAMES, 32, 48)

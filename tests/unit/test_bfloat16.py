@@ -11,7 +11,7 @@ from tests.conftest import arguments_for
 from wantrain import cli
 from wantrain.engine import checkpoint
 
-MORE = ["model.dtype=bfloat16", "validation.every_steps=2", "sampler.strengths=[1]"]
+MORE = ["model.dtype=bfloat16", "validation.every_steps=2", "validation.sigmas=[0.5]", "sampler.strengths=[1]"]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_a_film_that_is_not_finite_is_an_error_that_names_it(trained, tmp_path, 
     for name in tensors:
         tensors[name][:] = torch.finfo(tensors[name].dtype).max
     save_file(tensors, tmp_path / "broken.safetensors")
-    own = [*arguments, f"sampler.lora={tmp_path / 'broken.safetensors'}", f"run.dir={tmp_path / 'run'}"]
+    own = [*arguments, f"sampler.loras={tmp_path / 'broken.safetensors'}", f"run.dir={tmp_path / 'run'}"]
     assert cli.main(["sample", *own]) == 2
     said = capsys.readouterr().err
     assert "'a square', seed 0, LoRA strength 1: the latents are not finite at timestep" in said

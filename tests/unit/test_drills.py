@@ -17,6 +17,9 @@ RECIPE = "recipe=demo_anime"
 
 # typed after the recipe -> what must be in the message
 MISTAKES = {
+    "sampler.profile=comfyui": ["sampler.profile", "comfy"],
+    "sampler.solver=euler": ["sampler.solver", "unipc or dpmpp"],
+    "sampler.formats=[gif]": ["sampler.formats", "mp4, webp and png"],
     "optim.lr=1e-4x": ["optim.lr = '1e-4x'", "a number such as 1e-4"],
     "optim.lr=0,0001": ["optim.lr", "comma", "0.0001"],
     "optim.lr=": ["optim.lr", "a number"],
@@ -156,7 +159,10 @@ UNDERSTOOD = {
     "model.merge=/loras/a.safetensors": ("model.merge", ["/loras/a.safetensors"]),
     "model.merge=[/loras/a.safetensors=0.8]": ("model.merge", ["/loras/a.safetensors=0.8"]),
     "model.merge=[/l/{expert}.safetensors, b=0.5]": ("model.merge", ["/l/{expert}.safetensors", "b=0.5"]),
-    "sampler.lora=/loras/{expert}, new [v2].safetensors": ("sampler.lora", "/loras/{expert}, new [v2].safetensors"),
+    "sampler.loras=[/l/{expert}.safetensors=0.5/1, b]": ("sampler.loras", ["/l/{expert}.safetensors=0.5/1", "b"]),
+    "sampler.formats=webp": ("sampler.formats", ["webp"]),
+    "lora.start_from=/loras/{expert}, new [v2].safetensors": ("lora.start_from",
+                                                              "/loras/{expert}, new [v2].safetensors"),
     "lora.start_from=epoch=1-step=500.ckpt": ("lora.start_from", "epoch=1-step=500.ckpt"),
     "data.heldout=/in/a=b": ("data.heldout", "/in/a=b"),
     "data.heldout=/in/a,b": ("data.heldout", "/in/a,b"),

@@ -4,6 +4,8 @@ import json
 import re
 from html.parser import HTMLParser
 
+import pytest
+
 from wantrain.pages import html
 
 
@@ -29,7 +31,9 @@ def test_the_report_is_self_contained_and_its_numbers_are_in_json(wantrain, tmp_
     assert distances["lora_over_base"] == distances["lora_with_trigger"] / distances["base"]
     losses = numbers["validation_loss"]
     assert losses["base"] != losses["lora"]
-    assert len(losses["lora_by_sigma"]) == 5
+    assert len(losses["lora_by_sigma"]) == len(losses["sigmas"]) == 9
+    assert losses["sigmas"][4] == 0.75  # half of the schedule at shift 3: 3 * 0.5 / (1 + 2 * 0.5)
+    assert losses["lora_minus_base"] == pytest.approx(losses["lora"] - losses["base"], abs=1e-6)
     page = (run / "report" / "report.html").read_text()
     links = Links()
     links.feed(page)

@@ -68,7 +68,7 @@ def merged(folder: Path, *words: object, out: str = "merged.safetensors") -> Ten
 
 def sample_with(path: Path) -> torch.nn.Module:
     transformer = tiny_wan()
-    fit(transformer, CPU, AdapterFile(path))
+    fit(transformer, CPU, [AdapterFile(path)])
     return transformer
 
 
@@ -282,7 +282,7 @@ def test_the_other_experts_lora_is_told_wherever_one_is_taken(tmp_path: Path, ca
     assert read_given(path, "high").pairs
     assert read_given(path).pairs
     with pytest.raises(UserError, match=r"given to the low noise expert, but its .* high noise expert's"):
-        read_given(path, "low")  # lora.start_from and sampler.lora
+        read_given(path, "low")  # lora.start_from and sampler.loras
     with pytest.raises(UserError, match="given to the low noise expert"):
         base.find(VARIANTS["tiny_wan_a14b"], None, dict.fromkeys(("high", "low", "vae", "text_encoder", "tokenizer"),
                                                                  str(tmp_path)), [str(path)])
@@ -575,7 +575,7 @@ def test_lost_scales_are_refused_by_name(tmp_path: Path, scale: torch.Tensor | N
 
 # The cases themselves, where they are at hand: what each verb and key does with each.
 
-EXPECTED = {  # inspect, convert to comfy_updown, merge to float16, sampler.lora, lora.start_from, model.merge
+EXPECTED = {  # inspect, convert to comfy_updown, merge to float16, sampler.loras, lora.start_from, model.merge
     "plain": "......", "epoch=1-step=500": "......", "style=final": "......", "rank128_on_head64": "....?.",
     "diffusers_lora_bias": "...rr.", "mixed_lora_and_lokr": "...rr.", "lokr_full_8x8_alpha1e10": "...rr.",
     "lokr_with_factor_buffer": "....r.", "overflows_float16_when_merged": "..r...",

@@ -21,9 +21,9 @@ from wantrain.engine.saved import CheckpointStore, Progress, Record
 from wantrain.models import base
 from wantrain.models.lora_updates import read_adapter
 from wantrain.models.variants import VARIANTS
+from wantrain.recipe.heldout import open_validation
 from wantrain.recipe.samples import Cached
 from wantrain.recipe.training import prepare
-from wantrain.stages import train
 from wantrain.tensors import read_tensors
 from wantrain.terms import UserError
 
@@ -278,7 +278,7 @@ def test_train_export_and_sample_with_the_average(wantrain, tmp_path, capsys):
     values, averages = (checkpoint.values(tensors, key) for key in ("value", "ema"))
     assert all(averages[name].any() and not torch.equal(values[name], averages[name])
                for name in values if "lora_B" in name)
-    assert wantrain("sample", *more, f"sampler.lora={path}", "sampler.strengths=[1]") == 0
+    assert wantrain("sample", *more, f"sampler.loras={path}", "sampler.strengths=[1]") == 0
     assert all(math.isfinite(json.loads(line)["loss"]) for line in (run / "metrics.jsonl").read_text().splitlines())
 
 
@@ -290,10 +290,12 @@ def test_validation_under_schedule_free_is_at_its_average_and_moves_nothing(want
                         f"validation.every_steps={every}") == 0
         kept.append(checkpoint.load(tmp_path / name / "checkpoints" / "step_000002", None)[1])
     assert same_bits(*kept)
-    training = prepare(*opened(arguments))
+    training = prepare(*opened([*arguments, "train.num_steps=2", "validation.every_steps=1"]))
     for name, value in checkpoint.values(kept[0]).items():
         training.model.get_parameter(name).data.copy_(value)
-    loss = train.validate(training, train.heldout_of(training, Cached(training.clips)))
+    measuring = open_validation(training, Cached(training.clips))
+    assert measuring is not None
+    loss = measuring.numbers(2)["validation_loss"]
     told = (tmp_path / "validated" / "metrics.jsonl").read_text().splitlines()[-1]
     assert json.loads(told)["validation_loss"] == loss
 

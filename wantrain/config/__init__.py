@@ -14,6 +14,7 @@ from wantrain.config.keys import variant_of as variant_of
 from wantrain.config.known import asset as asset
 from wantrain.config.known import recipes as recipes
 from wantrain.config.loading import load as load
+from wantrain.config.loading import load_yaml as load_yaml
 from wantrain.config.loading import tell_untriggered as tell_untriggered
 from wantrain.config.places import configs_folder as configs_folder
 from wantrain.config.schema import Config as Config
@@ -26,6 +27,7 @@ from wantrain.config.sections.model import Dtype as Dtype
 from wantrain.config.sections.model import ExpertOwn as ExpertOwn
 from wantrain.config.sections.model import Experts as Experts
 from wantrain.config.sections.objective import Weighting as Weighting
+from wantrain.config.sections.sampling import SamplerProfile as SamplerProfile
 from wantrain.config.sections.training import BaseForm as BaseForm
 from wantrain.config.sections.training import Keep as Keep
 from wantrain.config.sections.training import OnNonfinite as OnNonfinite

@@ -49,6 +49,8 @@ def compose(asked: CommandLine, own: Sequence[Place], places: Sequence[Place]) -
         if missing := sorted(OmegaConf.missing_keys(composed)):
             raise UserError(f"no value for {', '.join(missing)}", pasted(missing[0], example_of(missing[0])))
         _refuse_other_shapes(composed)
+        for section in (composed.sampler, composed.evaluate):
+            section.prompts = [prompt for word in section.prompts for prompt in read_prompts(word)]
         config = OmegaConf.to_object(composed)
     except RecursionError as error:
         raise told(OmegaConfBaseException("RecursionError"), places) from error
@@ -56,6 +58,18 @@ def compose(asked: CommandLine, own: Sequence[Place], places: Sequence[Place]) -
         raise told(error, places) from error
     assert isinstance(config, Config)
     return config
+
+
+def read_prompts(word: str) -> list[str]:
+    """A prompt, or the prompts in a text file: a line each, without empty ones and those that begin with #."""
+    if not word.endswith(".txt"):
+        return [word]
+    try:
+        lines = [line.strip() for line in Path(word).expanduser().read_text("utf-8").splitlines()]
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"prompts: {word} cannot be read: {error}", "give the path of a text file, a prompt a line") \
+            from error
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 class RecipeFolder(ConfigSource):

@@ -62,6 +62,15 @@ def load(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
     return compose(asked, own, places)
 
 
+def load_yaml(text: str) -> Config:
+    """The Config of which `to_yaml` made this text."""
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text)))
+    assert isinstance(config, Config)
+    return config
+
+
 def _recipe_file(word: str) -> Path | None:
     """The recipe that a word of the command line names as a file, if it does."""
     name = word.removeprefix("recipe=").strip()

@@ -19,9 +19,20 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    """The number of this process, by what the launcher says."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_first() -> bool:
-    """Whether this is the process that reads and writes the run folder, by what the launcher says."""
-    return int(os.environ.get("RANK", "0")) == 0
+    """Whether this is the process that reads and writes the run folder."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """The device that this process will have, before accelerate says so."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else \
+        torch.device("cpu")
 
 
 def start(global_batch_size: int, micro_batch_size: int, *, max_grad_norm: float, timeout_s: float,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from wantrain.files import digest_path, digest_text
 from wantrain.models import hub, names, sizes
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from wantrain.models.conditioning import Encoders
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny_wan"
+TextPipeline: TypeAlias = "WanPipeline"
+"""The pipeline of a tokenizer and a text encoder alone."""
+
 SHARED_PARTS = ("vae", "text_encoder", "tokenizer")
 
 
@@ -125,8 +128,7 @@ class Base:
         self._detected(container)
         with empty_weights():
             module = self._transformer_class.from_config(self._transformer_config())
-            if form:
-                quantise(module, form)
+            quantise(module, form)
         load_into(module, container, names.transformer_rename(container.names()), dtype=dtype, device=device,
                   keep_float32=self._transformer_class._keep_in_fp32_modules, edit=self._merging(container),
                   placed=placed)
@@ -141,8 +143,8 @@ class Base:
         loras = [(read_given(file, self.expert), strength) for file, strength in self.merged]
         return partial(merged_tensor, plan_merge(container, loras))
 
-    def vae(self, device: torch.device) -> AutoencoderKLWan:
-        """The VAE in float32, as the official code runs it, frozen."""
+    def vae(self, device: torch.device, dtype: torch.dtype | None = None) -> AutoencoderKLWan:
+        """The VAE, frozen; in float32, as the official code runs it, unless told."""
         import torch
         from diffusers import AutoencoderKLWan
 
@@ -156,20 +158,24 @@ class Base:
             raise ContainerError(container.path, f"makes latents of {module.config.z_dim} channels, "
                                  f"{self.variant.name} takes {wanted}", "the VAE of the other generation",
                                  f"set model.parts.vae to Wan{self.variant.vae}_VAE.pth or its like")
-        load_into(module, container, names.vae_rename(container.names()), dtype=torch.float32, device=device)
+        load_into(module, container, names.vae_rename(container.names()), dtype=dtype or torch.float32,
+                  device=device)
         return module.requires_grad_(False).eval().to(device)
 
-    def text(self, dtype: torch.dtype, device: torch.device) -> WanPipeline:
+    def text(self, dtype: torch.dtype, device: torch.device, form: str = "") -> TextPipeline:
         """Tokenizer and umT5 encoder, frozen, as a pipeline without the other parts: its prompt code is the reference.
+        With a `form` the Linears of the encoder's blocks are stored in that, as those of `transformer`.
         """
         from diffusers import WanPipeline
         from transformers import UMT5Config, UMT5EncoderModel
 
         from wantrain.models.loading import empty_weights, load_into
+        from wantrain.models.quantised import quantise
 
         container = open_container(self.parts["text_encoder"])
         with empty_weights():
             module = UMT5EncoderModel(UMT5Config(**(container.config or sizes.UMT5_XXL)))
+            quantise(module, form)
         load_into(module, container, names.t5_rename(container.names()), dtype=dtype, device=device)
         module = module.requires_grad_(False).eval().to(device)
         return WanPipeline(tokenizer=self.tokenizer(), text_encoder=module, transformer=None, vae=None, scheduler=None)
@@ -185,26 +191,29 @@ class Base:
             (Path(folder) / "spiece.model").write_bytes(open_container(path).spiece_model() or b"")
             return T5Tokenizer.from_pretrained(folder, model_max_length=TEXT_LEN)
 
-    def image_encoder(self, dtype: torch.dtype, device: torch.device) -> CLIPVisionModel:
-        """The CLIP vision tower of the 2.1 image-to-video checkpoints, frozen."""
+    def image_encoder(self, dtype: torch.dtype, device: torch.device, form: str = "") -> CLIPVisionModel:
+        """The CLIP vision tower of the 2.1 image-to-video checkpoints, frozen; `form` as for `text`."""
         from transformers import CLIPVisionConfig, CLIPVisionModel
 
         from wantrain.models.loading import empty_weights, load_into
+        from wantrain.models.quantised import quantise
 
         container = open_container(self.parts["image_encoder"])
         with empty_weights():
             module = CLIPVisionModel(CLIPVisionConfig(**(container.config or sizes.CLIP_VIT_H)))
+            quantise(module, form)
         load_into(module, container, names.clip_rename(container.names()), dtype=dtype, device=device)
         return module.requires_grad_(False).eval().to(device)
 
-    def encoders(self, device: torch.device) -> Encoders:
-        """The VAE, and the CLIP tower where the variant has one."""
+    def encoders(self, device: torch.device, vae_dtype: torch.dtype | None = None, form: str = "",
+                 gib: float | None = None) -> Encoders:
+        """The VAE, and the CLIP tower where the variant has one; `form` as for `text`, `gib` as for Encoders."""
         import torch
 
         from wantrain.models.conditioning import Encoders
 
-        image = self.image_encoder(torch.float32, device) if self.variant.architecture.image_dim else None
-        return Encoders(self.vae(device), image)
+        image = self.image_encoder(torch.float32, device, form) if self.variant.architecture.image_dim else None
+        return Encoders(self.vae(device, vae_dtype), image, gib)
 
 
 def required_parts(variant: Variant) -> tuple[str, ...]:

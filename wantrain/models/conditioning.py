@@ -16,7 +16,9 @@ import torch
 from diffusers import AutoencoderKLWan
 from transformers import CLIPVisionModel
 
-from wantrain.models.encode import encode_frames, to_pixels
+from wantrain.models.encode import decode_latents, encode_frames
+from wantrain.models.loading import free_bytes
+from wantrain.models.vae import to_pixels
 from wantrain.models.variants import Task, Variant
 from wantrain.terms import WINDOW, Bucket
 
@@ -33,10 +35,21 @@ WHITE = 255
 
 @dataclass(frozen=True, slots=True)
 class Encoders:
-    """The models that turn frames into conditions. `image` is None where the variant has no CLIP tokens."""
+    """The models that turn frames into conditions. `image` is None where the variant has no CLIP tokens. The VAE works
+    in tiles where the whole picture would take more than is left of `gib` GiB, or of all that the device has.
+    """
 
     vae: AutoencoderKLWan
     image: CLIPVisionModel | None
+    gib: float | None = None
+
+    def latents(self, frames_FCHW: torch.Tensor) -> torch.Tensor:
+        """encode.encode_frames within what is left now."""
+        return encode_frames(self.vae, frames_FCHW, free_bytes(self.vae.device, self.gib))
+
+    def frames(self, latents_CTHW: torch.Tensor) -> torch.Tensor:
+        """encode.decode_latents within what is left now."""
+        return decode_latents(self.vae, latents_CTHW, free_bytes(self.vae.device, self.gib))
 
     @torch.no_grad()
     def image_tokens(self, frames_FCHW: torch.Tensor | None, num_images: int) -> Condition:
@@ -93,7 +106,7 @@ def _given_frames(encoders: Encoders, given: Mapping[int, torch.Tensor | None], 
     for place, frame in given.items():
         if frame is not None:
             pixels_FCHW[place], mask_F[place] = to_pixels(frame[0]), 1
-    latents_CTHW = encode_frames(encoders.vae, pixels_FCHW)
+    latents_CTHW = encoders.latents(pixels_FCHW)
     return {"channels": torch.cat([fold_mask(mask_F, latents_CTHW.shape[1:]), latents_CTHW])}
 
 
@@ -105,7 +118,7 @@ def fold_mask(mask_F: torch.Tensor, shape_THW: Sequence[int]) -> torch.Tensor:
 
 def encode_control(encoders: Encoders, frames: Frames, bucket: Bucket) -> Condition:
     """Fun-Control: `control` latents, and the CLIP tokens of the first frame, which `arrange` may take back."""
-    control = encode_frames(encoders.vae, frames["control"])
+    control = encoders.latents(frames["control"])
     return {"control": control} | encoders.image_tokens(frames.get("first"), 1)
 
 
@@ -120,11 +133,11 @@ def encode_vace(encoders: Encoders, frames: Frames, bucket: Bucket) -> Condition
     pixels_FCHW = torch.zeros(size).expand(-1, 3, -1, -1) if control is None else to_pixels(control)
     mask_F1HW = torch.ones(size) if mask is None else (mask[:, :1].float() / WHITE).expand(size)  # red, as theirs
     new_F1HW = (mask_F1HW > 0.5).float()
-    latents_CTHW = torch.cat([encode_frames(encoders.vae, pixels_FCHW * part) for part in (1 - new_F1HW, new_F1HW)])
+    latents_CTHW = torch.cat([encoders.latents(pixels_FCHW * part) for part in (1 - new_F1HW, new_F1HW)])
     folded_CTHW = fold_pixels(mask_F1HW[:, 0], latents_CTHW.shape[1:])
     if "reference" not in frames:
         return {"vace": torch.cat([latents_CTHW, folded_CTHW])}
-    reference_C1HW = encode_frames(encoders.vae, frames["reference"])
+    reference_C1HW = encoders.latents(frames["reference"])
     before_C1HW = torch.cat([reference_C1HW, torch.zeros_like(reference_C1HW), torch.zeros_like(folded_CTHW[:, :1])])
     return {"vace": torch.cat([before_C1HW, torch.cat([latents_CTHW, folded_CTHW])], dim=1),
             "reference": reference_C1HW}
@@ -134,11 +147,11 @@ def encode_animate(encoders: Encoders, frames: Frames, bucket: Bucket) -> Condit
     """Wan-Animate in its animation mode: `pose` latents of the control video, the `face` as pixels, and a `reference`
     [C, 1, H, W] before the latents; `channels` [4 + C, 1 + T, H, W] are that reference, known, then grey, unknown.
     """
-    reference_C1HW = encode_frames(encoders.vae, frames["reference"])
+    reference_C1HW = encoders.latents(frames["reference"])
     known = torch.cat([torch.ones(4, *reference_C1HW.shape[1:]), reference_C1HW])
     rest = _given_frames(encoders, {}, bucket)["channels"]
     return {"channels": torch.cat([known, rest], dim=1), "reference": reference_C1HW,
-            "pose": encode_frames(encoders.vae, frames["control"]), "face": frames["face"].movedim(0, 1).contiguous(),
+            "pose": encoders.latents(frames["control"]), "face": frames["face"].movedim(0, 1).contiguous(),
             **encoders.image_tokens(frames["reference"], 1)}
 
 

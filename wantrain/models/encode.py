@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
@@ -11,6 +12,9 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from transformers import PreTrainedTokenizerBase
 
 from wantrain.flow import timestep
+from wantrain.models import vae as tiled
+from wantrain.models.loading import let_go
+from wantrain.models.vae import to_pixels
 from wantrain.terms import TEXT_LEN, Bucket
 
 
@@ -20,22 +24,18 @@ def _mean_std(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.Tensor, 
     return mean, std
 
 
-def to_pixels(frames: torch.Tensor) -> torch.Tensor:
-    """Bytes of any shape as the models see them: float32 in [-1, 1]."""
-    return frames.float() / 127.5 - 1
-
-
 @torch.no_grad()
-def encode_frames(vae: AutoencoderKLWan, frames_FCHW: torch.Tensor) -> torch.Tensor:
+def encode_frames(vae: AutoencoderKLWan, frames_FCHW: torch.Tensor, limit_bytes: float = math.inf) -> torch.Tensor:
     """Pixels of one clip, uint8 or float32 in [-1, 1] -> latents_CTHW float32: (mode of the posterior - mean) / std.
 
-    One clip at a time, so that a clip's latents do not depend on what else is encoded.
+    One clip at a time, so that a clip's latents do not depend on what else is encoded. In tiles where the whole would
+    take more than `limit_bytes`: that changes no number beyond rounding.
     """
     given_BCFHW = frames_FCHW.to(vae.device).movedim(0, 1).unsqueeze(0)
-    pixels_BCFHW = given_BCFHW if given_BCFHW.is_floating_point() else to_pixels(given_BCFHW)
-    latents_BCTHW = vae.encode(pixels_BCFHW).latent_dist.mode()
+    tiles = tiled.tiles_for(vae, Bucket(*given_BCFHW.shape[2:]), limit_bytes)
+    latents_BCTHW = tiled.encode(vae, given_BCFHW, tiles).float()
     mean, std = _mean_std(vae, latents_BCTHW)
-    return ((latents_BCTHW - mean) / std)[0].float().cpu()
+    return ((latents_BCTHW - mean) / std)[0].cpu()
 
 
 def pool_mask(frames_FCHW: torch.Tensor, bucket: Bucket, spatial_px: int) -> torch.Tensor:
@@ -49,14 +49,18 @@ def pool_mask(frames_FCHW: torch.Tensor, bucket: Bucket, spatial_px: int) -> tor
 
 
 @torch.no_grad()
-def decode_latents(vae: AutoencoderKLWan, latents_CTHW: torch.Tensor) -> torch.Tensor:
-    """Normalised latents of one clip -> frames_FCHW uint8. FloatingPointError where the VAE's answer is not finite."""
+def decode_latents(vae: AutoencoderKLWan, latents_CTHW: torch.Tensor, limit_bytes: float = math.inf) -> torch.Tensor:
+    """Normalised latents of one clip -> frames_FCHW uint8, in tiles as `encode_frames`. FloatingPointError where the
+    VAE's answer is not finite.
+    """
     latents_BCTHW = latents_CTHW.to(vae.device, torch.float32).unsqueeze(0)
     mean, std = _mean_std(vae, latents_BCTHW)
-    pixels_BCFHW = vae.decode(latents_BCTHW * std + mean).sample
-    if not pixels_BCFHW.isfinite().all():
+    given_BCTHW = (latents_BCTHW * std + mean).to(vae.dtype)
+    tiles = tiled.tiles_for(vae, tiled.pixel_size(vae, given_BCTHW.shape[2:]), limit_bytes, decoding=True)
+    frames_BCFHW, finite = tiled.decode(vae, given_BCTHW, tiles)
+    if not finite:
         raise FloatingPointError("the VAE's pixels are not finite, though the latents are")
-    return ((pixels_BCFHW[0].movedim(0, 1).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+    return frames_BCFHW[0].movedim(0, 1).cpu()
 
 
 @torch.no_grad()
@@ -65,6 +69,28 @@ def encode_text(text: WanPipeline, caption: str) -> torch.Tensor:
     text_BLD, _ = text.encode_prompt(caption, do_classifier_free_guidance=False, max_sequence_length=TEXT_LEN)
     used = text_BLD[0].ne(0).any(-1).nonzero()
     return text_BLD[0, : int(used.max()) + 1].cpu().clone()
+
+
+class Texts:
+    """Text features of captions, by a text encoder that is loaded for those not met before, and let go at once."""
+
+    def __init__(self, load: Callable[[], WanPipeline]) -> None:
+        self._load = load
+        self._known: dict[str, torch.Tensor] = {}
+
+    def prepare(self, captions: Iterable[str]) -> None:
+        """Encode all of these together."""
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self._known]
+        if new:
+            text = self._load()
+            self._known |= {caption: encode_text(text, caption) for caption in new}
+            del text
+            let_go()
+
+    def __call__(self, caption: str) -> torch.Tensor:
+        """text_LD of `encode_text`."""
+        self.prepare([caption])
+        return self._known[caption]
 
 
 def pad_text(text_LD: torch.Tensor) -> torch.Tensor:

@@ -38,13 +38,16 @@ class NewAdapter:
 
 @dataclass(frozen=True, slots=True)
 class AdapterFile:
-    """A LoRA file of any format, whose effect lora.set_strength scales; `expert` where its transformer is one's."""
+    """A LoRA file of any format at its own strength, which lora.set_strength multiplies; `expert` where its transformer
+    is one's.
+    """
 
     path: Path
     expert: Expert | None = None
+    strength: float = 1.0
 
 
-def fit(transformer: WanTransformer3DModel, device: torch.device, adapter: NewAdapter | AdapterFile | None = None, *,
+def fit(transformer: WanTransformer3DModel, device: torch.device, adapter: NewAdapter | Sequence[AdapterFile] = (), *,
         memory: BlockMemory | None = None, is_divided: bool = False, sequence_parallel: int = 1) -> list[str]:
     """Make a loaded transformer ready to be trained or sampled on `device`; the names of its adapted modules.
 
@@ -88,10 +91,14 @@ def _checkpoint(transformer: WanTransformer3DModel, memory: BlockMemory) -> None
                         "set memory.keep=inputs, or memory.keep=all")
 
 
-def _attach(transformer: torch.nn.Module, file: AdapterFile) -> list[str]:
-    state = read_adapter(file.path, transformer, file.expert)
+def _attach(transformer: torch.nn.Module, files: Sequence[AdapterFile]) -> list[str]:
+    states = [(read_adapter(file.path, transformer, file.expert), file.strength) for file in files]
+    about, path = " and ".join(str(file.path) for file in files), files[0].path
     try:
+        state = lora.joined(states)
         lora.attach(transformer, state)
+    except ValueError as error:
+        raise UserError(f"{about}: {error}", instead_of_adapter(path)) from error
     except UserError as error:
-        raise UserError(f"{file.path}: {error.message}", instead_of_adapter(file.path)) from error
+        raise UserError(f"{about}: {error.message}", instead_of_adapter(path)) from error
     return list(state.tensors)

@@ -1,8 +1,10 @@
-"""Weights into a module: built empty, filled strictly from a container, and why a file does not fit."""
+"""Weights into a module: built empty, filled strictly from a container, and why a file does not fit; the room left."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
@@ -38,6 +40,29 @@ def empty_weights() -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+ROOM = 0.95
+"""Share of a device's memory that tensors can fill: blocks of other sizes leave gaps."""
+
+
+def free_bytes(device: torch.device, gib: float | None = None) -> float:
+    """What the device can still take: of `gib` GiB where that is given, else of all it has. A CPU has no end; there
+    `gib` is for the work alone.
+    """
+    if device.type != "cuda":
+        return math.inf if gib is None else gib * 2**30
+    free, _ = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_allocated(device)
+    left = ROOM * (free + torch.cuda.memory_reserved(device) - held)  # what the allocator holds unused can be had
+    return left if gib is None else min(left, ROOM * gib * 2**30 - held)
+
+
+def let_go() -> None:
+    """Free what nobody refers to any more: models are knots of references, which only the collector takes apart."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def load_into(module: torch.nn.Module, container: Container, rename: Rename, *, dtype: torch.dtype,

@@ -55,7 +55,7 @@ def instead_of_adapter(path: Path) -> str:
     """Advice for a LoRA that is more than an adapter, which training and sampling cannot put beside the base: fold it
     in.
     """
-    return (f"fold it into the base: {merge_override(path)} (in place of lora.start_from; in place of sampler.lora "
+    return (f"fold it into the base: {merge_override(path)} (in place of lora.start_from; in place of sampler.loras "
             "together with sampler.strengths=[0])")
 
 

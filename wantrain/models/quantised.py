@@ -1,4 +1,4 @@
-"""Linears of the frozen transformer in a byte a weight, each row with a scale of its own.
+"""Linears of a frozen transformer or encoder in a byte a weight, each row with a scale of its own.
 
 The layer multiplies by what its stored numbers stand for, cast to the dtype of its input, forward and in the gradient
 for its input; autograd keeps the stored numbers, which are there anyway, and nothing else. So memory is half of
@@ -16,8 +16,8 @@ import torch
 LARGEST = {"int8": 127.0, "fp8": 448.0}
 """The largest number of each form: whole numbers of a byte, and float8_e4m3fn (4 bits of exponent, 3 of mantissa)."""
 
-_IN_BLOCKS = re.compile(r"(vace_)?blocks\.\d+\..+")
-"""Modules whose Linears are stored so."""
+_IN_BLOCKS = re.compile(r"((vace_)?blocks|encoder\.block|(vision_model\.)?encoder\.layers)\.\d+\..+")
+"""Modules whose Linears are stored so: of the transformer's blocks, of umT5's and of CLIP's."""
 
 
 class QuantisedLinear(torch.nn.Linear):
@@ -75,14 +75,14 @@ class _Product(torch.autograd.Function):
 _product = cast("Callable[..., torch.Tensor]", _Product.apply)
 
 
-def quantise(transformer: torch.nn.Module, form: str) -> None:
-    """Put a QuantisedLinear in the place of every Linear of the blocks, which are on the meta device: loading fills
-    them (wantrain.models.loading.load_into). To be called under empty_weights().
+def quantise(model: torch.nn.Module, form: str) -> None:
+    """Put a QuantisedLinear in the place of every Linear of the model's blocks, which are on the meta device: loading
+    fills them (wantrain.models.loading.load_into). To be called under empty_weights(). Without a form nothing changes.
     """
-    for name, linear in list(transformer.named_modules()):
+    for name, linear in list(model.named_modules()) if form else ():
         if isinstance(linear, torch.nn.Linear) and _IN_BLOCKS.fullmatch(name):
-            transformer.set_submodule(name, QuantisedLinear(linear.in_features, linear.out_features,
-                                                            linear.bias is not None, form))
+            model.set_submodule(name, QuantisedLinear(linear.in_features, linear.out_features,
+                                                      linear.bias is not None, form))
 
 
 def relative_errors(transformer: torch.nn.Module) -> dict[str, float]:

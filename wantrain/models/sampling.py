@@ -7,21 +7,19 @@ tests/parity/test_tasks.py holds it against diffusers' pipeline of every task th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from diffusers import UniPCMultistepScheduler, WanPipeline
 
 from wantrain import flow, lora
 from wantrain.models import conditioning
 from wantrain.models.conditioning import Encoders, Frames
-from wantrain.models.encode import decode_latents, encode_frames, encode_text, pad_text, predict_velocity
+from wantrain.models.encode import pad_text, predict_velocity
+from wantrain.models.profiles import PROFILES, Solver, Steps
 from wantrain.models.variants import Variant
 from wantrain.terms import NUM_TIMESTEPS, Bucket
-
-UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +27,8 @@ class Settings:
     """How to denoise: steps, classifier-free guidance scale, timestep shift, size, negative prompt.
 
     `guidance` is (low noise, high noise); where there is one transformer the first counts. `strength` is how much of
-    the schedule a video that is given to start from goes through (Meng et al. 2022, SDEdit).
+    the schedule a video that is given to start from goes through (Meng et al. 2022, SDEdit). `profile` is the tool
+    whose sigmas and noise these are (PROFILES); `solver` one of its solvers, None for its own choice.
     """
 
     num_steps: int
@@ -38,32 +37,58 @@ class Settings:
     bucket: Bucket
     negative_prompt: str
     strength: float = 1.0
+    profile: str = "official"
+    solver: str | None = None
 
     @property
     def num_steps_from_video(self) -> int:
         """The number of steps that remain where sampling starts from a video."""
         return int(self.num_steps * self.strength)
 
+    @property
+    def tool_solver(self) -> Solver:
+        """The solver as the profile's tool runs it."""
+        return PROFILES[self.profile].solver(self.solver)
+
+    @property
+    def sigmas(self) -> np.ndarray:
+        """Where the steps begin, and where the last one ends: float64, one more than steps."""
+        return self.tool_solver.sigmas(self.num_steps, self.shift)
+
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """Loaded parts: one transformer, or (high, low) noise; tokenizer and text encoder; VAE and CLIP tower.
+    """Loaded parts: one transformer, or (high, low) noise; what gives a caption's features; VAE and CLIP tower.
 
-    `dtype` is what the transformers are stored in and are given.
+    `dtype` is what the transformers are stored in and are given. Where `in_turn`, the device has no room for both: the
+    one that does not work waits in the memory of the host.
     """
 
     variant: Variant
     transformers: Sequence[torch.nn.Module]
-    text: WanPipeline
+    text: Callable[[str], torch.Tensor]
     encoders: Encoders
     dtype: torch.dtype
+    in_turn: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where all of it works."""
+        return self.encoders.vae.device
 
     def at(self, timestep: float) -> tuple[torch.nn.Module, bool]:
         """(the transformer for this timestep, True where it is the low noise expert or the only transformer)."""
-        boundary = self.variant.boundary
-        if boundary is None or timestep >= boundary * NUM_TIMESTEPS:
-            return self.transformers[0], boundary is None
+        if self.variant.is_high(timestep):
+            return self.transformers[0], self.variant.boundary is None
         return self.transformers[1], True
+
+    def put_to_work(self, transformer: torch.nn.Module) -> None:
+        """Bring it to the device, where the others make room first."""
+        for other in self.transformers if self.in_turn else ():
+            if other is not transformer:
+                other.to("cpu")
+        if self.in_turn:
+            transformer.to(self.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +101,6 @@ class Inputs:
     video: torch.Tensor | None = None
 
 
-def scheduler_for(shift: float, num_steps: int, device: torch.device | None = None) -> UniPCMultistepScheduler:
-    """UniPC, the official sampler, with this timestep shift, about to denoise in `num_steps` at the official sigmas;
-    diffusers' own grid, from 1 to 0.001, differs.
-    """
-    scheduler = UniPCMultistepScheduler.from_config(UNIPC, flow_shift=shift)
-    scheduler.set_timesteps(sigmas=np.array(flow.inference_sigmas(num_steps)), device=device)
-    return scheduler
-
-
 def set_strength(pipeline: Pipeline, strength: float) -> None:
     """Scale the loaded LoRAs; 0 computes as the base."""
     for transformer in pipeline.transformers:
@@ -94,29 +110,30 @@ def set_strength(pipeline: Pipeline, strength: float) -> None:
 @torch.no_grad()
 def sample(pipeline: Pipeline, prompt: str, seed: int, settings: Settings, inputs: Inputs | None = None
            ) -> torch.Tensor:
-    """One video, frames_FCHW uint8. The same seed starts from the same noise on every device.
+    """One video, frames_FCHW uint8. The same seed starts from the same noise as in the tool of the settings' profile.
 
     FloatingPointError where the latents, or what the VAE makes of them, are not finite.
     """
     inputs = inputs or Inputs()
-    device = next(pipeline.transformers[0].parameters()).device
+    device = pipeline.device
     bucket, variant = settings.bucket, pipeline.variant
     shape = (variant.architecture.out_channels, *variant.latent_THW(bucket))
-    clean = torch.zeros(shape) if inputs.video is None else encode_frames(pipeline.encoders.vae, inputs.video)
+    clean = torch.zeros(shape) if inputs.video is None else pipeline.encoders.latents(inputs.video)
     first = inputs.frames.get("first")
     if first is not None:
-        clean[:, :1] = encode_frames(pipeline.encoders.vae, first)
+        clean[:, :1] = pipeline.encoders.latents(first)
     encoded = conditioning.encode(variant, pipeline.encoders, inputs.frames, bucket)
     condition, clean, known_T = conditioning.arrange(variant, encoded, clean, first is not None)
-    noise = torch.randn(1, *clean.shape, generator=torch.Generator().manual_seed(seed))
+    drawn_on = device if PROFILES[settings.profile].draws_on_device else torch.device("cpu")
+    noise = torch.randn(1, *clean.shape, device=drawn_on, generator=torch.Generator(drawn_on).manual_seed(seed))
     given = DenoisingInputs(
         clean.to(device)[None], known_T.to(device)[None] if known_T is not None else None,
         {name: tensor.to(device)[None] for name, tensor in condition.items()},
-        [pad_text(encode_text(pipeline.text, text)).to(device, pipeline.dtype)[None]
+        [pad_text(pipeline.text(text)).to(device, pipeline.dtype)[None]
          for text in (prompt, settings.negative_prompt)], inputs.video is not None)
     latents = denoise(pipeline, settings, noise.to(device), given)
     num_before = clean.shape[1] - shape[1]
-    return decode_latents(pipeline.encoders.vae, latents[0, :, num_before:])
+    return pipeline.encoders.frames(latents[0, :, num_before:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,35 +156,48 @@ class DenoisingInputs:
 
 
 def denoise(pipeline: Pipeline, settings: Settings, noise_BCTHW: torch.Tensor, given: DenoisingInputs) -> torch.Tensor:
-    """Latents from noise by UniPC, or from a video at the settings' strength; known frames stay as they are."""
-    scheduler = scheduler_for(settings.shift, settings.num_steps, noise_BCTHW.device)
-    num_skipped = settings.num_steps - settings.num_steps_from_video if given.from_video else 0
-    scheduler.set_begin_index(num_skipped)
-    latents = noise_BCTHW
+    """Latents from noise, or from a video at the settings' strength; known frames stay as they are."""
+    sigmas, latents = settings.sigmas, noise_BCTHW
     if given.from_video:
-        start = scheduler.sigmas[num_skipped].to(noise_BCTHW.device)
-        latents = flow.mix(given.clean_BCTHW, noise_BCTHW, start.expand(1))
-    for timestep in scheduler.timesteps[num_skipped:]:
-        latents = given.keep(latents)
-        sigma = (timestep.float() / NUM_TIMESTEPS).expand(len(latents))
-        if given.known_BT is not None:
-            sigma = sigma[:, None] * (1 - given.known_BT)
-        transformer, is_low = pipeline.at(float(timestep))
-        guidance = settings.guidance[0 if is_low else 1]
-        velocity = guided(transformer, latents.to(pipeline.dtype), sigma, given, guidance)
-        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-        if not latents.isfinite().all():
-            raise FloatingPointError(f"the latents are not finite at timestep {int(timestep)} of 1000")
+        sigmas = sigmas[settings.num_steps - settings.num_steps_from_video :]
+        latents = flow.mix(given.clean_BCTHW, noise_BCTHW, torch.tensor(sigmas[:1], device=latents.device).float())
+    for steps in parts(pipeline.variant, settings, sigmas):
+        for i, timestep in enumerate(steps.timesteps):
+            latents = given.keep(latents)
+            velocity = velocity_at(pipeline, settings, timestep, latents, given)
+            latents = steps.step(velocity, i, latents)
+            if not latents.isfinite().all():
+                raise FloatingPointError(f"the latents are not finite at timestep {int(timestep)} of 1000")
     return given.keep(latents)
+
+
+def parts(variant: Variant, settings: Settings, sigmas: np.ndarray) -> list[Steps]:
+    """The solver over all sigmas, or where the tool has a sampler for each expert, one over each expert's."""
+    solver = settings.tool_solver
+    first = sum(map(variant.is_high, solver.timesteps(sigmas[:-1])))
+    if not PROFILES[settings.profile].restarts or first in (0, len(sigmas) - 1):
+        return [Steps(solver, sigmas)]
+    return [Steps(solver, sigmas[: first + 1]), Steps(solver, sigmas[first:])]
+
+
+def velocity_at(pipeline: Pipeline, settings: Settings, timestep: float, latents: torch.Tensor, given: DenoisingInputs
+                ) -> torch.Tensor:
+    """The guided velocity of the transformer that works at this timestep, float32."""
+    sigma = torch.full((len(latents),), timestep, device=latents.device) / NUM_TIMESTEPS
+    if given.known_BT is not None:
+        sigma = sigma[:, None] * (1 - given.known_BT)
+    transformer, is_low = pipeline.at(timestep)
+    pipeline.put_to_work(transformer)
+    return guided(transformer, latents.to(pipeline.dtype), sigma, given, settings.guidance[0 if is_low else 1])
 
 
 def guided(transformer: torch.nn.Module, latents: torch.Tensor, sigma: torch.Tensor, given: DenoisingInputs,
            guidance: float) -> torch.Tensor:
-    """Velocity by classifier-free guidance (Ho & Salimans 2021); at 1 or below the prompt alone."""
+    """Velocity by classifier-free guidance (Ho & Salimans 2021), float32; at 1 or below the prompt alone."""
     prompt_BLD, negative_BLD = given.texts_BLD
-    with_prompt = predict_velocity(transformer, latents, sigma, prompt_BLD, given.condition)
+    with_prompt = predict_velocity(transformer, latents, sigma, prompt_BLD, given.condition).float()
     if guidance <= 1:
         return with_prompt
     without = predict_velocity(transformer, latents, sigma, negative_BLD,
-                               conditioning.without_prompt(given.condition))
+                               conditioning.without_prompt(given.condition)).float()
     return without + guidance * (with_prompt - without)

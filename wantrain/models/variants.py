@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wantrain.models.names import VaeVersion, transformer_to_diffusers
-from wantrain.terms import Bucket, UserError
+from wantrain.terms import NUM_TIMESTEPS, Bucket, UserError
 
 Task = Literal["t2v", "i2v", "flf2v", "vace", "control", "camera", "ti2v", "animate"]
 """How a variant conditions; Fun-InP conditions as i2v does."""
@@ -116,6 +116,10 @@ class Variant:
     def experts(self) -> tuple[Expert, ...]:
         """Names of the transformers where there are two, else empty."""
         return ("high", "low") if self.boundary is not None else ()
+
+    def is_high(self, timestep: float) -> bool:
+        """Whether the high noise expert works at this timestep; where there is one transformer, always."""
+        return self.boundary is None or timestep >= self.boundary * NUM_TIMESTEPS
 
     def sigmas_of(self, expert: Expert | None) -> tuple[float, float]:
         """[low, high) of the sigmas at which an expert works; everything where there is one transformer."""

@@ -142,17 +142,19 @@ def open_cache(recipe: Recipe, arguments: Sequence[str]) -> Cache:
         raise UserError(f"data.cache_dir = {recipe.config.data.cache_dir!r} is not a folder",
                         "data.cache_dir=cache, or another folder")
     text_parts = [base.digest(part, recipe.memo) for part in ("text_encoder", "tokenizer")]
-    return Cache(folder, base.digest("vae", recipe.memo), " ".join([*text_parts, recipe.config.model.dtype.name]),
-                 shlex.join(["wantrain", "cache", *arguments]), conditioning_of(base, recipe.memo))
+    vae_dtype, form = recipe.config.memory.vae, recipe.encoders_form
+    return Cache(folder, " ".join([base.digest("vae", recipe.memo), *[vae_dtype.name] * (vae_dtype.name != "float32")]),
+                 " ".join([*text_parts, recipe.config.model.dtype.name, *filter(None, [form])]),
+                 shlex.join(["wantrain", "cache", *arguments]), conditioning_of(base, recipe.memo, form))
 
 
-def conditioning_of(base: Base, memo: Path) -> Conditioning:
-    """The part of the cache that belongs to the variant's task."""
+def conditioning_of(base: Base, memo: Path, form: str) -> Conditioning:
+    """The part of the cache that belongs to the variant's task, whose image encoder is stored in `form`."""
     names = media_of_task(base.variant.task).encoded
     if not names:
         return Conditioning()
-    image = base.digest("image_encoder", memo) if base.variant.architecture.image_dim else ""
-    return Conditioning(digest_text(base.variant.task, image), names)
+    image = [base.digest("image_encoder", memo), *filter(None, [form])] if base.variant.architecture.image_dim else [""]
+    return Conditioning(digest_text(base.variant.task, *image), names)
 
 
 def refuse_partners(variant: Variant, clips: Sequence[Clip]) -> None:

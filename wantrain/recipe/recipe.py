@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wantrain.config import BaseForm, Config, Dtype, LoraKind, expert_config, variant_of
-from wantrain.density import Density, shift_for
+from wantrain.density import Density, shift_for, unshift_sigma
 from wantrain.engine.saved import CheckpointStore, step_of
 from wantrain.models import hub, inventory
 from wantrain.models.base import Base, expert_path, find
@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # what a config would do is told without torch
     import torch
 
     from wantrain.lora import AdapterState, Spec
+    from wantrain.models.base import TextPipeline
+    from wantrain.models.conditioning import Encoders
     from wantrain.objective import Objective
 
 
@@ -77,8 +79,23 @@ class Recipe:
     @property
     def base_form(self) -> str:
         """How the Linears of the frozen transformer are stored; empty where they are in `dtype`."""
-        form = self.config.memory.base
-        return "" if form is BaseForm.dtype else form.name
+        return _form(self.config.memory.base)
+
+    @property
+    def encoders_form(self) -> str:
+        """How the Linears of the text and image encoders are stored; empty where they are not quantised."""
+        return _form(self.config.memory.encoders)
+
+    def load_text(self, device: torch.device) -> TextPipeline:
+        """The text encoder as the config says."""
+        return self.base.text(self.dtype, device, self.encoders_form)
+
+    def load_encoders(self, device: torch.device) -> Encoders:
+        """The VAE and the image encoder as the config says."""
+        import torch
+
+        own = self.config.memory
+        return self.base.encoders(device, getattr(torch, own.vae.name), self.encoders_form, own.gib)
 
     @property
     def adapter_spec(self) -> Spec:
@@ -102,8 +119,15 @@ class Recipe:
 
     @property
     def validation_sigmas(self) -> list[float]:
-        """The validation.sigmas at which this transformer is trained."""
+        """The validation.sigmas at which this transformer is trained; without them the nine deciles of the inference
+        schedule, as far as it is trained there.
+        """
         low, high = self.sigmas
+        if self.config.validation.sigmas is None:
+            shift = self.variant.shift
+            below, until = unshift_sigma(low, shift), unshift_sigma(high, shift)
+            deciles = [below + (until - below) * number / 10 for number in range(1, 10)]
+            return [round(shift * x / (1 + (shift - 1) * x), 4) for x in deciles]
         return [sigma for sigma in self.config.validation.sigmas if low <= sigma < high or sigma == high == 1]
 
     @property
@@ -134,6 +158,10 @@ class Recipe:
         transformer = self.base.meta_transformer()
         lora.inject(transformer, self.config.lora.targets, self.adapter_spec, self.config.train.seed)
         return lora.adapter_state(lora.trainable_parameters(transformer), lora.scales(transformer))
+
+
+def _form(form: BaseForm) -> str:
+    return "" if form is BaseForm.dtype else form.name
 
 
 def open_recipe(config: Config, fetch: bool = True) -> Recipe:

@@ -14,7 +14,6 @@ from wantrain import __version__, flow, metrics
 from wantrain import config as schema
 from wantrain.engine.saved import Record
 from wantrain.files import write_json, write_text
-from wantrain.models import sampling
 from wantrain.pages.plots import density_svg
 from wantrain.recipe.clips import Clips, manifest_digest
 from wantrain.recipe.recipe import Recipe
@@ -83,7 +82,6 @@ def write_densities(recipe: Recipe, clips: Clips) -> None:
     densities = {recipe.density(bucket): bucket for bucket in dict.fromkeys(p.bucket for p in clips.planned)}
     steps = range(math.ceil(NUM_PLOTTED / config.data.batch_size))
     inference = sampler_settings(recipe)
-    scheduler = sampling.scheduler_for(inference.shift, inference.num_steps)
     for density, bucket in densities.items():
         size = config.data.batch_size
         drawn = torch.cat([flow.draw_sigma(config.train.seed, step, range(size), size, density) for step in steps])
@@ -91,4 +89,4 @@ def write_densities(recipe: Recipe, clips: Clips) -> None:
         expert = f", {recipe.base.expert} noise expert" if recipe.base.expert else ""
         write_text(recipe.run_dir / name, density_svg(
             f"{config.run.name}{expert}: sigmas of training", drawn.tolist(), density, inference_shift=inference.shift,
-            inference_sigmas=scheduler.sigmas[:-1].tolist(), boundary=variant.boundary))
+            inference_sigmas=inference.sigmas[:-1].tolist(), boundary=variant.boundary))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -9,14 +10,17 @@ from pathlib import Path
 
 import torch
 
-from wantrain.config import Dtype
+from wantrain.config import Config, Dtype
 from wantrain.data import decode, media
 from wantrain.data.buckets import buckets
-from wantrain.models import conditioning, fit, hub, sampling
+from wantrain.models import conditioning, encode, fit, hub, sampling
 from wantrain.models.base import expert_path
+from wantrain.models.loading import free_bytes
 from wantrain.models.lora_names import refuse_other_experts_file
+from wantrain.models.profiles import PROFILES
 from wantrain.models.task_media import media_of_task
 from wantrain.models.variants import Expert, Variant
+from wantrain.options import split_strengths
 from wantrain.recipe.clips import Clips
 from wantrain.recipe.recipe import Recipe
 from wantrain.terms import Bucket, UserError
@@ -24,47 +28,87 @@ from wantrain.terms import Bucket, UserError
 STILLS = ("first", "last", "reference")
 """Inputs of a sample that are images."""
 
-LoraFiles = Mapping[Expert | None, Path]
-"""The LoRA file of each adapted transformer: by expert, or of the one under None."""
+WORKING = 12
+"""Tensors of tokens x width that a block holds at its most: its feed-forward layer is nearly three widths, twice."""
+
+LoraFiles = Mapping[Expert | None, Sequence[tuple[Path, float]]]
+"""The LoRA files of each adapted transformer with their strengths: by expert, or of the one under None."""
 
 
 def sampler_settings(recipe: Recipe) -> sampling.Settings:
-    """The sampler's settings: the config's numbers, and the variant's where the config has null."""
-    own, data, variant = recipe.config.sampler, recipe.config.data, recipe.variant
+    """The sampler's settings of a recipe."""
+    return settings_of(recipe.config, recipe.variant)
+
+
+def settings_of(config: Config, variant: Variant) -> sampling.Settings:
+    """The sampler's settings: the config's numbers; where it has null, those of the variant or the profile's tool."""
+    own, data = config.sampler, config.data
+    profile = PROFILES[own.profile.name]
     height, width = own.resolution or data.resolutions[0]
     bucket, = buckets([own.num_frames or max(data.num_frames)], [[height, width]], variant.multiple_px)
     return sampling.Settings(
         num_steps=own.num_steps or variant.num_steps,
         guidance=variant.guidance if own.guidance is None else (own.guidance, own.guidance),
-        shift=variant.shift if own.shift is None else own.shift,
+        shift=profile.shift_of(variant) if own.shift is None else own.shift,
         bucket=bucket, negative_prompt=own.negative_prompt, strength=own.strength,
+        profile=own.profile.name, solver=own.solver and own.solver.name,
     )
 
 
 def lora_files(recipe: Recipe, arguments: Sequence[str]) -> LoraFiles:
     """The LoRA files that the config names, or the run's own exports, of the experts that are asked for."""
-    own, trainings = recipe.config.sampler.lora, {one.base.expert: one for one in recipe.trainings()}
+    own, trainings = recipe.config.sampler.loras, {one.base.expert: one for one in recipe.trainings()}
     if own:
-        named = {expert: hub.local(expert_path(own, expert)) for expert in trainings}
-        for expert, path in named.items():
-            refuse_other_experts_file(path, expert)
-        return named
+        return {expert: [use for word in own for use in lora_uses(word, expert)] for expert in trainings}
     paths = {expert: one.export_path for expert, one in trainings.items()}
     if absent := [path for path in paths.values() if not path.exists()]:
         raise UserError(f"no LoRA file {absent[0]}", shlex.join(["wantrain", "export", *arguments]))
-    return paths
+    return {expert: [(path, 1.0)] for expert, path in paths.items()}
 
 
-def load_pipeline(recipe: Recipe, loras: LoraFiles) -> sampling.Pipeline:
-    """The base loaded on the best device, with LoRA files of any format in its transformers, or none."""
+def lora_uses(word: str, expert: Expert | None) -> list[tuple[Path, float]]:
+    """The file and strength of one entry of sampler.loras for a transformer; [] where it is at 0 there."""
+    file, strengths = split_strengths(word)
+    if not all(map(math.isfinite, strengths)):
+        raise UserError(f"sampler.loras: {word} has a strength that is no finite number",
+                        f"sampler.loras='[{file}=0.8]'")
+    if len(strengths) == 2 and expert is None:
+        raise UserError(f"sampler.loras: {word} has strengths for two experts, and the model has one transformer",
+                        f"sampler.loras='[{file}={strengths[0]:g}]'")
+    strength = strengths[1 if expert == "low" and len(strengths) == 2 else 0]
+    if not strength:
+        return []
+    path = hub.local(expert_path(file, expert))
+    refuse_other_experts_file(path, expert)
+    return [(path, strength)]
+
+
+def load_pipeline(recipe: Recipe, loras: LoraFiles, captions: Sequence[str] = ()) -> sampling.Pipeline:
+    """The base loaded on the best device, with LoRA files of any format in its transformers, or none.
+
+    First `captions` and the negative prompt are encoded, and the text encoder is let go. Where two transformers do not
+    fit in what is left, the second waits in the memory of the host.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    transformers = []
+    texts = encode.Texts(lambda: recipe.load_text(device))
+    texts.prepare([*captions, recipe.config.sampler.negative_prompt])
+    encoders = recipe.load_encoders(device)
+    transformers: list[torch.nn.Module] = []
+    in_turn = False
     for base in recipe.base.each():
-        file = fit.AdapterFile(loras[base.expert], base.expert) if base.expert in loras else None
-        transformers.append(base.transformer(recipe.dtype, device, form=recipe.base_form))
-        fit.fit(transformers[-1], device, file)
-    return sampling.Pipeline(recipe.variant, transformers, recipe.base.text(recipe.dtype, device),
-                             recipe.base.encoders(device), recipe.dtype)
+        taken = sum(tensor.nbytes for one in transformers for tensor in one.state_dict().values())
+        in_turn = bool(transformers) and taken + working_bytes(recipe) > free_bytes(device, recipe.config.memory.gib)
+        place = torch.device("cpu") if in_turn else device
+        files = [fit.AdapterFile(path, base.expert, strength) for path, strength in loras.get(base.expert, ())]
+        transformers.append(base.transformer(recipe.dtype, place, form=recipe.base_form))
+        fit.fit(transformers[-1], device, files)
+    return sampling.Pipeline(recipe.variant, transformers, texts, encoders, recipe.dtype, in_turn)
+
+
+def working_bytes(recipe: Recipe) -> int:
+    """About what a forward pass takes beside the weights: WORKING tensors of tokens x width."""
+    tokens = sampler_settings(recipe).bucket.num_tokens(recipe.variant.multiple_px)
+    return WORKING * tokens * recipe.variant.architecture.dim * recipe.dtype.itemsize
 
 
 def sampled(recipe: Recipe, pipeline: sampling.Pipeline, prompt: str, *, seed: int, strength: float,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from wantrain.data import decode
 from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Cache, counted, describe, missing
-from wantrain.jobs import in_workers
+from wantrain.engine import launch
+from wantrain.jobs import in_workers, progress
 from wantrain.models import conditioning, encode
+from wantrain.models.loading import let_go
 from wantrain.recipe.clips import Clips, num_workers
 from wantrain.recipe.recipe import Recipe
 from wantrain.terms import WINDOW, Encoded, PlannedClip, Sample, UserError
@@ -25,18 +28,48 @@ class Encode(Protocol):
     def text(self, caption: str) -> torch.Tensor: ...
 
 
+def write_texts(recipe: Recipe, cache: Cache, captions: Sequence[str], device: torch.device, is_main: bool) -> None:
+    """Write the features of those captions that the cache lacks, and let go of the text encoder, the largest of all.
+
+    Several processes may be given the same captions: each leaves out what another has written by then.
+    """
+    entries = missing(cache.entries([], captions))
+    text = recipe.load_text(device) if entries else None
+    with progress(len(entries), 0, "caption", "captions", is_main) as bar:
+        for path, (_, caption) in entries.items():
+            if text is not None and not path.exists():
+                cache.write((TEXT, str(caption)), {"x": encode.encode_text(text, str(caption))})
+            bar.update()
+    del text
+    let_go()
+
+
+def prepare_texts(recipe: Recipe, clips: Clips, device: torch.device) -> None:
+    """Write every text that a streamed training may draw, before anything else is loaded.
+
+    Each process begins elsewhere in the list and leaves out what others have written, so that they share the work
+    without waiting for each other; on machines without a folder in common each writes all.
+    """
+    first = len(clips.captions) * launch.rank() // launch.world_size()
+    captions = [*clips.captions[first:], *clips.captions[:first]]
+    write_texts(recipe, clips.cache, captions, device, launch.is_first())
+    if launch.is_first():
+        clips.cache.claim(Path(clips.config.run.dir), clips.config.run.name, clips.cache.entries([], captions))
+
+
 class Encoder:
-    """Decode and encode on the spot with the base's VAE and encoders, on `device`."""
+    """Decode windows and encode them on the spot with the base's VAE and image encoder, on `device`. Texts are read
+    from the cache, where `write_texts` has put them: their encoder is not kept beside these.
+    """
 
     def __init__(self, recipe: Recipe, cache: Cache, device: torch.device) -> None:
         self._variant, self._cache = recipe.variant, cache
-        self._encoders = recipe.base.encoders(device)
-        self._text = recipe.base.text(recipe.dtype, device)
+        self._encoders = recipe.load_encoders(device)
 
     def encode(self, kind: str, planned: PlannedClip, frames: conditioning.Frames) -> dict[str, torch.Tensor]:
         """The tensors of one cache entry, float32 on the CPU, from the frames that it is made of."""
         if kind == LATENTS:
-            return {"x": encode.encode_frames(self._encoders.vae, frames[WINDOW])}
+            return {"x": self._encoders.latents(frames[WINDOW])}
         if kind == MASK:
             bucket = planned.partners["mask"].bucket
             return {"x": encode.pool_mask(frames["mask"], bucket, self._variant.multiple_px // 2)}
@@ -55,7 +88,7 @@ class Encoder:
 
     def text(self, caption: str) -> torch.Tensor:
         """text_LD of the caption's true length, on the CPU."""
-        return encode.encode_text(self._text, caption)
+        return self._cache.read((TEXT, caption))["x"]
 
 
 def encoded(entries: Mapping[str, Mapping[str, torch.Tensor]]) -> Encoded:
@@ -121,8 +154,8 @@ def sample_of(clips: Clips, source: Encode, planned: PlannedClip, caption: str, 
                   None if words is None else encode.pad_text(source.text(words)))
 
 
-def heldout_samples(clips: Clips, source: Encode) -> Callable[[int], Sample]:
-    """place -> that held-out clip, read once, given its first frame where some of the training samples are.
+def samples_of(clips: Clips, source: Encode, windows: Sequence[PlannedClip]) -> Callable[[int], Sample]:
+    """place -> that window to measure, read once, given its first frame where some of the training samples are.
 
     Its loss looks everywhere, and at its own caption alone.
     """
@@ -130,8 +163,7 @@ def heldout_samples(clips: Clips, source: Encode) -> Callable[[int], Sample]:
 
     @functools.cache
     def sample(place: int) -> Sample:
-        planned = clips.heldout[place]
-        own = sample_of(clips, source, planned, planned.clip.caption, first)
+        own = sample_of(clips, source, windows[place], windows[place].clip.caption, first)
         return replace(own, class_text_LD=None, mask_1THW=None)
 
     return sample

@@ -10,13 +10,13 @@ import torch
 
 from wantrain.config import Config
 from wantrain.data import decode
-from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Cache, Entry, counted, leftovers, missing
+from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Entry, counted, leftovers, missing
 from wantrain.engine import launch
 from wantrain.engine.rendezvous import LONGEST_S, Rendezvous
 from wantrain.jobs import in_workers, progress
 from wantrain.recipe.clips import Clips, num_workers, open_clips
 from wantrain.recipe.recipe import open_recipe
-from wantrain.recipe.samples import Encoder
+from wantrain.recipe.samples import Encoder, write_texts
 from wantrain.terms import WINDOW, PlannedClip, UserError
 
 
@@ -36,9 +36,10 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     if to_make:
         for training in recipe.trainings():
             training.base.detected()  # as train would, but before hours of encoding
-        encoder = Encoder(recipe, clips.cache, accelerator.device)
-        encode_texts(clips.cache, encoder, mine, accelerator.is_main_process)
-        faults = encode_windows(clips, encoder, mine, accelerator.is_main_process)
+        texts = [str(what) for kind, what in mine.values() if kind == TEXT]
+        write_texts(recipe, clips.cache, texts, accelerator.device, accelerator.is_main_process)
+        faults = encode_windows(clips, Encoder(recipe, clips.cache, accelerator.device), mine,
+                                accelerator.is_main_process)
     failed = any(meeting.flags(int(bool(faults))))
     if accelerator.is_main_process:
         clips.cache.claim(Path(config.run.dir), config.run.name, entries)
@@ -71,15 +72,6 @@ def shares(entries: Mapping[Path, Entry], multiple_px: int, num_processes: int) 
         dealt[least] |= windows[key]
         loads[least] += tokens[key]
     return dealt
-
-
-def encode_texts(cache: Cache, encoder: Encoder, entries: Mapping[Path, Entry], is_main: bool) -> None:
-    """Write the features of the captions among `entries`."""
-    texts = [entry for entry in entries.values() if entry[0] == TEXT]
-    with progress(len(texts), 0, "caption", "captions", is_main) as bar:
-        for entry in texts:
-            cache.write(entry, {"x": encoder.text(str(entry[1]))})
-            bar.update()
 
 
 def encode_windows(clips: Clips, encoder: Encoder, entries: Mapping[Path, Entry], is_main: bool) -> list[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from wantrain.pages import html
 from wantrain.recipe.clips import Clips, evaluation_faults, holding_trigger, open_clips
 from wantrain.recipe.recipe import Recipe, open_recipe
 from wantrain.recipe.sampler import inputs_of, load_pipeline, lora_files, sampled
-from wantrain.recipe.samples import Cached, heldout_samples
+from wantrain.recipe.samples import Cached, samples_of
 from wantrain.terms import NUM_TIMESTEPS, Batch
 
 CONDITIONS = ("base", "lora_with_trigger", "lora_without_trigger")
@@ -46,7 +47,8 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     inputs = inputs_of(recipe, len(config.evaluate.prompts), lambda: clips)
     cached = Cached(clips)
     loras = lora_files(recipe, arguments)
-    pipeline = load_pipeline(recipe, loras)
+    pipeline = load_pipeline(recipe, loras, [with_trigger(config, prompt, condition)
+                                             for prompt in config.evaluate.prompts for condition in CONDITIONS])
     trainings = {one.base.expert or "": one.run_dir for one in recipe.trainings()}
     shown, rows = [], []
     styles: dict[str, list[style.Style]] = {c: [] for c in CONDITIONS}
@@ -62,7 +64,8 @@ def run(config: Config, arguments: Sequence[str]) -> None:
         "settings": schema.flat(config),
         "run": {expert: json.loads((run_dir / "run.json").read_text()) for expert, run_dir in trainings.items()
                 if (run_dir / "run.json").exists()},
-        "loras": [{"path": str(path), "metadata": read_lora(path).metadata} for path in loras.values()],
+        "loras": [{"path": str(path), "strength": strength, "metadata": read_lora(path).metadata}
+                  for uses in loras.values() for path, strength in uses],
     }
     folder = recipe.run_dir / "report"
     pictures.contact_sheet(folder / "before_after.png", rows, ["base", f"LoRA, {config.data.trigger!r}",
@@ -78,6 +81,11 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     print(f"style distance: {told}\nreport: {folder / 'report.html'} and {recipe.run_dir / 'report.json'}")
 
 
+def with_trigger(config: Config, prompt: str, condition: str) -> str:
+    """The prompt as a condition has it."""
+    return f"{config.data.trigger}, {prompt}" if condition == "lora_with_trigger" else prompt
+
+
 def sample_trios(recipe: Recipe, pipeline: sampling.Pipeline, inputs: Sequence[sampling.Inputs]) -> Iterator[Trio]:
     """Every evaluation prompt and seed in the three conditions, from the same noise and the same inputs."""
     config = recipe.config
@@ -87,7 +95,7 @@ def sample_trios(recipe: Recipe, pipeline: sampling.Pipeline, inputs: Sequence[s
         for number, (prompt, seed, given) in enumerate(jobs):
             trio = Trio(prompt, seed, {}, {})
             for condition in CONDITIONS:
-                text = f"{config.data.trigger}, {prompt}" if condition == "lora_with_trigger" else prompt
+                text = with_trigger(config, prompt, condition)
                 trio.videos[condition] = sampled(recipe, pipeline, text, seed=seed, inputs=given,
                                                  strength=0.0 if condition == "base" else 1.0)
                 trio.files[condition] = recipe.run_dir / "report" / f"{number:03d}_{condition}.mp4"
@@ -115,23 +123,27 @@ def style_distances(clips: Clips, samples: Mapping[str, style.Style]) -> dict[st
 
 
 def validation_losses(recipe: Recipe, clips: Clips, pipeline: sampling.Pipeline, cached: Cached) -> dict[str, object]:
-    """Held-out loss of the base and of the LoRA, mean and at each sigma."""
-    sigmas = recipe.config.validation.sigmas
-    heldout = validation.HeldOut(clips.heldout, sigmas, heldout_samples(clips, cached),
+    """Held-out loss of the base and of the LoRA, mean and at each sigma, and their difference with its interval."""
+    sigmas = recipe.validation_sigmas
+    heldout = validation.HeldOut(clips.heldout, sigmas, samples_of(clips, cached, clips.heldout),
                                  recipe.config.train.micro_batch_size)
     numbers: dict[str, object] = {"sigmas": sigmas}
+    tables = {}
     for name, strength in (("base", 0.0), ("lora", 1.0)):
         sampling.set_strength(pipeline, strength)
-        losses = torch.cat([validation.losses(replace(heldout, sigmas=[sigma]), loss_of(pipeline, sigma))
-                            for sigma in sigmas], dim=1)
-        numbers[name] = float(losses.mean())
-        numbers[f"{name}_by_sigma"] = losses.mean(0).tolist()
+        tables[name] = torch.stack([validation.losses(heldout, [(place, s, 0) for place in range(len(clips.heldout))],
+                                                      loss_of(pipeline, sigma)) for s, sigma in enumerate(sigmas)], 1)
+        numbers[name] = float(tables[name].mean())
+        numbers[f"{name}_by_sigma"] = tables[name].mean(0).tolist()
+    told = validation.interval((tables["lora"] - tables["base"]).mean(1))
+    numbers |= {"lora_minus_base": told.mean, "lora_minus_base_ci95": None if math.isnan(told.half) else told.half}
     return numbers
 
 
 def loss_of(pipeline: sampling.Pipeline, sigma: float) -> Callable[[Batch], torch.Tensor]:
     """The loss of the transformer that works at this sigma."""
     transformer, _ = pipeline.at(NUM_TIMESTEPS * sigma)
-    device = next(transformer.parameters()).device
+    pipeline.put_to_work(transformer)
+    device = pipeline.device
     return lambda batch: objective.losses(transformer, batch, objective.Objective(), device=device,
                                           dtype=pipeline.dtype)

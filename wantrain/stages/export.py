@@ -11,27 +11,34 @@ from datetime import datetime
 
 from wantrain import config as schema
 from wantrain import lora
-from wantrain.config import Config, expert_config, experts_of
+from wantrain.config import Config, expert_config, experts_of, variant_of
 from wantrain.engine import checkpoint, saved
 from wantrain.engine.checkpoint import Checkpoint
 from wantrain.engine.saved import Record
 from wantrain.models.lora_formats import LoraFile, products, read_lora
 from wantrain.models.lora_loaders import told
 from wantrain.models.lora_updates import from_adapter, write_proven
-from wantrain.models.variants import VARIANTS, Expert
-from wantrain.recipe.folders import checkpoints_of, export_path
+from wantrain.models.variants import Expert
+from wantrain.recipe.comfy import write_workflow
+from wantrain.recipe.folders import checkpoints_of, export_path, workflow_path
 from wantrain.terms import UserError
 
 
 def run(config: Config, arguments: Sequence[str]) -> None:
-    """Write `export/NAME.safetensors`, or the pair of both experts, each read back and compared with what was trained.
+    """Write `export/NAME.safetensors`, or the pair of both experts, each read back and compared with what was trained,
+    and `NAME.workflow.json`, in which ComfyUI samples them.
     """
     found = {expert: newest(expert_config(config, expert), expert) for expert in experts_of(config)}
     if absent := [expert for expert, one in found.items() if one is None]:
         raise UserError(f"no checkpoint in {checkpoints_of(config, absent[0]).folder}", next_command(arguments, found))
+    written: set[str] = set()
     for expert, one in found.items():
         assert one is not None, "refused above"
-        export_one(expert_config(config, expert), expert, one)
+        written.update(export_one(expert_config(config, expert), expert, one))
+    for what in sorted(written):
+        paths = {expert: export_path(config, expert, what) for expert in variant_of(config).experts or (None,)}
+        there = {expert: path for expert, path in paths.items() if path.exists()}  # the other one of an earlier export
+        print(write_workflow(config, workflow_path(config, what), there))
 
 
 def next_command(arguments: Sequence[str], found: Mapping[Expert | None, Checkpoint | None]) -> str:
@@ -62,10 +69,11 @@ def newest(config: Config, expert: Expert | None) -> Checkpoint | None:
     return found
 
 
-def export_one(config: Config, expert: Expert | None, found: Checkpoint) -> None:
-    """One adapter in the format asked for, and its average if one was kept."""
+def export_one(config: Config, expert: Expert | None, found: Checkpoint) -> list[str]:
+    """One adapter in the format asked for, and its average if one was kept; what of it was written."""
     step, record, form = found.progress.step, saved.record_of(found.path), config.export.format.name
     print("".join(f"{message}; step {step} is exported\n" for message in found.passed), end="")
+    written = []
     for key, what in ((checkpoint.VALUE, ""), (checkpoint.EMA, "_ema")):
         if not (values := checkpoint.values(found.tensors, key)):
             continue
@@ -77,7 +85,9 @@ def export_one(config: Config, expert: Expert | None, found: Checkpoint) -> None
         worst = write_proven(LoraFile(path, form, pairs, extras), form, about, config.export.dtype.name, state)
         print(f"exported {path} ({form}): {record.kind} on {len(pairs) or len(products(extras))} modules, "
               f"step {step}; read back against the checkpoint, largest relative error of a delta {worst:.1e}")
-        print(told(read_lora(path), VARIANTS[config.model.variant].task))
+        print(told(read_lora(path), variant_of(config).task))
+        written.append(what)
+    return written
 
 
 def metadata(record: Record, step: int) -> dict[str, str]:

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from wantrain import config as schema
-from wantrain import engine, lock, logs, metrics, objective, validation
+from wantrain import engine, lock, logs, metrics
 from wantrain.config import Config, DataMode, OnNonfinite, Resume
 from wantrain.data import batches
 from wantrain.data.batches import Draws, Order, Split
@@ -23,9 +23,10 @@ from wantrain.engine.stopping import Stopper
 from wantrain.engine.work import Work
 from wantrain.files import leftovers, write_json
 from wantrain.recipe.clips import Clips, open_clips
+from wantrain.recipe.heldout import open_validation
 from wantrain.recipe.recipe import Recipe, more_steps_done, open_recipe, training_faults
 from wantrain.recipe.run import run_fingerprint
-from wantrain.recipe.samples import Cached, Encode, Encoder, Streamed, heldout_samples, sample_of
+from wantrain.recipe.samples import Cached, Encode, Encoder, Streamed, prepare_texts, sample_of
 from wantrain.recipe.training import Training, advised_if_memory_ends, prepare, resume, save, start_run
 from wantrain.terms import Batch, Interrupted, UserError
 
@@ -41,6 +42,8 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     recipe = open_recipe(config)
     clips = open_clips(recipe, arguments)
     cached = Cached(clips) if config.data.mode is DataMode.cache else None  # says at once if entries are missing
+    if cached is None:
+        prepare_texts(recipe, clips, launch.device())
     trainings = recipe.trainings()
     for fault in (fault for own in trainings for fault in training_faults(own)):
         raise fault
@@ -130,10 +133,8 @@ def train_one(recipe: Recipe, clips: Clips, cached: Cached | None, another_follo
 
 def train(training: Training, source: Encode, stopper: Stopper) -> None:
     """The loop, to the last step or to where the user stops it; both are saved."""
-    config, recipe, clips, progress = training.config, training.recipe, training.clips, training.progress
-    heldout = None
-    if config.validation.every_steps and clips.heldout:
-        heldout = heldout_of(training, source)
+    config, recipe, progress = training.config, training.recipe, training.progress
+    heldout = open_validation(training, source)
     last, saved = config.train.num_steps, progress.step
     steps = range(progress.step, last)
     ahead = batches.ahead(steps, batch_maker(training, source, progress.step))
@@ -152,7 +153,7 @@ def train(training: Training, source: Encode, stopper: Stopper) -> None:
                         "memory_gib": engine.peak_memory_gib(training.device)}
             work.add(num_tokens(training, micro_batches), numbers["step_s"], waited_s)
             if heldout and (progress.step % config.validation.every_steps == 0 or progress.step == last):
-                numbers["validation_loss"] = validate(training, heldout)
+                numbers |= heldout.numbers(progress.step)
                 board.say(f"step {progress.step}: validation loss {numbers['validation_loss']:.5f}")
             if progress.step % config.train.log_every == 0 or "validation_loss" in numbers:
                 board.write(progress.step, numbers)
@@ -263,26 +264,3 @@ def not_finite(training: Training, step: int, what: str, micro_batches: Sequence
         raise UserError(f"{told}, and {training.progress.skipped} updates were left out before it "
                         f"(train.max_skips = {config.train.max_skips})", "the last checkpoint is untouched; lower "
                         "optim.lr, or look at the clips in the notes beside this one")
-
-
-def heldout_of(training: Training, source: Encode) -> validation.HeldOut:
-    """The held-out clips at those of the config's sigmas at which this transformer works.
-
-    What this process needs of them is read at once: a fault in a later step would keep the others waiting.
-    """
-    clips, accelerator, num_parts = training.clips, training.accelerator, training.config.train.sequence_parallel
-    share = validation.Share(accelerator.num_processes // num_parts, accelerator.process_index // num_parts,
-                             lambda values_N: training.rendezvous.gather(values_N)[::num_parts])
-    heldout = validation.HeldOut(clips.heldout, training.recipe.validation_sigmas, heldout_samples(clips, source),
-                                 training.config.train.micro_batch_size, share)
-    heldout.read()
-    return heldout
-
-
-def validate(training: Training, heldout: validation.HeldOut) -> float:
-    """Mean held-out loss, of the plain squared error whatever is trained on."""
-    with optimizers.at_average(training.accelerator, training.model, training.optimizer, training.kind):
-        return float(validation.losses(heldout, lambda batch: objective.losses(
-            training.model, batch, objective.Objective(), device=training.device, dtype=training.recipe.dtype)).mean())
-
-

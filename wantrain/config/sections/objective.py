@@ -88,12 +88,15 @@ class Validation(Section):
     may_change: ClassVar[tuple[str, ...]] = ("*",)
     every_steps: IntFrom0 = 0
     """Steps between validation losses on data.heldout; 0 turns them off."""
-    sigmas: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
-    """The fixed noise levels; each held-out clip is measured once at each."""
+    sigmas: list[float] | None = None
+    """The fixed noise levels; null: the nine deciles of the sigmas that the task samples at (of each expert)."""
+    budget_pct: FloatAbove0 = 5.0
+    """Share of the run's forward passes to spend on it, in percent; the least is two clips and each sigma once."""
 
     def rules(self, config: Config) -> Iterator[Rule]:
-        yield bool(self.sigmas) and all(0 < s <= 1 for s in self.sigmas), "validation.sigmas", self.sigmas, \
-            "in (0, 1]: sigma, and not timesteps"
-        yield len(set(self.sigmas)) == len(self.sigmas), "validation.sigmas", self.sigmas, "each once"
+        if self.sigmas is not None:
+            yield bool(self.sigmas) and all(0 < s <= 1 for s in self.sigmas), "validation.sigmas", self.sigmas, \
+                "in (0, 1]: sigma, and not timesteps"
+            yield len(set(self.sigmas)) == len(self.sigmas), "validation.sigmas", self.sigmas, "each once"
         yield self.every_steps == 0 or config.data.heldout is not None, "validation.every_steps", self.every_steps, \
             "0 when data.heldout is not set"

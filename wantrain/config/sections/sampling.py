@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import TYPE_CHECKING, ClassVar
 
 from wantrain.config.sections.parts import (
@@ -22,37 +23,55 @@ from wantrain.models.variants import VARIANTS
 if TYPE_CHECKING:
     from wantrain.config.schema import Config
 
+VIDEO_FORMATS = ("mp4", "webp", "png")
 SAMPLER_INPUTS = ("first", "last", "control", "control_mask", "reference", "face", "video")
 
+
+class SamplerProfile(Enum):
+    official = "official"
+    comfy = "comfy"
+    diffusers = "diffusers"
+
+
+class SamplerSolver(Enum):
+    unipc = "unipc"
+    dpmpp = "dpmpp"
+    euler = "euler"
 
 
 @dataclass(slots=True)
 class Sampler(Section):
     may_change: ClassVar[tuple[str, ...]] = ("*",)
     prompts: list[str] = field(default_factory=list)
-    """What to sample."""
+    """What to sample; FILE.txt stands for its lines, a prompt each, but for empty ones and those that begin with #."""
     negative_prompt: str = ""
     """What guidance moves away from."""
     seeds: list[Seed] = field(default_factory=lambda: [0])
     """One video for each prompt, seed and strength."""
     strengths: list[float] = field(default_factory=lambda: [0.0, 1.0])
-    """LoRA strengths; 0 is the base."""
+    """Strengths of all LoRAs together, times their own in sampler.loras; 0 is the base."""
+    profile: SamplerProfile = SamplerProfile.official
+    """Whose sigmas, shift, solver and noise: official, comfy or diffusers; a seed gives what it gives there."""
+    solver: SamplerSolver | None = None
+    """unipc, dpmpp or euler as the profile's tool runs it; null: unipc, with comfy euler."""
     num_steps: IntFrom1 | None = None
     """Denoising steps; null takes the variant's."""
     guidance: FloatFrom0 | None = None
     """Classifier-free guidance scale; null takes the variant's (of each expert)."""
     shift: FloatAbove0 | None = None
-    """Timestep shift of the sampler; null takes the variant's."""
+    """Timestep shift of the sampler; null takes the variant's, or what the profile's tool has (docs/sampling.md)."""
     num_frames: Frames | None = None
     """Frames of a sample; null takes the largest of data.num_frames."""
     resolution: list[int] | None = None
     """[height, width] in pixels; null takes the first of data.resolutions."""
+    formats: list[str] = field(default_factory=lambda: ["mp4"])
+    """What each video is written as: mp4 (H.264, plays in browsers), webp (animated), png (a sheet of its frames)."""
     inputs: list[dict[str, str]] = field(default_factory=list)
     """Files each prompt works from: first, last, control, control_mask, reference, face, video; one serves all."""
     strength: float = 0.7
     """Share of the schedule that a `video` of sampler.inputs goes through; 1 keeps nothing of it."""
-    lora: str | None = None
-    """LoRA file or model id to sample with ({expert}: high or low); null takes the run's own export."""
+    loras: list[str] = field(default_factory=list)
+    """LoRAs to sample with: FILE, FILE=STRENGTH or FILE=HIGH/LOW; {expert}: high or low; none: the run's own export."""
 
     def rules(self, config: Config) -> Iterator[Rule]:
         yield from _text_and_seed_rules("sampler", self.prompts, self.seeds)
@@ -63,11 +82,15 @@ class Sampler(Section):
             yield size_rule("sampler.resolution", self.resolution)
             yield all(side % variant.multiple_px == 0 for side in self.resolution), "sampler.resolution", \
                 self.resolution, f"both must be multiples of {variant.multiple_px} for {variant.name}"
+        yield bool(self.formats) and set(self.formats) <= set(VIDEO_FORMATS), "sampler.formats", self.formats, \
+            "at least one of mp4, webp and png"
         for given in self.inputs:
             yield set(given) <= set(SAMPLER_INPUTS), "sampler.inputs", given, ", ".join(SAMPLER_INPUTS)
         yield len(self.inputs) in (0, 1, len(self.prompts)), "sampler.inputs", len(self.inputs), \
             "one for all prompts, or one for each"
         yield 0 < self.strength <= 1, "sampler.strength", self.strength, "in (0, 1]"
+        yield self.solver is not SamplerSolver.euler or self.profile is not SamplerProfile.official, "sampler.solver", \
+            "euler", "unipc or dpmpp with sampler.profile=official, which has no other"
 
     def remedies(self, config: Config) -> dict[str, object]:
         """The multiples of what the variant divides by that are nearest to the size of samples; null without one."""

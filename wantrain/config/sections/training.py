@@ -146,6 +146,12 @@ class BaseForm(Enum):
     fp8 = "fp8"
 
 
+class VaeDtype(Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 class Keep(Enum):
     auto = "auto"
     all = "all"
@@ -155,7 +161,7 @@ class Keep(Enum):
 
 @dataclass(slots=True)
 class Memory(Section):
-    may_change: ClassVar[tuple[str, ...]] = ("keep", "swap", "offload")
+    may_change: ClassVar[tuple[str, ...]] = ("keep", "swap", "offload", "gib")
     base: BaseForm = BaseForm.dtype
     """How the Linears of the frozen transformer are stored: dtype (model.dtype), int8 or fp8 (a byte a weight)."""
     keep: Keep = Keep.auto
@@ -163,9 +169,14 @@ class Memory(Section):
     is not kept is computed again, with equal numbers. auto: the most that fits, everything on a CPU."""
     swap: IntFrom0 = 0
     """How many blocks wait in host memory, and come to the device one ahead of their turn: equal numbers."""
-
     offload: bool = False
     """Whether what blocks keep waits in host memory until their backward pass: equal numbers."""
+    encoders: BaseForm = BaseForm.dtype
+    """How the Linears of umT5 and CLIP are stored, which encode texts and images: as memory.base says."""
+    vae: VaeDtype = VaeDtype.float32
+    """Storage and arithmetic of the VAE: float32 as the official code, bfloat16, or float16 (nearer, may overflow)."""
+    gib: FloatAbove0 | None = None
+    """Memory of the device to stay within, in GiB, null for all of it; the VAE takes large pictures in tiles."""
 
     def rules(self, config: Config) -> Iterator[Rule]:
         own = VARIANTS[config.model.variant].architecture

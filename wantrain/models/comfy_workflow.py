@@ -1,0 +1,257 @@
+"""A ComfyUI workflow for an exported LoRA: core nodes alone, in the format that ComfyUI opens when a file is dropped.
+
+A graph computes what the sampler's `comfy` profile does (wantrain.models.profiles): tests/unit/test_workflow.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any
+
+from wantrain.models.comfy_nodes import NODES, faults
+from wantrain.models.sampling import Settings
+from wantrain.models.task_media import media_of_task
+from wantrain.models.variants import Expert, Variant
+
+Loras = Mapping[Expert | None, Sequence[tuple[str, float]]]
+"""LoRA file names with their strengths, in the order of loading, of each transformer."""
+
+_A14B = "wan2.2_{}_{{}}_noise_14B_fp8_scaled.safetensors"
+FILES = {
+    "wan21_t2v_1b3": "wan2.1_t2v_1.3B_fp16.safetensors", "wan21_t2v_14b": "wan2.1_t2v_14B_fp16.safetensors",
+    "wan21_i2v_14b_480p": "wan2.1_i2v_480p_14B_fp16.safetensors",
+    "wan21_i2v_14b_720p": "wan2.1_i2v_720p_14B_fp16.safetensors",
+    "wan21_flf2v_14b": "wan2.1_flf2v_720p_14B_fp16.safetensors",
+    "wan21_vace_1b3": "wan2.1_vace_1.3B_fp16.safetensors", "wan21_vace_14b": "wan2.1_vace_14B_fp16.safetensors",
+    "wan21_fun_1b3_inp": "wan2.1_fun_inp_1.3B_bf16.safetensors",
+    "wan21_fun_14b_inp": "Wan2.1-Fun-14B-InP.safetensors",
+    "wan21_fun_1b3_control": "wan2.1_fun_control_1.3B_bf16.safetensors",
+    "wan21_fun_14b_control": "Wan2.1-Fun-14B-Control.safetensors",
+    "wan22_t2v_a14b": _A14B.format("t2v"), "wan22_i2v_a14b": _A14B.format("i2v"),
+    "wan22_fun_a14b_inp": _A14B.format("fun_inpaint"), "wan22_ti2v_5b": "wan2.2_ti2v_5B_fp16.safetensors",
+    "wan22_animate_14b": "wan2.2_animate_14B_bf16.safetensors",
+}
+"""What the transformer's file is called in ComfyUI's own examples; {} is the expert."""
+
+TEXT_FILE, CLIP_VISION_FILE = "umt5_xxl_fp8_e4m3fn_scaled.safetensors", "clip_vision_h.safetensors"
+VAE_FILES = {"2.1": "wan_2.1_vae.safetensors", "2.2": "wan2.2_vae.safetensors"}
+COLUMN_PX, ROW_PX, WIDTH_PX = 420, 40, 360
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A place that a link comes from."""
+
+    node: int
+    slot: int
+    type: str
+
+
+@dataclass
+class Graph:
+    """Nodes and links in ComfyUI's format; a node is placed to the right of those that it takes from."""
+
+    nodes: list[dict[str, Any]] = field(default_factory=list)
+    links: list[list[Any]] = field(default_factory=list)
+    _columns: list[int] = field(default_factory=list)
+    _heights: dict[int, int] = field(default_factory=dict)
+
+    def add(self, kind: str, *values: object, **links: Output | None) -> list[Output]:
+        """The outputs of a new node: its widgets' values in order, and where its inputs come from."""
+        definition, number = NODES[kind], len(self.nodes) + 1
+        given = {name: output for name, output in links.items() if output}
+        inputs: list[dict[str, Any]] = [{"name": name, "type": type_} for name, type_ in definition.inputs.items()]
+        inputs += [{"name": name, "type": given[name].type, "widget": {"name": name}}
+                   for name in definition.widgets if name in given]
+        for slot, own in enumerate(inputs):
+            own["link"] = self._link(given[own["name"]], number, slot) if own["name"] in given else None
+        outputs = [{"name": type_, "type": type_, "links": [], "slot_index": i}
+                   for i, type_ in enumerate(definition.outputs)]
+        self.nodes.append({
+            "id": number, "type": kind, **self._place(given, len(inputs) + len(values)), "flags": {},
+            "order": number - 1, "mode": 0, "inputs": inputs, "outputs": outputs,
+            "properties": {"Node name for S&R": kind}, "widgets_values": list(values)})
+        return [Output(number, slot, type_) for slot, type_ in enumerate(definition.outputs)]
+
+    def titled(self, title: str, kind: str, *values: object, **links: Output | None) -> list[Output]:
+        """A new node with words of our own on it."""
+        outputs = self.add(kind, *values, **links)
+        self.nodes[-1]["title"] = title
+        return outputs
+
+    def _link(self, source: Output, node: int, slot: int) -> int:
+        number = len(self.links) + 1
+        self.links.append([number, source.node, source.slot, node, slot, source.type])
+        self.nodes[source.node - 1]["outputs"][source.slot]["links"].append(number)
+        return number
+
+    def _place(self, given: Mapping[str, Output], num_rows: int) -> dict[str, list[int]]:
+        column = max((self._columns[source.node - 1] + 1 for source in given.values()), default=0)
+        self._columns.append(column)
+        top, height = self._heights.get(column, 0), ROW_PX + 26 * max(1, num_rows)
+        self._heights[column] = top + height + ROW_PX
+        return {"pos": [column * COLUMN_PX, top], "size": [WIDTH_PX, height]}
+
+    def document(self) -> dict[str, Any]:
+        """The whole file."""
+        return {"last_node_id": len(self.nodes), "last_link_id": len(self.links), "nodes": self.nodes,
+                "links": self.links, "groups": [], "config": {}, "extra": {}, "version": 0.4}
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a workflow shall make: the sampler's settings (profile `comfy`), LoRAs, prompt, seed, the files that the
+    task works from (as an entry of sampler.inputs), and the name of the videos.
+    """
+
+    settings: Settings
+    loras: Loras
+    prompt: str
+    seed: int
+    inputs: Mapping[str, str]
+    name: str
+
+
+def workflow(variant: Variant, wanted: Wanted) -> dict[str, Any]:
+    """The graph of a variant, from its loaders to the saved video."""
+    graph = Graph()
+    models = [_model(graph, variant, expert, wanted) for expert in variant.experts or (None,)]
+    clip, = graph.add("CLIPLoader", TEXT_FILE, "wan", "default")
+    vae, = graph.add("VAELoader", VAE_FILES[variant.vae])
+    positive, = graph.titled("Prompt", "CLIPTextEncode", wanted.prompt, clip=clip)
+    negative, = graph.titled("Negative prompt", "CLIPTextEncode", wanted.settings.negative_prompt, clip=clip)
+    start = _TASKS[variant.task](_Start(graph, variant, wanted, vae, positive, negative))
+    latent = _sampled(graph, variant, wanted, models, start)
+    if len(start) > 3:  # frames of a reference before the video
+        latent, = graph.add("TrimVideoLatent", 0, samples=latent, trim_amount=start[3])
+    images, = graph.add("VAEDecode", samples=latent, vae=vae)
+    video, = graph.add("CreateVideo", float(variant.fps), images=images)
+    graph.add("SaveVideo", f"video/{wanted.name}", "auto", "auto", video=video)
+    made = graph.document()
+    assert not (wrong := faults(made)), f"the workflow is not one of ComfyUI's: {wrong[0]}"
+    return made
+
+
+def _model(graph: Graph, variant: Variant, expert: Expert | None, wanted: Wanted) -> Output:
+    """A transformer with its LoRAs and the timestep shift."""
+    about = f", {expert} noise" if expert else ""
+    model, = graph.titled(f"Base{about}", "UNETLoader", FILES[variant.name].format(expert), "default")
+    for name, strength in wanted.loras.get(expert, ()):
+        model, = graph.titled(f"LoRA{about}", "LoraLoaderModelOnly", name, float(strength), model=model)
+    model, = graph.add("ModelSamplingSD3", float(wanted.settings.shift), model=model)
+    return model
+
+
+def _sampled(graph: Graph, variant: Variant, wanted: Wanted, models: Sequence[Output], start: Sequence[Output]
+             ) -> Output:
+    """The denoised latent: of one sampler, or of one for each expert, the second from where the first ends."""
+    own = wanted.settings
+    (low, high), solver = own.guidance, own.tool_solver.comfy_name
+    links = {"positive": start[0], "negative": start[1]}
+    if len(models) == 1:
+        return graph.add("KSampler", wanted.seed, "fixed", own.num_steps, low, solver, "simple", 1.0, model=models[0],
+                         latent_image=start[2], **links)[0]
+    change = sum(map(variant.is_high, own.tool_solver.timesteps(own.sigmas[:-1])))
+    latent = start[2]
+    for model, guidance, is_first in zip(models, (high, low), (True, False), strict=True):
+        noise, leftover, (begin, end) = ("enable", "enable", (0, change)) if is_first else (
+            "disable", "disable", (change, 10_000))
+        latent, = graph.add("KSamplerAdvanced", noise, wanted.seed, "fixed", own.num_steps, guidance, solver, "simple",
+                            begin, end, leftover, model=model, latent_image=latent, **links)
+    return latent
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """What the node of a task is made from."""
+
+    graph: Graph
+    variant: Variant
+    wanted: Wanted
+    vae: Output
+    positive: Output
+    negative: Output
+
+    @property
+    def size(self) -> tuple[int, int, int, int]:
+        bucket = self.wanted.settings.bucket
+        return bucket.width, bucket.height, bucket.num_frames, 1
+
+    def has(self, name: str) -> bool:
+        """Whether the task is given this: the inputs that are named, or those that it cannot do without."""
+        task = media_of_task(self.variant.task)
+        named = self.wanted.inputs or task.inputs_needed or task.partners[:1]
+        return name in named
+
+    def image(self, name: str) -> Output | None:
+        """A picture that ComfyUI's user picks."""
+        if not self.has(name):
+            return None
+        return self.graph.titled(name, "LoadImage", self._file(name, ".png"), "image")[0]
+
+    def frames(self, name: str) -> Output | None:
+        """The frames of a video that ComfyUI's user picks."""
+        if not self.has(name):
+            return None
+        video, = self.graph.titled(name, "LoadVideo", self._file(name, ".mp4"), "image")
+        return self.graph.add("GetVideoComponents", video=video)[0]
+
+    def seen(self, image: Output | None) -> Output | None:
+        """What the CLIP tower sees in a picture, all of it squashed as in training; None where the variant has none."""
+        if image is None or not self.variant.architecture.image_dim:
+            return None
+        tower, = self.graph.add("CLIPVisionLoader", CLIP_VISION_FILE)
+        return self.graph.add("CLIPVisionEncode", "none", clip_vision=tower, image=image)[0]
+
+    def node(self, kind: str, *more: object, **links: Output | None) -> list[Output]:
+        """A node that takes texts and VAE, and gives texts and latents."""
+        return self.graph.add(kind, *self.size, *more, positive=self.positive, negative=self.negative, vae=self.vae,
+                              **links)
+
+    def _file(self, name: str, suffix: str) -> str:
+        return PurePath(self.wanted.inputs.get(name, name + suffix)).name
+
+
+def _t2v(own: _Start) -> list[Output]:
+    return [own.positive, own.negative, *own.graph.add("EmptyHunyuanLatentVideo", *own.size)]
+
+
+def _i2v(own: _Start) -> list[Output]:
+    first = own.image("first")
+    return own.node("WanImageToVideo", clip_vision_output=own.seen(first), start_image=first)
+
+
+def _flf2v(own: _Start) -> list[Output]:
+    first, last = own.image("first"), own.image("last")
+    return own.node("WanFirstLastFrameToVideo", clip_vision_start_image=own.seen(first),
+                    clip_vision_end_image=own.seen(last), start_image=first, end_image=last)
+
+
+def _ti2v(own: _Start) -> list[Output]:
+    latent = own.graph.add("Wan22ImageToVideoLatent", *own.size, vae=own.vae, start_image=own.image("first"))
+    return [own.positive, own.negative, *latent]
+
+
+def _control(own: _Start) -> list[Output]:
+    first = own.image("first")
+    return own.node("WanFunControlToVideo", clip_vision_output=own.seen(first), start_image=first,
+                    control_video=own.frames("control"))
+
+
+def _vace(own: _Start) -> list[Output]:
+    mask = own.frames("control_mask")
+    masks = own.graph.add("ImageToMask", "red", image=mask)[0] if mask else None
+    return own.node("WanVaceToVideo", 1.0, control_video=own.frames("control"), control_masks=masks,
+                    reference_image=own.image("reference"))
+
+
+def _animate(own: _Start) -> list[Output]:
+    reference = own.image("reference")
+    return own.node("WanAnimateToVideo", 5, 0, clip_vision_output=own.seen(reference), reference_image=reference,
+                    face_video=own.frames("face"), pose_video=own.frames("control"))
+
+
+_TASKS = {"t2v": _t2v, "i2v": _i2v, "flf2v": _flf2v, "ti2v": _ti2v, "control": _control, "vace": _vace,
+          "animate": _animate}

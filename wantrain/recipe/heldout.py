@@ -1,0 +1,193 @@
+"""What a training measures of itself: held-out clips and as many of its own, against the frozen base and its best.
+
+The base is measured once, and all measurements are kept, in RUN/validation.json; so a resumed run compares with the
+same numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from wantrain import config as schema
+from wantrain import lora, objective, validation
+from wantrain.engine import optimizers
+from wantrain.files import digest_text, write_json
+from wantrain.recipe.samples import Encode, samples_of
+from wantrain.recipe.training import Training
+from wantrain.terms import Batch, PlannedClip
+from wantrain.validation import Extent, HeldOut, Share
+
+HELDOUT, TRAINED = "heldout", "trained"
+NAME = "validation.json"
+
+PRECISION = 0.005
+"""Draws of noise are added until they leave the base's mean loss no more than this share of it as standard error."""
+
+FORWARDS = 2
+"""What a training sample costs at the least, in forward passes: one, and the gradient of its activations."""
+
+Losses = dict[str, list[float]]
+"""Of every row, by set (HELDOUT, TRAINED)."""
+
+
+def spread(windows: Sequence[PlannedClip], number: int) -> list[PlannedClip]:
+    """So many of the windows, evenly over the list."""
+    return [windows[i * len(windows) // number] for i in range(min(number, len(windows)))]
+
+
+def max_rows(config: schema.Config) -> int:
+    """The rows of one set that a validation may measure: validation.budget_pct of the run's forward passes, dealt to
+    all validations, that of the base included, and to both sets.
+    """
+    own, num_steps = config.validation, config.train.num_steps
+    forwards = FORWARDS * config.data.batch_size * num_steps * own.budget_pct / 100
+    return int(forwards / (1 + math.ceil(num_steps / own.every_steps)) / 2)
+
+
+@dataclass(slots=True)
+class Validation:
+    """The sets of clips of one training, how much of them is measured, and what was: of the base, and after steps.
+    `key` stands for the clips, sigmas and budget that the numbers belong to.
+    """
+
+    training: Training
+    key: str
+    sets: Mapping[str, HeldOut]
+    extent: Extent
+    base: Losses
+    steps: dict[int, Losses]
+
+    def numbers(self, step: int) -> dict[str, float]:
+        """Measure now, after `step`, and say it in numbers; every process must call it."""
+        began = time.perf_counter()
+        with optimizers.at_average(self.training.accelerator, self.training.model, self.training.optimizer,
+                                   self.training.kind):
+            now = measured(self.training, self.sets, self.extent.rows)
+        earlier = [losses for of, losses in self.steps.items() if of < step]
+        self.steps[step] = now
+        keep(self)
+        found = compared(self.extent.rows, now, self.base, earlier)
+        at_sigma = validation.by_sigma(self.extent.rows, torch.tensor(now[HELDOUT]))
+        base_at_sigma = validation.by_sigma(self.extent.rows, torch.tensor(self.base[HELDOUT]))
+        for place, loss in at_sigma.items():
+            sigma = self.sets[HELDOUT].sigmas[place]
+            found |= {f"validation_sigma_{sigma:.4f}": loss,
+                      f"validation_sigma_{sigma:.4f}_minus_base": loss - base_at_sigma[place]}
+        return dict(sorted((found | {"validation_s": time.perf_counter() - began}).items()))
+
+
+def compared(rows: Sequence[validation.Row], now: Losses, base: Losses, earlier: Sequence[Losses]) -> dict[str, float]:
+    """The means of all rows, and paired intervals over clips: of the adapter against the base, and against the best
+    of the `earlier` measurements; the gap is how much more it gained on what it is trained on.
+    """
+    def means(losses: Losses, name: str) -> torch.Tensor:
+        return validation.by_clip(rows, torch.tensor(losses[name], dtype=torch.float64))
+
+    found = {"validation_loss": float(means(now, HELDOUT).mean()),
+             "validation_base": float(means(base, HELDOUT).mean())}
+
+    def add(name: str, told: validation.Interval) -> None:
+        found.update({name: told.mean, f"{name}_ci95": told.half})
+
+    changes = {name: means(now, name) - means(base, name) for name in now}
+    add("validation_minus_base", validation.interval(changes[HELDOUT]))
+    if earlier:
+        best = min((means(losses, HELDOUT) for losses in earlier), key=lambda values: float(values.mean()))
+        add("validation_minus_best", validation.interval(means(now, HELDOUT) - best))
+    if TRAINED in now:
+        found["validation_trained_loss"] = float(means(now, TRAINED).mean())
+        add("validation_trained_minus_base", validation.interval(changes[TRAINED]))
+        add("validation_gap", validation.difference(changes[HELDOUT], changes[TRAINED]))
+    return found
+
+
+def measured(training: Training, sets: Mapping[str, HeldOut], rows: Sequence[validation.Row], with_adapter: bool = True
+             ) -> Losses:
+    """The plain squared error of the rows in each set, whatever is trained on; of the frozen base without adapter."""
+    unwrapped = training.accelerator.unwrap_model(training.model)
+
+    def loss_of(batch: Batch) -> torch.Tensor:
+        return objective.losses(training.model if with_adapter else unwrapped, batch, objective.Objective(),
+                                device=training.device, dtype=training.recipe.dtype)
+
+    with contextlib.nullcontext() if with_adapter else lora.switched_off(unwrapped):
+        return {name: validation.losses(own, rows, loss_of).tolist() for name, own in sets.items()}
+
+
+def open_validation(training: Training, source: Encode) -> Validation | None:
+    """Ready to measure, with the base's numbers: those kept by an earlier part of the run, or measured now. None where
+    nothing is to be validated.
+
+    What this process needs of the clips is read at once: a fault in a later step would keep the others waiting.
+    """
+    config, clips, accelerator = training.config, training.clips, training.accelerator
+    if not config.validation.every_steps or not clips.heldout:
+        return None
+    sigmas = training.recipe.validation_sigmas
+    extent = validation.extent_within(len(clips.heldout), len(sigmas), max_rows(config))
+    windows = {HELDOUT: spread(clips.heldout, extent.num_clips),
+               TRAINED: spread([p for p in clips.planned if not p.clip.preserve], extent.num_clips)}
+    if len(windows[TRAINED]) < extent.num_clips:
+        del windows[TRAINED]
+    num_parts = config.train.sequence_parallel
+    share = Share(accelerator.num_processes // num_parts, accelerator.process_index // num_parts,
+                  lambda values_N: training.rendezvous.gather(values_N)[::num_parts])
+    sets = {name: HeldOut(own, sigmas, samples_of(clips, source, own), config.train.micro_batch_size, share)
+            for name, own in windows.items()}
+    for own in sets.values():
+        own.read(extent.rows)
+    key = digest_text(extent, *sigmas, *(f"{name} {p.found.digest} {p.start_s} {p.bucket} {p.clip.caption}"
+                                       for name, own in windows.items() for p in own))
+    made = kept(training, key, sets, extent) or begun(training, key, sets, extent)
+    if accelerator.is_main_process:
+        print(f"validation: {made.extent.num_clips} of {len(clips.heldout)} held-out clips"
+              + " and as many of those trained on" * (TRAINED in sets)
+              + f", {len(made.extent.rows)} rows each, over {len(sigmas)} sigmas "
+              f"(validation.budget_pct={config.validation.budget_pct:g})")
+    return made
+
+
+def begun(training: Training, key: str, sets: Mapping[str, HeldOut], most: Extent) -> Validation:
+    """The base measured, with one draw of noise after the other until they are enough, or the budget ends."""
+    whole = 2 * most.num_sigmas
+    choices = range(whole, most.num_passes + 1, most.num_sigmas) if whole <= most.num_passes else [most.num_passes]
+    base: Losses = {name: [] for name in sets}
+    for passes in choices:
+        extent = replace(most, num_passes=passes)
+        more = measured(training, sets, extent.rows[len(base[HELDOUT]):], with_adapter=False)
+        base = {name: base[name] + more[name] for name in sets}
+        values = torch.tensor(base[HELDOUT])
+        if passes >= whole and validation.noise_error(extent.rows, values) <= PRECISION * float(values.mean()):
+            break
+    made = Validation(training, key, sets, extent, base, {})
+    keep(made)
+    return made
+
+
+def kept(training: Training, key: str, sets: Mapping[str, HeldOut], most: Extent) -> Validation | None:
+    """What an earlier part of the run has measured of the same rows, up to where the run goes on; None without that."""
+    path, found = training.recipe.run_dir / NAME, None
+    if training.accelerator.is_main_process and path.exists():
+        with contextlib.suppress(ValueError):  # a file that someone edited: the base can be measured again
+            found = json.loads(path.read_text(encoding="utf-8"))
+    found = training.rendezvous.first(found)
+    if found is None or found.get("key") != key:
+        return None
+    steps = {int(step): losses for step, losses in found["steps"].items() if int(step) <= training.progress.step}
+    return Validation(training, key, sets, replace(most, num_passes=found["passes"]), found["base"], steps)
+
+
+def keep(made: Validation) -> None:
+    """Write all that was measured, in the first process."""
+    if made.training.accelerator.is_main_process:
+        write_json(made.training.recipe.run_dir / NAME, {
+            "key": made.key, "passes": made.extent.num_passes, "sigmas": list(made.sets[HELDOUT].sigmas),
+            "clips": {name: [p.name for p in own.clips] for name, own in made.sets.items()},
+            "base": made.base, "steps": made.steps})
