@@ -15,12 +15,12 @@ import time
 from dataclasses import replace
 
 import torch
+from diffusers import WanTransformer3DModel
 
 from wantrain.lora import Spec
-from wantrain.models.base import WanTransformer3DModel, diffusers_config
 from wantrain.models.fit import NewAdapter, fit
 from wantrain.models.quantised import QuantisedLinear, quantise
-from wantrain.models.variants import VARIANTS
+from wantrain.models.variants import VARIANTS, diffusers_config
 
 CPU = torch.device("cpu")
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from wantrain.engine import checkpoint, launch
+from wantrain.engine import checkpoint, launch, saved
 from wantrain.engine.rendezvous import Rendezvous
 
 
@@ -39,8 +39,8 @@ def checkpoints(million: int) -> None:
     keys = ("value", "exp_avg", "exp_avg_sq")
     tensors = {f"{i}|{key}": torch.randn(million * 10_000) for i in range(100) for key in keys}
     with tempfile.TemporaryDirectory() as folder:
-        place = checkpoint.CheckpointStore(Path(folder))
-        written = timed(lambda: checkpoint.save(place, checkpoint.Progress(1), tensors, checkpoint.Record({})), 3)
+        place = saved.CheckpointStore(Path(folder))
+        written = timed(lambda: checkpoint.save(place, saved.Progress(1), tensors, saved.Record({})), 3)
     copied = timed(lambda: {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, 3)
     size = sum(t.nbytes for t in tensors.values()) / 2**30
     print(f"checkpoint of {size:.2f} GiB: written 1.00 ({written:.2f} s), copied {copied / written:.3f}")

@@ -349,7 +349,7 @@ def _divided(rows: Iterable[Entry], train: Path, heldout: Path) -> dict[tuple[st
 
 def stats(file: Path, trigger: str, jobs: int, timeout_s: float) -> str:
     """A manifest in numbers: sizes, lengths, captions, measurements, and what is too short for which recipe."""
-    from wantrain.data.decode import count_frames
+    from wantrain.data.films import count_frames
 
     rows, = sound_entries([file])
     if not rows:

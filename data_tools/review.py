@@ -37,7 +37,7 @@ from typing import Any
 from data_tools.command import absolute, add_job_arguments, answer, check_openable, positive, shown, stamp
 from data_tools.editing import Conflict, Edit, Manifest, Piece, remedy
 from data_tools.faults import UNREADABLE, fault_of
-from wantrain.data import media
+from wantrain.data import films, media
 from wantrain.files import atomic_path, digest_text
 from wantrain.jobs import in_workers
 from wantrain.terms import IMAGE_SUFFIXES, Bucket, UserError
@@ -104,7 +104,7 @@ def _write_film(preview: Preview) -> None:
     from wantrain.pictures import write_mp4
 
     found = media.probe(preview.source)
-    available = decode.count_frames(found, preview.start_s, preview.end_s, preview.fps)
+    available = films.count_frames(found, preview.start_s, preview.end_s, preview.fps)
     if available < 1:
         raise ValueError(f"the span from {preview.start_s:g} s on is empty: it is {found.duration_s:.2f} s long")
     scale = min(1.0, PREVIEW_PX / max(found.width, found.height)) / 2

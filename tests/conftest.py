@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from wantrain import cli, pictures
-from wantrain.config import loading
+from wantrain.config import composing
 
 SIZE = (32, 48)
 NUM_FRAMES = 5
@@ -35,7 +35,7 @@ def composed_once() -> Iterator[None]:
 
     What is typed as key=value comes in after it, and folders of a user's own are composed each time.
     """
-    compose, kept = loading._composed, dict[Any, Any]()
+    compose, kept = composing._composed, dict[Any, Any]()
 
     def composed(groups: Mapping[str, str], own: Sequence[Any]) -> Any:
         if own:
@@ -46,7 +46,7 @@ def composed_once() -> Iterator[None]:
         return copy.deepcopy(kept[key])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "_composed", composed)
+        patch.setattr(composing, "_composed", composed)
         yield
 
 

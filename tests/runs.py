@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from wantrain.engine import checkpoint
+from wantrain.engine import checkpoint, saved
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 
@@ -26,7 +26,7 @@ def numbers(run, key):
 
 def state(run):
     """(step, tensors) of the newest checkpoint."""
-    progress, tensors = checkpoint.load(checkpoint.steps_on_disk(run / "checkpoints")[-1], None)
+    progress, tensors = checkpoint.load(saved.steps_on_disk(run / "checkpoints")[-1], None)
     return progress.step, tensors
 
 

@@ -11,12 +11,21 @@ import re
 import shlex
 import subprocess
 import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from wantrain import logs
-from wantrain.options import FILE_VERBS, NEW, OPTION_VERBS, parse, parse_plan, parser, plan_parser, processes
+from wantrain.options import (
+    FILE_VERBS,
+    MACHINE_VERBS,
+    NEW,
+    OPTION_VERBS,
+    parse,
+    parse_plan,
+    parser,
+    plan_parser,
+    processes,
+)
 from wantrain.terms import EXIT_INTERRUPTED, EXIT_STALLED, EXIT_USER_ERROR, Interrupted, Stalled, UserError
 
 VERBS = {
@@ -51,14 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(_help())
             return 0
         verb, rest = given[0], given[1:]
+        if verb == "__complete":  # Tab, by the scripts of `wantrain completion`
+            found = importlib.import_module("wantrain.stages.completion").candidates
+            print("\n".join(found(" ".join(rest), (*VERBS, *OPTION_VERBS, *TOOLS))))
+            return 0
         if verb not in (*VERBS, *OPTION_VERBS, *TOOLS):
             close = difflib.get_close_matches(verb, (*VERBS, *OPTION_VERBS, *TOOLS), 1)
             print(f"error: no verb {verb!r}; there are {', '.join((*VERBS, *OPTION_VERBS, *TOOLS))}\n  next: "
                   f"{shlex.join(['wantrain', *close, *rest]) if close else 'wantrain --help'}", file=sys.stderr)
             return EXIT_USER_ERROR
-        if {"-h", "--help"} & set(rest) and verb not in TOOLS:
-            print(_verb_help(verb) if verb in VERBS else parser(verb).format_help())
-            return 0
         return _run_and_tell(verb, rest)
 
 
@@ -66,6 +76,9 @@ def _run_and_tell(verb: str, rest: list[str]) -> int:
     """Run a verb; what ended it is told on the console."""
     process = 0
     try:
+        if (topic := _help_topic(rest)) is not None and verb not in TOOLS:
+            print(_verb_help(verb, topic) if verb in VERBS else parser(verb).format_help())
+            return 0
         process = _process(verb)
         return 0 if process and verb not in SHARED_VERBS else _run(verb, rest)
     except (UserError, OSError) as error:
@@ -193,21 +206,29 @@ def _help() -> str:
     verbs = "\n".join(f"  {name:10}{does}" for name, does in VERBS.items())
     tools = "\n".join(f"  {name:10}{does}" for name, does in TOOLS.items())
     file_verbs = "\n".join(f"  {name:10}{verb.does}" for name, verb in FILE_VERBS.items())
+    machine_verbs = "\n".join(f"  {name:11}{verb.does}" for name, verb in MACHINE_VERBS.items())
     return (f"usage: wantrain VERB recipe=NAME [key=value ...]\n\n{tools}\n  {'new':10}{NEW.does}\n{verbs}\n\n"
-            f"for any file:\n{file_verbs}\n\n"
-            "wantrain VERB --help lists recipes and keys. With several processes:\n"
+            f"for any file:\n{file_verbs}\n\nof this machine:\n{machine_verbs}\n\n"
+            "wantrain VERB --help tells the common keys, --help all every key. With several processes:\n"
             "  accelerate launch --config_file launch/ddp.yaml -m wantrain train recipe=NAME")
 
 
-def _verb_help(verb: str) -> str:
+def _help_topic(rest: Sequence[str]) -> str | None:
+    """What --help is asked about: the word behind it, '' for none; None where no help is asked for."""
+    for place, word in enumerate(rest):
+        option, _, topic = word.partition("=")
+        if option in ("-h", "--help"):
+            following = rest[place + 1] if len(rest) > place + 1 and "=" not in rest[place + 1] else ""
+            return topic or following
+    return None
+
+
+def _verb_help(verb: str, topic: str) -> str:
     schema = importlib.import_module("wantrain.config")
     again = ["       wantrain sample --like VIDEO    makes a sampled video again, from what it says of itself"]
-    lines = [f"usage: wantrain {verb} recipe=NAME [key=value ...] [--config-dir FOLDER]",
-             *(again if verb == "sample" else []), "", f"  {VERBS[verb]}", "",
-             *(plan_parser().format_help().partition("options:\n")[2].splitlines() if verb == "plan" else ()),
-             f"recipes: {', '.join(schema.recipes())}",
-             "your own: FOLDER/recipe/NAME.yaml with --config-dir FOLDER", "", "keys:"]
-    for key, (default, sentence) in schema.described().items():
-        lines.append(f"  {key} = {default}")
-        lines += textwrap.wrap(sentence, 110, initial_indent="      ", subsequent_indent="      ")
-    return "\n".join(lines)
+    own = plan_parser().format_help().partition("options:\n")[2].splitlines() if verb == "plan" else []
+    return "\n".join([f"usage: wantrain {verb} recipe=NAME [key=value ...] [--config-dir FOLDER]",
+                      *(again if verb == "sample" else []), "",
+                      f"  {VERBS[verb]}", "", *own, f"recipes: {', '.join(schema.recipes())}",
+                      "your own: recipes/NAME.yaml, a file itself, or FOLDER/recipe/NAME.yaml with --config-dir FOLDER",
+                      *schema.keys_help(topic)])

@@ -50,6 +50,28 @@ def held(folder: Path, command: Sequence[str]) -> Iterator[None]:
         yield
 
 
+def holder(folder: Path) -> str:
+    """Who is training in the folder; empty where nobody is. The lock is not taken, only asked for."""
+    try:
+        with (folder / NAME).open(encoding="utf-8") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError as error:
+                return _said_holder(file)[0] if error.errno in (errno.EACCES, errno.EAGAIN) else ""
+    except OSError:
+        return ""
+    return ""
+
+
+def last_command(folder: Path) -> list[str]:
+    """The command line of the folder's last training; empty where it is not known."""
+    try:
+        said = json.loads((folder / NAME).read_text(encoding="utf-8"))["command"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [str(word) for word in said] if isinstance(said, list) else []
+
+
 def _lock(file: TextIO, folder: Path) -> None:
     until = time.monotonic() + PATIENCE_S
     while True:
@@ -69,13 +91,18 @@ def _lock(file: TextIO, folder: Path) -> None:
             return
 
 
-def _taken(file: TextIO, folder: Path) -> Stalled:
+def _said_holder(file: TextIO) -> tuple[str, str]:
+    """Who holds the lock, and how its training may be ended."""
     file.seek(0)
     try:
-        holder = json.loads(file.read())
-        who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
-        end = f"kill -INT {holder['pid']}    on {holder['host']} lets it save and end"
+        said = json.loads(file.read())
+        return (f"process {said['pid']} on {said['host']}, since {said['since']}",
+                f"kill -INT {said['pid']}    on {said['host']} lets it save and end")
     except (ValueError, KeyError, TypeError):
-        who, end = "another process", "wait until it has ended"
+        return "another process", "wait until it has ended"
+
+
+def _taken(file: TextIO, folder: Path) -> Stalled:
+    who, end = _said_holder(file)
     return Stalled(f"run folder {folder} is in use: {who} is training in it",
                    f"{end}; or train into another folder: run.name=ANOTHER")

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
-from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import gather_params_ctx
 
 from wantrain.targets import matched, matching
 from wantrain.terms import UserError
@@ -25,20 +20,23 @@ MAGNITUDE = "lora_magnitude_vector"
 
 @dataclass(frozen=True, slots=True)
 class AdapterKind:
-    """One of PEFT's adapters: what makes its config, the word for alpha there, and the tensors a module may get."""
+    """One of PEFT's adapters: the name of its config's class, the word for alpha there, the tensors that a module may
+    get, and what else its config says.
+    """
 
-    config: Callable[..., Any]
+    config: str
     alpha: str
     leaves: tuple[str, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 _PAIR = ("lora_A", "lora_B")
 KINDS: dict[str, AdapterKind] = {
-    "lora": AdapterKind(LoraConfig, "lora_alpha", _PAIR),
-    "rslora": AdapterKind(partial(LoraConfig, use_rslora=True), "lora_alpha", _PAIR),
-    "dora": AdapterKind(partial(LoraConfig, use_dora=True), "lora_alpha", (*_PAIR, MAGNITUDE)),
-    "loha": AdapterKind(LoHaConfig, "alpha", ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")),
-    "lokr": AdapterKind(LoKrConfig, "alpha",
+    "lora": AdapterKind("LoraConfig", "lora_alpha", _PAIR),
+    "rslora": AdapterKind("LoraConfig", "lora_alpha", _PAIR, {"use_rslora": True}),
+    "dora": AdapterKind("LoraConfig", "lora_alpha", (*_PAIR, MAGNITUDE), {"use_dora": True}),
+    "loha": AdapterKind("LoHaConfig", "alpha", ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")),
+    "lokr": AdapterKind("LoKrConfig", "alpha",
                         ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")),
 }
 """rslora scales by alpha/sqrt(rank) (Kalajdzievski 2023); dora learns each row's length apart (Liu et al. 2024); loha
@@ -87,16 +85,20 @@ def inject(transformer: torch.nn.Module, targets: Sequence[str], spec: Spec, see
 
     Returns their names. Works on the meta device too. Raises UserError when a target or pattern matches nothing.
     """
+    import peft  # which takes seconds, and what reads and writes LoRA files needs none of it
+    from peft.utils.integrations import gather_params_ctx
+
     names = match_targets(transformer, targets)
     transformer.requires_grad_(False)
     kind = KINDS[spec.kind]
     on_meta = next(transformer.parameters()).is_meta  # where PEFT would draw the adapter on the CPU, for nothing
-    config = kind.config(
-        r=spec.rank, target_modules=names, rank_pattern=_by_name(names, spec.rank_pattern, "lora.rank_pattern"),
+    config = getattr(peft, kind.config)(
+        **kind.options, r=spec.rank, target_modules="|".join(map(re.escape, names)),  # PEFT takes names as endings
+        rank_pattern=_by_name(names, spec.rank_pattern, "lora.rank_pattern"),
         alpha_pattern=_by_name(names, spec.alpha_pattern, "lora.alpha_pattern"), **{kind.alpha: spec.alpha})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, transformer, adapter_name=ADAPTER, low_cpu_mem_usage=on_meta)
+        peft.inject_adapter_in_model(config, transformer, adapter_name=ADAPTER, low_cpu_mem_usage=on_meta)
     for name, parameter in trainable_parameters(transformer).items():
         parameter.data = parameter.data.float()
         if MAGNITUDE in name:  # PEFT took the rows' lengths in the base's dtype
@@ -157,8 +159,14 @@ def _check_trainable(transformer: torch.nn.Module, names: Iterable[str], kind: A
 
 def scales(transformer: torch.nn.Module) -> dict[str, float]:
     """The factor on each adapted module's product: alpha/rank, or alpha/sqrt(rank) for rslora."""
-    return {name: float(layer.scaling[ADAPTER]) for name, layer in transformer.named_modules()
-            if isinstance(layer, BaseTunerLayer)}
+    return {name: float(layer.scaling[ADAPTER]) for name, layer in _adapted_layers(transformer)}
+
+
+def _adapted_layers(transformer: torch.nn.Module) -> list[tuple[str, Any]]:
+    """PEFT's layers by module name."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [(name, layer) for name, layer in transformer.named_modules() if isinstance(layer, BaseTunerLayer)]
 
 
 def pair_of(layer: torch.nn.Module) -> tuple[Any, torch.Tensor | None, torch.Tensor | None, float] | None:
@@ -166,6 +174,8 @@ def pair_of(layer: torch.nn.Module) -> tuple[Any, torch.Tensor | None, torch.Ten
 
     A and B are None where the adapter is switched off.
     """
+    from peft.tuners.lora import LoraLayer
+
     if not isinstance(layer, LoraLayer) or layer.lora_variant or not layer.lora_A:
         return None
     if layer.disable_adapters or ADAPTER not in layer.active_adapters:
@@ -298,10 +308,9 @@ def inner_rank(leaves: Mapping[str, torch.Tensor]) -> int | None:
 
 def set_strength(transformer: torch.nn.Module, strength: float) -> None:
     """Multiply the adapter's delta; at 0 the transformer computes bitwise as the frozen base."""
-    for layer in transformer.modules():
-        if isinstance(layer, BaseTunerLayer):
-            layer.enable_adapters(strength != 0)
-            layer.set_scale(ADAPTER, strength)
+    for _, layer in _adapted_layers(transformer):
+        layer.enable_adapters(strength != 0)
+        layer.set_scale(ADAPTER, strength)
 
 
 @contextlib.contextmanager
@@ -310,7 +319,7 @@ def switched_off(transformer: torch.nn.Module) -> Iterator[None]:
 
     PEFT's `enable_adapters` would also take requires_grad from the parameters, on which DDP and ZeRO have hooks.
     """
-    before = [(layer, layer._disable_adapters) for layer in transformer.modules() if isinstance(layer, BaseTunerLayer)]
+    before = [(layer, layer._disable_adapters) for _, layer in _adapted_layers(transformer)]
     for layer, _ in before:
         layer._disable_adapters = True
     try:

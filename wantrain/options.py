@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -84,7 +86,17 @@ NEW = FileVerb("write a recipe for a folder of clips: recipes/NAME.yaml", (
            is_free=True),
     Option("yes", "take defaults for what is not given, and ask nothing", is_flag=True)))
 
-OPTION_VERBS = {"new": NEW, **FILE_VERBS}
+MACHINE_VERBS = {
+    "runs": FileVerb("how far the runs of a folder are, what they take on the disk, how to go on", (
+        ("FOLDER", "of a run, or the one above runs (default: runs)", "*"),), ()),
+    "doctor": FileVerb("what this machine is, what of it limits wantrain, what mends that; the text for a bug report",
+                       (), (Option("json", "one JSON object, for programs", is_flag=True),)),
+    "completion": FileVerb("the script of Tab completion, for a shell's start-up file", (
+        ("SHELL", "bash, zsh or fish", None),), ()),
+}
+"""What asks the machine, and no recipe."""
+
+OPTION_VERBS = {"new": NEW, **FILE_VERBS, **MACHINE_VERBS}
 """Every verb whose arguments are files and options, not keys of a recipe."""
 
 
@@ -165,17 +177,26 @@ def parse(verb: str, arguments: Sequence[str]) -> argparse.Namespace:
         elif key in known:
             options.append(f"--{key}={value}")
         elif word.startswith("--") or (equals and not _is_file(word)):
-            raise UserError(f"{word} is not known; there are {', '.join(known)}", f"wantrain {verb} --help")
+            close = difflib.get_close_matches(key, known, 1)
+            meant = shlex.quote(f"{close[0]}={value}") + "    or " if close and equals else ""
+            options_there = f"are {', '.join(known)}" if known else "is no option"
+            raise UserError(f"{word} is not known; there {options_there}", f"{meant}wantrain {verb} --help")
         else:
             files.append(word)
     made = parser(verb)
     least = len(told.files) - sum(nargs == "*" for *_, nargs in told.files)
     most = len(told.files) if not any(nargs in ("+", "*") for *_, nargs in told.files) else len(files)
     if not least <= len(files) <= most:
-        wanted = " ".join(f"[{name}]" if nargs == "*" else name for name, _, nargs in told.files)
+        wanted = " ".join(f"[{name}]" if nargs == "*" else name for name, _, nargs in told.files) or "no file"
         raise UserError(f"{verb} takes {wanted}, and got {len(files)}: {', '.join(files) or 'nothing'}",
-                        f"wantrain {verb} {wanted}")
-    return made.parse_args([*options, "--", *files])
+                        f"wantrain {verb} {wanted if told.files else ''}".rstrip())
+    return made.parse_args([*options, *(["--", *files] if files else [])])
+
+
+_MEANT = {"true": "yes", "1": "yes", "on": "yes", "y": "yes", "false": "no", "0": "no", "off": "no", "n": "no",
+          "fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "comfyui": "universal", "comfy": "universal",
+          "musubi": "kohya"}
+"""What people write for a value of an option."""
 
 
 def _checked(verb: str, option: Option, value: str) -> str | int:
@@ -185,8 +206,9 @@ def _checked(verb: str, option: Option, value: str) -> str | int:
             raise UserError(f"{option.name}={value} is not allowed: a whole number from 1", f"wantrain {verb} --help")
         return int(value)
     if value not in option.values:
+        close = _MEANT.get(value.lower()) or next(iter(difflib.get_close_matches(value, option.values, 1)), "")
         raise UserError(f"{option.name}={value} is not allowed: {', '.join(filter(None, option.values))}",
-                        f"wantrain {verb} --help")
+                        f"{option.name}={close}" if close in option.values and close else f"wantrain {verb} --help")
     return value
 
 

@@ -25,8 +25,9 @@ from wantrain import config as schema
 from wantrain import costs, metrics
 from wantrain.config import BaseForm, Config, DataMode, Dtype, variant_of
 from wantrain.data import cache
-from wantrain.engine import checkpoint, launch
+from wantrain.engine import launch
 from wantrain.engine.rendezvous import LONGEST_S, Rendezvous
+from wantrain.engine.saved import step_of
 from wantrain.files import digest_file, digest_text, write_json
 from wantrain.recipe.clips import Clips, evaluation_faults, open_clips
 from wantrain.recipe.costing import Room, job_of, largest_bucket, policy_of
@@ -276,7 +277,7 @@ def to_encode(job: Job) -> float:
 
 def steps_left(job: Job) -> float:
     """Optimizer steps that are still to be done, of all experts."""
-    done_steps = {own.run_dir: [checkpoint.step_of(path.name) for path in own.checkpoints.on_disk()[-1:]]
+    done_steps = {own.run_dir: [step_of(path.name) for path in own.checkpoints.on_disk()[-1:]]
                   for own in job.recipe.trainings()}
     return sum(max(0, own.config.train.num_steps - max(done_steps[own.run_dir], default=0))
                for own in job.recipe.trainings())

@@ -60,6 +60,7 @@ def unwritable(path: Path, error: OSError) -> UserError:
         errno.EACCES: "allow this user to write there, or choose another folder",
         errno.EPERM: "allow this user to write there, or choose another folder",
         errno.ENAMETOOLONG: "give it a shorter name",
+        errno.ENOENT: "no folder can be made there: choose another one",
         errno.ENOTDIR: "a file is where a folder should be: move it, or choose another folder",
         errno.EEXIST: "a file is where a folder should be: move it, or choose another folder",
         errno.EISDIR: "a folder is where a file should be: move it, or choose another name",

@@ -19,7 +19,7 @@ import torch
 from tests.conftest import arguments_for, write_style
 from tests.distributed.forked import Forker, forking
 from tests.tiny_tasks import write_a14b
-from wantrain.engine import checkpoint
+from wantrain.engine import checkpoint, saved
 
 PAGE = Path(__file__).parents[2] / "docs" / "engines.md"
 COMMAND = "python -m tests.distributed.engine_table"
@@ -100,7 +100,7 @@ class Bench:
         run = self.root / f"run_{len(list(self.root.glob('run_*.log')))}"
         if start is not None:
             shutil.copytree(start, run)
-            for path in saved(run)[step:]:
+            for path in checkpoints_of(run)[step:]:
                 shutil.rmtree(path)
         self._run("train", run, [*OPTIMIZERS[row.optimizer], *more], num_processes,
                   row.engine if engine == "" else engine)
@@ -109,12 +109,12 @@ class Bench:
         return run
 
 
-def saved(run: Path) -> list[Path]:
-    return checkpoint.steps_on_disk(run / "high" / "checkpoints")
+def checkpoints_of(run: Path) -> list[Path]:
+    return saved.steps_on_disk(run / "high" / "checkpoints")
 
 
 def final(run: Path) -> dict[str, torch.Tensor]:
-    progress, tensors = checkpoint.load(saved(run)[-1], None)
+    progress, tensors = checkpoint.load(checkpoints_of(run)[-1], None)
     assert progress.step == STEPS
     return tensors
 

@@ -16,7 +16,7 @@ import torch
 
 from tests.conftest import arguments_for
 from tests.runs import LAUNCH, numbers, state
-from wantrain.engine import checkpoint
+from wantrain.engine import saved
 
 STEPS = 24
 
@@ -99,7 +99,7 @@ class Job:
 
     @property
     def checkpoints(self) -> list[Path]:
-        return checkpoint.steps_on_disk(self.folder / "run" / "checkpoints")
+        return saved.steps_on_disk(self.folder / "run" / "checkpoints")
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_the_warning_saves_and_requeues_and_the_next_run_ends_bitwise(undisturbe
     job.signal(signal.SIGUSR1)
     assert process.wait(60) == 130, job.output
     assert job.requeued == [f"requeue {job._env['SLURM_JOB_ID']}"]
-    stopped_after = checkpoint.step_of(job.checkpoints[-1].name)
+    stopped_after = saved.step_of(job.checkpoints[-1].name)
     assert f"stopped after step {stopped_after};" in job.output
     assert stopped_after < STEPS
     assert job.start().wait(240) == 0, job.output

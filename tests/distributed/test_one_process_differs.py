@@ -18,7 +18,7 @@ import torch
 
 from tests.conftest import arguments_for, opened
 from wantrain.data.cache import LATENTS
-from wantrain.engine import checkpoint
+from wantrain.engine import checkpoint, saved
 from wantrain.terms import EXIT_STALLED, EXIT_USER_ERROR
 
 pytestmark = pytest.mark.slow
@@ -156,7 +156,7 @@ def test_a_process_that_stands_still_is_named_and_the_run_goes_on_later(started,
     second.send_signal(signal.SIGCONT)
     (code, said), = ended([second])
     assert (code, "error in process 1" in said) == (EXIT_STALLED, True)
-    newest = checkpoint.newest_whole(checkpoint.CheckpointStore(tmp_path / "run" / "checkpoints"), None)
+    newest = checkpoint.newest_whole(saved.CheckpointStore(tmp_path / "run" / "checkpoints"), None)
     last = [f"train.num_steps={newest.progress.step + 1}"]
     assert [code for code, _ in ended(started("none", last, last))] == [0, 0]
 

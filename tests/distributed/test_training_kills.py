@@ -21,7 +21,7 @@ import torch
 from tests.distributed.engine_table import OPTIMIZERS, Bench
 from tests.distributed.forked import Forker, kill_session, left_over
 from wantrain.engine import checkpoint
-from wantrain.engine.checkpoint import CheckpointStore
+from wantrain.engine.saved import CheckpointStore
 
 pytestmark = pytest.mark.slow
 

@@ -19,7 +19,7 @@ import torch
 
 from tests.conftest import arguments_for
 from tests.runs import LAUNCH, numbers, state
-from wantrain.engine import checkpoint
+from wantrain.engine import checkpoint, saved
 
 pytestmark = pytest.mark.slow
 
@@ -160,7 +160,7 @@ def test_two_machines_without_a_common_folder_train_as_one_process_does(undistur
 def test_a_cut_link_ends_both_and_the_same_commands_go_on_bitwise(machines, start, undisturbed, tmp_path):
     checkpoints = tmp_path / "machine0" / "checkpoints"
     launches = start(tmp_path, "train.num_steps=1000000", "train.save_every=2")
-    wait_for(lambda: checkpoint.steps_on_disk(checkpoints), launches)
+    wait_for(lambda: saved.steps_on_disk(checkpoints), launches)
     machines.link("down")
     try:
         began = time.monotonic()
@@ -174,7 +174,7 @@ def test_a_cut_link_ends_both_and_the_same_commands_go_on_bitwise(machines, star
     logs = [(tmp_path / f"machine{i}" / "logs" / f"process_{i}.log").read_text() for i in (0, 1)]
     assert re.search(r"(process 1 on machine1 \(pid \d+\)|another process) is gone, or did not come within", logs[0])
     assert re.search(r"(process 0 on machine0 \(pid \d+\)|another process) is gone, or did not come within", logs[1])
-    newest = checkpoint.step_of(checkpoint.steps_on_disk(checkpoints)[-1].name)
+    newest = saved.step_of(saved.steps_on_disk(checkpoints)[-1].name)
     assert newest + 2 <= UNDISTURBED
     codes = ended(start(tmp_path, f"train.num_steps={newest + 2}", "train.save_every=2"), 240)
     assert codes == [0, 0], all_output(tmp_path)
@@ -194,7 +194,7 @@ def test_elastic_goes_on_by_itself_after_a_cut(machines, clips, cache_dir, undis
         clips, cache_dir, run, f"train.num_steps={UNDISTURBED}", "train.save_every=2")], tmp_path / f"output_{i}.txt",
         NODES="2:2", GPUS="1", HOST="machine0", RESTARTS="3") for i in (0, 1)]
     try:
-        wait_for(lambda: checkpoint.steps_on_disk(run / "checkpoints"), launches)
+        wait_for(lambda: saved.steps_on_disk(run / "checkpoints"), launches)
         machines.link("down")
         logs = [run / "logs" / f"process_{i}.log" for i in (0, 1)]
         wait_for(lambda: all("is gone, or did not come" in log.read_text() for log in logs), launches)

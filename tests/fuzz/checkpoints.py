@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from wantrain import cli, config
-from wantrain.engine import checkpoint
-from wantrain.engine.checkpoint import CHECKSUMS, STATE, TENSORS, CheckpointStore, Progress, Record
+from wantrain.engine import checkpoint, saved
+from wantrain.engine.saved import CHECKSUMS, STATE, TENSORS, CheckpointStore, Progress, Record
 from wantrain.terms import UserError
 
 VALUES: tuple[Any, ...] = (None, True, -1, 0, 1e308, 10**30, "", "x", "\ud800", [], {}, [[1]], {"a": {"b": 1}}, "nan")
@@ -49,7 +49,7 @@ def one(random: Random, folder: Path) -> None:
         random.choice((mutate_state, mutate_bytes, mutate_folder))(random, path)
     if path.is_dir() and (path / TENSORS).is_file() and (path / STATE).is_file() \
             and not (path / CHECKSUMS).is_dir() and random.random() < 0.9:
-        (path / CHECKSUMS).write_text(checkpoint.checksums(path))
+        (path / CHECKSUMS).write_text(saved.checksums(path))
     code = cli.main(["export", *_arguments(), f"run.dir={folder / 'run'}"])
     assert code in (0, 2), code
     with contextlib.suppress(UserError):

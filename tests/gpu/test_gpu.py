@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.runs import LAUNCH
-from wantrain.engine import checkpoint
+from wantrain.engine import checkpoint, saved
 
 pytestmark = pytest.mark.gpu
 
@@ -46,7 +46,7 @@ def test_two_gpus_train_as_one_does_and_resume_bitwise(arguments, cached, tmp_pa
                    "model.dtype=float32", "train.micro_batch_size=2", *more]
         subprocess.run(command, check=True, timeout=600)
         lines = (tmp_path / run / "metrics.jsonl").read_text().splitlines()
-        progress, tensors = checkpoint.load(checkpoint.steps_on_disk(tmp_path / run / "checkpoints")[-1], None)
+        progress, tensors = checkpoint.load(saved.steps_on_disk(tmp_path / run / "checkpoints")[-1], None)
         return progress.step, [json.loads(line)["loss"] for line in lines], tensors
 
     launch = ("-m", "accelerate.commands.launch", "--config_file", str(LAUNCH / f"{file}.yaml"))

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from tests.tiny_tasks import official_steps, pipeline, write_a14b
 from wantrain import flow, objective
 from wantrain.config import load
-from wantrain.engine import checkpoint
+from wantrain.density import share_of_schedule
+from wantrain.engine import saved
 from wantrain.models import base, comfy_workflow, sampling
 from wantrain.models.lora_formats import read_lora
 from wantrain.models.lora_updates import worst_difference
@@ -100,8 +101,8 @@ def test_draws_over_the_whole_range_are_shared_as_inference_shares_its_schedule(
     whole = replace(density_of(variant, "high"), within=(0.0, 1.0))
     is_high = flow.timestep(flow.sigma_at(u, whole)) >= 1000 * boundary
     assert float(is_high.double().mean()) == pytest.approx(share, abs=0.002)
-    assert flow.share(row.shift, boundary, 1) == pytest.approx(share, abs=5e-4)
-    assert flow.share(row.shift, 0, boundary) == pytest.approx(1 - share, abs=5e-4)
+    assert share_of_schedule(row.shift, boundary, 1) == pytest.approx(share, abs=5e-4)
+    assert share_of_schedule(row.shift, 0, boundary) == pytest.approx(1 - share, abs=5e-4)
 
 
 @pytest.mark.parametrize("variant", [name for name in PUBLISHED if VARIANTS[name].experts])
@@ -183,10 +184,10 @@ def test_one_expert_at_a_time_and_going_on(wantrain, own, tmp_path):
     assert wantrain("train", *own, "model.experts=high") == 0
     run = tmp_path / "run"
     assert not (run / "low").exists()
-    first = checkpoint.steps_on_disk(run / "high" / "checkpoints")[-1].stat().st_mtime_ns
+    first = saved.steps_on_disk(run / "high" / "checkpoints")[-1].stat().st_mtime_ns
     assert wantrain("export", *own, "model.experts=high") == 0
     assert wantrain("train", *own) == 0
-    assert checkpoint.steps_on_disk(run / "high" / "checkpoints")[-1].stat().st_mtime_ns == first
+    assert saved.steps_on_disk(run / "high" / "checkpoints")[-1].stat().st_mtime_ns == first
     assert wantrain("export", *own) == 0
     pair = exported(run)
     template = str(run / "export" / "demo_anime_{expert}_noise.safetensors")

@@ -17,7 +17,7 @@ from tests.tiny_tasks import pipeline
 from wantrain import cli, lora, pictures
 from wantrain.config import LoraFormat
 from wantrain.data import decode
-from wantrain.engine import checkpoint
+from wantrain.engine import checkpoint, saved
 from wantrain.models import base, comfy_workflow, lora_formats, lora_updates, lora_writing, sampling
 from wantrain.models.fit import AdapterFile, fit
 from wantrain.models.names import transformer_to_diffusers
@@ -53,7 +53,7 @@ def test_diffusers_loads_the_file_and_computes_what_was_trained(trained):
     loaded = pipeline.transformer(**inputs())[0]
     own = TINY.transformer(torch.float32, CPU)
     lora.inject(own, ["attn_ffn"], lora.Spec(4, 3), seed=0)
-    _, tensors = checkpoint.load(checkpoint.steps_on_disk(trained / "checkpoints")[-1], None)
+    _, tensors = checkpoint.load(saved.steps_on_disk(trained / "checkpoints")[-1], None)
     lora.start_from(own, lora.adapter_state(checkpoint.values(tensors), lora.scales(own)))
     adapted = own(**inputs())[0]
     assert (adapted - before).abs().max() > 0.01
@@ -66,8 +66,8 @@ def test_the_file_holds_official_names_folded_alpha_and_provenance(trained):
     pattern = r"diffusion_model\.blocks\.\d\.(self_attn\.[qkvo]|cross_attn\.[qkvo]|ffn\.[02])\.lora_[AB]\.weight"
     assert all(re.fullmatch(pattern, name) for name in tensors)
     assert len(tensors) == 120
-    _, saved = checkpoint.load(checkpoint.steps_on_disk(trained / "checkpoints")[-1], None)
-    a, b = (saved[f"blocks.2.ffn.net.0.proj.lora_{x}.default.weight|value"] for x in "AB")
+    _, stored = checkpoint.load(saved.steps_on_disk(trained / "checkpoints")[-1], None)
+    a, b = (stored[f"blocks.2.ffn.net.0.proj.lora_{x}.default.weight|value"] for x in "AB")
     official = "diffusion_model.blocks.2.ffn.0.lora_{}.weight"
     delta = tensors[official.format("B")] @ tensors[official.format("A")]
     torch.testing.assert_close(delta, 3 / 4 * (b @ a), rtol=1e-6, atol=1e-7)
@@ -298,7 +298,7 @@ def _assert_pipeline_computes_the_checkpoint(run, kind):
     trained_on = TINY.transformer(torch.float32, CPU)
     before = trained_on(**inputs())[0]
     lora.inject(trained_on, ["attn_ffn"], lora.Spec(4, 4, kind, {"attn": 2}), seed=0)
-    _, tensors = checkpoint.load(checkpoint.steps_on_disk(run / "checkpoints")[-1], None)
+    _, tensors = checkpoint.load(saved.steps_on_disk(run / "checkpoints")[-1], None)
     lora.start_from(trained_on, lora.adapter_state(checkpoint.values(tensors), lora.scales(trained_on)))
     sampled_with = TINY.transformer(torch.float32, CPU)
     fit(sampled_with, CPU, [AdapterFile(run / "export" / "demo_anime.safetensors")])

@@ -24,6 +24,7 @@ from tests.tiny_tasks import write_checkpoint
 from wantrain import config as schema
 from wantrain import flow, pictures
 from wantrain.data.decode import read_clip
+from wantrain.density import Density
 from wantrain.recipe.clips import open_clips
 from wantrain.recipe.recipe import Recipe, open_recipe
 from wantrain.recipe.samples import Encoder, write_texts
@@ -304,7 +305,7 @@ def check(twin: Twin, step: Step, expert: str | None = None, exact: bool = True)
     batch, given = step.batch, step.given
     num_frames = batch.planned_B[0].bucket.num_frames
     assert given["encoder_hidden_states"].shape[:2] == (BATCH, 512)
-    sigma_B = flow.draw_sigma(0, step.number, range(BATCH), BATCH, flow.Density(
+    sigma_B = flow.draw_sigma(0, step.number, range(BATCH), BATCH, Density(
         shift=SHIFTS[twin.name], within=WITHIN.get((twin.name, expert), (0, 1))))
     assert given["timestep"].dtype == torch.float32
     noisy = given["hidden_states"]

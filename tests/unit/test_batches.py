@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from wantrain.data.batches import Draws, Order, Split, ahead, caption_for, micro_batches
-from wantrain.flow import Density
+from wantrain.density import Density
 from wantrain.terms import Bucket, Clip, MediaInfo, PlannedClip, Sample
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from wantrain.engine import checkpoint
-from wantrain.engine.checkpoint import CHECKSUMS, STATE, TENSORS, CheckpointStore, Damaged, Progress, Record
+from wantrain.engine.saved import CHECKSUMS, STATE, TENSORS, CheckpointStore, Damaged, Progress, Record
 from wantrain.terms import UserError
 
 FINGERPRINT = {"train.seed": 0, "optim.lr": 1e-3, "data.trigger": "sqstyle", "(base weights)": "0f3a"}

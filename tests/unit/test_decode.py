@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.conftest import moving_square
 from wantrain import pictures
-from wantrain.data import decode
+from wantrain.data import decode, films
 from wantrain.terms import Bucket, UserError
 
 FOOTAGE = Path(__file__).parents[2] / "wantrain/assets/demo/footage/01_ears-up.mp4"
@@ -56,8 +56,8 @@ def test_decord_gives_the_frames_that_pyav_gives(film):
 
 
 def test_a_span_ends_where_it_says(film):
-    assert decode.count_frames(decode.probe(film), 1.0, 2.0, 16) == 16
-    assert decode.count_frames(decode.probe(film), 0.0, None, 16) == 48
+    assert films.count_frames(decode.probe(film), 1.0, 2.0, 16) == 16
+    assert films.count_frames(decode.probe(film), 0.0, None, 16) == 48
     with pytest.raises(UserError, match="8 frames at 16 fps"):
         decode.read_clip(film, 1.0, 1.5, 16, Bucket(9, 64, 96))
 
@@ -134,7 +134,7 @@ def test_a_file_cut_off_inside_its_frames_is_an_error_not_a_shorter_clip(tmp_pat
 def test_an_image_is_a_clip_of_one_frame(tmp_path):
     Image.fromarray(np.full((40, 60, 3), 7, np.uint8)).save(tmp_path / "still.png")
     found = decode.probe(tmp_path / "still.png")
-    assert decode.count_frames(found, 0, None, 16) == 1
+    assert films.count_frames(found, 0, None, 16) == 1
     frames = decode.read_clip(tmp_path / "still.png", 0, None, 16, Bucket(1, 32, 48))
     assert frames.shape == (1, 3, 32, 48)
     assert frames.unique().tolist() == [7]

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from wantrain import flow
-from wantrain.data import batches
-from wantrain.data.batches import Draws, Order, Split, caption_for, captions_of, window_for
+from wantrain.data import batches, buckets
+from wantrain.data.batches import Draws, Order, Split, caption_for, window_for
+from wantrain.data.captions import captions_of
+from wantrain.density import Density
 from wantrain.jobs import in_workers
 from wantrain.models.encode import pool_mask
 from wantrain.recipe import clips as clips_of_recipe
@@ -22,11 +24,11 @@ SMALL, LARGE = Bucket(5, 32, 32), Bucket(9, 32, 64)
 
 
 def unshifted(bucket):
-    return flow.Density("uniform", (), 1.0)
+    return Density("uniform", (), 1.0)
 
 
 def shifted(bucket):
-    return flow.Density("uniform", (), 3.0)
+    return Density("uniform", (), 3.0)
 
 
 def planned(number, bucket=SMALL, prefix="clip", **settings):
@@ -103,15 +105,15 @@ def test_weights_without_a_source_that_has_no_clips_left():
 
 def test_a_step_has_as_many_samples_as_fit_in_whole_multiples():
     assert (SMALL.num_tokens(16), LARGE.num_tokens(16)) == (8, 24)
-    assert batches.batch_factors([SMALL, LARGE], 2, None, 16) == {}
+    assert buckets.batch_factors([SMALL, LARGE], 2, None, 16) == {}
     for budget in range(48, 200, 7):
-        factors = batches.batch_factors([SMALL, LARGE], 2, budget, 16)
+        factors = buckets.batch_factors([SMALL, LARGE], 2, budget, 16)
         for bucket, factor in factors.items():
             tokens = 2 * bucket.num_tokens(16)
             assert factor * tokens <= budget < (factor + 1) * tokens
     with pytest.raises(UserError, match=r"max_tokens_per_batch = 47, .*batch_size = 2 of bucket 9f 32x64 has 48 tokens"
                        ) as caught:
-        batches.batch_factors([SMALL, LARGE], 2, 47, 16)
+        buckets.batch_factors([SMALL, LARGE], 2, 47, 16)
     assert "data.max_tokens_per_batch=48" in caught.value.next_step
 
 

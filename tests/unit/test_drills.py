@@ -40,6 +40,14 @@ MISTAKES = {
     "data.num_frames=80": ["data.num_frames", "4n+1"],
     "data.num_frames=[81": ["data.num_frames", "closing ]"],
     "data.resolutions=[[64]]": ["data.resolutions", "[height, width]"],
+    "data.resolutions=[[65,97]]": ["data.resolutions = [65, 97]", "multiples of 16", "data.resolutions=[[64,96]]"],
+    "data.resolutions=480p": ["data.resolutions", "in the form [[480, 832]]"],
+    "lora.rnak=4": ["did you mean lora.rank?", "lora.rank=4    or wantrain train --help all"],
+    "lora.rnak=many": ["did you mean lora.rank?", "next: wantrain train --help all"],
+    "lora.rank 4": ["did you mean lora.rank=4?"],
+    "train.activation_checkpointing=true": ["did you mean memory.keep?", "next: wantrain train --help all"],
+    "recipe=/no/such/demo_anmie.yaml": ["there is no such file", "recipe=demo_anime    by its name"],
+    "recipe=qqqq": ["recipe = 'qqqq' is not there; there are"],
     "data.trigger=": [],
     "data.mode=streaming": ["data.mode", "stream"],
     "data.batch_size=0": ["data.batch_size", "1 or more"],
@@ -111,7 +119,8 @@ MISTAKES = {
     "optim.weight_decay=1e9": ["optim.weight_decay", "below 1 / optim.lr"],
     "optim=prodigy": ["did you mean optim.name=prodigy?"],
     "optim=adamw8bit": ["did you mean optim.name=adamw_8bit?"],
-    "lora.start_from=runs/a/checkpoints/step_000004": ["lora.start_from", "export it first"],
+    "lora.start_from=runs/a/checkpoints/step_000004": ["lora.start_from", "export it first",
+                                                        "lora.start_from=runs/a/export/NAME.safetensors"],
     "+data.sources.mine={paht: /x}": ["data.sources.mine.paht", "did you mean data.sources.mine.path"],
     "data.heldout=/in/${x}": ["data.heldout: it refers to ${x}, and there is no key x", "\\${x}"],
     "data.heldout=${data.triger}": ["data.heldout", "did you mean ${data.trigger}?"],
@@ -458,6 +467,33 @@ def test_clips_that_are_not_there_are_told_before_libraries_are_imported(tmp_pat
         config.refuse_absent_clips(config.load([RECIPE, f"data.heldout={there}"]))
 
 
+@pytest.mark.parametrize(("typed", "said", "meant"), [
+    (["prune", "cache", "delete=true"], "delete=true is not allowed: no, yes", "delete=yes"),
+    (["prune", "cache", "dlete=yes"], "dlete=yes is not known; there are delete, verify",
+     "delete=yes    or wantrain prune --help"),
+    (["convert", "a.safetensors", "b.safetensors", "dtype=bf16"], "dtype=bf16 is not allowed", "dtype=bfloat16"),
+    (["convert", "a.safetensors", "b.safetensors", "format=comfyui"], "format=comfyui is not allowed",
+     "format=universal"),
+    (["extract", "a", "b", "c", "rank=zero"], "rank=zero is not allowed: a whole number from 1",
+     "wantrain extract --help"),
+    (["doctor", "here"], "doctor takes no file, and got 1: here", "wantrain doctor")])
+def test_options_of_file_verbs_are_told_with_the_nearest_right_ones(capsys, typed, said, meant):
+    assert cli.main(typed) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.endswith(f"  next: {meant}\n")
+
+
+def test_a_folder_with_signs_of_a_pattern_in_its_name_is_no_pattern(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    typed = [RECIPE, "data.heldout=Vidéos/[neu] (1)"]
+    with pytest.raises(UserError, match="does not exist"):
+        config.refuse_absent_clips(config.load(typed))
+    (tmp_path / "Vidéos" / "[neu] (1)").mkdir(parents=True)
+    config.refuse_absent_clips(config.load(typed))
+    config.refuse_absent_clips(config.load([RECIPE, "data.heldout=Vidéos/shard-[0-9].tar"]))
+
+
 def test_a_prompt_without_the_trigger_is_told(capsys):
     config.tell_untriggered(config.load([RECIPE]))
     assert capsys.readouterr().err == ""
@@ -466,7 +502,7 @@ def test_a_prompt_without_the_trigger_is_told(capsys):
 
 
 def test_help_ends_quietly_when_nobody_reads_on_and_its_defaults_are_yaml(monkeypatch, capsys):
-    assert cli.main(["train", "--help"]) == 0
+    assert cli.main(["train", "--help", "all"]) == 0
     shown = capsys.readouterr().out
     for line in ("  memory.keep = auto", "  train.mirror = null", "  optim.betas = [0.9, 0.99]",
                  "  model.dtype = bfloat16", "  lora.targets = [attn_ffn]", "  optim.eps = 1e-08",
@@ -476,4 +512,4 @@ def test_help_ends_quietly_when_nobody_reads_on_and_its_defaults_are_yaml(monkey
     os.close(ours)
     with os.fdopen(theirs, "w") as nobody:
         monkeypatch.setattr(sys, "stdout", nobody)
-        assert cli.main(["train", "--help"]) == 0
+        assert cli.main(["train", "--help", "all"]) == 0

@@ -20,8 +20,9 @@ from tests.runs import lines, losses, same_bits, state
 from wantrain import logs
 from wantrain.data import batches
 from wantrain.data.cache import LATENTS, TEXT
-from wantrain.engine import checkpoint
-from wantrain.engine.checkpoint import CheckpointStore, Progress, Record, Writer
+from wantrain.engine import checkpoint, saved
+from wantrain.engine.checkpoint import Writer
+from wantrain.engine.saved import CheckpointStore, Progress, Record
 from wantrain.engine.stopping import Stopper
 from wantrain.metrics import Trackers
 from wantrain.recipe.training import Training
@@ -107,26 +108,26 @@ def test_a_gradient_that_is_not_finite_leaves_the_update_out(trained, wantrain, 
 # Checkpoints: which stay, the mirror
 
 
-def saved(place: CheckpointStore, *steps: int) -> None:
+def written(place: CheckpointStore, *steps: int) -> None:
     for step in steps:
         checkpoint.save(place, Progress(step), {"a|value": torch.full((2,), float(step))}, Record({}))
 
 
 def test_the_newest_and_every_so_many_stay(tmp_path):
-    saved(CheckpointStore(tmp_path, keep=2, keep_every=4), *range(1, 12))
-    assert [checkpoint.step_of(p.name) for p in checkpoint.steps_on_disk(tmp_path)] == [4, 8, 10, 11]
+    written(CheckpointStore(tmp_path, keep=2, keep_every=4), *range(1, 12))
+    assert [saved.step_of(p.name) for p in saved.steps_on_disk(tmp_path)] == [4, 8, 10, 11]
 
 
 def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
-    saved(CheckpointStore(tmp_path, keep=3), 999_999, 1_000_000)
+    written(CheckpointStore(tmp_path, keep=3), 999_999, 1_000_000)
     found = checkpoint.newest_whole(CheckpointStore(tmp_path), {})
     assert found is not None
     assert found.progress.step == 1_000_000
 
 
 def test_b2sum_reads_the_checksums(tmp_path):
-    saved(CheckpointStore(tmp_path), 1)
-    done = subprocess.run(["b2sum", "-l", "128", "-c", checkpoint.CHECKSUMS], cwd=tmp_path / "step_000001",
+    written(CheckpointStore(tmp_path), 1)
+    done = subprocess.run(["b2sum", "-l", "128", "-c", saved.CHECKSUMS], cwd=tmp_path / "step_000001",
                           capture_output=True, text=True, check=True)
     assert done.stdout == "training.safetensors: OK\nstate.json: OK\n"
 
@@ -150,7 +151,7 @@ def test_the_mirror_stands_in_for_a_damaged_checkpoint(tmp_path):
     for step in (1, 2):
         writer.write(Progress(step), {"a|value": torch.full((2,), float(step))}, Record({}))
     writer.close()
-    (place.folder / "step_000002" / checkpoint.TENSORS).write_bytes(b"cut")
+    (place.folder / "step_000002" / saved.TENSORS).write_bytes(b"cut")
     found = checkpoint.newest_whole(place, {})
     assert found is not None
     assert found.progress.step == 2

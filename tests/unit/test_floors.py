@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "wantrain"
 TESTS = PACKAGE.parent / "tests"
 FLOORS = {
-    "terms": 0, "files": 0.5, "lock": 0.5, "logs": 0.5, "outside": 0.5, "targets": 0.5,
+    "terms": 0, "files": 0.5, "lock": 0.5, "logs": 0.5, "outside": 0.5, "targets": 0.5, "density": 0.5,
     "flow": 1, "lora": 1, "style": 1, "options": 1, "jobs": 1, "journal": 1.5, "tensors": 1,
     "pictures": 2, "models": 2, "data": 2, "costs": 2.5,
     "config": 3, "engine": 3, "metrics": 3, "objective": 3,
@@ -16,8 +16,9 @@ DOORS = {
     "hydra": {"config"}, "omegaconf": {"config"}, "diffusers": {"models"}, "transformers": {"models"},
     "decord": {"data.decode"}, "datasets": {"data.manifest"}, "peft": {"lora"}, "accelerate": {"engine"},
     "deepspeed": {"engine"}, "wandb": {"metrics"}, "tensorboard": {"metrics"}, "jinja2": {"pages"},
-    "huggingface_hub": {"models.hub"}, "httpx2": {"outside", "models.hub"},
-    "modelscope": {"models.hub"}, "bitsandbytes": {"engine"}, "prodigyopt": {"engine"}, "schedulefree": {"engine"},
+    "huggingface_hub": {"models.downloads"}, "httpx2": {"outside", "models.downloads"},
+    "modelscope": {"models.downloads"}, "bitsandbytes": {"engine"}, "prodigyopt": {"engine"},
+    "schedulefree": {"engine"},
 }
 
 

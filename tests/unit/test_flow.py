@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from wantrain import flow
+from wantrain.density import Density
 
 
 def test_mix_velocity_and_loss_have_their_closed_forms():
@@ -87,7 +88,7 @@ def test_min_snr_weights_the_velocity_error_as_hang_et_al_weight_that_of_the_cle
 @pytest.mark.parametrize(("call", "allowed"), [
     (lambda: flow.weight_of_sigma(torch.ones(1), "snr"), "none, sigma_sqrt, cosmap, min_snr"),
     (lambda: flow.loss_per_sample(torch.ones(1, 1), torch.ones(1, 1), kind="l1"), "mse, huber, pseudo_huber"),
-    (lambda: flow.Density("gauss"), "uniform, logit_normal, mode, beta"),
+    (lambda: Density("gauss"), "uniform, logit_normal, mode, beta"),
 ])
 def test_an_unknown_name_is_refused_with_those_allowed(call, allowed):
     with pytest.raises(ValueError, match=allowed):
@@ -97,14 +98,14 @@ def test_an_unknown_name_is_refused_with_those_allowed(call, allowed):
 def test_every_step_draws_one_sigma_from_each_stratum():
     n, shift = 16, 5.0
     for step in range(5):
-        sigma = flow.draw_sigma(7, step, range(n), n, flow.Density(shift=shift)).double()
+        sigma = flow.draw_sigma(7, step, range(n), n, Density(shift=shift)).double()
         uniform = sigma / (shift - (shift - 1) * sigma)
         assert sorted((uniform * n).floor().int().tolist()) == list(range(n))
 
 
 def test_sigma_is_uniform_after_undoing_the_shift():
     shift, n = 3.0, 8
-    density = flow.Density(shift=shift)
+    density = Density(shift=shift)
     sigma = torch.cat([flow.draw_sigma(0, step, range(n), n, density) for step in range(2000)]).double()
     uniform = (sigma / (shift - (shift - 1) * sigma)).sort().values
     ks = (uniform - torch.linspace(0, 1, len(uniform), dtype=torch.float64)).abs().max()
@@ -112,7 +113,7 @@ def test_sigma_is_uniform_after_undoing_the_shift():
 
 
 def test_sigma_and_noise_do_not_depend_on_the_split():
-    for density in (flow.Density(shift=3.0), flow.Density("beta", (2, 3), 5.0, (0.0, 0.9))):
+    for density in (Density(shift=3.0), Density("beta", (2, 3), 5.0, (0.0, 0.9))):
         whole = flow.draw_sigma(3, 11, range(8), 8, density)
         parts = torch.cat([flow.draw_sigma(3, 11, [6, 7, 0, 1], 8, density),
                            flow.draw_sigma(3, 11, [2, 3, 4, 5], 8, density)])
@@ -125,7 +126,7 @@ def test_sigma_and_noise_do_not_depend_on_the_split():
 
 def test_drawing_leaves_the_global_generators_alone():
     before = torch.get_rng_state()
-    flow.draw_sigma(0, 0, range(4), 4, flow.Density(shift=3.0))
+    flow.draw_sigma(0, 0, range(4), 4, Density(shift=3.0))
     flow.draw_noise(0, 0, range(2), (1, 1, 2, 2))
     assert torch.equal(before, torch.get_rng_state())
 

@@ -13,7 +13,7 @@ from tests.conftest import arguments_for
 from tests.foreign import FORMS, ROWS, read
 from wantrain import cli, config, files, jobs, metrics
 from wantrain.data import manifest, media, tables
-from wantrain.engine import checkpoint
+from wantrain.engine import saved
 from wantrain.terms import UserError
 
 
@@ -193,7 +193,7 @@ def test_where_clips_are_is_no_part_of_what_a_resume_compares():
     moved = keys("data.sources.style.path=/elsewhere", "+data.sources.style.columns.caption=text")
     assert moved == keys()
     assert moved != keys("data.sources.style.repeats=7")
-    checkpoint.refuse_another_config({**moved, "data.sources.style.path": "/before"}, moved, {})
+    saved.refuse_another_config({**moved, "data.sources.style.path": "/before"}, moved, {})
 
 
 @pytest.mark.slow
@@ -208,6 +208,6 @@ def test_clips_that_moved_go_on_and_others_are_refused(wantrain, clips, tmp_path
     (tmp_path / "another name" / "clip_0.txt").write_text("sqstyle, square number 0")
     assert wantrain("train", elsewhere) == 0
     assert wantrain("train", "run.dir=" + str(tmp_path / "whole")) == 0
-    ends = [next((run / "checkpoints").glob("step_000004")) / checkpoint.TENSORS
+    ends = [next((run / "checkpoints").glob("step_000004")) / saved.TENSORS
             for run in (tmp_path / "run", tmp_path / "whole")]
     assert ends[0].read_bytes() == ends[1].read_bytes()

@@ -441,3 +441,21 @@ def test_the_real_modelscope_finds_its_cache(tmp_path):
         assert hub.local("modelscope:some/model/vae") == tmp_path / "models/some--model/snapshots/master/vae"
     finally:
         own.set_default_config(before)
+
+
+def test_before_a_download_its_size_and_place_are_told_once(cache, server, capsys, monkeypatch):
+    monkeypatch.setitem(FILES, "transformer/a.safetensors", b"w" * 60_000_000)
+    hub.local("some/model")
+    said = capsys.readouterr().err
+    assert f"note: some/model is not here: {len(NEEDED)} files, 0.1 GB, are downloaded into {cache}\n" in said
+    hub.local("some/model")
+    assert "note:" not in capsys.readouterr().err
+
+
+def test_what_is_here_is_found_without_asking_the_hub(cache, server):
+    assert hub.here("some/model") is None
+    assert hub.here("some/model/vae") is None
+    fill(cache, listed=True)
+    assert hub.here("some/model") == cache / "models--some--model/snapshots" / COMMIT
+    assert server.asked == []
+    assert hub.download_command("some/model@v1/vae") == "hf download some/model --include 'vae/*' --revision v1"

@@ -14,7 +14,8 @@ from wantrain import cli, flow, lora
 from wantrain import config as schema
 from wantrain.config import load
 from wantrain.data.batches import Order
-from wantrain.engine import checkpoint
+from wantrain.density import Density
+from wantrain.engine import saved
 from wantrain.engine.stopping import Stopper
 from wantrain.files import digest_folder
 from wantrain.models import base
@@ -83,7 +84,7 @@ def test_resume_refuses_another_config_and_says_which_key(copied, wantrain, caps
 
 
 def test_a_damaged_checkpoint_is_refused(copied, wantrain, capsys):
-    tensors = copied / "checkpoints" / "step_000004" / checkpoint.TENSORS
+    tensors = copied / "checkpoints" / "step_000004" / saved.TENSORS
     whole = tensors.read_bytes()
     tensors.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     assert wantrain("train", f"run.dir={copied}", "train.num_steps=6") == 2
@@ -109,11 +110,11 @@ def begun(three_steps, tmp_path):
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_goes_on_to_the_same_end(plain, begun, trained, capsys,
                                                                                          damage):
     newest = begun / "checkpoints" / "step_000003"
-    tensors = newest / checkpoint.TENSORS
+    tensors = newest / saved.TENSORS
     data = tensors.read_bytes()
     tensors.write_bytes({"flipped": data[:-9] + bytes([data[-9] ^ 4]) + data[-8:], "cut": data[:100]}.get(damage, data))
     if damage == "gone":
-        (newest / checkpoint.STATE).unlink()
+        (newest / saved.STATE).unlink()
     capsys.readouterr()
     run = trained("run", "train.num_steps=4")
     told = capsys.readouterr().out
@@ -157,7 +158,7 @@ def test_the_model_is_told_1000_sigma_and_the_noisy_latents_of_that_sigma(wantra
         train.train(training, Cached(training.clips), stopper)
     training.writer.finish()
     for step, kwargs in enumerate(told):
-        sigma_B = flow.draw_sigma(0, step, range(4), 4, flow.Density("uniform", (), 3.0))
+        sigma_B = flow.draw_sigma(0, step, range(4), 4, Density("uniform", (), 3.0))
         assert kwargs["timestep"].dtype == torch.float32
         assert torch.equal(kwargs["timestep"], 1000 * sigma_B)
         assert kwargs["encoder_hidden_states"].shape == (4, 512, 128)
@@ -190,7 +191,7 @@ def test_the_run_folder_says_what_was_run(plain, arguments):
 
 def test_old_checkpoints_go_and_the_newest_stay(trained):
     run = trained("run", "train.num_steps=5", "train.save_every=1", "train.keep_checkpoints=2")
-    assert [p.name for p in checkpoint.steps_on_disk(run / "checkpoints")] == ["step_000004", "step_000005"]
+    assert [p.name for p in saved.steps_on_disk(run / "checkpoints")] == ["step_000004", "step_000005"]
 
 
 def test_a_non_finite_loss_stops_before_the_update(trained, wantrain, tmp_path, monkeypatch, capsys):

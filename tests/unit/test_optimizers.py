@@ -14,10 +14,10 @@ from accelerate import Accelerator
 from tests.conftest import opened
 from wantrain import engine, lora
 from wantrain.config import defaults, load
-from wantrain.engine import checkpoint, optimizers, states
-from wantrain.engine.checkpoint import CheckpointStore, Progress, Record
+from wantrain.engine import checkpoint, optimizers, snapshot, states
 from wantrain.engine.ema import Ema, decay_at
 from wantrain.engine.optimizers import OPTIMIZERS, OptimizerKind
+from wantrain.engine.saved import CheckpointStore, Progress, Record
 from wantrain.models import base
 from wantrain.models.lora_updates import read_adapter
 from wantrain.models.variants import VARIANTS
@@ -70,10 +70,10 @@ class Learner:
         return self
 
     def tensors(self):
-        return checkpoint.gather(self.accelerator, self.model, self.optimizer, self.kind, self.ema)
+        return snapshot.gather(self.accelerator, self.model, self.optimizer, self.kind, self.ema)
 
     def restore(self, tensors, step):
-        checkpoint.restore(self.accelerator, self.model, self.optimizer, kind=self.kind, ema=self.ema,
+        snapshot.restore(self.accelerator, self.model, self.optimizer, kind=self.kind, ema=self.ema,
                            tensors=tensors, updates=step)
         return self
 

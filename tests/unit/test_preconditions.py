@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from wantrain import cli, config
-from wantrain.engine import checkpoint
-from wantrain.engine.checkpoint import Record
+from wantrain.engine import checkpoint, saved
+from wantrain.engine.saved import Record
 from wantrain.models.base import Base
 
 
@@ -55,8 +55,8 @@ def test_exporting_an_expert_that_was_not_trained_names_the_one_that_was(argumen
     record = Record(fingerprint, "lora", {"blocks.0.attn1.to_q": 1.0})
     pair = {f"blocks.0.attn1.to_q.lora_{x}.default.weight|value": torch.ones(size) for x, size in
             (("A", (4, 96)), ("B", (96, 4)))}
-    store = checkpoint.CheckpointStore(tmp_path / "run" / "low" / "checkpoints")
-    checkpoint.save(store, checkpoint.Progress(1), pair, record)
+    store = saved.CheckpointStore(tmp_path / "run" / "low" / "checkpoints")
+    checkpoint.save(store, saved.Progress(1), pair, record)
     assert cli.main(["export", *own]) == 2
     said = capsys.readouterr().err
     assert f"no checkpoint in {tmp_path / 'run' / 'high' / 'checkpoints'}" in said

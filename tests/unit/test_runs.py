@@ -24,8 +24,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from tests.runs import state
 from wantrain import files, lock, logs, metrics, outside
-from wantrain.engine import checkpoint, mirror
-from wantrain.engine.checkpoint import CheckpointStore, Progress, Record, Writer
+from wantrain.engine import checkpoint, mirror, saved
+from wantrain.engine.checkpoint import Writer
+from wantrain.engine.saved import CheckpointStore, Progress, Record
 from wantrain.metrics import Metrics, Trackers
 from wantrain.pages import html
 from wantrain.stages import train
@@ -241,7 +242,7 @@ def test_a_mirror_that_hangs_holds_a_training_up_once(monkeypatch, tmp_path):
     assert writer.close() == "it hangs"
     assert time.monotonic() - began < 2
     assert "took no checkpoint within 0.2 s" in writer.news()
-    assert checkpoint.steps_on_disk(tmp_path / "run")[-1].name == "step_000005"
+    assert saved.steps_on_disk(tmp_path / "run")[-1].name == "step_000005"
     release.set()
 
 
@@ -310,7 +311,7 @@ def test_a_mirror_that_hangs_while_it_is_read_is_told_once_the_time_is_up(tmp_pa
 
 def test_a_mirror_that_hangs_while_it_is_probed_is_told_and_the_training_goes_on(tmp_path, hanging):
     hanging("pipe_file")
-    told, = checkpoint.refuse_unwritable(CheckpointStore(tmp_path / "run", f"file://{tmp_path / 'mirror'}"))
+    told, = saved.refuse_unwritable(CheckpointStore(tmp_path / "run", f"file://{tmp_path / 'mirror'}"))
     assert "no answer within 0.1 s" in told
 
 
@@ -441,7 +442,7 @@ def test_every_fault_of_a_write_is_a_message_with_the_path(monkeypatch, tmp_path
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     for act in (lambda: files.write_text(tmp_path / "a" / "b", ""),
-                lambda: checkpoint.refuse_unwritable(CheckpointStore(tmp_path)),
+                lambda: saved.refuse_unwritable(CheckpointStore(tmp_path)),
                 lambda: lock.held(tmp_path, []).__enter__(), lambda: logs.kept(tmp_path, 0, []).__enter__()):
         with pytest.raises(UserError, match=f"could not write {tmp_path}.*{os.strerror(code)}"):
             act()

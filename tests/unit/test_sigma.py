@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from wantrain import flow
+from wantrain.density import Density, share_of_schedule, shift_for, shift_sigma
 from wantrain.pages import plots
 
 MILLION = 1_000_000
@@ -76,7 +77,7 @@ def million():
 @pytest.mark.parametrize(("name", "shape"), SHAPES)
 def test_a_million_draws_are_in_range_and_have_the_wanted_density(name, shape, within, million):
     for shift in (12.0, 5.0):
-        density = flow.Density(name, shape, shift, within)
+        density = Density(name, shape, shift, within)
         drawn = flow.sigma_at(million, density)
         assert drawn.dtype == torch.float32
         assert (drawn.diff() >= 0).all()
@@ -89,7 +90,7 @@ def test_a_million_draws_are_in_range_and_have_the_wanted_density(name, shape, w
 
 @pytest.mark.parametrize(("name", "shape"), SHAPES)
 def test_the_draws_of_training_have_the_wanted_density(name, shape):
-    density = flow.Density(name, shape, 5.0, (0.0, 0.9))
+    density = Density(name, shape, 5.0, (0.0, 0.9))
     drawn = torch.cat([flow.draw_sigma(0, step, range(100), 100, density) for step in range(100)])
     assert distance(drawn.sort().values, density) < 0.01
 
@@ -98,7 +99,7 @@ def test_the_draws_of_training_have_the_wanted_density(name, shape):
 def test_quantiles_and_cdfs_are_the_textbooks(name, shape):
     u = torch.rand(2000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for shift, within in ((1.0, (0.0, 1.0)), (3.0, (0.2, 0.8))):
-        density = flow.Density(name, shape, shift, within)
+        density = Density(name, shape, shift, within)
         sigma = density.quantile(u)
         np.testing.assert_allclose(wanted_cdf(density, sigma.numpy()), u, rtol=0, atol=1e-6)
         np.testing.assert_allclose(density.cdf(sigma), u, rtol=0, atol=1e-6)
@@ -108,13 +109,13 @@ def test_quantiles_and_cdfs_are_the_textbooks(name, shape):
 def test_draws_are_finite_and_in_range_at_both_ends_of_the_unit_interval(name, shape):
     ends = torch.tensor([0.0, 2.0 ** -60, 1 - 2.0 ** -53, 1.0], dtype=torch.float64)
     for within in [(0.0, 1.0), *RANGES]:
-        sigma = flow.sigma_at(ends, flow.Density(name, shape, 5.0, within))
+        sigma = flow.sigma_at(ends, Density(name, shape, 5.0, within))
         assert ((sigma.double() >= within[0]) & (sigma.double() < within[1])).all(), sigma
 
 
 def test_no_timestep_rounds_up_to_the_boundary():
     for boundary in torch.linspace(0.5, 0.999, 500, dtype=torch.float64).tolist():
-        last = flow.sigma_at(torch.tensor([1 - 2.0 ** -53]).double(), flow.Density(within=(0.0, boundary)))
+        last = flow.sigma_at(torch.tensor([1 - 2.0 ** -53]).double(), Density(within=(0.0, boundary)))
         assert 1000 * boundary - 0.01 < flow.timestep(last).item() < 1000 * boundary
 
 
@@ -123,14 +124,14 @@ def test_rounding_at_the_ends_gives_no_nan_whatever_the_shift(name, shape):
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
     for shift in (0.3, 1.0, 1.7, 3.7, 4.9, 7.3, 11.7, 12.0, 14.3):
         for within in ((0.0, 1.0), (0.3, 1.0)):
-            density = flow.Density(name, shape, float(shift), within)
+            density = Density(name, shape, float(shift), within)
             assert density.cdf(ends).tolist() == pytest.approx([0, 1], abs=1e-7)
             assert ((density.quantile(ends) >= within[0] - 1e-6) & (density.quantile(ends) <= 1 + 1e-12)).all()
 
 
 def test_betas_cdf_and_quantile_are_exact_where_they_are_polynomials():
     sigma = torch.tensor([0.0, 0.1, 0.5, 0.75, 1.0], dtype=torch.float64)
-    density = flow.Density("beta", (2, 2))
+    density = Density("beta", (2, 2))
     u = 3 * sigma ** 2 - 2 * sigma ** 3
     torch.testing.assert_close(density.base_cdf(sigma), u, rtol=0, atol=1e-12)
     torch.testing.assert_close(density.base_quantile(u), sigma, rtol=0, atol=1e-6)
@@ -146,14 +147,14 @@ def test_the_uniform_draws_are_those_of_the_first_version():
         (3, 1, 4, 1.7): ["0x1.dfb5a4p-1", "0x1.9aa396p-2", "0x1.4a5b2ep-1", "0x1.bd8c80p-3"],
     }
     for (seed, step, n, shift), constants in drawn.items():
-        got = flow.draw_sigma(seed, step, range(n), n, flow.Density("uniform", shift=shift))
+        got = flow.draw_sigma(seed, step, range(n), n, Density("uniform", shift=shift))
         assert got.tolist() == [float.fromhex(constant) for constant in constants]
     experts = {
         (12.0, (0.875, 1.0)): ["0x1.f261f2p-1", "0x1.debe5ep-1", "0x1.db3076p-1", "0x1.fa8ecep-1"],
         (5.0, (0.0, 0.9)): ["0x1.86988cp-1", "0x1.0c0202p-1", "0x1.e4f872p-2", "0x1.b1fa98p-1"],
     }
     for (shift, within), constants in experts.items():
-        got = flow.draw_sigma(7, 3, range(4), 4, flow.Density("uniform", (), shift, within))
+        got = flow.draw_sigma(7, 3, range(4), 4, Density("uniform", (), shift, within))
         assert got.tolist() == [float.fromhex(constant) for constant in constants]
 
 
@@ -161,7 +162,7 @@ def test_the_uniform_draws_are_those_of_the_first_version():
 def test_each_batch_has_one_draw_in_each_equal_share_of_the_density(name, shape):
     n = 16
     for within in ((0.0, 1.0), (0.0, 0.9)):
-        density = flow.Density(name, shape, 5.0, within)
+        density = Density(name, shape, 5.0, within)
         for step in range(5):
             sigma = flow.draw_sigma(7, step, range(n), n, density).double().numpy()
             assert sorted(np.floor(wanted_cdf(density, sigma) * n).astype(int).tolist()) == list(range(n))
@@ -169,7 +170,7 @@ def test_each_batch_has_one_draw_in_each_equal_share_of_the_density(name, shape)
 
 @pytest.mark.parametrize(("name", "shape"), SHAPES)
 def test_a_batch_split_over_processes_has_the_whole_batchs_draws(name, shape):
-    density = flow.Density(name, shape, 5.0, (0.0, 0.9))
+    density = Density(name, shape, 5.0, (0.0, 0.9))
     whole = flow.draw_sigma(3, 11, range(13), 13, density)
     for num_processes in (2, 3, 13):
         for first in range(num_processes):
@@ -181,15 +182,15 @@ def test_a_batch_split_over_processes_has_the_whole_batchs_draws(name, shape):
 def test_the_experts_shares_of_the_schedule_are_inferences(shift, boundary, high_share, million):
     steps = np.linspace(1, 0, 100_000, endpoint=False)
     counted = (shift * steps / (1 + (shift - 1) * steps) >= boundary).mean()
-    assert flow.share(shift, boundary, 1.0) == pytest.approx(high_share, abs=0.002)
-    assert flow.share(shift, boundary, 1.0) == pytest.approx(counted, abs=2e-5)
-    assert flow.share(shift, 0.0, boundary) + flow.share(shift, boundary, 1.0) == pytest.approx(1)
-    drawn = flow.sigma_at(million, flow.Density(shift=shift))
+    assert share_of_schedule(shift, boundary, 1.0) == pytest.approx(high_share, abs=0.002)
+    assert share_of_schedule(shift, boundary, 1.0) == pytest.approx(counted, abs=2e-5)
+    assert share_of_schedule(shift, 0.0, boundary) + share_of_schedule(shift, boundary, 1.0) == pytest.approx(1)
+    drawn = flow.sigma_at(million, Density(shift=shift))
     assert float((drawn >= boundary).double().mean()) == pytest.approx(high_share, abs=0.002)
 
 
 def test_a_positive_mode_scale_favours_the_middle_and_a_negative_one_the_ends():
-    middle = {scale: float(flow.Density("mode", (scale,)).base_cdf(torch.tensor([0.25, 0.75]).double()).diff())
+    middle = {scale: float(Density("mode", (scale,)).base_cdf(torch.tensor([0.25, 0.75]).double()).diff())
               for scale in (-1.0, 0.0, 1.29)}
     assert middle[0.0] == pytest.approx(0.5)
     assert middle[-1.0] < 0.4
@@ -197,18 +198,18 @@ def test_a_positive_mode_scale_favours_the_middle_and_a_negative_one_the_ends():
 
 
 def test_more_tokens_shift_more_and_shifts_compose():
-    assert flow.shift_for(3.0, 4 * 1560, 1560) == pytest.approx(6.0)
-    assert flow.shift_for(3.0, 1560, 1560) == 3.0
+    assert shift_for(3.0, 4 * 1560, 1560) == pytest.approx(6.0)
+    assert shift_for(3.0, 1560, 1560) == 3.0
     sigma = torch.linspace(0, 1, 11)
-    torch.testing.assert_close(flow.shift_sigma(flow.shift_sigma(sigma, 3.0), 2.0),
-                               flow.shift_sigma(sigma, flow.shift_for(3.0, 4000, 1000)))
+    torch.testing.assert_close(shift_sigma(shift_sigma(sigma, 3.0), 2.0),
+                               shift_sigma(sigma, shift_for(3.0, 4000, 1000)))
 
 
 def test_an_empty_shape_takes_the_default():
-    assert flow.Density("logit_normal") == flow.Density("logit_normal", (0, 1))
-    assert flow.Density("mode").shape == (1.29,)
-    assert flow.Density("beta").shape == (2.0, 2.0)
-    assert flow.Density("uniform").shape == ()
+    assert Density("logit_normal") == Density("logit_normal", (0, 1))
+    assert Density("mode").shape == (1.29,)
+    assert Density("beta").shape == (2.0, 2.0)
+    assert Density("uniform").shape == ()
 
 
 @pytest.mark.parametrize(("arguments", "named"), [
@@ -228,7 +229,7 @@ def test_an_empty_shape_takes_the_default():
 ])
 def test_a_density_that_cannot_be_drawn_from_is_refused(arguments, named):
     with pytest.raises(ValueError, match=named):
-        flow.Density(**arguments)
+        Density(**arguments)
 
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -236,7 +237,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 def plotted(density, inference_shift, boundary):
     drawn = torch.cat([flow.draw_sigma(0, step, range(16), 16, density) for step in range(500)]).tolist()
-    sigmas = flow.shift_sigma(torch.linspace(1, 0.02, 50), inference_shift).tolist()
+    sigmas = shift_sigma(torch.linspace(1, 0.02, 50), inference_shift).tolist()
     return ET.fromstring(plots.density_svg("high & <mighty>", drawn, density, inference_shift=inference_shift,
                                            inference_sigmas=sigmas, boundary=boundary))
 
@@ -251,7 +252,7 @@ def area(points):
 
 
 def test_the_plot_shows_bars_curves_ticks_and_boundary_at_their_places():
-    root = plotted(flow.Density("logit_normal", (), 12.0, (0.875, 1.0)), 12.0, 0.875)
+    root = plotted(Density("logit_normal", (), 12.0, (0.875, 1.0)), 12.0, 0.875)
     texts = ["".join(t.itertext()) for t in root.iter(f"{SVG}text")]
     assert {"high & <mighty>", "wanted: logit_normal(0, 1), shift 12", "inference: uniform, shift 12", "boundary 0.875",
             "drawn: 8,000 in a simulation", "0.9", "900", "1", "1000"} <= set(texts)
@@ -272,14 +273,14 @@ def test_the_plot_shows_bars_curves_ticks_and_boundary_at_their_places():
 
 def test_the_plots_curves_coincide_only_where_training_draws_as_inference_does():
     same, other = (
-        [points_of(line) for line in plotted(flow.Density(shift=shift), 5.0, None).iter(f"{SVG}polyline")
+        [points_of(line) for line in plotted(Density(shift=shift), 5.0, None).iter(f"{SVG}polyline")
          if line.get("stroke-width") == "2"] for shift in (5.0, 1.0))
     np.testing.assert_array_equal(*same)
     assert np.abs(other[0] - other[1]).max() > 50
 
 
 def test_the_plot_stays_within_its_frame_for_a_density_without_bound():
-    root = plotted(flow.Density("mode", (-1.0,), 3.0), 5.0, 0.9)
+    root = plotted(Density("mode", (-1.0,), 3.0), 5.0, 0.9)
     for line in root.iter(f"{SVG}polyline"):
         x, y = points_of(line).T
         assert (x >= plots.LEFT_PX).all()

@@ -16,7 +16,7 @@ from data_tools import shots, split
 from tests import odd_files
 from tests.splitting import DEMO, RULES, rows, run
 from wantrain import journal
-from wantrain.data import decode, manifest
+from wantrain.data import decode, films, manifest
 from wantrain.terms import Bucket, UserError
 
 SHOTS = (20, 31, 7, 26)
@@ -43,7 +43,7 @@ def test_no_frame_of_the_next_shot_is_ever_read(tmp_path, film, fps, times_ms):
     assert [(s.first, s.stop) for s in spans] == list(itertools.pairwise(CUTS))
     found = decode.probe(path)
     for span, read_fps in itertools.product(spans, (16, 30000 / 1001, 120)):
-        number = decode.count_frames(found, span.start_s, span.end_s, read_fps)
+        number = films.count_frames(found, span.start_s, span.end_s, read_fps)
         read = decode.read_clip(path, span.start_s, span.end_s, read_fps, Bucket(number, 64, 96))
         seen = nearest(read.movedim(1, -1).numpy(), film)
         assert seen[0] == span.first
@@ -58,7 +58,7 @@ def test_the_guard_holds_where_a_wanted_time_falls_just_before_the_cut():
     found = decode.Probe(times_s, 100 / 24, 96, 64, "")
     span = next(shots.judge(found, [(48, 48)], np.zeros(100), RULES))
     for fps in np.linspace(5, 60, 4001):
-        number = decode.count_frames(found, span.start_s, span.end_s, fps)
+        number = films.count_frames(found, span.start_s, span.end_s, fps)
         assert decode.choose_frames(times_s, span.start_s, fps, number)[-1] < 48
 
 
@@ -256,7 +256,7 @@ def test_spans_cut_out_are_those_frames_at_those_times(tmp_path, here, name, fps
         assert (found.height, found.width) == film.shape[1:3]
         assert found.times_s == pytest.approx(times_s[span.first : span.stop] - times_s[span.first], abs=1e-4)
         assert "edit list" not in found.why_not_decord
-        read = decode.read_clip(target, 0, None, 120, Bucket(decode.count_frames(found, 0, None, 120),
+        read = decode.read_clip(target, 0, None, 120, Bucket(films.count_frames(found, 0, None, 120),
                                                              found.height, found.width))
         assert sorted(set(nearest(read.movedim(1, -1).numpy(), film))) == list(range(span.first, span.stop))
         if not times_ms:

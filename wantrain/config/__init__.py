@@ -1,5 +1,6 @@
 """The config: what a recipe may say (schema, sections, rules), and the way from a command line to it (loading)."""
 
+from wantrain.config.help import keys_help as keys_help
 from wantrain.config.keys import HARMLESS_TO_RESUME as HARMLESS_TO_RESUME
 from wantrain.config.keys import defaults as defaults
 from wantrain.config.keys import described as described
@@ -19,6 +20,7 @@ from wantrain.config.places import configs_folder as configs_folder
 from wantrain.config.schema import Config as Config
 from wantrain.config.sections.adapter import Lora as Lora
 from wantrain.config.sections.adapter import LoraFormat as LoraFormat
+from wantrain.config.sections.adapter import LoraKind as LoraKind
 from wantrain.config.sections.data import DataMode as DataMode
 from wantrain.config.sections.data import refuse_absent_clips as refuse_absent_clips
 from wantrain.config.sections.model import Dtype as Dtype

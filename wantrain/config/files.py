@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
 
 from wantrain.config.keys import example_of
-from wantrain.config.known import annotation, choice, file_of, nearest_keys
+from wantrain.config.known import HELP, annotation, choice, file_of, nearest_keys
 from wantrain.config.places import Place
 from wantrain.config.values import Unfit, convert, is_said_text, read_yaml, without_null
 from wantrain.terms import UserError
@@ -144,7 +143,7 @@ def _examine_value(path: Path, name: str, key: yaml.ScalarNode, value: yaml.Node
             name.split(".")) + ": ..." + "}" * name.count(".")
         raise UserError(f"{_at(path, key)}: unknown config key {name}{nested}"
                         + (f"; did you mean {' or '.join(close)}?" if close else ""),
-                        "wantrain train --help    lists every key with its meaning")
+                        HELP)
     if is_dataclass(wanted) or name == "data.sources":
         if not isinstance(value, yaml.MappingNode):
             inner = "path" if name.startswith("data.sources.") else "KEY"
@@ -205,6 +204,8 @@ def _refuse_other_scalar(path: Path, name: str, value: yaml.ScalarNode, wanted: 
     text = value.value
     if value.style is not None or is_said_text(value) or "${" in text or "???" in text or "\n" in text:
         return
+    from omegaconf import DictConfig, OmegaConf
+
     read = OmegaConf.create(f"v: {text}")
     assert isinstance(read, DictConfig), "it is a mapping"
     meant = read["v"]

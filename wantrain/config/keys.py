@@ -5,18 +5,18 @@ from __future__ import annotations
 import ast
 import inspect
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields, is_dataclass, replace
 from enum import Enum
 from typing import Any
 
 import yaml
-from omegaconf import MISSING, OmegaConf
 
 from wantrain.config.schema import Config
 from wantrain.config.sections.data import Source
 from wantrain.config.sections.model import ExpertOwn
+from wantrain.config.sections.parts import MISSING
 from wantrain.config.sections.training import Schedule
 from wantrain.config.values import fields_of
 from wantrain.files import digest_text
@@ -96,28 +96,34 @@ def pasted(key: str, value: object) -> str:
 
 def to_yaml(config: Config) -> str:
     """The whole resolved config as YAML."""
+    from omegaconf import OmegaConf  # which help and most faults do without
+
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def flat(config: Config) -> dict[str, Any]:
     """Dotted key -> plain value, for trackers, provenance and the fingerprint."""
-    return _flat(config)
+    return dict(_flat(config, ""))
 
 
 def defaults() -> dict[str, Any]:
     """The default of every key that has one, by dotted key."""
-    return {key: value for key, value in _flat(Config).items() if value != MISSING}
+    for_each: dict[str, Any] = {}
+    for section in fields(Config):
+        assert section.default_factory is not NO_DEFAULT, "a config is made of sections"
+        for_each[section.name] = section.default_factory()
+    return {key: value for key, value in _flat(for_each, "") if value != MISSING}
 
 
-def _flat(config: Config | type[Config]) -> dict[str, Any]:
-    def walk(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                yield from walk(inner, f"{prefix}.{key}" if prefix else str(key))
-        else:
-            yield prefix, value.name if isinstance(value, Enum) else value
-    container = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    return dict(walk(container, ""))
+def _flat(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """The values of sections and dictionaries by dotted key; a list is one value."""
+    if is_dataclass(value):
+        value = {entry.name: getattr(value, entry.name) for entry in fields(value)}
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _flat(inner, f"{prefix}.{name}" if prefix else str(name))
+    else:
+        yield prefix, value.name if isinstance(value, Enum) else value
 
 
 def resume_keys(config: Config) -> dict[str, Any]:

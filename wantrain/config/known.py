@@ -14,10 +14,10 @@ from typing import Any
 from wantrain.config.places import Place, configs_folder
 from wantrain.config.schema import Config
 from wantrain.config.sections.data import Source
-from wantrain.config.values import fields_of, leaves, nearest
+from wantrain.config.values import Unfit, convert, fields_of, leaves, nearest, read_text
 from wantrain.terms import UserError
 
-HELP = "wantrain train --help    lists every key with its meaning"
+HELP = "wantrain train --help all    lists every key with its meaning"
 
 
 def asset(name: str) -> Path:
@@ -55,6 +55,10 @@ def choice(places: Sequence[Place], group: str, text: str, place: str = "") -> s
     if name in known:
         file_of(places, group, name)
         return name
+    if group == "recipe" and ("/" in text or text.strip().endswith(".yaml")):
+        close = nearest(Path(name).stem, known, 1)
+        raise UserError(f"{place}recipe = {text!r}: there is no such file, looked at from {Path.cwd()}",
+                        f"recipe={(close or known)[0]}    by its name, or the path of a file")
     if not known:
         raise UserError(f"{place}{group} is no group of files; there are {', '.join(groups_of(places))}", HELP)
     close = nearest(name, known)
@@ -64,8 +68,8 @@ def choice(places: Sequence[Place], group: str, text: str, place: str = "") -> s
     if isinstance(named, type) and issubclass(named, Enum):  # a value of the key is more than a file that is like it
         meant = [f"{group}.name={other}" for other in nearest(name, named.__members__, 1)] or meant
     own = "    (your own: recipes/NAME.yaml, or the file itself: recipe=FILE.yaml)" if group == "recipe" else ""
-    raise UserError(f"{place}{group} = {name!r} is not there; {f'did you mean {meant[0]}? ' if meant else ''}"
-                    f"There are {', '.join([*close, *others])}", f"{(meant or [f'{group}={known[0]}'])[0]}{own}")
+    raise UserError(f"{place}{group} = {name!r} is not there; {f'did you mean {meant[0]}? There' if meant else 'there'}"
+                    f" are {', '.join([*close, *others])}", f"{(meant or [f'{group}={known[0]}'])[0]}{own}")
 
 
 @functools.cache
@@ -97,11 +101,21 @@ def annotation(key: str) -> Any:
     return None
 
 
-def known_key(key: str, groups: Sequence[str]) -> str:
-    """Return the key if it is known. Raises UserError with the nearest keys otherwise."""
+def _fits(text: str, key: str) -> bool:
+    """Whether a text that was typed for another key is a value of this one."""
+    try:
+        convert(read_text(text), annotation(key))
+    except (Unfit, KeyError, TypeError):  # of another type, or the key is a group
+        return False
+    return bool(text)
+
+
+def known_key(key: str, groups: Sequence[str], text: str = "") -> str:
+    """Return the key if it is known. Raises UserError with the nearest keys otherwise; `text` is the value typed."""
     if annotation(key) is None:
         close = nearest_keys(key, groups)
-        raise UserError(f"unknown config key {key}" + (f"; did you mean {' or '.join(close)}?" if close else ""), HELP)
+        meant = f"{shlex.quote(f'{close[0]}={text}')}    or {HELP}" if close and _fits(text, close[0]) else HELP
+        raise UserError(f"unknown config key {key}" + (f"; did you mean {' or '.join(close)}?" if close else ""), meant)
     return key
 
 
@@ -109,7 +123,8 @@ ELSEWHERE = {
     "learning_rate": "optim.lr", "unet_lr": "optim.lr", "optimizer": "optim.name", "optimizer_type": "optim.name",
     "lr_scheduler": "optim.schedule", "lr_warmup_steps": "optim.warmup_steps", "epochs": "train.num_steps",
     "num_epochs": "train.num_steps", "max_train_steps": "train.num_steps", "max_train_epochs": "train.num_steps",
-    "gradient_checkpointing": "memory.keep", "save_every_n_steps": "train.save_every",
+    "gradient_checkpointing": "memory.keep", "activation_checkpointing": "memory.keep",
+     "save_every_n_steps": "train.save_every",
     "gradient_accumulation_steps": "data.batch_size", "train_batch_size": "data.batch_size",
     "network_dim": "lora.rank", "lora_rank": "lora.rank", "dim": "lora.rank", "network_alpha": "lora.alpha",
     "lora_alpha": "lora.alpha", "target_modules": "lora.targets", "network_weights": "lora.start_from",

@@ -1,9 +1,7 @@
-"""From a command line to a checked Config. Hydra and OmegaConf end in this package and in `cli`.
+"""What a command line asks for, and all that can be wrong with it before any file is composed (`composing`).
 
-Hydra chooses the files of the groups and composes them; values typed as `key=value` are read by the type of their key
-(`values`), so Hydra's own grammar, in which commas, brackets and equal signs mean something, never sees them.
-No other part of Hydra is used than its `compose`, and its search path for recipes (`places`): docs/facts.md, "Config"
-says why.
+Values typed as `key=value` are read by the type of their key (`values`), so Hydra's own grammar, in which commas,
+brackets and equal signs mean something, never sees them.
 """
 
 from __future__ import annotations
@@ -12,39 +10,27 @@ import re
 import shlex
 import sys
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
-
 from wantrain.config.files import examine
-from wantrain.config.foreign import told
 from wantrain.config.keys import example_of, pasted
 from wantrain.config.known import (
     HELP,
     annotation,
-    asset,
     choice,
     choices,
     groups_of,
-    key_types,
     known_key,
     nearest_keys,
-    path_of,
     sections,
 )
-from wantrain.config.places import Place, configs_folder, own_places, register
+from wantrain.config.places import Place, configs_folder, own_places
 from wantrain.config.schema import Config
-from wantrain.config.sections.data import Source
 from wantrain.config.sections.run import TRACKERS
-from wantrain.config.values import Node, Unfit, convert, nearest, read_text, without_null
+from wantrain.config.values import Node, Unfit, convert, nearest, read_text
 from wantrain.terms import UserError
 
 
@@ -71,44 +57,18 @@ def load(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
     seen: set[Path] = set()
     for group, name in asked.groups.items():
         examine(places, group, name, seen)
-    try:
-        composed = _composed(asked.groups, own)
-        with open_dict(composed):
-            for key in asked.without:
-                _take_out(composed, key)
-            for key, value in asked.values:
-                _put(composed, key, value)
-        if missing := sorted(OmegaConf.missing_keys(composed)):
-            raise UserError(f"no value for {', '.join(missing)}", pasted(missing[0], example_of(missing[0])))
-        _refuse_other_shapes(composed)
-        for section in (composed.sampler, composed.evaluate):
-            section.prompts = [prompt for word in section.prompts for prompt in read_prompts(word)]
-        config = OmegaConf.to_object(composed)
-    except RecursionError as error:
-        raise told(OmegaConfBaseException("RecursionError"), places) from error
-    except (HydraException, OmegaConfBaseException) as error:
-        raise told(error, places) from error
-    assert isinstance(config, Config)
-    return config
+    from wantrain.config.composing import compose  # Hydra, which faults and help come before
+
+    return compose(asked, own, places)
 
 
 def load_yaml(text: str) -> Config:
     """The Config of which `to_yaml` made this text."""
+    from omegaconf import OmegaConf
+
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text)))
     assert isinstance(config, Config)
     return config
-
-
-def read_prompts(word: str) -> list[str]:
-    """A prompt, or the prompts in a text file: a line each, without empty ones and those that begin with #."""
-    if not word.endswith(".txt"):
-        return [word]
-    try:
-        lines = [line.strip() for line in Path(word).expanduser().read_text("utf-8").splitlines()]
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"prompts: {word} cannot be read: {error}", "give the path of a text file, a prompt a line") \
-            from error
-    return [line for line in lines if line and not line.startswith("#")]
 
 
 def _recipe_file(word: str) -> Path | None:
@@ -119,35 +79,6 @@ def _recipe_file(word: str) -> Path | None:
         return path if path.suffix == ".yaml" and path.is_file() else None
     except (OSError, RuntimeError, ValueError):  # what cannot be a path is told as a recipe that is not there
         return None
-
-
-def _composed(groups: Mapping[str, str], own: Sequence[Place]) -> DictConfig:
-    node = OmegaConf.structured(Config)
-    for key, wanted in key_types().items():
-        if typing.get_origin(wanted) is dict and not key.startswith("data.sources"):
-            OmegaConf.set_struct(OmegaConf.select(node, key), False)
-    ConfigStore.instance().store(name="schema", node=node)
-    OmegaConf.register_new_resolver("assets", lambda name: str(asset(name)), replace=True)
-    GlobalHydra.instance().clear()
-    register()
-    search = [f"hydra.searchpath=[{','.join(_quoted(place.url) for place in own)}]"] if own else []
-    with initialize_config_dir(str(configs_folder()), version_base="1.3"):
-        return compose("wantrain", overrides=[*(f"{group}={_quoted(name)}" for group, name in groups.items()), *search])
-
-
-def _refuse_other_shapes(composed: DictConfig) -> None:
-    """Raise UserError where `${...}` gives text for a list or a dictionary, which OmegaConf does not look at."""
-    found = {key: OmegaConf.select(composed, key) for key in key_types() if not key.startswith("data.sources")}
-    found |= {f"data.sources.{name}.columns": source.columns for name, source in composed.data.sources.items()}
-    for key, value in found.items():
-        shape = typing.get_origin(without_null(annotation(key)))
-        if isinstance(value, str | int | float) and shape in (list, dict):
-            raise UserError(f"{key}: it refers to {value!r}, which is one value", pasted(key, example_of(key)))
-
-
-def _quoted(text: str) -> str:
-    """A text as Hydra's grammar takes it whole."""
-    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", text) + "'" if not re.fullmatch(r"[\w/.-]+", text, re.ASCII) else text
 
 
 # The command line
@@ -167,7 +98,7 @@ def _asked(arguments: Sequence[str], places: Sequence[Place]) -> CommandLine:
         if key in groups and not (key in sections() and text.lstrip().startswith("{")):
             asked.groups[key] = choice(places, key, text)
         else:
-            asked.values += _values_of(known_key(key, groups), text)
+            asked.values += _values_of(known_key(key, groups, text), text)
     return asked
 
 
@@ -176,7 +107,7 @@ def _bare_recipe(argument: str, following: Sequence[str], asked: CommandLine, pl
     known, groups = choices(places, "recipe"), groups_of(places)
     if argument in known and "recipe" not in asked.groups:
         return argument
-    key, sign, text = re.fullmatch(r"-*([^=:]*)([=:]?)(.*)", argument, re.DOTALL).groups()  # type: ignore[union-attr]
+    key, sign, text = re.fullmatch(r"-*([^=:\s]*)([=:\s]?)(.*)", argument, re.DOTALL).groups()  # type: ignore[union-attr]
     value = text if sign else next((word for word in following if word != "="), "...")
     value = value if sign or value == "..." or "=" not in value else "..."
     close = [key] if annotation(key) is not None or key in groups else nearest_keys(key, groups)
@@ -227,7 +158,8 @@ def refused(key: str, text: str, error: Unfit) -> UserError:
     """The error for a value that its key cannot have."""
     is_list = typing.get_origin(annotation(key)) is list
     example = error.example if error.example and not (is_list and error.example[0] != "[") else example_of(key)
-    return UserError(f"{key} = {text!r} is not allowed: {error.allowed}", pasted(key, example))
+    form = f", in the form {example}" if is_list and "[" not in error.allowed else ""
+    return UserError(f"{key} = {text!r} is not allowed: {error.allowed}{form}", pasted(key, example))
 
 
 def _is_text(wanted: Any) -> bool:
@@ -265,31 +197,3 @@ def tell_untriggered(config: Config) -> None:
         print(f"note: {len(without)} of {len(prompts)} sampler.prompts do not hold the trigger {trigger!r}: "
               f"{' | '.join(without[:3])}{' | ...' if without[3:] else ''}; a comma splits prompts without quotes",
               file=sys.stderr)
-
-
-# Into the composed config
-
-
-def _put(config: DictConfig, key: str, value: Any) -> None:
-    """Set a key; into a dictionary of the user's own names go the names that are given, the others stay."""
-    node, parts = config, path_of(key)
-    for place, part in enumerate(parts[:-1]):
-        if part not in node:
-            node[part] = OmegaConf.structured(Source) if parts[:place] == ["data", "sources"] else {}
-        node = node[part]
-    if isinstance(value, dict) and isinstance(node.get(parts[-1]), DictConfig):
-        for name, inner in value.items():
-            node[parts[-1]][name] = inner
-    else:
-        node[parts[-1]] = value
-
-
-def _take_out(config: DictConfig, key: str) -> None:
-    node, parts = config, path_of(key)
-    for part in parts[:-1]:
-        node = node.get(part) if isinstance(node, DictConfig) else None
-    if not isinstance(node, DictConfig) or parts[-1] not in node or typing.get_origin(
-            annotation(key.rpartition(".")[0])) is not dict:
-        raise UserError(f"~{key}: only what stands in a dictionary can be taken out, such as a source",
-                        "'~data.sources.NAME'")
-    del node[parts[-1]]

@@ -9,15 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydra.core.object_type import ObjectType
-from hydra.core.plugins import Plugins
-from hydra.plugins.config_source import ConfigResult, ConfigSource
-from omegaconf import OmegaConf
-
 from wantrain.terms import UserError
 
 RECIPES = "recipes"
 VARIABLE = "WANTRAIN_RECIPES"
+SCHEME = "recipes"
+"""Of a folder of recipes in Hydra's search path."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,45 +36,7 @@ class Place:
     @property
     def url(self) -> str:
         """What Hydra's search path calls it."""
-        return f"{RecipeFolder.scheme() if self.is_flat else 'file'}://{self.folder.resolve()}"
-
-
-class RecipeFolder(ConfigSource):
-    """A folder of recipes as Hydra's search path has it: its files are those of the group `recipe`."""
-
-    @staticmethod
-    def scheme() -> str:
-        return "recipes"
-
-    def _file(self, config_path: str) -> Path | None:
-        group, _, name = self._normalize_file_name(config_path).rpartition("/")
-        return Path(self.path) / name if group == "recipe" else None
-
-    def load_config(self, config_path: str) -> ConfigResult:
-        """One recipe, with the package that its first line names."""
-        file = self._file(config_path)
-        assert file is not None, "Hydra asked whether it is here"
-        text = file.read_text(encoding="utf-8")
-        return ConfigResult(self.provider, f"{self.scheme()}://{self.path}", OmegaConf.create(text),
-                            ConfigSource._get_header_dict(text[:512]))
-
-    def available(self) -> bool:
-        return Path(self.path).is_dir()
-
-    def is_group(self, config_path: str) -> bool:
-        return config_path in ("", "recipe")
-
-    def is_config(self, config_path: str) -> bool:
-        file = self._file(config_path)
-        return file is not None and file.is_file()
-
-    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
-        return [path.stem for path in Place(Path(self.path), is_flat=True).files(config_path)]
-
-
-def register() -> None:
-    """Make the scheme of recipe folders known to Hydra."""
-    Plugins.instance().register(RecipeFolder)
+        return f"{SCHEME if self.is_flat else 'file'}://{self.folder.resolve()}"
 
 
 def configs_folder() -> Path:

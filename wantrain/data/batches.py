@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import heapq
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +14,10 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from wantrain.flow import Density, draw_noise, draw_sigma, generator_for
-from wantrain.terms import Batch, Bucket, Clip, PlannedClip, Sample, UserError
+from wantrain.data.captions import captions_of
+from wantrain.density import Density
+from wantrain.flow import draw_noise, draw_sigma, generator_for
+from wantrain.terms import Batch, Bucket, PlannedClip, Sample
 
 Fetch = Callable[[PlannedClip, str, bool], Sample]
 """(window, caption, whether its first frame is given, where that is open) -> sample."""
@@ -127,23 +128,6 @@ class _BucketOrder:
         return self._shuffled[epoch]
 
 
-def batch_factors(buckets: Iterable[Bucket], global_batch_size: int, max_tokens: int | None, multiple_px: int
-                  ) -> dict[Bucket, int]:
-    """How many times global_batch_size samples of each bucket fit into a step of `max_tokens` transformer tokens.
-
-    Whole multiples, so that any split over processes and accumulation stays even. UserError where once is too much.
-    """
-    if max_tokens is None:
-        return {}
-    factors = {b: max_tokens // (global_batch_size * b.num_tokens(multiple_px)) for b in buckets}
-    if too_large := [b for b, factor in factors.items() if not factor]:
-        needed = max(global_batch_size * b.num_tokens(multiple_px) for b in too_large)
-        raise UserError(f"data.max_tokens_per_batch = {max_tokens}, but data.batch_size = {global_batch_size} of "
-                        f"bucket {too_large[0]} has {global_batch_size * too_large[0].num_tokens(multiple_px)} tokens",
-                        f"data.max_tokens_per_batch={needed} or more, or a smaller data.batch_size")
-    return factors
-
-
 @dataclass(frozen=True, slots=True)
 class Split:
     """How a global batch is dealt to processes and micro-steps."""
@@ -179,21 +163,6 @@ class Draws:
     dropout: float = 0.0
     tag_orders: int = 0
     first_frame: float = 0.0
-
-
-def captions_of(clip: Clip, tag_orders: int) -> list[str]:
-    """Every text that a sample of this clip may be given: its captions, each with so many other orders of its tags.
-
-    Tags are separated by commas; the first, where the trigger stands, keeps its place.
-    """
-    found: dict[str, None] = {}
-    for caption in (clip.caption, *clip.more_captions):
-        first, *tags = re.split(r"\s*,\s*", caption)
-        found[caption] = None
-        for number in range(tag_orders if len(tags) > 1 else 0):
-            order = torch.randperm(len(tags), generator=generator_for("tags", caption, number)).tolist()
-            found[", ".join([first, *(tags[i] for i in order)])] = None
-    return list(found)
 
 
 def caption_for(planned: PlannedClip, seed: int, step: int, index: int, draws: Draws) -> str:

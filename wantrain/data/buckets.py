@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from wantrain.terms import Bucket, UserError
 
@@ -41,3 +41,20 @@ def _within(bucket: Bucket, multiple_px: int, max_tokens: int | None) -> Bucket:
 
     r, c = max(sizes, key=fitness)
     return Bucket(bucket.num_frames, r * multiple_px, c * multiple_px)
+
+
+def batch_factors(buckets: Iterable[Bucket], global_batch_size: int, max_tokens: int | None, multiple_px: int
+                  ) -> dict[Bucket, int]:
+    """How many times global_batch_size samples of each bucket fit into a step of `max_tokens` transformer tokens.
+
+    Whole multiples, so that any split over processes and accumulation stays even. UserError where once is too much.
+    """
+    if max_tokens is None:
+        return {}
+    factors = {b: max_tokens // (global_batch_size * b.num_tokens(multiple_px)) for b in buckets}
+    if too_large := [b for b, factor in factors.items() if not factor]:
+        needed = max(global_batch_size * b.num_tokens(multiple_px) for b in too_large)
+        raise UserError(f"data.max_tokens_per_batch = {max_tokens}, but data.batch_size = {global_batch_size} of "
+                        f"bucket {too_large[0]} has {global_batch_size * too_large[0].num_tokens(multiple_px)} tokens",
+                        f"data.max_tokens_per_batch={needed} or more, or a smaller data.batch_size")
+    return factors

@@ -11,15 +11,17 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from wantrain.files import digest_text, remembered, write_json
-from wantrain.tensors import digest_tensors, read_tensors, write_tensors
 from wantrain.terms import WINDOW, PlannedClip, UserError
+
+if TYPE_CHECKING:  # what is in a cache, and what it lacks, is told without torch
+    import torch
 
 RECIPE_VERSION = 2
 """Raise this when decoding, resizing, encoding or the layout of an entry changes."""
@@ -29,7 +31,7 @@ LATENTS, MASK, CONDITION, TEXT = "latents", "mask", "condition", "text"
 Entry = tuple[str, PlannedClip | str]
 """(LATENTS, MASK or CONDITION, the window) or (TEXT, the caption)."""
 
-Tensors = Mapping[str, torch.Tensor]
+Tensors = Mapping[str, "torch.Tensor"]
 
 
 def describe(entry: Entry) -> str:
@@ -38,6 +40,13 @@ def describe(entry: Entry) -> str:
     if isinstance(what, str):
         return f"caption {what!r}"
     return f"{kind} of clip {what.name}" if kind != LATENTS else f"clip {what.name}"
+
+
+def counted(entries: Mapping[Path, Entry]) -> str:
+    """`3 clips, 0 masks and 2 captions`."""
+    kinds = Counter(kind for kind, _ in entries.values())
+    more = "".join(f", {kinds[kind]} {kind}s" for kind in (MASK, CONDITION) if kinds[kind])
+    return f"{kinds[LATENTS]} clips{more} and {kinds[TEXT]} captions"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +110,8 @@ class Cache:
 
     def write(self, entry: Entry, tensors: Tensors) -> None:
         """Write one entry. Non-finite values are refused: they would poison the training they are read into."""
+        from wantrain.tensors import digest_tensors, write_tensors
+
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise UserError(f"encoding {describe(entry)} gave non-finite values", "check the file and the base's "
                             "weights; a VAE or text encoder in the wrong dtype does this")
@@ -155,6 +166,8 @@ def missing(entries: Mapping[Path, Entry]) -> dict[Path, Entry]:
 
 def read_entry(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of one entry; one that is alone is called `x`. UserError where the file is damaged."""
+    from wantrain.tensors import digest_tensors, read_tensors
+
     tensors, metadata = read_tensors(path)
     if metadata != {"digest": digest_tensors(tensors)}:
         raise UserError(f"{path} is damaged: its checksum differs", f"rm {path}, then run `wantrain cache` again")

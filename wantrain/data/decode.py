@@ -7,7 +7,6 @@ and readers open and close inside one call, never across a fork.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,18 +14,12 @@ import decord
 import numpy as np
 import torch
 
-from wantrain.data.films import FINE_GRACE_S, Probe, Unreachable, frames_at, pixels_of
+from wantrain.data.films import FINE_GRACE_S, Unreachable, count_frames, frames_at, pixels_of
 from wantrain.data.media import local, probe, read_image
-from wantrain.terms import WINDOW, Bucket, MediaInfo, PlannedClip, UserError
+from wantrain.terms import WINDOW, Bucket, PlannedClip, UserError
 
 FAR_S = 10.0
 """A span that starts later than this is reached by PyAV's seek instead of decoding the film up to it."""
-
-
-def count_frames(found: Probe | MediaInfo, start_s: float, end_s: float | None, fps: float) -> int:
-    """How many of the times start_s + k / fps lie in the span (1 for an image)."""
-    end = found.duration_s if end_s is None else min(end_s, found.duration_s)
-    return max(math.ceil((end - start_s) * fps - 1e-3), 1 if found.duration_s == 0 else 0)
 
 
 def choose_frames(times_s: np.ndarray, start_s: float, fps: float, num_frames: int, grace_s: float = FINE_GRACE_S

@@ -16,7 +16,7 @@ import av
 import numpy as np
 from av.sidedata.sidedata import SideData
 
-from wantrain.terms import UserError
+from wantrain.terms import MediaInfo, UserError
 
 POINTERS = (b"ffconcat", b"#EXTM3U", b"<?xml", b"<MPD")
 """How playlists begin: what they name would be opened before their format is known."""
@@ -121,6 +121,12 @@ def unreachable(path: Path, error: OSError) -> UserError:
     """The error for a file that is not there, or that the system does not let one read."""
     return Unreachable(f"{path} cannot be decoded: {error.strerror or error}",
                        "see that it is there and may be read, then run the same command again")
+
+
+def count_frames(found: Probe | MediaInfo, start_s: float, end_s: float | None, fps: float) -> int:
+    """How many of the times start_s + k / fps lie in the span (1 for an image)."""
+    end = found.duration_s if end_s is None else min(end_s, found.duration_s)
+    return max(math.ceil((end - start_s) * fps - 1e-3), 1 if found.duration_s == 0 else 0)
 
 
 def probe(path: Path) -> Probe:

@@ -13,11 +13,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
-
-import datasets
-import fsspec
-from pyarrow import parquet
+from typing import TYPE_CHECKING, Any
 
 from wantrain.data.folders import Account, read_folder
 from wantrain.data.shards import read_shards
@@ -40,7 +36,8 @@ from wantrain.files import atomic_path
 from wantrain.outside import remote_errors
 from wantrain.terms import PARTNERS, Clip, Media, Remote, UserError
 
-datasets.disable_progress_bars()
+if TYPE_CHECKING:  # a folder of clips needs none of it
+    import datasets
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +102,7 @@ def listed(source: ClipSource) -> Listing:
     account = Account()
     try:
         clips, faults = _sorted_out(source, list(_rows(source, account)))
-    except (*remote_errors(), datasets.exceptions.DatasetsError) as error:
+    except remote_errors() as error:
         raise UserError(f"source {source.name!r}: {source.path} cannot be read: {error}",
                         f"check {source.path_key} and your credentials") from error
     about = "".join(f"\n  passed over: {line}" for line in account.lines())
@@ -166,7 +163,7 @@ def _rows(source: ClipSource, account: Account) -> Iterator[tuple[str, Row | str
     if source.is_folder:
         yield from read_folder(str(source.local), account)
     elif path.startswith("hf://datasets/") and path.count("/") == 4:
-        yield from _table(datasets.load_dataset(path.removeprefix("hf://datasets/"), split="train"), source)
+        yield from _table(source)
     elif suffix == ".tar":
         yield from read_shards(path, source.columns.values(), account)
     elif not source.is_remote and not source.local.exists():
@@ -175,14 +172,12 @@ def _rows(source: ClipSource, account: Account) -> Iterator[tuple[str, Row | str
         raise UserError(f"source {source.name!r}: {path} does not exist", f"set {source.path_key} to a "
                         "folder of clips with .txt captions, a .jsonl, .csv, .parquet or .tar, or a URL")
     elif suffix in (*JSON_SUFFIXES, *CSV_SUFFIXES):
+        import fsspec
+
         with fsspec.open(path, "rb") as file:
             yield from rows_of(file.read(), suffix, source.columns.values())
     elif suffix == ".parquet":
-        if source.is_remote:  # datasets keeps what it fetched, also where it has changed
-            with fsspec.open(path, "rb") as file:
-                yield from _table(datasets.Dataset(parquet.read_table(file)), source)
-        else:
-            yield from _table(datasets.Dataset.from_parquet(str(source.local)), source)
+        yield from _table(source)
     elif source.is_remote:
         yield from read_folder(path, account)
     else:
@@ -190,16 +185,36 @@ def _rows(source: ClipSource, account: Account) -> Iterator[tuple[str, Row | str
                         "give a folder with sidecar .txt captions or convert the manifest")
 
 
-def _table(table: datasets.Dataset, source: ClipSource) -> Iterator[tuple[str, Row]]:
-    """Rows of a table whose videos and images stay encoded. Text columns that we do not know are left out: sets that
-    others made have many.
+def _table(source: ClipSource) -> Iterator[tuple[str, Row]]:
+    """Rows of a data set of the hub or of a Parquet file, whose videos and images stay encoded. Text columns that we do
+    not know are left out: sets that others made have many.
     """
-    for name, feature in table.features.items():
-        if isinstance(feature, datasets.Video | datasets.Image):
-            table = table.cast_column(name, type(feature)(decode=False))
-    known = {*COLUMNS, *source.columns.values(), *columns_of(table.features, source.columns).values()}
-    for number, row in enumerate(table):
-        yield f"row {number}", {k: v for k, v in row.items() if k in known or isinstance(v, int | float)}
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        table = _loaded(source)
+        for name, feature in table.features.items():
+            if isinstance(feature, datasets.Video | datasets.Image):
+                table = table.cast_column(name, type(feature)(decode=False))
+        known = {*COLUMNS, *source.columns.values(), *columns_of(table.features, source.columns).values()}
+        for number, row in enumerate(table):
+            yield f"row {number}", {k: v for k, v in row.items() if k in known or isinstance(v, int | float)}
+    except datasets.exceptions.DatasetsError as error:
+        raise ValueError(str(error)) from error
+
+
+def _loaded(source: ClipSource) -> datasets.Dataset:
+    import datasets
+    import fsspec
+    from pyarrow import parquet
+
+    if not source.path.lower().endswith(".parquet"):
+        return datasets.load_dataset(source.path.removeprefix("hf://datasets/"), split="train")
+    if not source.is_remote:
+        return datasets.Dataset.from_parquet(str(source.local))
+    with fsspec.open(source.path, "rb") as file:  # datasets keeps what it fetched, also where it has changed
+        return datasets.Dataset(parquet.read_table(file))
 
 
 def _clip(given: Row, source: ClipSource) -> tuple[Clip | None, str]:
@@ -264,6 +279,8 @@ def _media(value: Any, source: ClipSource) -> Media | None:
     remote = name if "://" in name else None
     if source.path.startswith("hf://datasets/") and Path(name).is_absolute() and Path(name).is_file():
         return Path(name)  # datasets has downloaded it
+    if source.is_remote or remote:
+        import fsspec
     if source.is_remote and not remote:
         filesystem, root = fsspec.core.url_to_fs(source.path)
         folder = root if filesystem.isdir(root) else str(PurePosixPath(root).parent)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from wantrain.data.decode import count_frames
+from wantrain.data.films import count_frames
 from wantrain.terms import PARTNERS, Bucket, Clip, Dropped, Media, MediaInfo, PlannedClip
 
 EXTRACTIONS = ("head", "middle", "uniform", "sliding", "random")

@@ -13,8 +13,6 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-import fsspec
-
 from wantrain.data.folders import Account
 from wantrain.data.tables import text_of
 from wantrain.terms import IMAGE_SUFFIXES, PARTNERS, VIDEO_SUFFIXES, Remote, UserError
@@ -37,6 +35,8 @@ def read_shards(pattern: str, names: Collection[str], account: Account) -> Itera
     KEY.txt and KEY.*.txt are captions, KEY.json holds columns (of texts those that we know, and `names`),
     KEY.control.mp4, KEY.mask.mp4 and their like are partners, and members of other kinds are passed over.
     """
+    import fsspec  # only where there are shards
+
     filesystem, _, paths = fsspec.core.get_fs_token_paths(pattern)
     shards = [path for path in sorted(paths) if filesystem.isfile(path)]
     if not shards:

@@ -1,4 +1,7 @@
-"""accelerate and DeepSpeed end in this room. Here: questions about the engine that runs, and what a step asks of it."""
+"""accelerate and DeepSpeed end in this room. Here: questions about the engine that runs, and what a step asks of it.
+
+torch and accelerate are imported by what needs them: `saved`, beside this, tells of checkpoints without.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,11 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate import Accelerator as Accelerator
-from accelerate.utils import DistributedType
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator as Accelerator
 
 
 def learning_rate(step: int, peak: float, schedule: str, warmup_steps: int, num_steps: int) -> float:
@@ -39,12 +42,12 @@ def clip_gradients(accelerator: Accelerator, model: torch.nn.Module, max_norm: f
 
 def is_deepspeed(accelerator: Accelerator) -> bool:
     """Whether DeepSpeed is the engine."""
-    return accelerator.distributed_type == DistributedType.DEEPSPEED
+    return accelerator.distributed_type == "DEEPSPEED"
 
 
 def is_fsdp(accelerator: Accelerator) -> bool:
     """Whether FSDP2 is the engine."""
-    return accelerator.distributed_type == DistributedType.FSDP
+    return accelerator.distributed_type == "FSDP"
 
 
 def divides(accelerator: Accelerator) -> str:
@@ -56,6 +59,8 @@ def loading_device(accelerator: Accelerator, *, through_host: bool) -> torch.dev
     """The device to load the base on. FSDP2 takes it block by block from the CPU: no GPU ever holds it whole, and
     neither does one that some of it waits for in host memory (`through_host`).
     """
+    import torch
+
     return torch.device("cpu") if is_fsdp(accelerator) or through_host else accelerator.device
 
 
@@ -73,6 +78,7 @@ def shard_parameter(accelerator: Accelerator) -> Callable[[torch.nn.Parameter], 
     if zero_stage(accelerator) < 3:
         return None
     import deepspeed
+    import torch
 
     settings = accelerator.state.deepspeed_plugin.deepspeed_config
     first: Any = None
@@ -104,6 +110,8 @@ def host_bytes() -> float:
 def peak_memory_gib(device: torch.device) -> float:
     """Peak memory so far in GiB: the device's on an accelerator, else the process's resident set."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")
     if status.exists():  # unlike getrusage's, it does not begin with what the launcher had

@@ -1,4 +1,4 @@
-"""Checkpoints that belong to no engine and no number of processes.
+"""Checkpoints that belong to no engine and no number of processes: written, read back, copied to a mirror.
 
 Per trainable tensor: its float32 value and what the optimizer keeps for it, by name (AdamW: two moments). With the
 step, the number of skipped ones and the config's fingerprint that is all that training needs, because order, sigma,
@@ -8,182 +8,45 @@ well (Record) is in it too.
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
 
-from wantrain.engine import is_deepspeed, mirror
-from wantrain.engine.ema import Ema
-from wantrain.engine.optimizers import OptimizerKind, average, beta_of
-from wantrain.engine.states import COUNT, State, inner, is_zero3, link, parameters_of, sharded_like, states
-from wantrain.files import digest_file, temporary_for, write_json, write_text
+from wantrain.engine import mirror
+from wantrain.engine.saved import (
+    CHECKSUMS,
+    STATE,
+    TENSORS,
+    CheckpointStore,
+    Damaged,
+    Progress,
+    Record,
+    checksums,
+    mirrored_or_told,
+    progress_of,
+    record_of,
+    refuse_another_config,
+    step_of,
+)
+from wantrain.files import temporary_for, write_json, write_text
 from wantrain.outside import Outside
 from wantrain.tensors import read_tensors, write_tensors
-from wantrain.terms import OF_A_PLACE, UserError, unwritable
+from wantrain.terms import UserError
 
-TENSORS, STATE, CHECKSUMS = "training.safetensors", "state.json", "checksums"
 VALUE, EMA, POINT = "value", "ema", "y"
 """Keys beside those of the optimizer: what the adapter is, its average, and where schedule-free trains on."""
-
-
-def gather(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any, kind: OptimizerKind, ema: Ema | None
-           ) -> dict[str, torch.Tensor]:
-    """All that the next step needs, whole and on the CPU; every process must call it.
-
-    `NAME|value` is what the adapter is, `NAME|KEY` each tensor that the optimizer keeps for it (absent before the
-    first step), `NAME|ema` its average; `(group N)|KEY` are the numbers that the optimizer keeps for a param group.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-    for name, value, kept in states(accelerator, model, optimizer):
-        own = {VALUE: value, **kept}
-        if kind.averages:
-            own |= {POINT: value, VALUE: average(value, kept["z"], beta_of(optimizer)) if kept else value}
-        tensors |= {f"{name}|{key}": _saved(tensor) for key, tensor in own.items()}
-    if ema is not None:
-        tensors |= {f"{name}|{EMA}": _saved(tensor) for name, tensor in ema.tensors.items()}
-    for number, group in enumerate(inner(accelerator, optimizer).param_groups):
-        for key in kind.scalars:
-            number_type = torch.int64 if isinstance(group[key], int) else torch.float64
-            tensors[f"(group {number})|{key}"] = torch.tensor(group[key], dtype=number_type)
-    return tensors
-
-
-def _saved(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().cpu().clone()
 
 
 def values(tensors: Mapping[str, torch.Tensor], key: str = VALUE) -> dict[str, torch.Tensor]:
     """The parameters' values, or the tensors of another key, by the parameters' names."""
     return {name.removesuffix(f"|{key}"): t for name, t in tensors.items() if name.endswith(f"|{key}")}
-
-
-def restore(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any, *, kind: OptimizerKind, ema: Ema | None,
-            tensors: Mapping[str, torch.Tensor], updates: int) -> None:
-    """Put back what `gather` took, under whatever engine runs now, after so many updates. Every process must call it.
-    """
-    parameters = parameters_of(accelerator, model)
-    if set(parameters) != set(values(tensors)):
-        raise UserError("the checkpoint's tensors are not this adapter's", "use the lora.* settings it was made with")
-    kept: dict[str, dict[str, torch.Tensor]] = {name: {} for name in parameters}
-    for full, tensor in tensors.items():
-        name, _, key = full.rpartition("|")
-        if name in kept and key not in (VALUE, EMA, POINT):
-            kept[name][key] = tensor
-    point = values(tensors, POINT if kind.averages else VALUE)
-    found = [State(name, point[name], kept[name]) for name in parameters]
-    if is_deepspeed(accelerator):
-        _restore_deepspeed(optimizer, parameters, found)
-    else:
-        for name, value, own in found:
-            parameter = parameters[name]
-            parameter.data.copy_(sharded_like(value, parameter))
-            optimizer.optimizer.state[parameter] = {key: sharded_like(tensor, parameter) for key, tensor in own.items()}
-    itself = inner(accelerator, optimizer)
-    for state in itself.state.values():
-        if state and kind.counter is not None:
-            state[COUNT] = kind.counter(updates)
-    for number, group in enumerate(itself.param_groups):
-        group |= {key: tensors[f"(group {number})|{key}"].item() for key in kind.scalars}
-    if ema is not None:
-        ema.restore(values(tensors, EMA))
-
-
-def _restore_deepspeed(optimizer: Any, parameters: Mapping[str, torch.nn.Parameter], found: Sequence[State]) -> None:
-    """ZeRO keeps flat float32 partitions: give them states first, then set each tensor, then the model's own copy
-    (docs/facts.md, "Engines").
-    """
-    import deepspeed
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-    zero = optimizer.optimizer
-    flats = zero.fp32_partitioned_groups_flat if is_zero3(zero) else zero.single_partition_of_fp32_groups
-    for flat in flats:
-        zero.optimizer.state[flat] = {key: torch.zeros_like(flat) for key in found[0].tensors}
-    link(optimizer)
-    for name, whole_value, kept in found:
-        parameter = parameters[name]
-        value = whole_value.to(parameter.device)
-        safe_set_full_fp32_param(parameter, value)
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            parameter.data.copy_(value)
-        for key, tensor in kept.items():
-            safe_set_full_optimizer_state(parameter, tensor.to(parameter.device), key)
-
-
-@dataclass(slots=True)
-class Progress:
-    """How far a run is: steps done, how many of those left the adapter as it was (their numbers were not finite), and
-    its id in a tracker.
-    """
-
-    step: int = 0
-    skipped: int = 0
-    run_id: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What a checkpoint says of its training besides tensors, so that an export needs nothing else.
-
-    `fingerprint` is what a resume compares. `kind`, `scales` (the factor on each module's product) and `metadata` (what
-    a LoRA file says of itself) are what an export needs; `saved_at` is the moment of writing, ISO 8601.
-    """
-
-    fingerprint: Mapping[str, Any]
-    kind: str = ""
-    scales: Mapping[str, float] = field(default_factory=dict)
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    saved_at: str = ""
-
-
-class Damaged(UserError):
-    """A checkpoint whose files are incomplete, or differ from those that were written."""
-
-
-class CheckpointStore(NamedTuple):
-    """Where a run's checkpoints are: its folder, perhaps a copy behind an fsspec URL, and which of them stay: the
-    newest `keep` and those of every `keep_every` steps.
-    """
-
-    folder: Path
-    mirror: str | None = None
-    keep: int = 1
-    keep_every: int | None = None
-
-    def on_disk(self) -> list[Path]:
-        """Checkpoints by rising step."""
-        return steps_on_disk(self.folder)
-
-    def mirrored(self) -> list[str]:
-        """The names of those that the mirror has."""
-        return [name for name in mirror.names(self.mirror) if step_of(name) >= 0] if self.mirror else []
-
-    def too_old(self, names: Iterable[str]) -> list[str]:
-        """The checkpoints among these names that may be deleted."""
-        return [name for name in sorted(names, key=step_of)[:-self.keep]
-                if not self.keep_every or step_of(name) % self.keep_every]
-
-
-def step_of(name: str) -> int:
-    """The step in a checkpoint's name, -1 where this is none."""
-    found = re.fullmatch(r"step_(\d{6,})", name)
-    return int(found[1]) if found else -1
-
-
-def steps_on_disk(folder: Path) -> list[Path]:
-    """Checkpoints by rising step."""
-    return sorted((p for p in folder.glob("step_*") if step_of(p.name) >= 0), key=lambda path: step_of(path.name))
 
 
 def save(store: CheckpointStore, progress: Progress, tensors: Mapping[str, torch.Tensor], record: Record) -> Path:
@@ -217,11 +80,6 @@ def save(store: CheckpointStore, progress: Progress, tensors: Mapping[str, torch
     return final
 
 
-def checksums(folder: Path) -> str:
-    """A line for each file of a checkpoint."""
-    return "".join(f"{digest_file(folder / name)}  {name}\n" for name in (TENSORS, STATE))
-
-
 def _sync(folder: Path) -> None:
     """Put a folder's names on the disk: a rename is safe only then."""
     handle = os.open(folder, os.O_RDONLY)
@@ -229,24 +87,6 @@ def _sync(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`key: old -> new` for each key in which two fingerprints differ."""
-    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-
-
-def refuse_another_config(old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Raise UserError where the fingerprint of now differs from a checkpoint's.
-
-    A key that the checkpoint's version did not know yet counts as its default: the default of a new key is what was
-    done before there was one.
-    """
-    known = {key: value for key, value in defaults.items() if key in new}
-    was = {key: value for key, value in old.items() if not OF_A_PLACE.match(key)}  # earlier versions compared these
-    if changed := differences({**known, **was}, new):
-        raise UserError("the config is not the one this run was started with:\n  " + "\n  ".join(changed),
-                        "set these back, or start a new run: run.name=ANOTHER")
 
 
 def load(path: Path, fingerprint: Mapping[str, Any] | None, defaults: Mapping[str, Any] | None = None
@@ -262,7 +102,7 @@ def load(path: Path, fingerprint: Mapping[str, Any] | None, defaults: Mapping[st
     if not intact:
         raise Damaged(f"checkpoint {path} is damaged: its files are not those that were written",
                       f"rm -r {path}, and start again")
-    progress, record = _state(path, Progress), record_of(path)
+    progress, record = progress_of(path), record_of(path)
     if fingerprint is not None:
         refuse_another_config(record.fingerprint, fingerprint, defaults or {})
     try:
@@ -270,41 +110,6 @@ def load(path: Path, fingerprint: Mapping[str, Any] | None, defaults: Mapping[st
     except UserError as error:
         raise Damaged(f"checkpoint {path} is damaged: {error.message}", f"rm -r {path}, and start again") from error
     return progress, tensors
-
-
-def record_of(path: Path) -> Record:
-    """Read the Record of a whole checkpoint."""
-    return _state(path, Record)
-
-
-T = TypeVar("T", Progress, Record)
-
-
-def _state(path: Path, made: type[T]) -> T:
-    """One of the two parts of a checkpoint's state; fields of a version before keep their defaults.
-
-    Raises Damaged where its values are not of their kinds.
-    """
-    try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        found = made(**{field.name: state[field.name] for field in fields(made) if field.name in state})
-        if not _is_sound(found):
-            raise ValueError("a value that wantrain never writes")
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise Damaged(f"checkpoint {path} is damaged: {STATE}: {error}", f"rm -r {path}, and start again") from error
-    return found
-
-
-def _is_sound(state: Progress | Record) -> bool:
-    """Whether the values are of their kinds: the checksums may be right and the file edited."""
-    if isinstance(state, Progress):
-        return all(type(count) is int and count >= 0 for count in (state.step, state.skipped)) \
-            and isinstance(state.run_id, str)
-    if state.saved_at:
-        datetime.fromisoformat(state.saved_at)
-    return (isinstance(state.kind, str) and isinstance(state.fingerprint, dict)
-            and all(isinstance(scale, float) and math.isfinite(scale) for scale in state.scales.values())
-            and all(isinstance(text, str) and text.encode() is not None for text in state.metadata.values()))
 
 
 class Checkpoint(NamedTuple):
@@ -342,35 +147,6 @@ def newest_whole(store: CheckpointStore, fingerprint: Mapping[str, Any] | None,
     if fault is not None:
         raise fault
     return None
-
-
-def mirrored_or_told(store: CheckpointStore) -> tuple[list[str], list[str]]:
-    """(names that the mirror has, why it could not be read). Raises UserError where the folder has no checkpoint."""
-    try:
-        return store.mirrored(), []
-    except UserError as error:
-        if not store.on_disk():
-            raise
-        return [], [error.message]
-
-
-def refuse_unwritable(store: CheckpointStore) -> list[str]:
-    """Raise UserError where no checkpoint could be written in the folder; what is wrong with the mirror is only told.
-    """
-    try:
-        store.folder.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_for(store.folder / "step")
-        temporary.mkdir()
-        temporary.rmdir()
-    except OSError as error:
-        raise unwritable(store.folder, error) from error
-    if store.mirror is None:
-        return []
-    try:
-        mirror.probe(store.mirror)
-    except UserError as error:
-        return [f"{error.message}\n  the training goes on, and tries again with each checkpoint"]
-    return []
 
 
 def _fetch(store: CheckpointStore, path: Path) -> None:

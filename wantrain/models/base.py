@@ -1,4 +1,7 @@
-"""The frozen base: where its parts are, in whatever published layout, and each of them loaded strictly."""
+"""The frozen base: where its parts are, in whatever published layout, and each of them loaded strictly.
+
+Where the parts are and what they hold is told without torch: each method imports the library whose class it fills.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +11,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
-
-import torch
-from diffusers import (
-    AutoencoderKLWan,
-    WanAnimateTransformer3DModel,
-    WanPipeline,
-    WanTransformer3DModel,
-    WanVACETransformer3DModel,
-)
-from diffusers.utils import logging as diffusers_logging
-from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
-from transformers.utils import logging as transformers_logging
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from wantrain.files import digest_path, digest_text
 from wantrain.models import hub, names, sizes
-from wantrain.models.conditioning import Encoders
 from wantrain.models.containers import Container, find_parts, open_container
-from wantrain.models.loading import empty_weights, load_into
 from wantrain.models.lora_names import is_lora, lora_argument, refuse_other_experts_file
-from wantrain.models.lora_updates import merged_tensor, plan_merge, read_given
-from wantrain.models.quantised import quantise
 from wantrain.models.variants import (
     Expert,
     Variant,
@@ -39,17 +26,21 @@ from wantrain.models.variants import (
     is_diffusers_config,
     stated_vace_layers,
 )
-from wantrain.models.weight_files import ContainerError
+from wantrain.models.weight_files import ContainerError, parse_json
 from wantrain.terms import TEXT_LEN, UserError
 
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+    from transformers import CLIPVisionModel
+
+    from wantrain.models.conditioning import Encoders
+
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny_wan"
-TextPipeline: TypeAlias = WanPipeline
+TextPipeline: TypeAlias = "WanPipeline"
 """The pipeline of a tokenizer and a text encoder alone."""
 
 SHARED_PARTS = ("vae", "text_encoder", "tokenizer")
-
-diffusers_logging.disable_progress_bar()
-transformers_logging.disable_progress_bar()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +55,13 @@ class Base:
     parts: Mapping[str, Path]
     merges: Mapping[Expert | None, Sequence[tuple[Path, float]]] = field(default_factory=dict)
     expert: Expert | None = None
+    absent: tuple[str, ...] = ()
+    """Model ids that are not on this machine yet, whose parts are left out."""
 
     def each(self) -> list[Base]:
         """This base alone; or one base for each expert, high noise first, whose file is then its part `transformer`."""
-        return [replace(self, expert=expert, parts={**self.parts, "transformer": self.parts[expert]})
+        return [replace(self, expert=expert, parts={**self.parts, **(
+            {"transformer": self.parts[expert]} if expert in self.parts else {})})
                 for expert in self.variant.experts] or [self]
 
     @property
@@ -77,14 +71,16 @@ class Base:
 
     def digest(self, part: str, memo: Path) -> str:
         """A digest of one part's files, and of what is merged into the transformer."""
+        if part not in self.parts:
+            return ""  # of a model that is yet to be downloaded: it names no entry of any cache
         own = digest_path(self.parts[part], memo)
         if part != "transformer" or not self.merged:
             return own
         return digest_text(own, *(f"{digest_path(file, memo)} {strength}" for file, strength in self.merged))
 
     def _transformer_config(self) -> dict[str, Any]:
-        path = self.parts["transformer"]
-        own = WanTransformer3DModel.load_config(path) if (path / "config.json").is_file() else {}
+        path = self.parts["transformer"] / "config.json" if "transformer" in self.parts else None
+        own = parse_json(path, path.name, path.read_bytes()) if path and path.is_file() else {}
         if is_diffusers_config(own):
             return own
         stated = stated_vace_layers(own)
@@ -92,11 +88,14 @@ class Base:
 
     @property
     def _transformer_class(self) -> Any:
-        classes = (WanTransformer3DModel, WanVACETransformer3DModel, WanAnimateTransformer3DModel)
-        return {c.__name__: c for c in classes}[self.variant.transformer_class]
+        import diffusers
+
+        return getattr(diffusers, self.variant.transformer_class)
 
     def meta_transformer(self) -> WanTransformer3DModel:
         """The transformer's architecture on the meta device, without reading weights."""
+        import torch
+
         with torch.device("meta"):
             return self._transformer_class.from_config(self._transformer_config())
 
@@ -122,6 +121,9 @@ class Base:
 
         `placed` gets each parameter as soon as it is there (wantrain.models.loading.load_into).
         """
+        from wantrain.models.loading import empty_weights, load_into
+        from wantrain.models.quantised import quantise
+
         container = open_container(self.parts["transformer"])
         self._detected(container)
         with empty_weights():
@@ -134,11 +136,20 @@ class Base:
 
     def _merging(self, container: Container) -> Callable[[str, torch.Tensor], torch.Tensor] | None:
         """What folds the merged LoRAs into the container's tensors as they are read."""
-        loras = [(read_given(file, self.expert), strength) for file, strength in self.merged]
-        return partial(merged_tensor, plan_merge(container, loras)) if loras else None
+        if not self.merged:
+            return None
+        from wantrain.models.lora_updates import merged_tensor, plan_merge, read_given
 
-    def vae(self, device: torch.device, dtype: torch.dtype = torch.float32) -> AutoencoderKLWan:
+        loras = [(read_given(file, self.expert), strength) for file, strength in self.merged]
+        return partial(merged_tensor, plan_merge(container, loras))
+
+    def vae(self, device: torch.device, dtype: torch.dtype | None = None) -> AutoencoderKLWan:
         """The VAE, frozen; in float32, as the official code runs it, unless told."""
+        import torch
+        from diffusers import AutoencoderKLWan
+
+        from wantrain.models.loading import empty_weights, load_into
+
         container = open_container(self.parts["vae"])
         with empty_weights():
             module = AutoencoderKLWan.from_config(container.config or sizes.VAES[names.vae_version(container.names())])
@@ -147,13 +158,20 @@ class Base:
             raise ContainerError(container.path, f"makes latents of {module.config.z_dim} channels, "
                                  f"{self.variant.name} takes {wanted}", "the VAE of the other generation",
                                  f"set model.parts.vae to Wan{self.variant.vae}_VAE.pth or its like")
-        load_into(module, container, names.vae_rename(container.names()), dtype=dtype, device=device)
+        load_into(module, container, names.vae_rename(container.names()), dtype=dtype or torch.float32,
+                  device=device)
         return module.requires_grad_(False).eval().to(device)
 
     def text(self, dtype: torch.dtype, device: torch.device, form: str = "") -> TextPipeline:
         """Tokenizer and umT5 encoder, frozen, as a pipeline without the other parts: its prompt code is the reference.
         With a `form` the Linears of the encoder's blocks are stored in that, as those of `transformer`.
         """
+        from diffusers import WanPipeline
+        from transformers import UMT5Config, UMT5EncoderModel
+
+        from wantrain.models.loading import empty_weights, load_into
+        from wantrain.models.quantised import quantise
+
         container = open_container(self.parts["text_encoder"])
         with empty_weights():
             module = UMT5EncoderModel(UMT5Config(**(container.config or sizes.UMT5_XXL)))
@@ -164,6 +182,8 @@ class Base:
 
     def tokenizer(self) -> Any:
         """The umT5 tokenizer by itself."""
+        from transformers import AutoTokenizer, T5Tokenizer
+
         path = self.parts["tokenizer"]
         if path.is_dir():
             return AutoTokenizer.from_pretrained(path)
@@ -173,6 +193,11 @@ class Base:
 
     def image_encoder(self, dtype: torch.dtype, device: torch.device, form: str = "") -> CLIPVisionModel:
         """The CLIP vision tower of the 2.1 image-to-video checkpoints, frozen; `form` as for `text`."""
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+
+        from wantrain.models.loading import empty_weights, load_into
+        from wantrain.models.quantised import quantise
+
         container = open_container(self.parts["image_encoder"])
         with empty_weights():
             module = CLIPVisionModel(CLIPVisionConfig(**(container.config or sizes.CLIP_VIT_H)))
@@ -180,9 +205,13 @@ class Base:
         load_into(module, container, names.clip_rename(container.names()), dtype=dtype, device=device)
         return module.requires_grad_(False).eval().to(device)
 
-    def encoders(self, device: torch.device, vae_dtype: torch.dtype = torch.float32, form: str = "",
+    def encoders(self, device: torch.device, vae_dtype: torch.dtype | None = None, form: str = "",
                  gib: float | None = None) -> Encoders:
         """The VAE, and the CLIP tower where the variant has one; `form` as for `text`, `gib` as for Encoders."""
+        import torch
+
+        from wantrain.models.conditioning import Encoders
+
         image = self.image_encoder(torch.float32, device, form) if self.variant.architecture.image_dim else None
         return Encoders(self.vae(device, vae_dtype), image, gib)
 
@@ -198,42 +227,57 @@ def expert_path(name: str, expert: Expert | None) -> str:
     return name.replace("{expert}", expert) if expert else name
 
 
-def find(variant: Variant, path: str | None, parts: Mapping[str, str], merge: Sequence[str] = ()) -> Base:
+def find(variant: Variant, path: str | None, parts: Mapping[str, str], merge: Sequence[str] = (), fetch: bool = True
+         ) -> Base:
     """Where everything is: the parts of the folder `path` (`embedded` for the tiny base; diffusers or official
     layout), with single files or folders in their place where `parts` names them.
 
-    Each may be a model id (wantrain.models.hub). `merge`: LoRA files as FILE or FILE=STRENGTH; `{expert}` in a name
-    stands for high or low.
+    Each may be a model id (wantrain.models.hub); without `fetch` none is downloaded, and those that are not here are
+    `absent`. `merge`: LoRA files as FILE or FILE=STRENGTH; `{expert}` in a name stands for high or low.
     """
     required = required_parts(variant)
     if unknown := sorted(set(parts) - set(required)):
         raise UserError(f"model.parts.{unknown[0]} is not allowed: {', '.join(required)}", "rename the key")
     found: dict[str, Path] = {}
+    absent: dict[str, set[str]] = {}
     if path:
         wanted = set(required) - set(parts)
-        folder = EMBEDDED if path == "embedded" else _local("model.path", path, lambda f: _is_whole(f, wanted))
-        found = find_parts(folder) if folder.is_dir() else {"transformer": folder}
-    found |= {part: _local(f"model.parts.{part}", where) for part, where in parts.items()}
+        folder = EMBEDDED if path == "embedded" else _at("model.path", path, fetch, lambda f: _is_whole(f, wanted))
+        if folder is None:
+            absent[path] = wanted
+        else:
+            found = find_parts(folder) if folder.is_dir() else {"transformer": folder}
+    for part, where in parts.items():
+        if file := _at(f"model.parts.{part}", where, fetch):
+            found[part] = file
+        else:
+            absent.setdefault(where, set()).add(part)
     if "tokenizer" not in found and "text_encoder" in found and found["text_encoder"].is_file() \
             and open_container(found["text_encoder"]).spiece_model():
         found["tokenizer"] = found["text_encoder"]
-    for part in required:
-        if part not in found:
-            like = {"tokenizer": "google/umt5-xxl"}.get(part, "FILE_OR_FOLDER")
-            raise UserError(f"model.path = {path} holds no {part}, and model.parts.{part} is not set",
-                            f"set model.parts.{part}={like}, or model.path to a whole checkpoint, e.g. "
-                            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+    for part in [part for part in required if part not in set(found).union(*absent.values())]:
+        like = {"tokenizer": "google/umt5-xxl"}.get(part, "FILE_OR_FOLDER")
+        raise UserError(f"model.path = {path} holds no {part}, and model.parts.{part} is not set",
+                        f"set model.parts.{part}={like}, or model.path to a whole checkpoint, e.g. "
+                        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+    return Base(variant, {part: found[part] for part in required if part in found}, _merges(variant, merge),
+                absent=tuple(absent))
+
+
+def _merges(variant: Variant, merge: Sequence[str]) -> dict[Expert | None, list[tuple[Path, float]]]:
+    """The LoRA files of each expert with their strengths. Raises UserError for one that says it is the other's."""
     merges = {expert: [lora_argument(expert_path(argument, expert)) for argument in merge]
               for expert in variant.experts or (None,)}
     for expert, loras in merges.items():
         for file, _ in loras:
             refuse_other_experts_file(file, expert)
-    return Base(variant, {part: found[part] for part in required}, merges)
+    return dict(merges)
 
 
-def _local(key: str, where: str, whole: Callable[[Path], bool] | None = None) -> Path:
+def _at(key: str, where: str, fetch: bool, whole: Callable[[Path], bool] | None = None) -> Path | None:
+    """The local path of what a key names; None for a model id that is not here and is not to be fetched."""
     try:
-        return hub.local(where, whole)
+        return hub.local(where, whole) if fetch else hub.here(where, whole)
     except UserError as error:
         raise UserError(f"{key}: {error.message}", error.next_step) from error
 

@@ -11,8 +11,8 @@ from pathlib import PurePath
 from typing import Any
 
 from wantrain.models.comfy_nodes import NODES, faults
-from wantrain.models.conditioning import media_of_task
 from wantrain.models.sampling import Settings
+from wantrain.models.task_media import media_of_task
 from wantrain.models.variants import Expert, Variant
 
 Loras = Mapping[Expert | None, Sequence[tuple[str, float]]]

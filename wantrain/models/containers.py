@@ -11,11 +11,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from wantrain.models.weight_files import OPENERS, ContainerError, ContainerKind, Entry, kind_of, parse_json
+
+if TYPE_CHECKING:  # only tensors themselves need it, not what is told of them
+    import torch
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 _SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
@@ -24,7 +25,6 @@ _HIDDEN_NAMES = ("scaled_fp8", "spiece_model")
 _UNREADABLE_SUFFIXES = {".weight_scale_2": "nvfp4", ".pre_quant_scale": "awq_w4a16"}
 _QUANT_FORMATS = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fn_rowwise", "float8_e4m3fn_blockwise",
                   "int8_tensorwise")
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(slots=True)
@@ -62,6 +62,8 @@ class Container:
         `dtype` None keeps the stored dtype, and gives float32 for a quantised tensor. Raises ContainerError for an
         unreadable tensor, a scale that is missing, not finite or of a shape that does not fit.
         """
+        import torch
+
         tensor = self._entries[name].load()
         if name in self._scales:
             scale = self._entries[self._scales[name]].load()
@@ -70,7 +72,8 @@ class Container:
                                      "such as mxfp8, without the note that says so", "use the fp16, bf16 or "
                                      "tensor-scaled fp8 file of the same model")
             tensor = self._scaled(name, tensor.to(device, torch.float32), scale.to(device, torch.float32))
-        elif tensor.dtype == torch.int8 or (tensor.dtype in _FP8 and tensor.ndim > 1 and self._has_lost_scale(tensor)):
+        elif tensor.dtype == torch.int8 or (tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+                                            and tensor.ndim > 1 and self._has_lost_scale(tensor)):
             raise ContainerError(self.path, f"{name} is {tensor.dtype} without a scale, while weights of this kind "
                                  "have one", "the scale was dropped when the file was repackaged")
         return tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
@@ -79,6 +82,8 @@ class Container:
         """Whether an fp8 weight without a scale had one: others have, the file says so, or it fills its whole range,
         which no trained weight does unscaled.
         """
+        import torch
+
         return (bool(self._scales) or "scaled_fp8" in self._entries
                 or float(fp8.float().abs().nan_to_num().max()) > torch.finfo(fp8.dtype).max / 4)
 
@@ -89,7 +94,7 @@ class Container:
         return _bytes(self.path, "spiece_model", self._entries["spiece_model"])
 
     def _scaled(self, name: str, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        if not torch.isfinite(scale).all():
+        if not scale.isfinite().all():
             raise ContainerError(self.path, f"the scale of {name} is not finite", "the quantisation overflowed or the "
                                  "file is damaged")
         try:
@@ -172,7 +177,7 @@ def _bytes(path: Path, name: str, entry: Entry) -> bytes:
     """The text that a tensor of bytes holds."""
     if entry.storage not in ("uint8", "int8", "I8"):
         raise ContainerError(path, f"{name} is stored as {entry.storage} and not as bytes", "a file cast as a whole")
-    return bytes(entry.load().contiguous().view(torch.uint8).numpy())
+    return entry.load().numpy().tobytes()
 
 
 def _refuse_unreadable(raw: Container) -> None:

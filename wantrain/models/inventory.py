@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from wantrain.models import sizes
 from wantrain.models.variants import PATCH, Architecture, Variant
 from wantrain.terms import Bucket
 
@@ -134,3 +135,28 @@ def _face(a: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield from _linear(f"face_adapter.{number}.{part}", a.dim, a.dim).items()
         for part in ("q", "k"):
             yield f"face_adapter.{number}.norm_{part}.weight", (a.dim // a.num_heads,)
+
+
+def published_gb(variant: Variant) -> float:
+    """About what a whole checkpoint takes in bfloat16: its transformers, the text encoder and the image encoder."""
+    transformer = variant.num_parameters or sum(map(math.prod, tensors(variant.architecture).values()))
+    return 2 * (transformer * max(1, len(variant.experts)) + _text_encoder_parameters()
+                + (_image_encoder_parameters() if variant.architecture.image_dim else 0)) / 1e9
+
+
+def _text_encoder_parameters() -> int:
+    """Parameters of umT5-xxl's encoder: its embedding; in each layer attention, feed-forward, norms, position bias."""
+    own = sizes.UMT5_XXL
+    dim, inner = own["d_model"], own["num_heads"] * own["d_kv"]
+    layer = 4 * dim * inner + 3 * dim * own["d_ff"] + 2 * dim
+    bias = own["relative_attention_num_buckets"] * own["num_heads"]
+    return int(own["vocab_size"] * dim + own["num_layers"] * (layer + bias) + dim)
+
+
+def _image_encoder_parameters() -> int:
+    """Parameters of CLIP's vision tower."""
+    own = sizes.CLIP_VIT_H
+    dim, ffn = own["hidden_size"], own["intermediate_size"]
+    layer = 4 * (dim * dim + dim) + 2 * dim * ffn + dim + ffn + 4 * dim
+    patches = 3 * own["patch_size"] ** 2 * dim
+    return int(own["num_hidden_layers"] * layer + patches + dim * (1 + TOKENS_OF_AN_IMAGE) + 4 * dim)

@@ -9,12 +9,17 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
+from diffusers.utils import logging as diffusers_logging
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers.utils import logging as transformers_logging
 
 from wantrain.models.containers import Container
 from wantrain.models.names import Rename, UnknownName
 from wantrain.models.quantised import QuantisedLinear
 from wantrain.models.weight_files import ContainerError
+
+diffusers_logging.disable_progress_bar()
+transformers_logging.disable_progress_bar()
 
 
 @contextlib.contextmanager

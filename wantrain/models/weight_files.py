@@ -15,13 +15,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 
 from wantrain.terms import UserError
+
+if TYPE_CHECKING:  # names, shapes and dtypes of a safetensors or GGUF file are read without torch
+    import torch
 
 ContainerKind = Literal["safetensors", "pth", "gguf"]
 
@@ -142,10 +144,11 @@ class _Mapped:
 
 
 _SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
+    "BOOL": "bool",
 }
+"""Their words for dtypes -> torch's."""
 
 
 def _word(dtype: torch.dtype) -> str:
@@ -155,7 +158,7 @@ def _word(dtype: torch.dtype) -> str:
 def _open_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     mapped = _Mapped(path)
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
             slices = {name: file.get_slice(name) for name in file.offset_keys()}
     except (SafetensorError, OSError) as error:
@@ -165,7 +168,7 @@ def _open_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         if piece.get_dtype() not in _SAFETENSORS_DTYPES:
             raise ContainerError(path, f"{name} is of dtype {piece.get_dtype()}", "a file made for inference only",
                                  "use the fp16, bf16 or fp8 file of the same model")
-        word = _word(_SAFETENSORS_DTYPES[piece.get_dtype()])
+        word = _SAFETENSORS_DTYPES[piece.get_dtype()]
         entries[name] = Entry(tuple(piece.get_shape()), word, partial(mapped.load, name))
     return entries, metadata
 
@@ -177,6 +180,8 @@ _TORCH_FAULTS = (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexErr
 
 
 def _open_pth(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    import torch
+
     try:
         # Only the zip format can be mapped; the older one is read whole.
         is_zip = zipfile.is_zipfile(path)
@@ -209,6 +214,8 @@ def _same(tensor: torch.Tensor) -> torch.Tensor:
 
 def _state_dict(path: Path, loaded: object) -> dict[str, torch.Tensor]:
     """The state dict itself, or the one under a trainer's outer key."""
+    import torch
+
     for candidate in (loaded, *(loaded[key] for key in _OUTER_KEYS if isinstance(loaded, dict) and key in loaded)):
         if isinstance(candidate, Mapping) and candidate and all(
                 isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in candidate.items()):
@@ -261,6 +268,7 @@ def _open_gguf(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 def _dequantised(path: Path, tensor: Any, shape: tuple[int, ...]) -> torch.Tensor:
     """A GGUF tensor as float32 (float16 and integers as they are), by the gguf package's own dequantiser."""
+    import torch
     from gguf import quants
 
     plain = {"F32", "F16", "F64", "I8", "I16", "I32", "I64"}

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import torch
 
-from wantrain.flow import Density
+from wantrain.density import Density
 from wantrain.terms import NUM_TIMESTEPS
 
 SIZE_PX = (720, 360)

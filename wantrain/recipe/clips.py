@@ -11,16 +11,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from wantrain.config import Config
-from wantrain.data import batches, manifest, media, plan
-from wantrain.data.buckets import buckets
+from wantrain.data import manifest, media, plan
+from wantrain.data.buckets import batch_factors, buckets
 from wantrain.data.cache import CONDITION, MASK, Cache, Conditioning, Entry
+from wantrain.data.captions import captions_of
 from wantrain.data.folders import Account
 from wantrain.data.plan import Plan
 from wantrain.files import digest_text
 from wantrain.jobs import cores
 from wantrain.models import inventory
 from wantrain.models.base import Base
-from wantrain.models.conditioning import media_of_task
+from wantrain.models.task_media import media_of_task
 from wantrain.models.variants import Variant
 from wantrain.recipe.recipe import Recipe
 from wantrain.terms import PARTNERS, TEXT_LEN, Bucket, Clip, Dropped, PlannedClip, UserError
@@ -59,14 +60,14 @@ class Clips:
     def batch_factors(self) -> dict[Bucket, int]:
         """How many times data.batch_size samples a step takes of each bucket."""
         data = self.config.data
-        return batches.batch_factors({p.bucket for p in self.planned}, data.batch_size, data.max_tokens_per_batch,
-                                     self.variant.multiple_px)
+        return batch_factors({p.bucket for p in self.planned}, data.batch_size, data.max_tokens_per_batch,
+                             self.variant.multiple_px)
 
     @property
     def captions(self) -> list[str]:
         """Every text that training may draw, the empty one first."""
         texts = ["", *(text for p in self.everything
-                       for text in batches.captions_of(p.clip, self.config.data.tag_orders))]
+                       for text in captions_of(p.clip, self.config.data.tag_orders))]
         return [*texts, *(words for text in dict.fromkeys(texts) if (words := self.class_caption(text)) is not None)]
 
     @property

@@ -14,7 +14,7 @@ from statistics import median
 
 from wantrain import costs
 from wantrain.data.buckets import buckets
-from wantrain.data.decode import count_frames
+from wantrain.data.films import count_frames
 from wantrain.models.variants import NATIVE_PX, Variant
 from wantrain.terms import Bucket, Clip, Media, MediaInfo, UserError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from wantrain.config import Config, LoraFormat
-from wantrain.engine.checkpoint import CheckpointStore
+from wantrain.engine.saved import CheckpointStore
 from wantrain.models.variants import Expert
 
 

@@ -5,23 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from wantrain import flow, lora
-from wantrain.config import BaseForm, Config, expert_config, variant_of
-from wantrain.engine.checkpoint import CheckpointStore, step_of
-from wantrain.lora import AdapterState, Spec
-from wantrain.models import hub
-from wantrain.models.base import Base, TextPipeline, expert_path, find
-from wantrain.models.conditioning import Encoders
-from wantrain.models.lora_updates import adapter_for, read_given, refuse_unexportable
+from wantrain.config import BaseForm, Config, Dtype, LoraKind, expert_config, variant_of
+from wantrain.density import Density, shift_for, unshift_sigma
+from wantrain.engine.saved import CheckpointStore, step_of
+from wantrain.models import hub, inventory
+from wantrain.models.base import Base, expert_path, find
 from wantrain.models.variants import Variant
-from wantrain.objective import Objective
 from wantrain.recipe import folders
+from wantrain.targets import matched, matching
 from wantrain.terms import Bucket, UserError
 
-TORCH_DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+if TYPE_CHECKING:  # what a config would do is told without torch
+    import torch
+
+    from wantrain.lora import AdapterState, Spec
+    from wantrain.models.base import TextPipeline
+    from wantrain.models.conditioning import Encoders
+    from wantrain.objective import Objective
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,9 @@ class Recipe:
     @property
     def dtype(self) -> torch.dtype:
         """Storage of the frozen transformer and text encoder."""
-        return TORCH_DTYPE[self.config.model.dtype.name]
+        import torch
+
+        return {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}[self.config.model.dtype]
 
     @property
     def base_form(self) -> str:
@@ -88,12 +92,16 @@ class Recipe:
 
     def load_encoders(self, device: torch.device) -> Encoders:
         """The VAE and the image encoder as the config says."""
+        import torch
+
         own = self.config.memory
-        return self.base.encoders(device, TORCH_DTYPE[own.vae.name], self.encoders_form, own.gib)
+        return self.base.encoders(device, getattr(torch, own.vae.name), self.encoders_form, own.gib)
 
     @property
     def adapter_spec(self) -> Spec:
         """How the config wants its adapter."""
+        from wantrain.lora import Spec
+
         own = self.config.lora
         return Spec(own.rank, own.alpha, own.kind.name, own.rank_pattern, own.alpha_pattern)
 
@@ -116,32 +124,37 @@ class Recipe:
         """
         low, high = self.sigmas
         if self.config.validation.sigmas is None:
-            schedule = flow.Density("uniform", (), self.variant.shift, (low, high))
-            deciles = schedule.quantile(torch.arange(1, 10, dtype=torch.float64) / 10)
-            return [round(sigma, 4) for sigma in deciles.tolist()]
+            shift = self.variant.shift
+            below, until = unshift_sigma(low, shift), unshift_sigma(high, shift)
+            deciles = [below + (until - below) * number / 10 for number in range(1, 10)]
+            return [round(shift * x / (1 + (shift - 1) * x), 4) for x in deciles]
         return [sigma for sigma in self.config.validation.sigmas if low <= sigma < high or sigma == high == 1]
 
     @property
     def objective(self) -> Objective:
         """How the errors of a batch become its loss."""
+        from wantrain.objective import Objective
+
         own, sources = self.config.loss, self.config.data.sources
         asks_base = bool(own.class_words or own.mask_preserve) or any(s.preserve for s in sources.values())
         return Objective(own.kind.name, own.delta, own.weighting.name, own.min_snr_gamma, own.mask_background,
                          own.mask_preserve, own.class_weight, asks_base)
 
-    def density(self, bucket: Bucket) -> flow.Density:
+    def density(self, bucket: Bucket) -> Density:
         """How sigma is drawn for a bucket."""
         own, variant = self.config.sigma, self.variant
         shift = variant.shift if own.shift is None else own.shift
         if own.by_resolution:
-            shift = flow.shift_for(shift, bucket.num_tokens(variant.multiple_px), variant.native_tokens)
+            shift = shift_for(shift, bucket.num_tokens(variant.multiple_px), variant.native_tokens)
         try:
-            return flow.Density(own.distribution.name, tuple(own.shape), shift, self.sigmas)
+            return Density(own.distribution.name, tuple(own.shape), shift, self.sigmas)
         except ValueError as error:
             raise UserError(f"sigma: {error}", "widen sigma.range, or choose another sigma.distribution") from error
 
     def meta_adapter(self) -> AdapterState:
         """The names, shapes and scales of the adapter that a training makes, on the meta device."""
+        from wantrain import lora
+
         transformer = self.base.meta_transformer()
         lora.inject(transformer, self.config.lora.targets, self.adapter_spec, self.config.train.seed)
         return lora.adapter_state(lora.trainable_parameters(transformer), lora.scales(transformer))
@@ -151,10 +164,12 @@ def _form(form: BaseForm) -> str:
     return "" if form is BaseForm.dtype else form.name
 
 
-def open_recipe(config: Config) -> Recipe:
-    """Find the base's files. Raises UserError where one is not there."""
-    variant = variant_of(config)
-    return Recipe(config, find(variant, config.model.path, config.model.parts, config.model.merge))
+def open_recipe(config: Config, fetch: bool = True) -> Recipe:
+    """Find the base's files. Raises UserError where one is not there; without `fetch`, what would have to be downloaded
+    is only told in `base.absent`.
+    """
+    own = config.model
+    return Recipe(config, find(variant_of(config), own.path, own.parts, own.merge, fetch))
 
 
 def training_faults(recipe: Recipe) -> Iterator[UserError]:
@@ -167,6 +182,23 @@ def training_faults(recipe: Recipe) -> Iterator[UserError]:
         yield UserError(f"validation.sigmas = {config.validation.sigmas}: none is in [{low:g}, {high:g}), the sigmas "
                         f"that {'this expert' if recipe.base.expert else 'sigma.range'} leaves to train at",
                         f"add one, e.g. validation.sigmas=[{(low + high) / 2:g}], or validation.every_steps=0")
+    yield from _faults_of_given(recipe)
+    if not _is_always_expressible(recipe):
+        from wantrain.models.lora_updates import refuse_unexportable
+
+        try:
+            refuse_unexportable(recipe.meta_adapter(), config.export.format.name, config.export.dtype.name)
+        except UserError as error:
+            yield UserError(f"what would be trained could not be exported: {error.message}", error.next_step)
+
+
+def _faults_of_given(recipe: Recipe) -> Iterator[UserError]:
+    """The errors of the LoRA files that the training is given."""
+    config = recipe.config
+    if not (recipe.base.merged or config.lora.start_from):
+        return
+    from wantrain.models.lora_updates import adapter_for, read_given
+
     try:
         for file, _ in recipe.base.merged:
             read_given(file, recipe.base.expert)
@@ -175,10 +207,53 @@ def training_faults(recipe: Recipe) -> Iterator[UserError]:
             adapter_for(given, recipe.base.meta_transformer())
     except UserError as error:
         yield error
-    try:
-        refuse_unexportable(recipe.meta_adapter(), config.export.format.name, config.export.dtype.name)
-    except UserError as error:
-        yield UserError(f"what would be trained could not be exported: {error.message}", error.next_step)
+
+
+PLAIN_KINDS = (LoraKind.lora, LoraKind.rslora)
+"""Two factors for each module and nothing else."""
+
+
+def _is_always_expressible(recipe: Recipe) -> bool:
+    """Whether every format holds such an adapter: pairs in float32, on modules that have names everywhere."""
+    config = recipe.config
+    return (config.lora.kind in PLAIN_KINDS and config.export.dtype is Dtype.float32
+            and not recipe.variant.architecture.animate)
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What is known of an adapter before it is made: its modules, its parameters, its learning rates."""
+
+    num_modules: int
+    num_parameters: int
+    rates: list[float]
+
+
+def outline(recipe: Recipe) -> Outline:
+    """The adapter that a training makes. Raises UserError where a target or a pattern matches nothing.
+
+    Plain kinds by arithmetic; the others as PEFT makes them, without memory.
+    """
+    own, optim = recipe.config.lora, recipe.config.optim
+    if own.kind not in PLAIN_KINDS:
+        from wantrain import lora
+
+        transformer = recipe.base.meta_transformer()
+        names = lora.inject(transformer, own.targets, recipe.adapter_spec, recipe.config.train.seed)
+        factors = set(lora.lr_factors(transformer, optim.lora_plus, optim.lr_factors).values())
+        number = sum(p.numel() for p in lora.trainable_parameters(transformer).values())
+        return Outline(len(names), number, sorted(optim.lr * factor for factor in factors))
+    linears = inventory.linears(recipe.variant.architecture)
+    names = matched(list(linears), own.targets)
+    ranks, chosen = dict.fromkeys(names, own.rank), dict.fromkeys(names, 1.0)
+    for target, rank in own.rank_pattern.items():
+        ranks |= dict.fromkeys(matching(names, target, "lora.rank_pattern"), rank)
+    for target in own.alpha_pattern:
+        matching(names, target, "lora.alpha_pattern")
+    for target, factor in optim.lr_factors.items():
+        chosen |= dict.fromkeys(matching(names, target, "optim.lr_factors"), factor)
+    return Outline(len(names), sum(rank * sum(linears[name]) for name, rank in ranks.items()),
+                   sorted({optim.lr * factor * side for factor in chosen.values() for side in (1.0, optim.lora_plus)}))
 
 
 def more_steps_done(config: Config, path: Path) -> UserError:

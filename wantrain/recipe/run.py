@@ -12,7 +12,7 @@ import torch
 
 from wantrain import __version__, flow, metrics
 from wantrain import config as schema
-from wantrain.engine.checkpoint import Record
+from wantrain.engine.saved import Record
 from wantrain.files import write_json, write_text
 from wantrain.pages.plots import density_svg
 from wantrain.recipe.clips import Clips, manifest_digest

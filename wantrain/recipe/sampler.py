@@ -15,10 +15,10 @@ from wantrain.data import decode, media
 from wantrain.data.buckets import buckets
 from wantrain.models import conditioning, encode, fit, hub, sampling
 from wantrain.models.base import expert_path
-from wantrain.models.conditioning import media_of_task
 from wantrain.models.loading import free_bytes
 from wantrain.models.lora_names import refuse_other_experts_file
 from wantrain.models.profiles import PROFILES
+from wantrain.models.task_media import media_of_task
 from wantrain.models.variants import Expert, Variant
 from wantrain.options import split_strengths
 from wantrain.recipe.clips import Clips

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Protocol
 import torch
 
 from wantrain.data import decode
-from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Cache, Entry, describe, missing
+from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Cache, counted, describe, missing
 from wantrain.engine import launch
 from wantrain.jobs import in_workers, progress
 from wantrain.models import conditioning, encode
@@ -139,13 +138,6 @@ class Cached:
     def text(self, caption: str) -> torch.Tensor:
         """text_LD of the caption's true length, on the CPU."""
         return self._cache.read((TEXT, caption))["x"]
-
-
-def counted(entries: Mapping[Path, Entry]) -> str:
-    """`3 clips, 0 masks and 2 captions`."""
-    kinds = Counter(kind for kind, _ in entries.values())
-    more = "".join(f", {kinds[kind]} {kind}s" for kind in (MASK, CONDITION) if kinds[kind])
-    return f"{kinds[LATENTS]} clips{more} and {kinds[TEXT]} captions"
 
 
 def sample_of(clips: Clips, source: Encode, planned: PlannedClip, caption: str, first: bool) -> Sample:

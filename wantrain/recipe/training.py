@@ -8,17 +8,18 @@ import math
 import secrets
 from collections.abc import Iterator
 from dataclasses import asdict, astuple, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from wantrain import config as schema
 from wantrain import costs, engine, lora, objective
 from wantrain.config import Config
-from wantrain.engine import Accelerator, checkpoint, launch, optimizers
-from wantrain.engine.checkpoint import Checkpoint, Progress, Record, Writer
+from wantrain.engine import checkpoint, launch, optimizers, saved, snapshot
+from wantrain.engine.checkpoint import Checkpoint, Writer
 from wantrain.engine.ema import Ema
 from wantrain.engine.rendezvous import Rendezvous
+from wantrain.engine.saved import Progress, Record
 from wantrain.files import write_json
 from wantrain.metrics import Trackers
 from wantrain.models import fit, hub, quantised, sequence
@@ -31,6 +32,9 @@ from wantrain.recipe.costing import Room, job_of, policy_of, told
 from wantrain.recipe.recipe import Recipe
 from wantrain.recipe.run import record_of, write_header
 from wantrain.terms import Batch, UserError
+
+if TYPE_CHECKING:
+    from wantrain.engine import Accelerator
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +186,7 @@ def refuse_memory(accelerator: Accelerator, form: str, swap: int) -> None:
 def agree(training: Training) -> None:
     """Raise UserError where processes were started with other configs, base weights or clips than the first."""
     first = training.rendezvous.first(training.record.fingerprint)
-    changed = checkpoint.differences(first, training.record.fingerprint)
+    changed = saved.differences(first, training.record.fingerprint)
     for name, theirs in zip(training.rendezvous.processes, training.rendezvous.all(changed), strict=True):
         if theirs:
             raise UserError(f"{name} does not train what {training.rendezvous.processes[0]} does:\n  "
@@ -209,7 +213,7 @@ def resume(training: Training) -> None:
         return
     progress = training.progress
     progress.step, progress.skipped, progress.run_id = astuple(newest.progress)
-    checkpoint.restore(training.accelerator, training.model, training.optimizer, kind=training.kind, ema=training.ema,
+    snapshot.restore(training.accelerator, training.model, training.optimizer, kind=training.kind, ema=training.ema,
                        tensors=newest.tensors, updates=progress.step - progress.skipped)
     if training.accelerator.is_main_process:
         print("\n".join([*newest.passed, f"going on from {newest.path}"]))
@@ -217,7 +221,7 @@ def resume(training: Training) -> None:
 
 def save(training: Training) -> None:
     """Begin to write a checkpoint; every process must call it."""
-    tensors = checkpoint.gather(training.accelerator, training.model, training.optimizer, training.kind, training.ema)
+    tensors = snapshot.gather(training.accelerator, training.model, training.optimizer, training.kind, training.ema)
     if training.accelerator.is_main_process:
         training.writer.write(training.progress, tensors, training.record)
 

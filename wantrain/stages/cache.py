@@ -10,13 +10,13 @@ import torch
 
 from wantrain.config import Config
 from wantrain.data import decode
-from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Entry, leftovers, missing
+from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Entry, counted, leftovers, missing
 from wantrain.engine import launch
 from wantrain.engine.rendezvous import LONGEST_S, Rendezvous
 from wantrain.jobs import in_workers, progress
 from wantrain.recipe.clips import Clips, num_workers, open_clips
 from wantrain.recipe.recipe import open_recipe
-from wantrain.recipe.samples import Encoder, counted, write_texts
+from wantrain.recipe.samples import Encoder, write_texts
 from wantrain.terms import WINDOW, PlannedClip, UserError
 
 

@@ -3,42 +3,37 @@
 from __future__ import annotations
 
 import itertools
+import math
 import shlex
 from collections import Counter
 from collections.abc import Sequence
 
-from wantrain import flow, lora, metrics
+from wantrain import metrics
 from wantrain.config import Config
-from wantrain.data.cache import missing
+from wantrain.data.cache import counted, missing
 from wantrain.data.folders import Account
 from wantrain.data.plan import cropped, enlarged, surprises_of, trimmed_s
+from wantrain.density import share_of_schedule
+from wantrain.models import hub, inventory
 from wantrain.recipe.clips import HELDOUT, Clips, evaluation_faults, first_words, holding_trigger, open_clips
-from wantrain.recipe.recipe import Recipe, open_recipe, training_faults
-from wantrain.recipe.samples import counted
+from wantrain.recipe.recipe import Recipe, open_recipe, outline, training_faults
 
 
 def run(config: Config, arguments: Sequence[str]) -> None:
     """Print clips, buckets, tokens, steps, trainable parameters and files."""
-    recipe = open_recipe(config)
+    recipe = open_recipe(config, fetch=False)
     clips = open_clips(recipe, arguments)
     trainings = recipe.trainings()
     for fault in (fault for own in trainings for fault in training_faults(own)):
         raise fault
-    total = sum(p.numel() for p in trainings[0].base.meta_transformer().parameters())
-    to_make = missing(clips.entries)
     print(f"run          {config.run.name} in {recipe.run_dir}")
-    print(f"base         {config.model.variant}, {total:,} parameters, {recipe.dtype}"
-          + (f", the Linears of its blocks in {recipe.base_form}" if recipe.base_form else ""))
-    for part, path in recipe.base.parts.items():
-        print(f"  {part:13}{path}")
-    for own in trainings:
-        print(f"  detected   {own.base.detected()}")
-        for path, strength in own.base.merged:
-            print(f"  merged     {path} at strength {strength:g}")
+    print_base(recipe)
     print_data(clips)
     for own in trainings:
         print_training(own, clips)
-    print(f"cache        {clips.cache.folder}: {counted(to_make)} still to encode")
+    to_make = missing(clips.entries)
+    print(f"cache        {clips.cache.folder}: {counted(to_make)} " + (
+        "needed; not checked, which are there: base not here" if recipe.base.absent else "still to encode"))
     for own in trainings:
         print(f"checkpoints  every {config.train.save_every} steps in {own.run_dir / 'checkpoints'}")
         print(f"export       {own.export_path}")
@@ -48,25 +43,43 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     print(f"next: {shlex.join(['wantrain', 'cache' if to_make else 'train', *arguments])}")
 
 
+def print_base(recipe: Recipe) -> None:
+    """Print the files of the base and what they were taken for; of a model that is not here, how to get it."""
+    variant, base = recipe.variant, recipe.base
+    total = variant.num_parameters or sum(map(math.prod, inventory.tensors(variant.architecture).values()))
+    print(f"base         {variant.name}, {total:,} parameters, {recipe.config.model.dtype.name}"
+          + (f", the Linears of its blocks in {recipe.base_form}" if recipe.base_form else ""))
+    for part, path in base.parts.items():
+        print(f"  {part:13}{path}")
+    for own in recipe.trainings():
+        if "transformer" in own.base.parts:
+            print(f"  detected   {own.base.detected()}")
+        for path, strength in own.base.merged:
+            print(f"  merged     {path} at strength {strength:g}")
+    for where in base.absent:
+        size = f", about {inventory.published_gb(variant):.0f} GB where it is stored in bfloat16"
+        print(f"  not here   {where}{size if where == recipe.config.model.path else ''}")
+        print(f"             `wantrain cache` downloads it, as does: {hub.download_command(where)}")
+    if base.absent:
+        print("  not checked: base not here    whether its files are whole and this variant's")
+
+
 def print_training(recipe: Recipe, clips: Clips) -> None:
     """Print the adapter, optimizer, steps and sigmas of one training."""
     config, expert = recipe.config, f"{recipe.base.expert} noise expert: " if recipe.base.expert else ""
-    transformer = recipe.base.meta_transformer()
-    modules = lora.inject(transformer, config.lora.targets, recipe.adapter_spec, config.train.seed)
-    adapted = sum(p.numel() for p in lora.trainable_parameters(transformer).values())
+    adapter = outline(recipe)
     print(f"adapter      {expert}{config.lora.kind.name}, rank {config.lora.rank}, alpha {config.lora.alpha:g} on "
-          f"{len(modules)} modules: {adapted:,} trainable parameters")
+          f"{adapter.num_modules} modules: {adapter.num_parameters:,} trainable parameters")
     samples = float(sum(p.clip.repeats for p in clips.planned))
     seen = config.train.num_steps * config.data.batch_size
     optim = config.optim
-    rates = sorted({optim.lr * f for f in lora.lr_factors(transformer, optim.lora_plus, optim.lr_factors).values()})
-    print(f"optimizer    {expert}{optim.name.name}, learning rate {', '.join(f'{rate:g}' for rate in rates)}"
+    print(f"optimizer    {expert}{optim.name.name}, learning rate {', '.join(f'{rate:g}' for rate in adapter.rates)}"
           f"{f', average with decay {optim.ema_decay:g}' if optim.ema_decay else ''}")
     print(f"steps        {expert}{config.train.num_steps} of {config.data.batch_size} samples = {seen / samples:.1f} "
           f"epochs of {samples:g} samples")
     for density in dict.fromkeys(map(recipe.density, dict.fromkeys(p.bucket for p in clips.planned))):
         low, high = density.within
-        share = flow.share(recipe.variant.shift, low, high)
+        share = share_of_schedule(recipe.variant.shift, low, high)
         print(f"sigma        {expert}{density}, in [{low:g}, {high:g}]: {share:.1%} of the schedule; timestep = 1000 * "
               "sigma")
 

@@ -12,8 +12,9 @@ from datetime import datetime
 from wantrain import config as schema
 from wantrain import lora
 from wantrain.config import Config, expert_config, experts_of, variant_of
-from wantrain.engine import checkpoint
-from wantrain.engine.checkpoint import Checkpoint, Record
+from wantrain.engine import checkpoint, saved
+from wantrain.engine.checkpoint import Checkpoint
+from wantrain.engine.saved import Record
 from wantrain.models.lora_formats import LoraFile, products, read_lora
 from wantrain.models.lora_loaders import told
 from wantrain.models.lora_updates import from_adapter, write_proven
@@ -58,19 +59,19 @@ def newest(config: Config, expert: Expert | None) -> Checkpoint | None:
     found = checkpoint.newest_whole(checkpoints_of(config, expert), None)
     if found is None:
         return None
-    record = checkpoint.record_of(found.path)
+    record = saved.record_of(found.path)
     if not (record.scales and record.saved_at):
         raise UserError(f"{found.path} was written by an older wantrain and does not say how its adapter is scaled",
                         "train one more step with this version, e.g. train.num_steps="
                         f"{found.progress.step + 1}: its checkpoint does")
     of_config = {key: value for key, value in record.fingerprint.items() if not key.startswith("(")}  # not of files
-    checkpoint.refuse_another_config(of_config, schema.resume_keys(config), schema.defaults())
+    saved.refuse_another_config(of_config, schema.resume_keys(config), schema.defaults())
     return found
 
 
 def export_one(config: Config, expert: Expert | None, found: Checkpoint) -> list[str]:
     """One adapter in the format asked for, and its average if one was kept; what of it was written."""
-    step, record, form = found.progress.step, checkpoint.record_of(found.path), config.export.format.name
+    step, record, form = found.progress.step, saved.record_of(found.path), config.export.format.name
     print("".join(f"{message}; step {step} is exported\n" for message in found.passed), end="")
     written = []
     for key, what in ((checkpoint.VALUE, ""), (checkpoint.EMA, "_ema")):

@@ -23,7 +23,7 @@ from wantrain.data.buckets import buckets
 from wantrain.data.tables import COLUMNS
 from wantrain.files import json_line, write_text
 from wantrain.jobs import cores
-from wantrain.models.conditioning import media_of_task
+from wantrain.models.task_media import media_of_task
 from wantrain.models.variants import VARIANTS, Variant
 from wantrain.recipe.draft import Draft, Prompts, common_opening, draft, is_tiny, look, prompts_for
 from wantrain.terms import Clip, Media, MediaInfo, UserError

@@ -15,8 +15,9 @@ import torch
 
 from wantrain import pictures
 from wantrain.config import Config
-from wantrain.data import batches, decode, plan
+from wantrain.data import decode, plan
 from wantrain.data.cache import missing
+from wantrain.data.captions import captions_of
 from wantrain.data.folders import Account
 from wantrain.files import write_text
 from wantrain.jobs import in_workers, progress
@@ -176,7 +177,7 @@ def cards(clips: Clips, shown: Sequence[PlannedClip], count: Callable[[str], int
         for (planned, _), result, why in decoded:
             found, _, fault = result or ({}, "", str(why))
             frames = found.get(WINDOW)
-            texts = batches.captions_of(planned.clip, 0)
+            texts = captions_of(planned.clip, 0)
             to_s = planned.start_s + planned.bucket.num_frames / planned.fps
             yield {
                 "name": planned.name, "file": str(planned.clip.path), "bucket": str(planned.bucket),

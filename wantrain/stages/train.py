@@ -17,7 +17,7 @@ from wantrain import engine, lock, logs, metrics
 from wantrain.config import Config, DataMode, OnNonfinite, Resume
 from wantrain.data import batches
 from wantrain.data.batches import Draws, Order, Split
-from wantrain.engine import checkpoint, launch, optimizers
+from wantrain.engine import checkpoint, launch, optimizers, saved
 from wantrain.engine.checkpoint import Writer
 from wantrain.engine.stopping import Stopper
 from wantrain.engine.work import Work
@@ -79,15 +79,15 @@ def is_done(recipe: Recipe, clips: Clips) -> bool:
     if not launch.is_first():
         return False
     own, store = recipe.config.train, recipe.checkpoints
-    mirrored, told = checkpoint.mirrored_or_told(store)
+    mirrored, told = saved.mirrored_or_told(store)
     there = [*(path.name for path in store.on_disk()), *mirrored]
     if own.resume is Resume.never and there:
         where = store.folder if store.on_disk() else store.mirror
-        raise UserError(f"{where} has {max(there, key=checkpoint.step_of)} and train.resume=never", "start a new run "
+        raise UserError(f"{where} has {max(there, key=saved.step_of)} and train.resume=never", "start a new run "
                         "with run.name=ANOTHER, or go on with train.resume=auto")
-    for told_once in [*told, *checkpoint.refuse_unwritable(store)]:
+    for told_once in [*told, *saved.refuse_unwritable(store)]:
         print(told_once, file=sys.stderr)
-    if max(map(checkpoint.step_of, there), default=-1) < own.num_steps:
+    if max(map(saved.step_of, there), default=-1) < own.num_steps:
         return False
     newest = checkpoint.newest_whole(store, run_fingerprint(recipe, clips), schema.defaults())
     assert newest is not None, "there are checkpoints"

@@ -70,6 +70,10 @@ class Lora(Section):
             yield rank is None or rank <= largest, key, rank, \
                 f"it is above what any module of {variant.name} has: {largest}; 16 to 128 is usual"
 
+    def remedies(self, config: Config) -> dict[str, object]:
+        run = re.sub(r"/?checkpoints(/step_\d+)?/?$", "", self.start_from or "")
+        return {"lora.start_from": f"{run or '.'}/export/NAME.safetensors"}
+
 
 def _is_of_a_run(path: str) -> bool:
     """Whether this names a run's folder or its checkpoints."""

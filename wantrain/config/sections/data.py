@@ -9,9 +9,8 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from omegaconf import MISSING
-
 from wantrain.config.sections.parts import (
+    MISSING,
     Allowed,
     FloatAbove0,
     Folder,
@@ -22,8 +21,10 @@ from wantrain.config.sections.parts import (
     Seconds,
     Section,
     Share,
+    near_size,
     size_rule,
 )
+from wantrain.models.variants import VARIANTS
 from wantrain.terms import UserError
 
 if TYPE_CHECKING:
@@ -107,8 +108,11 @@ class Data(Section):
     def rules(self, config: Config) -> Iterator[Rule]:
         yield bool(self.num_frames), "data.num_frames", self.num_frames, "at least one length"
         yield bool(self.resolutions), "data.resolutions", self.resolutions, "at least one [height, width]"
+        variant = VARIANTS[config.model.variant]
         for size in self.resolutions:
             yield size_rule("data.resolutions", size)
+            yield all(side % variant.multiple_px == 0 for side in size), "data.resolutions", size, \
+                f"both must be multiples of {variant.multiple_px} for {variant.name}"
         yield isinstance(self.sources, dict) and bool(self.sources), "data.sources", self.sources, "at least one source"
         weighted = [name for name, source in self.sources.items() if source.weight is not None]
         yield len(weighted) in (0, len(self.sources)), "data.sources.*.weight", weighted, "all sources, or none"
@@ -120,7 +124,9 @@ class Data(Section):
             f"a multiple of train.micro_batch_size ({config.train.micro_batch_size})"
 
     def remedies(self, config: Config) -> dict[str, object]:
-        return {"data.batch_size": config.train.micro_batch_size}
+        multiple = VARIANTS[config.model.variant].multiple_px
+        sizes = [near_size(size, multiple) for size in self.resolutions if len(size) == 2]
+        return {"data.batch_size": config.train.micro_batch_size, "data.resolutions": f"[{','.join(sizes)}]"}
 
 
 def _is_range(limit: object) -> bool:
@@ -143,8 +149,8 @@ def refuse_absent_clips(config: Config) -> None:
 
 
 def _may_hold_clips(path: str) -> bool:
-    if "://" in path or set(path) & set("*?["):
-        return True
+    if "://" in path or (path.endswith(".tar") and set(path) & set("*?[")):
+        return True  # only shards are named by a pattern
     try:
         return os.path.lexists(Path(path).expanduser())
     except (RuntimeError, ValueError):

@@ -7,9 +7,7 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, ClassVar
 
-from omegaconf import MISSING
-
-from wantrain.config.sections.parts import FloatAbove0, IntFrom1, Rule, Section
+from wantrain.config.sections.parts import MISSING, FloatAbove0, IntFrom1, Rule, Section
 from wantrain.config.values import nearest
 from wantrain.models.variants import VARIANTS, is_trainable
 

@@ -8,10 +8,10 @@ from enum import Enum
 from typing import TYPE_CHECKING, ClassVar
 
 from wantrain.config.sections.parts import FloatAbove0, FloatFrom0, IntFrom0, Rule, Section, Share
+from wantrain.density import Density
 
 if TYPE_CHECKING:
     from wantrain.config.schema import Config
-
 
 
 class Distribution(Enum):
@@ -52,8 +52,6 @@ class Sigma(Section):
             "[low, high] in [0, 1]: sigma, and not timesteps (sigma = timestep / 1000)"
         if self.distribution is Distribution.uniform and not self.shape and self.range == [0, 1]:
             return  # right with every shift
-        from wantrain.flow import Density  # torch takes seconds to import: every other rule comes first
-
         try:
             Density(self.distribution.name, tuple(self.shape), 1.0 if self.shift is None else self.shift,
                     (self.range[0], self.range[1]))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 if TYPE_CHECKING:  # it is made of the sections
     from wantrain.config.schema import Config
+
+MISSING: Any = "???"
+"""OmegaConf's default of a key that must be given."""
 
 Rule = tuple[bool, str, object, str]
 """Whether it holds, key, value, what is allowed."""
@@ -68,3 +71,8 @@ Folder = Annotated[str, Allowed("the path of a folder", bool),
 def size_rule(key: str, size: list[int]) -> Rule:
     """The rule for a [height, width]."""
     return len(size) == 2 and min(size) > 0, key, size, "two positive numbers, [height, width]"
+
+
+def near_size(size: Sequence[int], multiple: int) -> str:
+    """The multiples that are nearest to a size, as a command line takes them."""
+    return f"[{','.join(str(max(1, round(side / multiple)) * multiple) for side in size)}]"

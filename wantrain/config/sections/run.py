@@ -7,9 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from omegaconf import MISSING
-
-from wantrain.config.sections.parts import Folder, Rule, Section
+from wantrain.config.sections.parts import MISSING, Folder, Rule, Section
 from wantrain.config.values import nearest
 
 if TYPE_CHECKING:

@@ -7,7 +7,17 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, ClassVar
 
-from wantrain.config.sections.parts import FloatAbove0, FloatFrom0, Frames, IntFrom1, Rule, Section, Seed, size_rule
+from wantrain.config.sections.parts import (
+    FloatAbove0,
+    FloatFrom0,
+    Frames,
+    IntFrom1,
+    Rule,
+    Section,
+    Seed,
+    near_size,
+    size_rule,
+)
 from wantrain.models.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -87,8 +97,7 @@ class Sampler(Section):
         size, multiple = self.resolution, VARIANTS[config.model.variant].multiple_px
         if size is None or len(size) != 2 or min(size) < 1:
             return {"sampler.resolution": "null"}
-        sides = (max(1, round(side / multiple)) * multiple for side in size)
-        return {"sampler.resolution": f"[{','.join(map(str, sides))}]"}
+        return {"sampler.resolution": near_size(size, multiple)}
 
 
 def _text_and_seed_rules(section: str, prompts: list[str], seeds: list[int]) -> Iterator[Rule]:

@@ -7,9 +7,17 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, ClassVar
 
-from omegaconf import MISSING
-
-from wantrain.config.sections.parts import FloatAbove0, FloatFrom0, IntFrom0, IntFrom1, Rule, Seconds, Section, Seed
+from wantrain.config.sections.parts import (
+    MISSING,
+    FloatAbove0,
+    FloatFrom0,
+    IntFrom0,
+    IntFrom1,
+    Rule,
+    Seconds,
+    Section,
+    Seed,
+)
 from wantrain.models.variants import VARIANTS
 
 if TYPE_CHECKING:
