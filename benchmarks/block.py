@@ -17,16 +17,16 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from diffusers import WanTransformer3DModel
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from tests.allocations import Allocations
 from wantrain import lora
 from wantrain.lora import Spec
-from wantrain.models.base import WanTransformer3DModel, diffusers_config
 from wantrain.models.block import KEEPS, BlockMemory, train_blocks
 from wantrain.models.short_text import shorten_text
-from wantrain.models.variants import VARIANTS
+from wantrain.models.variants import VARIANTS, diffusers_config
 
 NUM_BLOCKS, NUM_FRAMES = 2, 4
 VARIANT = VARIANTS["wan21_t2v_1b3"]

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from diffusers import WanAnimateTransformer3DModel, WanTransformer3DModel, WanVACETransformer3DModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.allocations import Allocations
 from wantrain import flow
 from wantrain.lora import Spec
-from wantrain.models.base import WanAnimateTransformer3DModel, WanTransformer3DModel, WanVACETransformer3DModel
 from wantrain.models.block import BlockMemory, train_blocks
 from wantrain.models.copies import LateCopies
 from wantrain.models.encode import autocast, predict_velocity

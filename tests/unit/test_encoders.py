@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import WanPipeline
+from transformers import UMT5Config, UMT5EncoderModel
 
 from tests.conftest import arguments_for, opened
 from tests.tiny_tasks import write_a14b, write_checkpoint
@@ -17,7 +19,6 @@ from wantrain import cli
 from wantrain.config import load
 from wantrain.data.cache import LATENTS, TEXT, missing
 from wantrain.models import base, conditioning, encode, loading, sampling
-from wantrain.models.base import UMT5Config, UMT5EncoderModel, WanPipeline
 from wantrain.models.loading import empty_weights
 from wantrain.models.quantised import QuantisedLinear, quantise, relative_errors
 from wantrain.models.sizes import UMT5_XXL
