@@ -106,8 +106,10 @@ class Blocks:
     def kept(self) -> float:
         """What is alive after the forward pass and was not before, in tensors of tokens x width, a block."""
         with Allocations() as allocations:
+            allocations.count([*self.model.parameters(), self.hidden, *self.rest])
+            before = allocations.alive
             out = self.forward()
-            kept = allocations.alive / (NUM_BLOCKS * self.hidden.nbytes)
+            kept = (allocations.alive - before) / (NUM_BLOCKS * self.hidden.nbytes)
         del out
         return kept
 

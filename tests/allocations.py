@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 
 class Allocations(TorchDispatchMode):
-    """In the block, `alive` are the bytes of all storages that operations made there and something still refers to, and
-    `peak` the most they ever were. What was there before counts when it is given to `count`.
+    """In the block, `alive` are the bytes of all storages that operations gave and something still refers to, and
+    `peak` the most they ever were. What was there before is known beforehand if it is given to `count`.
     """
 
     def __init__(self) -> None:
@@ -28,10 +28,10 @@ class Allocations(TorchDispatchMode):
         """Count the storages of these tensors that are not counted yet."""
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, torch.Tensor):
-                self._follow(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
+                self._follow(tensor.untyped_storage())
 
-    def _follow(self, storage: torch.UntypedStorage, size: int) -> None:
-        key = storage._cdata
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
         if key not in self._known:
             self._known[key] = weakref.ref(storage, lambda _: self._free(key, size))
             self.alive += size
@@ -42,9 +42,6 @@ class Allocations(TorchDispatchMode):
         self.alive -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, torch.Tensor):
-                self._follow(tensor.untyped_storage(), 0)  # was there before
         result = func(*args, **(kwargs or {}))
         self.count(result)
         return result

@@ -38,12 +38,14 @@ def counted_gib(own: AutoencoderKLWan, size: Bucket, tiles: tuple[int, int], dec
     """The most that all tensors but the weights take together."""
     px = vae.scale_of(own) * (own.config.patch_size or 1)
     with torch.device("meta"), torch.no_grad(), Allocations() as found:
+        found.count([*own.parameters(), *own.buffers()])
+        weights = found.alive
         if decoding:
             shape = 1 + size.num_frames // 4, size.height // px, size.width // px
             vae.decode(own, torch.empty(1, own.config.z_dim, *shape, dtype=own.dtype), tiles)
         else:
             vae.encode(own, torch.empty(1, 3, size.num_frames, size.height, size.width, dtype=torch.uint8), tiles)
-    return found.peak / GIB
+    return (found.peak - weights) / GIB
 
 
 @pytest.mark.parametrize("tiles", [pytest.param((1, 1), marks=pytest.mark.slow), (1, 2),

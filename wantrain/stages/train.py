@@ -125,6 +125,7 @@ def train_one(recipe: Recipe, clips: Clips, cached: Cached | None, another_follo
         limit_s = min(STOPPED_TRACKER_S if stopper.asked else TRACKER_S, recipe.config.train.stall_timeout_s / 4)
         if told := training.trackers.close(limit_s):
             print(told, file=sys.stderr)
+        tell_memory(training)
         training.rendezvous.flags(0)  # when another leaves, a launcher would end the first, which may still write
     if training.progress.step < recipe.config.train.num_steps:
         raise Interrupted(f"stopped after step {training.progress.step}; saved in {recipe.run_dir / 'checkpoints'}")
@@ -168,7 +169,6 @@ def train(training: Training, source: Encode, stopper: Stopper) -> None:
         save(training)
     work.report(training.rendezvous, recipe.run_dir / "processes.json", training.device,
                 training.accelerator.is_main_process)
-    tell_memory(training)
 
 
 def num_tokens(training: Training, micro_batches: Sequence[Batch]) -> int:
