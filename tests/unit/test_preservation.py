@@ -102,7 +102,7 @@ def test_preserved_clips_aim_at_the_frozen_base_and_the_others_at_their_pixels(p
     assert plain.sum() == 2
     assert torch.equal(asked.target[~plain], (batch.noise_BCTHW - batch.latents_BCTHW)[~plain])
     wanted = predict_velocity(base_of(training), noisy(batch)[plain], batch.sigma_B[plain], batch.text_BLD[plain])
-    assert torch.equal(asked.target[plain], wanted)
+    assert torch.allclose(asked.target[plain], wanted, atol=1e-5)  # other operations than diffusers', equal numbers
     assert not asked.target.requires_grad
     with torch.no_grad():
         loss_B = training.losses(batch)
@@ -169,8 +169,9 @@ def test_the_adapter_is_on_again_after_the_base_has_answered(prepared, with_word
     training, (batch,) = prepared(*WORDS, *PRESERVE_PLAIN)
     before = predicted(training.model, batch, batch.text_BLD)
     with lora.switched_off(training.model):
-        assert torch.equal(predicted(training.model, batch, batch.text_BLD),
-                           predicted(base_of(training), batch, batch.text_BLD))
+        assert torch.allclose(predicted(training.model, batch, batch.text_BLD),
+                              predicted(base_of(training), batch, batch.text_BLD), atol=1e-5)
+    assert not torch.allclose(before, predicted(base_of(training), batch, batch.text_BLD), atol=1e-3)
     training.losses(batch)
     assert torch.equal(predicted(training.model, batch, batch.text_BLD), before)
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 
 from wantrain import engine, lora
 from wantrain.config import load
@@ -17,7 +18,7 @@ from wantrain.models import base
 from wantrain.models.fit import NewAdapter, fit
 from wantrain.models.loading import empty_weights
 from wantrain.models.quantised import QuantisedLinear, quantise, relative_errors
-from wantrain.models.variants import VARIANTS
+from wantrain.models.variants import VARIANTS, diffusers_config
 from wantrain.recipe import training
 from wantrain.terms import UserError
 
@@ -101,7 +102,7 @@ def test_the_blocks_linears_alone_are_stored_so_and_the_base_answers_nearly_as_b
 def test_a_weight_takes_a_byte() -> None:
     """Of the 14B: 13.1 GiB of Linears in place of 26.2 in bfloat16 (docs/memory.md)."""
     with empty_weights():
-        transformer = base.WanTransformer3DModel.from_config(base.diffusers_config(VARIANTS["wan21_t2v_14b"]))
+        transformer = WanTransformer3DModel.from_config(diffusers_config(VARIANTS["wan21_t2v_14b"]))
         linears = sum(m.weight.numel() for m in transformer.blocks.modules() if isinstance(m, torch.nn.Linear))
         quantise(transformer, "int8")
     assert linears / 2**30 == pytest.approx(13.09, abs=0.01)

@@ -123,7 +123,7 @@ def test_a_command_of_the_readme_runs_on_the_tiny_base(run_command, line):
 
 
 def test_the_readmes_commands_from_training_to_the_files_run_on_the_tiny_base(run_command):
-    assert len(CHAIN) + len(ALONE) == len(COMMANDS) == 16
+    assert len(CHAIN) + len(ALONE) == len(COMMANDS) == 20
     for line in CHAIN:
         assert run_command(line) == 0, line
 

@@ -55,7 +55,7 @@ def test_no_frame_of_the_next_shot_is_ever_read(tmp_path, film, fps, times_ms):
 def test_the_guard_holds_where_a_wanted_time_falls_just_before_the_cut():
     """choose_frames looks up to 5.1e-4 s ahead, count_frames gives a frame up to 1e-3 frames late."""
     times_s = np.arange(100) / 24
-    found = decode.Probe(times_s, 100 / 24, 96, 64, "")
+    found = films.Probe(times_s, 100 / 24, 96, 64, "")
     span = next(shots.judge(found, [(48, 48)], np.zeros(100), RULES))
     for fps in np.linspace(5, 60, 4001):
         number = films.count_frames(found, span.start_s, span.end_s, fps)
@@ -138,7 +138,7 @@ def test_two_real_shots_are_cut_where_they_meet(tmp_path):
 @pytest.mark.parametrize(("max_s", "number"), [(10.0, 1), (9.99, 2), (5.0, 3), (3.0, 4), (0.5, 22), (0.01, 240)])
 def test_a_long_shot_is_cut_into_equal_parts(max_s, number):
     times_s = np.arange(240) / 24
-    found = decode.Probe(times_s, 10.0, 96, 64, "")
+    found = films.Probe(times_s, 10.0, 96, 64, "")
     spans = list(shots.judge(found, [], np.zeros(240), shots.Rules(3.0, 0.01, max_s, None)))
     assert len(spans) == number
     assert [s.first for s in spans[1:]] == [s.stop for s in spans[:-1]]

@@ -10,7 +10,7 @@ import torch
 from data_tools import shots, split, transnet
 from tests import odd_files
 from tests.splitting import DEMO, RULES
-from wantrain.data import decode
+from wantrain.data import decode, films
 
 LEARNED = shots.Rules(0.5, 0.1, 100.0, None, "transnetv2")
 LENGTHS = (22, 24, 22, 16)
@@ -129,7 +129,7 @@ def test_transitions_of_probabilities(inside, jumps, found):
 
 
 def test_shots_at_the_ends_of_a_film():
-    found = decode.Probe(np.arange(9) / 24, 9 / 24, 96, 64, "")
+    found = films.Probe(np.arange(9) / 24, 9 / 24, 96, 64, "")
     spans = list(shots.judge(found, [(0, 3), (5, 5), (7, 9)], np.zeros(9), shots.Rules(0.5, 0.01, 9, None)))
     assert [(s.first, s.stop, s.reason) for s in spans] == [
         (0, 3, "dissolve"), (3, 5, ""), (5, 7, ""), (7, 9, "dissolve")]
