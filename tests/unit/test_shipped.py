@@ -109,7 +109,7 @@ def run_command(clips, cache_dir, cached, tmp_path, monkeypatch):
         verb, *own = shlex.split(line.replace("runs/anime_1b3/export/anime_1b3.safetensors", exported)
                                  .replace("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", str(base.EMBEDDED))
                                  .replace("prune cache", f"prune {cache_dir}"))[1:]
-        if "--help" in own or verb in cli.FILE_VERBS:
+        if "--help" in own or verb in (*cli.FILE_VERBS, *cli.MACHINE_VERBS):
             return cli.main([verb, *own])
         recipe = [a for a in own if not a.startswith(("data.", "model"))]
         return cli.main([verb, *recipe, *with_twin(small, recipe[0], tmp_path)])
