@@ -91,6 +91,7 @@ def test_a_second_time_only_what_is_no_longer_right_is_made_again(whole, folder)
     assert "sample    about " in said
 
 
+@pytest.mark.long
 def test_a_stage_that_fails_ends_it_with_its_own_message(folder):
     said = subprocess.run([*WANTRAIN, "run", "sq", *FEW, "run.name=bad", "sampler.guidance=1e38"], cwd=folder,
                           text=True, capture_output=True, check=False, env=ENVIRONMENT)
@@ -100,7 +101,8 @@ def test_a_stage_that_fails_ends_it_with_its_own_message(folder):
 
 
 @pytest.mark.usefixtures("as_a_terminal_has_it")
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [pytest.param(stage, marks=[] if stage == "train" else pytest.mark.long)
+                                   for stage in STAGES])
 def test_stopped_in_any_stage_the_same_command_goes_on(whole, folder, stage, tmp_path):
     """Ctrl-C as soon as the stage has begun; then the run is that of one that nothing stopped."""
     _, undisturbed = whole
@@ -125,6 +127,7 @@ def test_stopped_in_any_stage_the_same_command_goes_on(whole, folder, stage, tmp
         path.name for path in (undisturbed / "samples").iterdir()}
 
 
+@pytest.mark.long
 def test_two_processes_share_what_can_be_shared(folder, tmp_path):
     own = [*FEW, "train.micro_batch_size=2", f"data.cache_dir={tmp_path / 'cache'}"]
     said = call(folder, "run", "sq", *own, f"run.dir={tmp_path / 'two'}", "--gpus", "2")

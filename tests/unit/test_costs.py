@@ -153,6 +153,7 @@ def drawn(seed):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_sixty_configurations_at_random_within_five_percent():
     errors = {seed: error_of(*drawn(seed)) for seed in range(60)}
     print(f"largest error {max(map(abs, errors.values())):.2%}")

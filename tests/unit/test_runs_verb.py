@@ -107,5 +107,5 @@ def test_what_is_broken_or_none_is_told(told, tmp_path, capsys):
     assert cli.main(["runs", "nowhere"]) == 2
     assert "nowhere is no folder" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
-    assert cli.main(["runs", "empty"]) == 2
-    assert "no run in empty" in capsys.readouterr().err
+    assert cli.main(["runs", "empty"]) == 0
+    assert "no run in empty" in capsys.readouterr().out

@@ -36,11 +36,12 @@ class Run:
 def run(given: argparse.Namespace) -> None:
     """Print the runs of these folders, or of `runs`."""
     folders = [Path(name).expanduser() for name in given.FOLDER or ["runs"]]
-    if absent := [folder for folder in folders if not folder.is_dir()]:
+    if absent := [folder for folder in folders if given.FOLDER and not folder.is_dir()]:
         raise UserError(f"{absent[0]} is no folder", "wantrain runs FOLDER    of a run, or the one above runs")
-    found = [told(training, folder) for folder in folders for training in trainings(folder)]
+    found = [told(training, folder) for folder in folders if folder.is_dir() for training in trainings(folder)]
     if not found:
-        raise UserError(f"no run in {', '.join(map(str, folders))}", "wantrain train recipe=demo_anime    begins one")
+        print(f"no run in {', '.join(map(str, folders))}\n  next: wantrain run demo_anime    begins one")
+        return
     widths = [max(len(getattr(one, column)) for one in found) for column in ("name", "recipe", "steps", "state")]
     for one in found:
         cells = zip((one.name, one.recipe, one.steps, one.state), widths, strict=True)
