@@ -88,7 +88,7 @@ def tasks(quick, names=TASKS):
     return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("name", tasks(("tiny_wan_i2v",)))
+@pytest.mark.parametrize("name", tasks(()))
 def test_cached_is_streamed_and_four_at_once_are_four_times_one_in_mixed_buckets(twins, tmp_path, name):
     """Nine steps are seven of clips and two of the picture."""
     twin = twins(name)

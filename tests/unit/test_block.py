@@ -81,8 +81,9 @@ def assert_near(own: Outcome, plain: Outcome, tolerance: float, floor: float) ->
 
 @pytest.mark.parametrize(("kind", "targets", "device", "by_token"), [
     ("t2v", ALL, CPU, False), ("t2v", ALL, NO_SHORT_TEXT, True), ("t2v", ["all_linear"], CPU, False),
-    ("t2v", ["all_linear"], CPU, True), ("i2v", ALL, CPU, False), ("i2v", ["all_linear"], CPU, False),
-    ("vace", ALL, CPU, False), ("vace", ["all_linear"], CPU, False),
+    ("t2v", ["all_linear"], CPU, True), ("i2v", ["all_linear"], CPU, False), ("vace", ["all_linear"], CPU, False),
+    pytest.param("i2v", ALL, CPU, False, marks=pytest.mark.slow),
+    pytest.param("vace", ALL, CPU, False, marks=pytest.mark.slow),
     ("t2v", [r"blocks\.1\.ffn\.net\.2"], CPU, False), ("t2v", [r"blocks\.1\.attn1\.to_q"], CPU, False),
     ("t2v", [r"blocks\.0\.ffn\.net\.0\.proj", r"blocks\.0\.attn2\.to_k"], CPU, False),
 ], ids=str)

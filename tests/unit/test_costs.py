@@ -132,8 +132,9 @@ FEW = {"1b3, swapped": job("wan21_t2v_1b3", SMALL, layers=4), "i2v": job("wan21_
 
 
 @pytest.mark.parametrize(("which", "base", "keep", "swap"), [
-    ("1b3, swapped", "int8", "inputs", 3), ("i2v", "dtype", "attention", 0), ("float32", "dtype", "all", 0),
-    ("vace", "fp8", "all", 0), ("5b", "dtype", "all", 0)])
+    ("1b3, swapped", "int8", "inputs", 3), ("i2v", "dtype", "attention", 0),
+    *(pytest.param(*given, marks=pytest.mark.slow) for given in (
+        ("float32", "dtype", "all", 0), ("vace", "fp8", "all", 0), ("5b", "dtype", "all", 0)))])
 def test_the_peak_is_what_counting_allocations_finds(which, base, keep, swap):
     assert abs(error_of(FEW[which], replace(policy(FEW[which], base, keep), swap=swap))) < 0.02
 
@@ -160,7 +161,9 @@ def test_sixty_configurations_at_random_within_five_percent():
     assert {seed: error for seed, error in errors.items() if abs(error) >= 0.05} == {}
 
 
-@pytest.mark.parametrize(("keep", "offload"), [("all", False), ("inputs", False), ("all", True), ("attention", True)])
+@pytest.mark.parametrize(("keep", "offload"), [
+    ("all", False), ("attention", True),
+    *(pytest.param(*given, marks=pytest.mark.slow) for given in (("inputs", False), ("all", True)))])
 def test_what_a_step_on_real_tensors_takes(keep, offload):
     """Where tensors wait in host memory, real ones alone can be followed."""
     own = job("tiny_wan", Bucket(33, 128, 192), rank=8, itemsize=4)

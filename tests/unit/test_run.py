@@ -15,6 +15,7 @@ def told(capsys):
     return [mark for mark in marks if ":" not in mark], [mark.partition(":")[0] for mark in marks if ":" in mark]
 
 
+@pytest.mark.slow
 def test_stages_follow_each_other_and_what_is_right_is_left_out(wantrain, tmp_path, capsys):
     assert wantrain("run", "train.num_steps=1") == 0
     assert told(capsys) == (["check", "cache", "train", "export", "sample", "evaluate"], [])

@@ -9,12 +9,11 @@ from pathlib import Path
 from wantrain.config import Config, SamplerProfile, variant_of
 from wantrain.files import write_json
 from wantrain.models.base import expert_path
-from wantrain.models.comfy_workflow import FILES, Wanted, workflow
+from wantrain.models.comfy_files import FILES
 from wantrain.models.lora_formats import read_lora
 from wantrain.models.lora_loaders import not_loading
 from wantrain.models.variants import Expert
 from wantrain.options import split_strength
-from wantrain.recipe.sampler import settings_of
 
 
 def write_workflow(config: Config, path: Path, exports: Mapping[Expert | None, Path]) -> str:
@@ -29,6 +28,9 @@ def write_workflow(config: Config, path: Path, exports: Mapping[Expert | None, P
     for export in exports.values():
         if why := dict(not_loading(read_lora(export), variant.task)).get("ComfyUI"):
             return f"no ComfyUI workflow: it {why} ({export.name})"
+    from wantrain.models.comfy_workflow import Wanted, workflow  # diffusers' solvers, which take seconds to import
+    from wantrain.recipe.sampler import settings_of
+
     own = config.sampler
     tool = own if own.profile is SamplerProfile.comfy else replace(own, profile=SamplerProfile.comfy, solver=None)
     strength = next((s for s in reversed(own.strengths) if s), 1.0)
