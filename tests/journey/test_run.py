@@ -89,6 +89,8 @@ def test_a_second_time_only_what_is_no_longer_right_is_made_again(whole, folder)
     assert begun(said)[1] == []
     assert "train     about " in said
     assert "sample    about " in said
+    shutil.rmtree(run)
+    (folder / "runs" / "kept").rename(run)  # for the tests that follow
 
 
 @pytest.mark.long
