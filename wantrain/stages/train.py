@@ -20,6 +20,7 @@ from wantrain.data.batches import Draws, Order, Split
 from wantrain.engine import checkpoint, launch, optimizers, saved
 from wantrain.engine.checkpoint import Writer
 from wantrain.engine.stopping import Stopper
+from wantrain.engine.watch import Watch, held_bytes
 from wantrain.engine.work import Work
 from wantrain.files import leftovers, write_json
 from wantrain.recipe.clips import Clips, open_clips
@@ -139,7 +140,7 @@ def train(training: Training, source: Encode, stopper: Stopper) -> None:
     last, saved = config.train.num_steps, progress.step
     steps = range(progress.step, last)
     ahead = batches.ahead(steps, batch_maker(training, source, progress.step))
-    work = Work(training.rendezvous.waited_s)
+    work, watch = Work(training.rendezvous.waited_s), Watch()
     with metrics.Metrics(recipe.run_dir / "metrics.jsonl", training.trackers.log, progress.step, last,
                          training.accelerator.is_main_process) as board:
         for _ in steps:
@@ -152,7 +153,9 @@ def train(training: Training, source: Encode, stopper: Stopper) -> None:
             progress.step += 1
             numbers |= {"step_s": time.perf_counter() - began, "data_wait_s": waited_s,
                         "memory_gib": engine.peak_memory_gib(training.device)}
-            work.add(num_tokens(training, micro_batches), numbers["step_s"], waited_s)
+            tokens = num_tokens(training, micro_batches)
+            work.add(tokens, numbers["step_s"], waited_s)
+            alarms = watch.alarms(tokens, numbers["step_s"], waited_s, held_bytes(training.device))
             if heldout and (progress.step % config.validation.every_steps == 0 or progress.step == last):
                 numbers |= heldout.numbers(progress.step)
                 board.say(f"step {progress.step}: validation loss {numbers['validation_loss']:.5f}")
@@ -163,7 +166,7 @@ def train(training: Training, source: Encode, stopper: Stopper) -> None:
             if progress.step % config.train.save_every == 0 or progress.step == last:
                 save(training)
                 saved = progress.step
-            for news in filter(None, (training.writer.news(), training.trackers.news())):
+            for news in filter(None, (training.writer.news(), training.trackers.news(), *alarms)):
                 board.say(news)
     if saved < progress.step:
         save(training)
