@@ -25,6 +25,16 @@ def test_training_on_the_gpu_gives_the_losses_of_the_cpu(wantrain, tmp_path, mon
     assert on_gpu == pytest.approx(losses("cpu"), rel=1e-3)
 
 
+@pytest.mark.parametrize("setting", ["keep=attention", "keep=inputs", "swap=3", "offload=true"])
+def test_how_memory_is_saved_changes_no_number(wantrain, tmp_path, setting):
+    def losses(run, *more):
+        assert wantrain("train", f"run.dir={tmp_path / run}", "model.dtype=float32", *more) == 0
+        return [json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+
+    plain = losses("plain", "memory.keep=all", "memory.swap=0", "memory.offload=false")
+    assert losses("spared", f"memory.{setting}") == plain
+
+
 def test_bfloat16_trains_and_its_loss_is_near_float32(wantrain, tmp_path):
     def last(dtype):
         run = tmp_path / dtype

@@ -62,8 +62,8 @@ class Watch:
         whole, waited = (sum(values) for values in zip(*self._waits, strict=True))
         if len(self._waits) == LAG_STEPS and waited > LAG * whole:
             yield "lagging", (f"WARNING: of the last {LAG_STEPS} steps {waited / whole:.0%} went into waiting for "
-                              "batches: the loader is the limit. data.mode=cache reads what was encoded before; a cache "
-                              "on a faster disk, or data.num_workers, helps as well")
+                              "batches: the loader is the limit. data.mode=cache reads what was encoded before; a "
+                              "cache on a faster disk, or data.num_workers, helps as well")
 
     def _growing(self, held: int) -> Iterator[tuple[str, str]]:
         self._window.append(held)
