@@ -7,14 +7,14 @@ import json
 import math
 import secrets
 from collections.abc import Iterator
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from wantrain import config as schema
 from wantrain import costs, engine, lora, objective
-from wantrain.config import Config
+from wantrain.config import Config, Keep
 from wantrain.engine import checkpoint, launch, optimizers, saved, snapshot
 from wantrain.engine.checkpoint import Checkpoint, Writer
 from wantrain.engine.ema import Ema
@@ -118,7 +118,7 @@ def largest_job(recipe: Recipe, clips: Clips, accelerator: Accelerator) -> costs
 
 
 def memory_policy(recipe: Recipe, clips: Clips, accelerator: Accelerator) -> costs.MemoryPolicy:
-    """How this training saves memory, which is said where it was chosen; equal in all processes."""
+    """How this process saves memory on its device; the first says what was chosen. No choice changes a number."""
     config, device, job = recipe.config, accelerator.device, largest_job(recipe, clips, accelerator)
     gib = config.memory.gib
     free = free_bytes(device, gib)
@@ -132,6 +132,8 @@ def memory_policy(recipe: Recipe, clips: Clips, accelerator: Accelerator) -> cos
         room = Room(card, free, engine.host_bytes() / accelerator.num_processes)
         can_move = not engine.is_deepspeed(accelerator) and not engine.is_fsdp(accelerator)
         policy = policy_of(config, job, room, can_move)
+        if engine.divides(accelerator) and config.memory.keep is Keep.auto and set(policy.keep) != {"all"}:
+            policy = replace(policy, keep=("inputs",) * job.num_blocks)  # through diffusers' blocks: models.fit
         if accelerator.is_main_process:
             planned = costs.peak(costs.device_parts(job, policy))
             print(f"memory: {told(policy)}; by the plan {planned / costs.GIB:.2f} of {free / costs.GIB:.2f} GiB"
