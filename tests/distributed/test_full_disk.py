@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.engine_table import OPTIMIZERS, ROWS, STEPS, Bench, are_same, saved
+from tests.distributed.engine_table import OPTIMIZERS, ROWS, STEPS, Bench, are_same, checkpoints_of
 from wantrain.engine import checkpoint
 
 pytestmark = pytest.mark.slow
@@ -50,7 +50,7 @@ def whole(forker, tmp_path_factory) -> tuple[Bench, Path]:
 def test_a_disk_with_room_for_so_much(whole, disk, tmp_path, share_of_rest, num_checkpoints):
     """So many checkpoints, beside all of the run's other files or some of them."""
     bench, undisturbed = whole
-    one = size_of(saved(undisturbed)[-1])
+    one = size_of(checkpoints_of(undisturbed)[-1])
     rest = size_of(undisturbed) - STEPS * one
     run = disk / "run"
     command = ["train", *bench.arguments(run, OPTIMIZERS["adamw"], 2)]
@@ -64,7 +64,7 @@ def test_a_disk_with_room_for_so_much(whole, disk, tmp_path, share_of_rest, num_
     assert "could not write" in told
     assert "free some disk space" in told
     assert "Traceback" not in told
-    steps = saved(run)
+    steps = checkpoints_of(run)
     assert int(num_checkpoints) <= len(steps) < STEPS
     assert [checkpoint.load(path, None)[0].step for path in steps] == list(range(1, len(steps) + 1))
     resize(disk, 1 << 30)

@@ -126,7 +126,8 @@ class Data(Section):
     def remedies(self, config: Config) -> dict[str, object]:
         multiple = VARIANTS[config.model.variant].multiple_px
         sizes = [near_size(size, multiple) for size in self.resolutions if len(size) == 2]
-        return {"data.batch_size": config.train.micro_batch_size, "data.resolutions": f"[{','.join(sizes)}]"}
+        return {"data.batch_size": config.train.micro_batch_size,
+                **({"data.resolutions": f"[{','.join(sizes)}]"} if sizes else {})}
 
 
 def _is_range(limit: object) -> bool:
