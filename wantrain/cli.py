@@ -88,7 +88,7 @@ def _run_and_tell(verb: str, rest: list[str]) -> int:
     except (KeyboardInterrupt, Interrupted) as stop:
         print(f"\n{stop if str(stop) else 'interrupted; what was finished is kept'}\n  next: "
               f"{shlex.join(['wantrain', verb, *rest])}    goes on from there", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return _leave(EXIT_INTERRUPTED)
 
 
 def _process(verb: str) -> int:
@@ -132,7 +132,7 @@ def _of_system(error: OSError) -> UserError:
 
 def _leave(code: int) -> int:
     """Give the exit code back. Where a process group runs, end the process at once instead: at a normal exit torch
-    waits for the other processes, and those may wait for this one.
+    waits for the other processes, and those may wait for this one; and its threads may abort the process (134).
     """
     distributed = sys.modules.get("torch.distributed")  # which takes seconds to import, where nothing else has
     if distributed and distributed.is_available() and distributed.is_initialized():
