@@ -138,6 +138,13 @@ def test_how_memory_is_saved_changes_no_number(plain, trained, setting):
     assert same_bits(state(plain)[1], state(spared)[1])
 
 
+def test_a_run_may_go_on_under_another_way_of_saving_memory(plain, trained):
+    trained("changed", "train.num_steps=2", "memory.keep=inputs", "memory.swap=2")
+    changed = trained("changed", "memory.keep=attention", "memory.offload=true")
+    assert losses(plain) == losses(changed)
+    assert same_bits(state(plain)[1], state(changed)[1])
+
+
 def test_what_is_chosen_for_a_budget_is_said_and_kept(trained, capsys):
     run = trained("budget", "memory.gib=0.81", "memory.swap=2")
     assert "memory: base dtype, of 6 blocks" in capsys.readouterr().out
