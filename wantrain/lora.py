@@ -280,7 +280,7 @@ def attach(transformer: torch.nn.Module, given: AdapterState) -> None:
 def joined(states: Sequence[tuple[AdapterState, float]]) -> AdapterState:
     """One adapter whose delta is the sum of these adapters' deltas times their strengths.
 
-    Raises ValueError for kinds other than LoRA where this is no adapter of the kind: of several, and of a DoRA that is
+    Raises UserError for kinds other than LoRA where this is no adapter of the kind: of several, and of a DoRA that is
     not at 1.
     """
     if len(states) == 1 and states[0][1] == 1:
@@ -290,7 +290,8 @@ def joined(states: Sequence[tuple[AdapterState, float]]) -> AdapterState:
         (state, strength), = states
         return AdapterState(state.tensors, {module: scale * strength for module, scale in state.scales.items()})
     if foreign := sorted(leaves - set(_PAIR)):
-        raise ValueError(f"it holds {foreign[0]}, and only LoRAs of pairs add up, or can be at another strength")
+        raise UserError(f"it holds {foreign[0]}, and only LoRAs of pairs add up, or can be at another strength",
+                        "fold it in with model.merge")
     tensors = {}
     for module in dict.fromkeys(module for state, _ in states for module in state.tensors):
         parts = [(state.tensors[module], state.scales[module] * strength) for state, strength in states

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from wantrain.terms import Bucket, PlannedClip
+from wantrain.terms import Bucket
 
 
-def largest_bucket(planned: Iterable[PlannedClip], multiple_px: int) -> Bucket:
+def largest_bucket(buckets: Iterable[Bucket], multiple_px: int) -> Bucket:
     """The bucket whose samples have most transformer tokens."""
-    return max({p.bucket for p in planned}, key=lambda bucket: bucket.num_tokens(multiple_px))
+    return max(buckets, key=lambda bucket: bucket.num_tokens(multiple_px))
 
 
 def sequence_length(shape_THW: tuple[int, int, int], has_reference: bool) -> int:

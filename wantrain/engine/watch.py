@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
-WARM_STEPS = 10
-"""Steps of a size that come before the next ones are compared with them."""
+WARM_STEPS, LAST_STEPS = 10, 200
+"""Steps of a size that come before the next ones are compared with them, and how many of the last ones they are."""
 SLOW, SLOW_STEPS = 2.0, 3
 """Alarm at so many steps in a row of at least so many times the median."""
 LAG, LAG_STEPS = 0.2, 20
@@ -27,7 +27,7 @@ class Watch:
     """Looks at every step of one process. Each alarm is given once."""
 
     def __init__(self) -> None:
-        self._seconds: defaultdict[int, list[float]] = defaultdict(list)
+        self._seconds: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=LAST_STEPS))
         self._num_slow = 0
         self._waits: deque[tuple[float, float]] = deque(maxlen=LAG_STEPS)
         self._window: list[int] = []

@@ -78,7 +78,7 @@ class BlockPass:
     """One call of one block: forward once, and backward at most once."""
 
     def __init__(self, block: Any, policy: Policy, given: BlockInputs, products: dict[str, list[Product]]) -> None:
-        self.block, self.policy, self.keep = block, policy, policy.keep
+        self.block, self.policy = block, policy
         self.x, self.text, self.temb, self.turns = given.x, given.text, given.temb, given.turns
         device = self.x.device.type
         self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.x.dtype
@@ -178,10 +178,11 @@ class BlockPass:
     def forward(self, *, has_backward: bool) -> torch.Tensor:
         """[B, L, D], in x's dtype."""
         self.policy.acquire(1)
-        self.run(for_backward=has_backward and self.keep == "all", keeps_graph=has_backward and self.keep != "inputs")
+        keep = self.policy.keep
+        self.run(for_backward=has_backward and keep == "all", keeps_graph=has_backward and keep != "inputs")
         out, = self.group["ffn_out"].forward(functional.gelu(self.inner, approximate="tanh"))
         result = gated(self.x2, out, self.modulation(5))
-        if self.keep != "all":
+        if keep != "all":
             self.x1 = self.x2 = self.inner = cast("torch.Tensor", None)
         if has_backward and self.policy.offload is not None:
             self.parcel = self.policy.offload.send(self.take())
@@ -285,16 +286,16 @@ class BlockPass:
 
     def text_backward(self, gradients: Sequence[torch.Tensor], asks_text: bool) -> torch.Tensor | None:
         """From the gradients for keys and values of the text, and of the image, to that for both."""
-        own, parts, found = self.block.attn2, dict(zip(("image", "text"), self.texts(), strict=True)), []
-        for number, (name, norm) in enumerate((("text", own.norm_k), ("image", getattr(own, "norm_added_k", None)))):
-            if name not in self.group:
-                continue
+        own, (image, text), found = self.block.attn2, self.texts(), []
+        parts = [("text", own.norm_k, text)]
+        if "image" in self.group:
+            parts.append(("image", own.norm_added_k, image))
+        for number, (name, norm, part) in enumerate(parts):
             group, (key, value) = self.group[name], gradients[2 * number: 2 * number + 2]
-            if not asks_text and not group.is_adapted:
-                continue
-            key = in_heads_backward(key, self.text_products()[2 * number], norm, None, self.dtype)
-            given, self.weights[name] = group.backward([key, value.flatten(2)], parts[name], asks_text)
-            found.append(given)
+            if asks_text or group.is_adapted:
+                key = in_heads_backward(key, self.text_products()[2 * number], norm, None, self.dtype)
+                given, self.weights[name] = group.backward([key, value.flatten(2)], part, asks_text)
+                found.append(given)
         return torch.cat([given for given in reversed(found) if given is not None], 1).to(self.text.dtype) \
             if asks_text else None
 

@@ -64,13 +64,12 @@ def fit(transformer: WanTransformer3DModel, device: torch.device, adapter: NewAd
         modules = lora.inject(transformer, adapter.targets, adapter.spec, adapter.seed)
         if start:
             lora.start_from(transformer, start)
-    elif adapter:
-        modules = _attach(transformer, adapter)
-    if isinstance(adapter, NewAdapter):
         if not is_divided and block.can_train(transformer):
             block.train_blocks(transformer, memory or BlockMemory(), device)
         else:
             _checkpoint(transformer, memory or BlockMemory())
+    elif adapter:
+        modules = _attach(transformer, adapter)
     if sequence_parallel > 1:
         sequence.share_tokens(transformer, sequence_parallel)
     return modules
@@ -98,8 +97,6 @@ def _attach(transformer: torch.nn.Module, files: Sequence[AdapterFile]) -> list[
     try:
         state = lora.joined(states)
         lora.attach(transformer, state)
-    except ValueError as error:
-        raise UserError(f"{about}: {error}", instead_of_adapter(path)) from error
     except UserError as error:
         raise UserError(f"{about}: {error.message}", instead_of_adapter(path)) from error
     return list(state.tensors)

@@ -88,5 +88,6 @@ class Offload:
         parcel.device = [torch.empty_like(host, device=self.device) for host in parcel.host]
         parcel.tickets = [self.copies.start(*pair) for pair in zip(parcel.device, parcel.host, strict=True)]
 
+
 def _view(memory: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return memory[: len(memory) // dtype.itemsize * dtype.itemsize].view(dtype)

@@ -14,8 +14,7 @@ from wantrain.terms import Bucket
 def largest_bucket(config: Config) -> Bucket:
     """The bucket of most transformer tokens that the config allows, whatever the clips are."""
     data, px = config.data, variant_of(config).multiple_px
-    return max(buckets(data.num_frames, data.resolutions, px, data.max_tokens_per_clip),
-               key=lambda bucket: bucket.num_tokens(px))
+    return costs.largest_bucket(buckets(data.num_frames, data.resolutions, px, data.max_tokens_per_clip), px)
 
 
 def job_of(config: Config, bucket: Bucket, num_processes: int) -> costs.Job:

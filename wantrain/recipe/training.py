@@ -113,7 +113,7 @@ def prepare(recipe: Recipe, clips: Clips) -> Training:
 
 def largest_job(recipe: Recipe, clips: Clips, accelerator: Accelerator) -> costs.Job:
     """The training as far as costs go, at its largest clips."""
-    bucket = costs.largest_bucket(clips.planned, recipe.variant.multiple_px)
+    bucket = costs.largest_bucket({p.bucket for p in clips.planned}, recipe.variant.multiple_px)
     return job_of(recipe.config, bucket, accelerator.num_processes)
 
 
@@ -216,7 +216,7 @@ def resume(training: Training) -> None:
     progress = training.progress
     progress.step, progress.skipped, progress.run_id = astuple(newest.progress)
     snapshot.restore(training.accelerator, training.model, training.optimizer, kind=training.kind, ema=training.ema,
-                       tensors=newest.tensors, updates=progress.step - progress.skipped)
+                     tensors=newest.tensors, updates=progress.step - progress.skipped)
     if training.accelerator.is_main_process:
         print("\n".join([*newest.passed, f"going on from {newest.path}"]))
 

@@ -27,8 +27,8 @@ class Section:
     def rules(self, config: Config) -> Iterator[Rule]:
         """The rules that no single field's annotation can say.
 
-    They may take for granted that every value fits its annotation, and that the sections before this one are right.
-    """
+        They may take for granted that every value fits its annotation, and that the sections before this one are right.
+        """
         yield from ()
 
     def remedies(self, config: Config) -> dict[str, object]:
