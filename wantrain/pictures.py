@@ -7,6 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
@@ -28,6 +29,18 @@ def write_mp4(path: Path, frames_FCHW: torch.Tensor, fps: float, crf: int = 16, 
         for frame_HWC in frames_FCHW.movedim(1, -1).contiguous().numpy():
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")))
         container.mux(stream.encode())
+
+
+def read_mp4(path: Path) -> torch.Tensor:
+    """The frames of a video that `write_mp4` wrote, frames_FCHW uint8. ValueError where it is damaged."""
+    try:
+        with av.open(str(path)) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except (av.FFmpegError, OSError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not frames:
+        raise ValueError(f"{path} has no frames")
+    return torch.from_numpy(np.stack(frames)).movedim(-1, 1)
 
 
 def read_comment(path: Path) -> str:

@@ -22,7 +22,7 @@ from wantrain.models import base, comfy_workflow, lora_formats, lora_updates, lo
 from wantrain.models.fit import AdapterFile, fit
 from wantrain.models.names import transformer_to_diffusers
 from wantrain.models.variants import VARIANTS
-from wantrain.stages import export
+from wantrain.recipe import exporting
 from wantrain.terms import UserError
 
 CPU = torch.device("cpu")
@@ -158,7 +158,7 @@ def test_an_export_that_reads_back_wrong_is_an_error(trained, wantrain, capsys, 
         return without_alpha(pairs), extras
 
     for room, name, wrong, said in ((lora_updates, "write_lora", losing, "differs by"),
-                                    (export, "from_adapter", misread, "differs from the checkpoint's by")):
+                                    (exporting, "from_adapter", misread, "differs from the checkpoint's by")):
         with monkeypatch.context() as patched:
             patched.setattr(room, name, wrong)
             assert wantrain("export", *OWN, "run.name=other") == 2
