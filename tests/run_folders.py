@@ -48,15 +48,15 @@ def write_results(folder: Path, *, steps: tuple[int, ...] = (100, 200, 1000), st
                   prompts: list[Prompt] = PROMPTS, seeds: tuple[int, ...] = (0, 1), name: str = "mystyle") -> Results:
     """FOLDER/results.json with its videos; those of one look are one file's copies."""
     made, videos = columns(steps, strengths), []
-    for place, column in enumerate(made):
+    for column in made:
         for p, prompt in enumerate(prompts):
             for seed in seeds:
                 file = folder / f"{column.id}_{p}_{seed}.mp4"
                 amount = column.strength * min(1.0, 0.4 + (column.step or 0) / 400)
                 pictures.write_mp4(file, frames(10 * p + seed, amount), FPS, crf=24)
                 caption = f"mystyl style, {prompt.text}" if column.trigger else prompt.text
-                videos.append(Video(file.name, column.id, p, seed, caption, {"style": 0.6 - 0.4 * amount, "motion": 1.5},
-                                    f"wantrain sample --like {file.name}"))
+                videos.append(Video(file.name, column.id, p, seed, caption, {
+                    "style": 0.6 - 0.4 * amount, "motion": 1.5}, f"wantrain sample --like {file.name}"))
     style = {c.id: (0.6 - 0.4 * c.strength * min(1.0, 0.4 + (c.step or 0) / 400), 0.03) for c in made}
     found = Results(name, "mystyl style", FPS, made, prompts, videos, [
         Metric("style", "style distance", "How far colours and textures are from the training's; says nothing of "
@@ -84,7 +84,8 @@ def judgement(steps: list[int], clips: list[dict]) -> dict:
         "by_sigma": {s: {"base": base, "loss": [base - 0.1 * x * float(s) for x in far]} for s, base in sigmas.items()},
         "drift": {"by_sigma": {s: [0.02 * x * (1.2 - float(s)) for x in far] for s in sigmas},
                   "mean": [0.012 * x for x in far]},
-        "clips": [{"base": 0.7, "loss": [0.7 + 0.03 * i - 0.1 * x for x in far]} | clip for i, clip in enumerate(clips)],
+        "clips": [clip | {"base": 0.7, "loss": [0.7 + 0.03 * i - 0.1 * x for x in far]}
+                  for i, clip in enumerate(clips)],
         "verdict": {"best": steps[len(steps) * 2 // 3], "from": steps[len(steps) // 3], "to": steps[-2],
                     "memorised_from": steps[-1], "sentences": [
                         f"Usable: steps {steps[len(steps) // 3]} to {steps[-2]}.",

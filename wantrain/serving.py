@@ -32,7 +32,8 @@ class Server(ThreadingHTTPServer):
     def __init__(self, handler: type[Handler], host: str, port: int) -> None:
         super().__init__((host, port), handler)
         self.secret = secrets.token_urlsafe(24)
-        self.address = f"http://{host}:{self.server_port}/{self.secret}/"
+        reached = socket.gethostname() if host in ("", "0.0.0.0") else host  # that is every address of this machine
+        self.address = f"http://{reached}:{self.server_port}/{self.secret}/"
         self.hosts = {f"{name}:{self.server_port}" for name in (host, "127.0.0.1", "localhost")}
         self.is_local = is_loopback(host)
 
