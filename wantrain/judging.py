@@ -104,7 +104,7 @@ def _matched(grey_FHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     side = len(reach)
     still_PHW, place_PHW = costs[:, side * REACH_PX + REACH_PX], costs.argmin(dim=1)
     y, x = place_PHW // side, place_PHW % side
-    cube = costs.unflatten(1, (side, side))
+    cube = costs.view(len(costs), side, side, *costs.shape[2:])
     along_y = cube.gather(2, x[:, None, None].expand(-1, side, 1, -1, -1))[:, :, 0]
     along_x = cube.gather(1, y[:, None, None].expand(-1, 1, side, -1, -1))[:, 0]
     (beside_y, gain_y), (beside_x, gain_x) = _between(along_y, y), _between(along_x, x)
