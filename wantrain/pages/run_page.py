@@ -136,7 +136,7 @@ def gathered(run_dir: Path) -> Gathered:
               for folder in folders)]
     found = [one for one in sets if one]
     trainings = [one for folder in folders if (one := _training(folder, run_dir, media))]
-    config = next((one["config"] for one in trainings if one["config"]), {})
+    config: dict[str, Any] = next((one["config"] for one in trainings if one["config"]), {})
     reported = next((one for one in found if one["settings"]), None)
     headers = {" ".join(("training", *filter(None, [one["expert"]]))): one["header"] for one in trainings
                if one["header"]}
