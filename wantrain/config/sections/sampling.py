@@ -120,6 +120,8 @@ class Evaluate(Section):
     """Prompts that have nothing to do with the training; null takes a fixed one."""
     seeds: list[Seed] = field(default_factory=lambda: [0])
     """Each prompt is sampled with each seed; diversity is measured from two on."""
+    encoder: str | None = None
+    """A CLIP model (folder or model id) that measures prompt adherence and likeness; null: none but the tiny base's."""
 
     def rules(self, config: Config) -> Iterator[Rule]:
         for prompts in (self.prompts, self.combined, self.unrelated):
