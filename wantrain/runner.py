@@ -193,7 +193,7 @@ def read_notes(path: Path) -> dict[str, Any]:
 def of_checkpoints(job: Job) -> str:
     """What an export is made from: the newest checkpoints, and how the file is to be written."""
     newest = [path for own in job.recipe.trainings() for path in own.checkpoints.on_disk()[-1:]]
-    return digest_text(keys(job.config, "export", "run"), *((path / "checksums").read_text() for path in newest))
+    return digest_text(keys(job.config, "export", "run"), *((path / "checksums").read_text("utf-8") for path in newest))
 
 
 def of_loras(job: Job, *sections: str) -> str:

@@ -237,7 +237,7 @@ def tell_memory(training: Training) -> None:
     planned, measured = costs.in_tensors(parts) / costs.GIB, engine.peak_memory_gib(device)
     path = recipe.run_dir / "run.json"
     of = "tensors of the device" if device.type == "cuda" else "the whole process"
-    write_json(path, {**json.loads(path.read_text()),
+    write_json(path, {**json.loads(path.read_text("utf-8")),
                       "memory": {"policy": asdict(training.memory), "planned_gib": planned, "peak_gib": measured,
                                  "peak_is_of": of}})
     if device.type == "cuda":
