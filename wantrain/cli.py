@@ -186,6 +186,8 @@ def _run(verb: str, rest: list[str]) -> int:
     log = logs.kept(Path(config.run.dir), process, ["wantrain", verb, *rest]) if verb in SHARED_VERBS \
         else contextlib.nullcontext()
     with log:
+        if verb == "train":
+            importlib.import_module("wantrain.recipe.clips").refuse_unready(config, words)
         room = "wantrain.runner" if verb == "run" else f"wantrain.stages.{verb}"
         importlib.import_module(room).run(config, words, *options)
     return 0

@@ -58,6 +58,11 @@ def test_check_imports_neither_torch_nor_a_library_of_models(arguments, tmp_path
     assert imported(["check", *arguments], tmp_path) == {"hydra", "omegaconf"}
 
 
+def test_a_cache_that_lacks_entries_is_told_without_torch(arguments, tmp_path):
+    empty = f"data.cache_dir={tmp_path / 'empty'}"
+    assert imported(["train", *arguments, empty], tmp_path, 2) == {"hydra", "omegaconf"}
+
+
 @pytest.mark.slow
 def test_export_and_inspect_import_torch_alone(trained, arguments, tmp_path):
     run = trained("run")
