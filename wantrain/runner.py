@@ -111,7 +111,8 @@ def launch_file(config: Config) -> Path:
     variant, is_whole = variant_of(config), True
     if torch.cuda.is_available() and config.memory.base is BaseForm.dtype and not is_tiny(variant):
         card_gib = torch.cuda.get_device_properties(0).total_memory / costs.GIB
-        is_whole = tokens_that_fit(variant, card_gib, "dtype", 2 if config.model.dtype is Dtype.bfloat16 else 4) > 0
+        is_whole = tokens_that_fit(variant, card_gib, "dtype",
+                                   itemsize=2 if config.model.dtype is Dtype.bfloat16 else 4) > 0
     return folder / ("ddp.yaml" if is_whole else "zero3.yaml")
 
 
