@@ -20,12 +20,14 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from wantrain import logs
 from wantrain.terms import UserError
 
 if TYPE_CHECKING:  # a command's help needs no progress bar
+    from multiprocessing.context import ForkServerContext, SpawnContext
+
     from tqdm import tqdm
 
 Item = TypeVar("Item")
@@ -90,9 +92,9 @@ class _Worker:
 
     def start(self) -> None:
         # Never a fork of a process that holds threads or readers; Windows has no forks at all.
-        method: Literal["forkserver", "spawn"] = \
-            "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-        context = multiprocessing.get_context(method)
+        context: ForkServerContext | SpawnContext = multiprocessing.get_context("spawn")
+        if "forkserver" in multiprocessing.get_all_start_methods():
+            context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([self.function.__module__])
         self.pipe, there = context.Pipe()
         self.written = Path(tempfile.mkstemp(prefix="wantrain-worker-")[1])

@@ -183,8 +183,8 @@ def _about_card(made: Draft, variant: Variant, card_gib: float, longest: int) ->
     room = f"all {longest:,}" if made.max_tokens is None else f"{made.max_tokens:,} of {longest:,}"
     waits = ", blocks waiting in host memory by turns (memory.swap, memory.offload)" if made.waits else ""
     smaller = "; its picture gets smaller" if made.max_tokens else ""
-    return (f"card       {card_gib:g} GiB hold the base in {form}{waits} and, by arithmetic, {room} tokens of the longest "
-            f"clip{smaller}")
+    return (f"card       {card_gib:g} GiB hold the base in {form}{waits} and, by arithmetic, {room} tokens of the "
+            f"longest clip{smaller}")
 
 
 def _about_steps(made: Draft, num_training: int) -> str:
