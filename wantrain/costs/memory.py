@@ -181,17 +181,17 @@ def in_tensors(parts: Mapping[str, int]) -> int:
 
 def activations(job: Job, policy: MemoryPolicy) -> tuple[float, float]:
     """What the blocks keep, and what else there is while they go backward, where both together are at their most."""
-    return _activations(job, policy.keep, policy.offload, policy.base != "dtype")
+    return _activations(job, policy.keep, policy.offload, policy.base)
 
 
 @functools.cache
-def _activations(job: Job, keeps: tuple[str, ...], offload: bool, is_stored_otherwise: bool) -> tuple[float, float]:
+def _activations(job: Job, keeps: tuple[str, ...], offload: bool, form: str) -> tuple[float, float]:
     own, found = job.block, [(0.0, 0.0)]
     kept: list[float] = []
     for keep in keeps[job.first_adapted:]:
         kept.append(kept_bytes(own, keep))
         held = sum(kept[-NUM_BUFFERS:] if offload else kept) + len(kept) * text_bytes(own)
-        found.append((held, working_bytes(own, keep, is_stored_otherwise)))
+        found.append((held, working_bytes(own, keep, form)))
     most = max(found, key=sum)
     return most[0], most[1] + _beside_blocks(job)
 

@@ -14,6 +14,7 @@ from wantrain import __version__, flow, metrics
 from wantrain import config as schema
 from wantrain.engine.saved import Record
 from wantrain.files import write_json, write_text
+from wantrain.models import quantised
 from wantrain.pages.plots import density_svg
 from wantrain.recipe.clips import Clips, manifest_digest
 from wantrain.recipe.recipe import Recipe
@@ -25,9 +26,13 @@ NUM_PLOTTED = 20_000
 
 
 def run_fingerprint(recipe: Recipe, clips: Clips) -> dict[str, Any]:
-    """All that fixes the training's numbers: keys of the config, the base's weights, the clips with their captions."""
+    """All that fixes the training's numbers: keys of the config, the base's weights, the clips with their captions, and
+    where products with the base are computed in bytes, the form of these.
+    """
+    form, device = recipe.base_form, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {**schema.resume_keys(recipe.config), "(base weights)": recipe.base_digest,
-            "(clips and captions)": manifest_digest(clips)}
+            "(clips and captions)": manifest_digest(clips),
+            **({"(products with the base)": form} if quantised.has_products(form, device) else {})}
 
 
 def file_metadata(recipe: Recipe, clips: Clips) -> dict[str, str]:

@@ -155,7 +155,7 @@ def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator, policy: costs
                                           engine.shard_parameter(accelerator), recipe.base_form)
     errors = quantised.relative_errors(transformer)
     if errors and accelerator.is_main_process:
-        print(quantised.told(errors, recipe.base_form))
+        print(quantised.told(errors, recipe.base_form, accelerator.device))
     modules = fit.fit(transformer, accelerator.device,
                       fit.NewAdapter(config.lora.targets, recipe.adapter_spec, own.seed, start),
                       memory=BlockMemory(policy.keep, policy.swap, policy.offload),
@@ -253,7 +253,8 @@ def start_run(training: Training) -> None:
             "num_processes": accelerator.num_processes, "engine": accelerator.distributed_type.value,
             "zero_stage": engine.zero_stage(accelerator), "processes": training.rendezvous.processes,
             "start_step": progress.step, "run_id": progress.run_id, "modules": training.modules,
-            "base_form": recipe.config.memory.base.name, "base_errors": training.base_errors})
+            "base_form": recipe.config.memory.base.name, "base_errors": training.base_errors,
+            "products_in_bytes": quantised.has_products(recipe.base_form, training.device)})
     flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in schema.flat(config).items()}
     training.trackers.open(config.tracker.names if accelerator.is_main_process else (), recipe.run_dir,
                            config.tracker.project, run_name=config.run.name, run_id=progress.run_id,
