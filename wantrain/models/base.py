@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -134,6 +135,16 @@ class Base:
                   keep_float32=self._transformer_class._keep_in_fp32_modules, edit=self._merging(container),
                   placed=placed)
         return module.requires_grad_(False).eval().to(device)
+
+    def stored_form(self) -> str | None:
+        """The form in which the transformer's file holds most of its matrices already, a word of memory.base; None
+        where that is none of these, or the file is not here.
+        """
+        if "transformer" not in self.parts:
+            return None
+        container = open_container(self.parts["transformer"])
+        found = Counter(container.form_of(name) for name, shape in container.shapes().items() if len(shape) == 2)
+        return max(found, key=lambda form: found[form])
 
     def _merging(self, container: Container) -> Callable[[str, torch.Tensor], torch.Tensor] | None:
         """What folds the merged LoRAs into the container's tensors as they are read."""

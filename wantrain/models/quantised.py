@@ -1,10 +1,11 @@
-"""Linears of a frozen transformer or encoder in a byte a weight, each row with a scale of its own.
+"""Linears of a frozen transformer or encoder in a byte a weight, each row with a scale of its own, or in four bits.
 
-A product multiplies either by what the stored numbers stand for, cast to the dtype of its input, or in bytes
-(`Products`): the input is put into bytes by rows as the weights are, the product is that of the bytes, and both scales
-multiply what comes out. The gradient for the input is computed in the same way: the scales of the weight's rows, over
-which that product sums, first go into the gradient. Autograd keeps the stored numbers, which are there anyway, and
-nothing else. Embeddings, norms, modulation and the head stay as they are.
+Files that hold such numbers give them as they are, with scales for runs of a row where they have those. A product
+multiplies either by what the stored numbers stand for, cast to the dtype of its input, or in bytes (`products`): the
+input is put into bytes by rows as the weights are, the product is that of the bytes, and both scales multiply what
+comes out. The gradient for the input is computed in the same way: the scales of the weight's rows, over which that
+product sums, first go into the gradient. Autograd keeps the stored numbers, which are there anyway, and nothing else.
+Embeddings, norms, modulation and the head stay as they are.
 """
 
 from __future__ import annotations
@@ -17,11 +18,16 @@ from typing import Any, cast
 import torch
 from torch.nn import functional
 
+from wantrain.models import four_bits
+
 LARGEST = {"int8": 127.0, "fp8": 448.0}
-"""The largest number of each form: whole numbers of a byte, and float8_e4m3fn (4 bits of exponent, 3 of mantissa)."""
+"""The largest number of the forms of a byte: whole ones, and float8_e4m3fn (4 bits of exponent, 3 of mantissa)."""
 
 NUMBERS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-"""What the bytes of each form are."""
+"""What the bytes of these forms are."""
+
+FILED = {"int8": (torch.int8,), "fp8": (torch.float8_e4m3fn, torch.float8_e5m2)}
+"""What a file may hold to be taken as it is."""
 
 SLICE = 2048
 """Rows of an input that are multiplied in bytes at once: what that takes beside the result does not grow with it."""
@@ -53,7 +59,8 @@ def by_rows(matrix: torch.Tensor, form: str) -> tuple[torch.Tensor, torch.Tensor
 
 
 class QuantisedLinear(torch.nn.Linear):
-    """A frozen Linear: `weight` [out, in] holds the bytes as int8, `scale` [out, 1] float32 what a step of each row is.
+    """A frozen Linear: `weight` holds the bytes as int8, [out, in] or, in nf4, [out, in / 2]; `scale` [out, runs] what
+    a step is of each run of a row. Runs are whole rows, but in nf4 and of some files.
 
     `may_use_bytes`: products may be computed in bytes where the device has them. `relative_error` is the L2 norm of
     what storing changed, over that of the weight.
@@ -62,31 +69,41 @@ class QuantisedLinear(torch.nn.Linear):
     def __init__(self, in_features: int, out_features: int, bias: bool, form: str, may_use_bytes: bool = False) -> None:
         super().__init__(in_features, out_features, bias)
         self.form, self.may_use_bytes = form, may_use_bytes
+        self.number = NUMBERS.get(form, torch.int8)
         self.relative_error = 0.0
         self.register_buffer("scale", torch.ones(out_features, 1), persistent=False)  # no file has it
 
     @torch.no_grad()
     def store(self, weight: torch.Tensor) -> torch.nn.Parameter:
         """Take the weight, float32 [out, in]; returns the bytes."""
-        numbers, self.scale = by_rows(weight, self.form)
-        self.weight = kept = torch.nn.Parameter(numbers.view(torch.int8), requires_grad=False)
+        kept = self.keep(*(four_bits.packed(weight) if self.form == "nf4" else by_rows(weight, self.form)))
         norm = weight.norm()
         self.relative_error = float((self.dequantised(torch.float32) - weight).norm() / norm) if norm else 0.0
+        return kept
+
+    def keep(self, numbers: torch.Tensor, scale: torch.Tensor) -> torch.nn.Parameter:
+        """Take stored numbers and their scales as they are; returns the bytes."""
+        self.number, self.scale = numbers.dtype, scale
+        self.weight = kept = torch.nn.Parameter(numbers.view(torch.int8), requires_grad=False)
         return kept
 
     @property
     def numbers(self) -> torch.Tensor:
         """The stored numbers, [out, in]."""
-        return self.weight.view(NUMBERS[self.form])
+        return self.weight.view(self.number)
 
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight that the stored numbers stand for, [out, in] in `dtype`."""
-        return (self.numbers.float() * self.scale).to(dtype)
+        if self.form == "nf4":
+            return four_bits.unpacked(self.weight, self.scale, dtype)
+        runs = self.numbers.float().view(*self.scale.shape, -1)
+        return runs.mul_(self.scale[..., None]).view(len(runs), -1).to(dtype)
 
     def uses_bytes(self, device: torch.device) -> bool:
         """Whether its products are computed in bytes."""
-        return (self.may_use_bytes and self.in_features % _MULTIPLE == self.out_features % _MULTIPLE == 0
-                and has_products(self.form, device))
+        return (self.may_use_bytes and has_products(self.form, device) and self.scale.shape[1] == 1
+                and self.number == NUMBERS[self.form]
+                and self.in_features % _MULTIPLE == self.out_features % _MULTIPLE == 0)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out], in autocast's dtype where that is on."""
@@ -184,7 +201,10 @@ def _multiplied(left: torch.Tensor, left_scale: torch.Tensor, right: torch.Tenso
 def quantise(model: torch.nn.Module, form: str, may_use_bytes: bool = False) -> None:
     """Put a QuantisedLinear in the place of every Linear of the model's blocks, which are on the meta device: loading
     fills them (wantrain.models.loading.load_into). To be called under empty_weights(). Without a form nothing changes.
+    Raises UserError where the form needs a package that is not here.
     """
+    if fault := four_bits.fault(form):
+        raise fault
     for name, linear in list(model.named_modules()) if form else ():
         if isinstance(linear, torch.nn.Linear) and _IN_BLOCKS.fullmatch(name):
             model.set_submodule(name, QuantisedLinear(linear.in_features, linear.out_features,
