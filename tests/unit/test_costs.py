@@ -50,7 +50,8 @@ def test_a_pattern_changes_the_ranks_of_what_it_matches():
 
 # docs/memory.md works the first out by hand
 @pytest.mark.parametrize(("name", "form", "expected_gib"), [
-    ("wan21_t2v_14b", "dtype", 26.67), ("wan21_t2v_14b", "int8", 13.59), ("wan21_t2v_1b3", "int8", 1.36)])
+    ("wan21_t2v_14b", "dtype", 26.67), ("wan21_t2v_14b", "int8", 13.59), ("wan21_t2v_14b", "nf4", 7.86),
+    ("wan21_t2v_1b3", "int8", 1.36)])
 def test_the_bytes_of_the_base(name, form, expected_gib):
     parts = costs.device_parts(job(name), policy(job(name), form))
     assert parts["base"] / costs.GIB == pytest.approx(expected_gib, abs=0.01)

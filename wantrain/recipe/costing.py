@@ -52,9 +52,8 @@ def policy_of(config: Config, job: costs.Job, room: Room | None, can_move: bool 
     swap, offload = (own.swap, own.offload) if can_move else (own.swap or 0, own.offload or False)
     if room is None:
         return costs.MemoryPolicy(known or "dtype", (keep or "all",) * job.num_blocks, swap or 0, offload or False)
-    forms = (known,) if known else costs.BY_ERROR[:1] if job.adapter.kind == "dora" else costs.BY_ERROR
     found = None
-    for form in forms:
+    for form in (known,) if known else costs.BY_ERROR:
         fixed = costs.Fixed(form, keep, swap, offload, may_mix=can_move and job.block.is_lora)
         choice = costs.choose(job, room.card, room.device_bytes, room.host_bytes, fixed)
         found = choice.best or choice.smaller
