@@ -206,7 +206,7 @@ def of_loras(job: Job, *sections: str) -> str:
     bases = [one.digest("transformer", job.recipe.memo) for one in job.recipe.base.each()]
     data = job.config.data
     return digest_text(keys(job.config, "model", "sampler", "validation", *sections), *bases,
-                       job.config.memory.base.name, data.resolutions, data.num_frames, data.trigger,
+                       job.recipe.known_form, data.resolutions, data.num_frames, data.trigger,
                        *sorted(path.name for path in job.clips.entries), *map(digest_file, files))
 
 

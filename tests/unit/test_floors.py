@@ -17,7 +17,7 @@ DOORS = {
     "decord": {"data.decode"}, "datasets": {"data.manifest"}, "peft": {"lora"}, "accelerate": {"engine"},
     "deepspeed": {"engine"}, "wandb": {"metrics"}, "tensorboard": {"metrics"}, "jinja2": {"pages"},
     "huggingface_hub": {"models.downloads"}, "httpx2": {"outside", "models.downloads"},
-    "modelscope": {"models.downloads"}, "bitsandbytes": {"engine"}, "prodigyopt": {"engine"},
+    "modelscope": {"models.downloads"}, "bitsandbytes": {"engine", "models.four_bits"}, "prodigyopt": {"engine"},
     "schedulefree": {"engine"},
 }
 
