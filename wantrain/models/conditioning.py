@@ -237,7 +237,7 @@ def _of_fun(encoded: Condition, latents_CTHW: torch.Tensor, first: bool) -> Cond
         start = encoded["given"] * first
     elif first:
         start[:, :1] = latents_CTHW[:, :1]
-    condition = {name: encoded[name] for name in ("reference", "camera") if name in encoded}
+    condition = {name: tensor for name, tensor in encoded.items() if name in ("reference", "camera")}
     if "image" in encoded:
         condition["image"] = encoded.get("reference_image", encoded["image"] * first)
     return condition | {"channels": torch.cat([*([encoded["control"]] if "control" in encoded else []), start])}

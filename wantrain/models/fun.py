@@ -18,15 +18,12 @@ from torch.nn import functional
 from wantrain.models.camera import rays
 from wantrain.models.variants import Variant
 
-_init = WanTransformer3DModel.__init__
-
 
 class WanFunControlTransformer3DModel(WanTransformer3DModel):  # type: ignore[misc]
     """With `ref_conv`, which makes a frame of tokens of a reference's latents. They stand before those of the video, at
     the first place in time, and are taken away again at the end.
     """
 
-    @functools.wraps(_init)  # diffusers reads the names of a config's keys from it
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         patches = self.patch_embedding
@@ -48,7 +45,6 @@ class WanFunControlTransformer3DModel(WanTransformer3DModel):  # type: ignore[mi
 class WanFunCameraTransformer3DModel(WanTransformer3DModel):  # type: ignore[misc]
     """With `control_adapter`, whose tokens of the camera's rays are added to those of the video."""
 
-    @functools.wraps(_init)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # A pixel of latents is 8 x 8 of the 2.1 VAE, with its 16 channels, and 16 x 16 of the 2.2 one, with 48.
@@ -73,14 +69,14 @@ class CameraAdapter(torch.nn.Module):
     def __init__(self, patches: torch.nn.Conv3d, px: int) -> None:
         super().__init__()
         self.px, dim = px, patches.out_channels
-        self.conv = torch.nn.Conv2d(24 * px * px, dim, patches.kernel_size[1:], patches.stride[1:])
+        self.conv = torch.nn.Conv2d(24 * px * px, dim, patches.kernel_size[2], patches.stride[2])
         self.residual_blocks = torch.nn.Sequential(CameraBlock(dim))
 
     def forward(self, rays_BCTHW: torch.Tensor) -> torch.Tensor:
         """[B, 24, T, H, W] in pixels -> [B, D, T, H, W] in patches."""
         frames = functional.pixel_unshuffle(rays_BCTHW.transpose(1, 2).flatten(0, 1), self.px)
         made: torch.Tensor = self.residual_blocks(self.conv(frames))
-        return made.unflatten(0, (len(rays_BCTHW), -1)).transpose(1, 2)
+        return made.reshape(len(rays_BCTHW), -1, *made.shape[1:]).transpose(1, 2)
 
 
 class CameraBlock(torch.nn.Module):
@@ -108,6 +104,8 @@ def edited(module: torch.nn.Module, edit: Callable[[torch.Tensor], torch.Tensor]
 
 
 OWN = {own.__name__: own for own in (WanFunControlTransformer3DModel, WanFunCameraTransformer3DModel)}
+for _own in OWN.values():  # diffusers reads the names of a config's keys from the signature
+    functools.update_wrapper(_own.__init__, WanTransformer3DModel.__init__)
 
 
 def class_of(variant: Variant) -> Any:
