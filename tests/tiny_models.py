@@ -46,11 +46,15 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "fun_v11_camera": {"in_channels": 32, **_CLIP},
     "fun_a14b_control": {"in_channels": 52},
     "fun_a14b_camera": {"in_channels": 36},
+    "vace_a14b": {"vace_layers": [0, 1], "vace_in_channels": 96},
+    "fun_5b_inp": {"in_channels": 100, "out_channels": 48},
+    "fun_5b_control": {"in_channels": 148, "out_channels": 48},
+    "fun_5b_camera": {"in_channels": 100, "out_channels": 48},
 }
 OWN_CLASSES: dict[str, type[torch.nn.Module]] = {
-    "vace": WanVACETransformer3DModel,
-    **dict.fromkeys(("fun_v11_control", "fun_a14b_control"), fun.WanFunControlTransformer3DModel),
-    **dict.fromkeys(("fun_v11_camera", "fun_a14b_camera"), fun.WanFunCameraTransformer3DModel)}
+    **dict.fromkeys(("vace", "vace_a14b"), WanVACETransformer3DModel),
+    **dict.fromkeys(("fun_v11_control", "fun_a14b_control", "fun_5b_control"), fun.WanFunControlTransformer3DModel),
+    **dict.fromkeys(("fun_v11_camera", "fun_a14b_camera", "fun_5b_camera"), fun.WanFunCameraTransformer3DModel)}
 EXPERTS = tuple(kind for kind in TRANSFORMERS if "a14b" in kind)
 """The kinds of which a checkpoint has two, for high and low noise."""
 WIDE: dict[str, Any] = {"attention_head_dim": 128, "ffn_dim": 256, "text_dim": 256, "freq_dim": 256, "image_dim": 256,
