@@ -38,11 +38,11 @@ VERBS = {
     "cache": "decode clips, encode them and their captions, once",
     "train": "train the LoRA, going on from the newest checkpoint",
     "export": "write the LoRA as .safetensors for ComfyUI and diffusers, proven by reading it back",
-    "sample": "prompts x seeds x strengths -> videos and a contact sheet",
-    "evaluate": "base against LoRA: numbers and an HTML report",
+    "sample": "prompts x seeds x LoRAs x strengths -> videos and a contact sheet; going on with what is missing",
+    "evaluate": "base against LoRAs and checkpoints: videos, numbers and an HTML page",
 }
 
-SHARED_VERBS = ("run", "cache", "train")
+SHARED_VERBS = ("run", "cache", "train", "sample", "evaluate")
 """What several processes do together; the other verbs run in the first process of a launch."""
 
 TOOLS = {"prepare": "films into captioned clips: probe, split, caption, filter, check, hold out (data_tools)"}
