@@ -24,10 +24,12 @@ from torch.nn import functional
 from wantrain.models.block_operations import (
     Attention,
     gated,
+    gelu_and_slope,
     in_heads,
     in_heads_backward,
     normed,
     normed_backward,
+    rms_scale,
     split,
 )
 from wantrain.models.offload import Offload, Parcel
@@ -84,6 +86,7 @@ class BlockPass:
         self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.x.dtype
         self.group = {name: Products(own, self.dtype) for name, own in products.items()}
         self.text_kv: list[torch.Tensor] | None = None
+        self.scales: dict[str, torch.Tensor] = {}
         self.q = self.k = self.v = self.x1 = self.q2 = self.x2 = self.inner = cast("torch.Tensor", None)
         self.attention: Attention | None = None
         self.taken: list[str] = []
@@ -113,17 +116,22 @@ class BlockPass:
     def self_qkv(self) -> list[torch.Tensor]:
         """q, k and v as attention takes them, [B, L, heads, D / heads]."""
         own = self.block.attn1
-        return [in_heads(self.q, own.norm_q, own.heads, self.turns, self.dtype),
-                in_heads(self.k, own.norm_k, own.heads, self.turns, self.dtype), split(self.v, own.heads)]
+        return [self.heads("q", self.q, own.norm_q, self.turns), self.heads("k", self.k, own.norm_k, self.turns),
+                split(self.v, own.heads)]
+
+    def heads(self, name: str, x: torch.Tensor, norm: torch.nn.RMSNorm, turns: torch.Tensor | None = None
+              ) -> torch.Tensor:
+        """A query or key as attention takes it; the scale of its norm, a number a token, is kept under this name."""
+        if name not in self.scales:
+            self.scales[name] = rms_scale(x, norm.eps)
+        return in_heads(x, self.scales[name], norm.weight, turns, self.block.attn1.heads)
 
     def cross_qkv(self) -> list[torch.Tensor]:
         """q, then k and v of the text, then of the image, where there is one."""
         own, (k, v, *image) = self.block.attn2, self.text_products()
-        qkv = [in_heads(self.q2, own.norm_q, own.heads, None, self.dtype),
-               in_heads(k, own.norm_k, own.heads, None, self.dtype), split(v, own.heads)]
+        qkv = [self.heads("q2", self.q2, own.norm_q), self.heads("text", k, own.norm_k), split(v, own.heads)]
         if image:
-            qkv += [in_heads(image[0], own.norm_added_k, own.heads, None, self.dtype),
-                    split(image[1], own.heads)]
+            qkv += [self.heads("image", image[0], own.norm_added_k), split(image[1], own.heads)]
         return qkv
 
     def text_products(self) -> list[torch.Tensor]:
@@ -238,20 +246,20 @@ class BlockPass:
 
     def ffn_backward(self, total: torch.Tensor, asks_x2: bool, asks_temb: bool) -> torch.Tensor:
         """From the gradient for the block's output to that for x2."""
-        group, inner = self.group["ffn_out"], self.inner
+        group = self.group["ffn_out"]
         asks_norm = asks_x2 or asks_temb
         asks_inner = asks_norm or self.group["ffn_in"].is_adapted
-        raised = functional.gelu(inner, approximate="tanh")
+        raised, slope = gelu_and_slope(self.inner)
+        self.inner = cast("torch.Tensor", None)
         if asks_temb:
             self.modulations[5] = self.summed(total * group.forward(raised)[0])
         given, self.weights["ffn_out"] = group.backward([(total * self.modulation(5)).to(self.dtype)], raised,
                                                         asks_inner)
         del raised
-        self.inner = cast("torch.Tensor", None)
         if given is None:
             return total
-        given = torch.ops.aten.gelu_backward(given, inner, approximate="tanh")
-        del inner
+        given = given.mul_(slope)
+        del slope
         out, mean, rstd = self.norm3()
         given, self.weights["ffn_in"] = self.group["ffn_in"].backward([given], out, asks_norm)
         if given is None:
@@ -274,7 +282,7 @@ class BlockPass:
         q_given, *kv_given = attention.backward(given, qkv)
         del qkv, attention, given
         text = self.text_backward(kv_given, asks_text)
-        q_given = in_heads_backward(q_given, self.q2, own.norm_q, None, self.dtype)
+        q_given = in_heads_backward(q_given, self.q2, self.scales["q2"], own.norm_q.weight, None)
         self.q2 = cast("torch.Tensor", None)
         out, mean, rstd = self.norm2()
         given, self.weights["cross_q"] = self.group["cross_q"].backward([q_given], out, asks_x1)
@@ -293,7 +301,7 @@ class BlockPass:
         for number, (name, norm, part) in enumerate(parts):
             group, (key, value) = self.group[name], gradients[2 * number: 2 * number + 2]
             if asks_text or group.is_adapted:
-                key = in_heads_backward(key, self.text_products()[2 * number], norm, None, self.dtype)
+                key = in_heads_backward(key, self.text_products()[2 * number], self.scales[name], norm.weight, None)
                 given, self.weights[name] = group.backward([key, value.flatten(2)], part, asks_text)
                 found.append(given)
         return torch.cat([given for given in reversed(found) if given is not None], 1).to(self.text.dtype) \
@@ -311,8 +319,8 @@ class BlockPass:
             return total
         q, k, v = attention.backward(given, self.self_qkv())
         self.attention = None
-        q = in_heads_backward(q, self.q, own.norm_q, self.turns, self.dtype)
-        k = in_heads_backward(k, self.k, own.norm_k, self.turns, self.dtype)
+        q = in_heads_backward(q, self.q, self.scales["q"], own.norm_q.weight, self.turns)
+        k = in_heads_backward(k, self.k, self.scales["k"], own.norm_k.weight, self.turns)
         self.q = self.k = self.v = cast("torch.Tensor", None)
         out, mean, rstd = self.norm1()
         given, self.weights["qkv"] = self.group["qkv"].backward([q, k, v.flatten(2)], out, asks_first)

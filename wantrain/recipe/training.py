@@ -22,7 +22,7 @@ from wantrain.engine.rendezvous import Rendezvous
 from wantrain.engine.saved import Progress, Record
 from wantrain.files import write_json
 from wantrain.metrics import Trackers
-from wantrain.models import fit, hub, quantised, sequence
+from wantrain.models import attention, fit, hub, quantised, sequence
 from wantrain.models.base import expert_path
 from wantrain.models.block import BlockMemory
 from wantrain.models.loading import free_bytes
@@ -53,6 +53,7 @@ class Training:
     optimizer: Any
     ema: Ema | None
     modules: list[str]
+    attention: str
     base_errors: dict[str, float]
     progress: Progress
     writer: Writer
@@ -160,6 +161,9 @@ def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator, policy: costs
                       fit.NewAdapter(config.lora.targets, recipe.adapter_spec, own.seed, start),
                       memory=BlockMemory(policy.keep, policy.swap, policy.offload),
                       is_divided=bool(engine.divides(accelerator)), sequence_parallel=own.sequence_parallel)
+    kernel = attention.name_of(transformer, accelerator.device)
+    if accelerator.is_main_process:
+        print(f"attention: {kernel}")
     record = record_of(recipe, clips, lora.scales(transformer))
     groups = optimizers.groups(lora.trainable_parameters(transformer),
                                lora.lr_factors(transformer, optim.lora_plus, optim.lr_factors))
@@ -170,8 +174,8 @@ def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator, policy: costs
             device_placement=[False, True] if policy.swap else None)
     ema = None if optim.ema_decay is None else Ema(accelerator, model, optim.ema_decay)
     writer = Writer(recipe.checkpoints, own.stall_timeout_s / 2)  # others wait meanwhile
-    return Training(recipe, clips, accelerator, policy, rendezvous, model, optimizer, ema, modules, errors, Progress(),
-                    writer, record, Trackers())
+    return Training(recipe, clips, accelerator, policy, rendezvous, model, optimizer, ema, modules, kernel, errors,
+                    Progress(), writer, record, Trackers())
 
 
 def refuse_memory(accelerator: Accelerator, form: str, swap: int) -> None:
@@ -253,6 +257,7 @@ def start_run(training: Training) -> None:
             "num_processes": accelerator.num_processes, "engine": accelerator.distributed_type.value,
             "zero_stage": engine.zero_stage(accelerator), "processes": training.rendezvous.processes,
             "start_step": progress.step, "run_id": progress.run_id, "modules": training.modules,
+            "attention": training.attention,
             "base_form": recipe.config.memory.base.name, "base_errors": training.base_errors})
     flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in schema.flat(config).items()}
     training.trackers.open(config.tracker.names if accelerator.is_main_process else (), recipe.run_dir,
