@@ -15,6 +15,7 @@ import torch
 from wantrain import config as schema
 from wantrain import engine, lock, logs, metrics
 from wantrain.config import Config, DataMode, OnNonfinite, Resume
+from wantrain.costs import GIB
 from wantrain.data import batches
 from wantrain.data.batches import Draws, Order, Split
 from wantrain.engine import checkpoint, launch, optimizers, saved
@@ -23,12 +24,23 @@ from wantrain.engine.stopping import Stopper
 from wantrain.engine.watch import Watch, held_bytes
 from wantrain.engine.work import Work
 from wantrain.files import leftovers, write_json
+from wantrain.models.loading import let_go
 from wantrain.recipe.clips import Clips, open_clips
 from wantrain.recipe.heldout import open_validation
 from wantrain.recipe.recipe import Recipe, more_steps_done, open_recipe, training_faults
 from wantrain.recipe.run import run_fingerprint
 from wantrain.recipe.samples import Cached, Encode, Encoder, Streamed, prepare_texts, sample_of
-from wantrain.recipe.training import Training, advised_if_memory_ends, prepare, resume, save, start_run, tell_memory
+from wantrain.recipe.training import (
+    OutOfMemory,
+    Training,
+    advised_if_memory_ends,
+    prepare,
+    resume,
+    save,
+    smaller_room,
+    start_run,
+    tell_memory,
+)
 from wantrain.terms import Batch, Interrupted, UserError
 
 LEFT_AFTER_S = 600.0
@@ -111,9 +123,33 @@ def tell_mirror(writer: Writer) -> None:
               file=sys.stderr)
 
 
-def train_one(recipe: Recipe, clips: Clips, cached: Cached | None, another_follows: bool) -> None:
-    """One adapter on one transformer. Raises Interrupted."""
-    training = prepare(recipe, clips)
+def train_one(recipe: Recipe, clips: Clips, cached: Cached | None, another_follows: bool, room: float = math.inf
+              ) -> None:
+    """One adapter on one transformer. Where its memory ends, it goes on once within less. Raises Interrupted."""
+    training = prepare(recipe, clips, room)
+    try:
+        train_to_end(training, cached)
+    except OutOfMemory as error:
+        smaller = smaller_room(training) if math.isinf(room) else None
+        if smaller is None:
+            raise
+        print(f"WARNING: {error.message}\n  it goes on by itself, this once, from the last checkpoint, within "
+              f"{smaller / GIB:.2f} GiB", file=sys.stderr)
+        training.trackers.close(STOPPED_TRACKER_S)
+        launch.end(training.accelerator, another_follows=True)
+    else:
+        if training.progress.step < recipe.config.train.num_steps:
+            raise Interrupted(f"stopped after step {training.progress.step}; saved in {recipe.run_dir / 'checkpoints'}")
+        launch.end(training.accelerator, another_follows)
+        return
+    del training
+    let_go()
+    train_one(recipe, clips, cached, another_follows, smaller)
+
+
+def train_to_end(training: Training, cached: Cached | None) -> None:
+    """From the newest checkpoint to the last step, or to where the user stops it."""
+    recipe, clips = training.recipe, training.clips
     with (training.rendezvous.guarded(), advised_if_memory_ends(recipe, clips, training.accelerator, training.memory),
           Stopper() as stopper):
         resume(training)
@@ -128,9 +164,6 @@ def train_one(recipe: Recipe, clips: Clips, cached: Cached | None, another_follo
             print(told, file=sys.stderr)
         tell_memory(training)
         training.rendezvous.flags(0)  # when another leaves, a launcher would end the first, which may still write
-    if training.progress.step < recipe.config.train.num_steps:
-        raise Interrupted(f"stopped after step {training.progress.step}; saved in {recipe.run_dir / 'checkpoints'}")
-    launch.end(training.accelerator, another_follows)
 
 
 def train(training: Training, source: Encode, stopper: Stopper) -> None:
