@@ -86,10 +86,16 @@ def works(name: str, like: torch.Tensor) -> bool:
     qkv = [like.clone().requires_grad_() for _ in range(3)]
     try:
         with warnings.catch_warnings(action="ignore"):  # torch says why a kernel cannot be had
-            dispatch_attention_fn(*qkv, backend=AttentionBackendName(name)).sum().backward()
+            attend(name, *qkv).sum().backward()
     except (RuntimeError, ValueError, TypeError):
         return False
     return all(one.grad is not None and bool(one.grad.isfinite().all()) for one in qkv)
+
+
+def attend(name: str, *qkv: torch.Tensor) -> torch.Tensor:
+    """[B, L, heads, D / heads] by a back end of diffusers."""
+    answer: torch.Tensor = dispatch_attention_fn(*qkv, backend=AttentionBackendName(name))
+    return answer
 
 
 def sdpa_kernel(like: torch.Tensor) -> str:

@@ -59,7 +59,6 @@ def fit(transformer: WanTransformer3DModel, device: torch.device, adapter: NewAd
     """
     if device.type == "cpu" and not transformer.config.image_dim:
         shorten_text(transformer)
-    modules: list[str] = []
     if isinstance(adapter, NewAdapter):
         start = adapter_for(adapter.start, transformer) if adapter.start else None
         modules = lora.inject(transformer, adapter.targets, adapter.spec, adapter.seed)
@@ -71,8 +70,10 @@ def fit(transformer: WanTransformer3DModel, device: torch.device, adapter: NewAd
             block.train_blocks(transformer, memory or BlockMemory(), device)
         else:
             _checkpoint(transformer, memory or BlockMemory())
-    elif adapter:
-        modules = _attach(transformer, adapter)
+    else:
+        modules = _attach(transformer, adapter) if adapter else []
+        if block.can_train(transformer):  # whose forward pass saves what a LoRA costs; without one, for equal numbers
+            block.train_blocks(transformer, BlockMemory(), device)
     if sequence_parallel > 1:
         sequence.share_tokens(transformer, sequence_parallel)
     return modules
