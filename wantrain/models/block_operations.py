@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -88,8 +89,8 @@ def gated(x: torch.Tensor, out: torch.Tensor, gate: torch.Tensor) -> torch.Tenso
     return torch.addcmul(x.float(), out.float(), gate).to(x.dtype)
 
 
-_TANH_SCALE, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
-"""GELU's approximation by tanh is x * sigmoid(_TANH_SCALE * (x + _CUBIC * x^3))."""
+TANH_SCALE, CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
+"""GELU's approximation by tanh is x * sigmoid(TANH_SCALE * (x + CUBIC * x^3))."""
 
 _PART = 2 ** 16
 """Numbers that go through all operations of a GELU before the next ones do: on a CPU they stay in its cache."""
@@ -102,14 +103,30 @@ def gelu_and_slope(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return raised, torch.ops.aten.gelu_backward(raised.new_ones(()).expand_as(x), x, approximate="tanh")
     raised = torch.empty_like(x)
     one, zero = torch.ones(()), torch.zeros(())
-    for part, out in zip(x.view(-1).split(_PART), raised.view(-1).split(_PART), strict=True):
+    for part, out in zip(torch.split(x.view(-1), _PART), torch.split(raised.view(-1), _PART), strict=True):
         wide = part.float()
-        sigmoid = torch.addcmul(zero, wide, torch.addcmul(one, wide, wide, value=_CUBIC), value=_TANH_SCALE).sigmoid_()
+        sigmoid = torch.addcmul(zero, wide, torch.addcmul(one, wide, wide, value=CUBIC), value=TANH_SCALE).sigmoid_()
         own = torch.mul(wide, sigmoid)
-        inner_slope = torch.addcmul(one, wide, wide, value=3 * _CUBIC)
+        inner_slope = torch.addcmul(one, wide, wide, value=3 * CUBIC)
         out.copy_(own)
-        part.copy_(torch.lerp(torch.addcmul(zero, own, inner_slope, value=_TANH_SCALE), one, sigmoid))
+        part.copy_(torch.lerp(torch.addcmul(zero, own, inner_slope, value=TANH_SCALE), one, sigmoid))
     return raised, x
+
+
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """The functions of this module by name, as they are or compiled (wantrain.models.compiled)."""
+
+    normed: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    normed_backward: Callable[..., torch.Tensor]
+    rms_scale: Callable[..., torch.Tensor]
+    in_heads: Callable[..., torch.Tensor]
+    in_heads_backward: Callable[..., torch.Tensor]
+    gated: Callable[..., torch.Tensor]
+    gelu_and_slope: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+EAGER = Operations(normed, normed_backward, rms_scale, in_heads, in_heads_backward, gated, gelu_and_slope)
 
 
 class _Entry(torch.autograd.Function):

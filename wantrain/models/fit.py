@@ -17,7 +17,7 @@ from diffusers import WanTransformer3DModel
 
 from wantrain import lora
 from wantrain.lora import Spec
-from wantrain.models import attention, block, sequence
+from wantrain.models import attention, block, compiled, sequence
 from wantrain.models.block import BlockMemory
 from wantrain.models.lora_formats import LoraFile
 from wantrain.models.lora_names import instead_of_adapter
@@ -67,7 +67,7 @@ def fit(transformer: WanTransformer3DModel, device: torch.device, adapter: NewAd
         if sequence_parallel == 1:
             attention.choose(transformer, device)
         if not is_divided and block.can_train(transformer):
-            block.train_blocks(transformer, memory or BlockMemory(), device)
+            block.train_blocks(transformer, memory or BlockMemory(), device, compiled.operations_for(device)[0])
         else:
             _checkpoint(transformer, memory or BlockMemory())
     else:

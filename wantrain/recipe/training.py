@@ -25,6 +25,7 @@ from wantrain.metrics import Trackers
 from wantrain.models import attention, fit, hub, quantised, sequence
 from wantrain.models.base import expert_path
 from wantrain.models.block import BlockMemory
+from wantrain.models.compiled import operations_for
 from wantrain.models.loading import free_bytes
 from wantrain.models.lora_updates import read_given
 from wantrain.recipe.clips import Clips
@@ -53,7 +54,7 @@ class Training:
     optimizer: Any
     ema: Ema | None
     modules: list[str]
-    attention: str
+    kernels: dict[str, str]
     base_errors: dict[str, float]
     progress: Progress
     writer: Writer
@@ -189,9 +190,10 @@ def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator, policy: costs
                       fit.NewAdapter(config.lora.targets, recipe.adapter_spec, own.seed, start),
                       memory=BlockMemory(policy.keep, policy.swap, policy.offload),
                       is_divided=bool(engine.divides(accelerator)), sequence_parallel=own.sequence_parallel)
-    kernel = attention.name_of(transformer, accelerator.device)
+    kernels = {"attention": attention.name_of(transformer, accelerator.device),
+               "compiled": operations_for(accelerator.device)[1]}
     if accelerator.is_main_process:
-        print(f"attention: {kernel}")
+        print("; ".join(f"{what}: {own}" for what, own in kernels.items()))
     record = record_of(recipe, clips, lora.scales(transformer))
     groups = optimizers.groups(lora.trainable_parameters(transformer),
                                lora.lr_factors(transformer, optim.lora_plus, optim.lr_factors))
@@ -202,7 +204,7 @@ def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator, policy: costs
             device_placement=[False, True] if policy.swap else None)
     ema = None if optim.ema_decay is None else Ema(accelerator, model, optim.ema_decay)
     writer = Writer(recipe.checkpoints, own.stall_timeout_s / 2)  # others wait meanwhile
-    return Training(recipe, clips, accelerator, policy, rendezvous, model, optimizer, ema, modules, kernel, errors,
+    return Training(recipe, clips, accelerator, policy, rendezvous, model, optimizer, ema, modules, kernels, errors,
                     Progress(), writer, record, Trackers())
 
 
@@ -285,7 +287,7 @@ def start_run(training: Training) -> None:
             "num_processes": accelerator.num_processes, "engine": accelerator.distributed_type.value,
             "zero_stage": engine.zero_stage(accelerator), "processes": training.rendezvous.processes,
             "start_step": progress.step, "run_id": progress.run_id, "modules": training.modules,
-            "attention": training.attention,
+            **training.kernels,
             "base_form": recipe.config.memory.base.name, "base_errors": training.base_errors})
     flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in schema.flat(config).items()}
     training.trackers.open(config.tracker.names if accelerator.is_main_process else (), recipe.run_dir,

@@ -24,6 +24,7 @@ from wantrain.engine.stopping import Stopper
 from wantrain.engine.watch import Watch, held_bytes
 from wantrain.engine.work import Work
 from wantrain.files import leftovers, write_json
+from wantrain.models.compiled import Count
 from wantrain.models.loading import let_go
 from wantrain.recipe.clips import Clips, open_clips
 from wantrain.recipe.heldout import open_validation
@@ -177,7 +178,7 @@ def train(training: Training, source: Encode, stopper: Stopper) -> None:
     last, saved = config.train.num_steps, progress.step
     steps = range(progress.step, last)
     ahead = batches.ahead(steps, batch_maker(training, source, progress.step))
-    work, watch = Work(training.rendezvous.waited_s), Watch()
+    work, watch, kernels = Work(training.rendezvous.waited_s), Watch(), Count()
     with metrics.Metrics(recipe.run_dir / "metrics.jsonl", training.trackers.log, progress.step, last,
                          training.accelerator.is_main_process) as board:
         for _ in steps:
@@ -202,12 +203,14 @@ def train(training: Training, source: Encode, stopper: Stopper) -> None:
                 board.say(f"step {progress.step}: validation loss {numbers['validation_loss']:.5f}")
             if progress.step % config.train.log_every == 0 or "validation_loss" in numbers:
                 board.write(progress.step, numbers)
+            compiled = kernels.news()
             board.advance({"loss": f"{numbers['loss']:.4f}", "grad": f"{numbers['grad_norm']:.3f}",
-                           "wait": f"{waited_s * 1000:.0f}ms", "mem": f"{numbers['memory_gib']:.1f}GiB"})
+                           "wait": f"{waited_s * 1000:.0f}ms", "mem": f"{numbers['memory_gib']:.1f}GiB"},
+                          is_usual=not compiled)
             if progress.step % config.train.save_every == 0 or progress.step == last:
                 save(training)
                 saved = progress.step
-            for news in filter(None, (training.writer.news(), training.trackers.news(), *alarms)):
+            for news in filter(None, (training.writer.news(), training.trackers.news(), compiled, *alarms)):
                 board.say(news)
     if saved < progress.step:
         save(training)
