@@ -47,8 +47,12 @@ class Metrics:
                 raise unwritable(self._path, error) from error
             self._log(values, step)
 
-    def advance(self, shown: Mapping[str, str]) -> None:
-        """Move the bar on by one step, and show these numbers beside it."""
+    def advance(self, shown: Mapping[str, str], *, is_usual: bool = True) -> None:
+        """Move the bar on by one step, and show these numbers beside it. The time of a step that is not as others are
+        says nothing of those to come.
+        """
+        if not is_usual:
+            self._bar.unpause()
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
 
