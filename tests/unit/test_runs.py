@@ -39,30 +39,6 @@ TENSORS = {"a|value": torch.zeros(2)}
 
 
 @pytest.fixture
-def holding() -> Iterator[Callable[[Path], int]]:
-    """A process (a fork) that holds a run folder until it is killed: its id, once it does."""
-    pids = []
-
-    def start(folder: Path) -> int:
-        reader, writer = os.pipe()
-        if not (pid := os.fork()):
-            try:
-                with lock.held(folder, ["wantrain", "train", "recipe=first"]):
-                    os.write(writer, b"held")
-                    signal.pause()
-            finally:
-                os._exit(1)
-        pids.append(pid)
-        assert os.read(reader, 4) == b"held"
-        return pid
-
-    yield start
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-
-
-@pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "PATIENCE_S", 0.2)
 

@@ -12,8 +12,8 @@ from functools import partial
 
 import torch
 
+from wantrain import asking, engine, lock, logs, metrics
 from wantrain import config as schema
-from wantrain import engine, lock, logs, metrics
 from wantrain.config import Config, DataMode, OnNonfinite, Resume
 from wantrain.data import batches
 from wantrain.data.batches import Draws, Order, Split
@@ -33,6 +33,9 @@ from wantrain.terms import Batch, Interrupted, UserError
 
 LEFT_AFTER_S = 600.0
 """A temporary file of the run folder this old is a killed process's."""
+
+FAILED = 1 << len(asking.THINGS)
+"""Among the flags of processes: its last checkpoint could not be written."""
 
 TRACKER_S, STOPPED_TRACKER_S = 45.0, 10.0
 """What a tracker may take to end: after the last step, and after a signal to stop, when a launcher may be waiting."""
@@ -61,13 +64,14 @@ def run(config: Config, arguments: Sequence[str]) -> None:
 @contextlib.contextmanager
 def held(trainings: Sequence[Recipe], arguments: Sequence[str]) -> Iterator[None]:
     """In the block, the first process holds the locks of all these trainings' folders. Files that killed trainings left
-    are deleted.
+    are deleted, and requests that came too late for them.
     """
     with contextlib.ExitStack() as stack:
         for own in trainings if launch.is_first() else ():
             stack.enter_context(lock.held(own.run_dir, ["wantrain", "train", *arguments]))
             for path in leftovers(own.run_dir, time.time() - LEFT_AFTER_S):
                 path.unlink(missing_ok=True)
+            asking.answer(own.run_dir, asking.asked(own.run_dir))
         yield
 
 
@@ -147,7 +151,11 @@ def train(training: Training, source: Encode, stopper: Stopper) -> None:
             began = time.perf_counter()
             micro_batches = next(ahead)
             waited_s = time.perf_counter() - began
-            if asked_to_stop(training, stopper):
+            asked = asked_of(training, stopper)
+            if "save" in asked and saved < progress.step:
+                save(training)
+                saved = progress.step
+            if "stop" in asked:
                 break
             numbers = train_step(training, progress.step, micro_batches)
             progress.step += 1
@@ -180,14 +188,21 @@ def num_tokens(training: Training, micro_batches: Sequence[Batch]) -> int:
     return sum(p.bucket.num_tokens(px) for batch in micro_batches for p in batch.planned_B)
 
 
-def asked_to_stop(training: Training, stopper: Stopper) -> bool:
-    """Whether a signal reached any process. Raises what kept the last checkpoint from being written, in all of them."""
-    flags = training.rendezvous.flags(2 if training.writer.failed else int(stopper.asked))
-    if 2 in flags:
+def asked_of(training: Training, stopper: Stopper) -> set[str]:
+    """What is asked of all processes after the step at hand: by a signal to any of them, or by `wantrain ask`, which
+    the first one hears. Raises what kept the last checkpoint from being written, in all of them.
+    """
+    is_first = training.accelerator.is_main_process
+    own = asking.asked(training.recipe.run_dir) if is_first else set()
+    flag = sum(1 << bit for bit, what in enumerate(asking.THINGS) if what in own or (what == "stop" and stopper.asked))
+    flags = training.rendezvous.flags(flag | (FAILED if training.writer.failed else 0))
+    if any(flag & FAILED for flag in flags):
         training.writer.finish()
         raise UserError(f"{training.rendezvous.processes[0]} could not write the last checkpoint",
                         f"look at {training.recipe.run_dir / logs.name_of(0)}")
-    return any(flags)
+    if is_first:
+        asking.answer(training.recipe.run_dir, own)
+    return {what for bit, what in enumerate(asking.THINGS) if any(flag >> bit & 1 for flag in flags)}
 
 
 def batch_maker(training: Training, source: Encode, start: int) -> Callable[[int], list[Batch]]:
