@@ -126,8 +126,9 @@ class Bench:
         recipe = open_recipe(schema.load(self.words(world)))
         clips = open_clips(recipe, self.words(world))
         for name in names:
+            own = schema.load([*self.words(world), *ARMS[name].words])
             for lr in row(ARMS[name].lrs):
-                config = schema.load([*self.words(world), *ARMS[name].words, f"optim.lr={lr:.4g}"])
+                config = replace(own, optim=replace(own.optim, lr=lr))
                 arms[arm(name, lr)] = Arm(replace(recipe, config=config), replace(clips, config=config))
         for own in (arms[arm(name, ARMS[name].lrs[0])] for name in names):
             if missing(own.clips.entries):

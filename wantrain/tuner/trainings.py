@@ -215,7 +215,9 @@ def share_base(config: Config, opening: Path | None) -> None:
     """Lay the base's numbers of another training into the folders of this one, which measures them again only where it
     is measured by other clips or sigmas (wantrain.recipe.heldout).
     """
-    for found in sorted(opening.glob(f"**/{heldout.NAME}")) if opening else ():
+    if opening is None:
+        return
+    for found in sorted(opening.glob(f"**/{heldout.NAME}")):
         path = Path(config.run.dir) / found.relative_to(opening)
         if not path.exists():
             write_json(path, json.loads(found.read_text(encoding="utf-8")) | {"steps": {}})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import math
 import shlex
@@ -10,6 +11,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+import torch
 
 from wantrain import config as schema
 from wantrain import lock
@@ -36,7 +39,7 @@ FIXED = ("data.heldout", "data.trigger", "data.cache_dir", "data.mode", "high.nu
 """Keys of these sections that say what is measured, or for how long, and not how it is trained."""
 
 RESERVE_STEPS = 2
-"""The last of these in a budget are kept for the step at hand, and for saving."""
+"""So long before a budget's end trainings are asked to stop: they finish the step at hand, and save."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +56,15 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What the last round has measured, by arm and seed; `is_whole` where all of it was."""
+    """What the last round has measured, by arm and seed."""
 
     outcomes: dict[str, dict[int, Outcome]]
     num_steps: int
-    is_whole: bool
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the budget has let every training end."""
+        return all(one.fault != STOPPED for of_seed in self.outcomes.values() for one in of_seed.values())
 
 
 def run(config: Config, arguments: Sequence[str], given: argparse.Namespace, overrides: Sequence[str],
@@ -76,7 +83,7 @@ def run(config: Config, arguments: Sequence[str], given: argparse.Namespace, ove
         write_caches(arms, words)
         trainings = Trainings(arms, folder, tuple(words), until_s, num_processes(config))
         found = searched(trainings, asked)
-    clips = search.scored({p.name: p.clip.caption for p in arms[DEFAULT].clips.heldout}, config.data.trigger)
+    clips = clips_of(arms[DEFAULT])
     rows = rows_of(found, clips)
     notes = sentences(found, rows, clips, asked)
     write_json(folder / "tune.json", {"command": command, "num_steps": found.num_steps,
@@ -84,13 +91,17 @@ def run(config: Config, arguments: Sequence[str], given: argparse.Namespace, ove
     write_text(folder / "tune.html", told.page(f"{config.run.name}: what was tuned", rows, notes, shlex.join(command)))
     print(told.table(rows), *notes, f"page: {folder / 'tune.html'}", sep="\n")
     best = min(rows, key=lambda row: row.loss)
-    if found.is_whole and not best.fault:
+    if best.fault:
+        raise UserError(f"no training came to a result: {best.fault}", f"look into {folder / 'trainings'}/*/logs")
+    if not found.is_whole:
+        print(f"not all is done, and no recipe is written\n  next: {shlex.join(command)}    goes on from there")
+    elif best.name == DEFAULT:
+        print(f"the recipe stays as it is\n  next: {shlex.join(['wantrain', 'run', *words])}")
+    else:
         head = [f"{MARK} for {best.name}: {', '.join(best.cells[:2])}.", *notes]
         both = schema.load([recipe_word(overrides)], config_dir), arms[best.name].recipe.config
         write_text(path, told.recipe_text(path.stem, parent, both, overrides, head))
         print(f"wrote {path}\n  next: wantrain run {path.stem}")
-    elif not found.is_whole:
-        print(f"not all is done; no recipe is written\n  next: {shlex.join(command)}    goes on from there")
 
 
 def refuse(config: Config) -> None:
@@ -141,22 +152,26 @@ def open_arms(config: Config, over: Sequence[str], overrides: Sequence[str], con
     if len(configs) == 1:
         raise UserError("there is nothing to compare the recipe with: --over names no other value",
                         "--over optim.lr=1e-4,3e-4")
-    return {name: arm_of(name, own, overrides, configs[DEFAULT]) for name, own in configs.items()}
+    arms = {name: arm_of(name, own, overrides) for name, own in configs.items()}
+    for name, arm in arms.items():
+        if measured_at(arm) != measured_at(arms[DEFAULT]):
+            raise UserError(f"{name}: its held-out losses are measured at other sigmas or sizes than the default's, "
+                            "and say nothing beside them", "compare settings that leave data.num_frames, "
+                            "data.resolutions and sigma.range as they are")
+    return arms
 
 
-def arm_of(name: str, config: Config, overrides: Sequence[str], default: Config) -> Arm:
-    """A setting's recipe and clips. Raises UserError where it could not be trained or compared."""
+def measured_at(arm: Arm) -> tuple[object, ...]:
+    """The sigmas and sizes at which held-out clips are measured."""
+    return [own.validation_sigmas for own in arm.recipe.trainings()], [p.bucket for p in arm.clips.heldout]
+
+
+def arm_of(name: str, config: Config, overrides: Sequence[str]) -> Arm:
+    """A setting's recipe and clips. Raises UserError where it could not be trained."""
     recipe = open_recipe(config)
     for fault in (fault for own in recipe.trainings() for fault in training_faults(own)):
         raise UserError(f"{name}: {fault.message}", fault.next_step)
-    arm = Arm(recipe, open_clips(recipe, overrides))
-    measured = [own.validation_sigmas for own in recipe.trainings()]
-    if measured != [own.validation_sigmas for own in open_recipe(default).trainings()] or (
-            config.data.num_frames, config.data.resolutions) != (default.data.num_frames, default.data.resolutions):
-        raise UserError(f"{name}: its held-out losses are measured at other sigmas or sizes than the default's, and "
-                        "say nothing beside them", "compare settings that leave data.num_frames, data.resolutions and "
-                        "sigma.range as they are")
-    return arm
+    return Arm(recipe, open_clips(recipe, overrides))
 
 
 def write_caches(arms: Mapping[str, Arm], arguments: Sequence[str]) -> None:
@@ -164,6 +179,9 @@ def write_caches(arms: Mapping[str, Arm], arguments: Sequence[str]) -> None:
     for arm in arms.values():
         if missing(arm.clips.entries):
             cache.run(arm.recipe.config, arguments)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the card is the first training's
 
 
 def searched(trainings: Trainings, asked: Asked) -> Found:
@@ -181,18 +199,18 @@ def searched(trainings: Trainings, asked: Asked) -> Found:
         plan = search.fitting(len(asked.settings), asked.num_steps, len(asked.seeds), speed,
                               trainings.until_s - time.time())
     print("\n".join(forecast(plan, speed)), flush=True)
-    names = asked.settings
+    names, learnt = asked.settings, clips_of(trainings.arms[DEFAULT])
     for own, following in itertools.pairwise(plan):
-        found = outcomes(trainings, names, own, asked.seeds, opening)
-        clips = search.scored({p.name: p.clip.caption for p in trainings.arms[DEFAULT].clips.heldout},
-                              trainings.arms[DEFAULT].recipe.config.data.trigger)
-        if any(one.fault == STOPPED for of_seed in found.values() for one in of_seed.values()):
-            return Found(found, own.num_steps, False)
-        losses = {row.name: row.loss for row in (told.row_of(name, own, None, clips) for name, own in found.items())}
-        names = search.better_half(losses, following.num_settings)
-    found = outcomes(trainings, [DEFAULT, *names], plan[-1], asked.seeds, opening)
-    return Found(found, plan[-1].num_steps,
-                 not any(one.fault == STOPPED for of_seed in found.values() for one in of_seed.values()))
+        found = Found(outcomes(trainings, names, own, asked.seeds, opening), own.num_steps)
+        if not found.is_whole:
+            return found
+        names = search.better_half({row.name: row.loss for row in rows_of(found, learnt)}, following.num_settings)
+    return Found(outcomes(trainings, [DEFAULT, *names], plan[-1], asked.seeds, opening), plan[-1].num_steps)
+
+
+def clips_of(arm: Arm) -> tuple[list[str], list[str]]:
+    """The held-out clips to learn, and the plain ones."""
+    return search.scored({p.name: p.clip.caption for p in arm.clips.heldout}, arm.recipe.config.data.trigger)
 
 
 def outcomes(trainings: Trainings, names: Sequence[str], own: Round, seeds: Sequence[int], opening: Planned
@@ -212,10 +230,12 @@ def forecast(plan: Sequence[Round], speed: Speed) -> list[str]:
 
 
 def rows_of(found: Found, clips: tuple[list[str], list[str]]) -> list[Row]:
-    """The arms, compared with the default where it was trained as long."""
-    default = found.outcomes.get(DEFAULT)
-    return [told.row_of(name, own, None if name == DEFAULT else default, clips)
-            for name, own in found.outcomes.items()]
+    """The arms, compared with the default where it was trained as long, over the seeds that the budget let all end."""
+    seeds = [seed for seed in next(iter(found.outcomes.values()))
+             if all(own[seed].fault != STOPPED for own in found.outcomes.values())]
+    ended = {name: {seed: own[seed] for seed in seeds or own} for name, own in found.outcomes.items()}
+    default = ended.get(DEFAULT)
+    return [told.row_of(name, own, None if name == DEFAULT else default, clips) for name, own in ended.items()]
 
 
 def sentences(found: Found, rows: Sequence[Row], clips: tuple[list[str], list[str]], asked: Asked) -> list[str]:
@@ -235,7 +255,7 @@ def sentences(found: Found, rows: Sequence[Row], clips: tuple[list[str], list[st
         said.append("No setting has a lower held-out loss than the default.")
     said.append(f"Measured on {len(learnt)} held-out clips, {found.num_steps} steps, {len(best.seeds)} of "
                 f"{len(asked.seeds)} seeds{'' if len(best.seeds) > 1 else ': what another seed changes is not known'}.")
-    if len(rows) < len(asked.settings):
+    if not set(asked.settings) <= found.outcomes.keys():
         said.append("Settings that are not in the table fell out after fewer steps, where high learning rates look "
                     "better than they end.")
     said.append("Not known: what longer trainings would say, whether people prefer these samples"
