@@ -49,6 +49,24 @@ def read_comment(path: Path) -> str:
         return str(container.metadata.get("comment", ""))
 
 
+def middle_frame(path: Path) -> np.ndarray:
+    """The frame in the middle of a video, frame_HWC uint8."""
+    with av.open(str(path)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return frames[len(frames) // 2]
+
+
+def copy_bare(source: Path, target: Path) -> None:
+    """Copy a video, its pictures bit by bit, without what it says of itself, which names files of this machine."""
+    with atomic_path(target) as temporary, av.open(str(source)) as read, av.open(
+            str(temporary), "w", format="mp4", container_options={"movflags": "faststart"}) as written:
+        stream = written.add_stream_from_template(read.streams.video[0])
+        for packet in read.demux(read.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                written.mux(packet)
+
+
 def write_webp(path: Path, frames_FCHW: torch.Tensor, fps: float) -> None:
     """An animation for pages and chats that show no video. Times are whole milliseconds, as the format has them."""
     frames = [Image.fromarray(frame_HWC) for frame_HWC in frames_FCHW.movedim(1, -1).contiguous().numpy()]

@@ -112,7 +112,8 @@ def launch_file(config: Config) -> Path:
     variant, is_whole = variant_of(config), True
     if torch.cuda.is_available() and config.memory.base is BaseForm.dtype and not is_tiny(variant):
         card_gib = torch.cuda.get_device_properties(0).total_memory / costs.GIB
-        is_whole = tokens_that_fit(variant, card_gib, "dtype", 2 if config.model.dtype is Dtype.bfloat16 else 4) > 0
+        is_whole = tokens_that_fit(variant, card_gib, "dtype",
+                                   itemsize=2 if config.model.dtype is Dtype.bfloat16 else 4) > 0
     return folder / ("ddp.yaml" if is_whole else "zero3.yaml")
 
 
@@ -194,7 +195,7 @@ def read_notes(path: Path) -> dict[str, Any]:
 def of_checkpoints(job: Job) -> str:
     """What an export is made from: the newest checkpoints, and how the file is to be written."""
     newest = [path for own in job.recipe.trainings() for path in own.checkpoints.on_disk()[-1:]]
-    return digest_text(keys(job.config, "export", "run"), *((path / "checksums").read_text() for path in newest))
+    return digest_text(keys(job.config, "export", "run"), *((path / "checksums").read_text("utf-8") for path in newest))
 
 
 def of_loras(job: Job, *sections: str) -> str:
@@ -206,7 +207,7 @@ def of_loras(job: Job, *sections: str) -> str:
     bases = [one.digest("transformer", job.recipe.memo) for one in job.recipe.base.each()]
     data = job.config.data
     return digest_text(keys(job.config, "model", "sampler", "validation", *sections), *bases,
-                       job.config.memory.base.name, data.resolutions, data.num_frames, data.trigger,
+                       job.recipe.known_form, data.resolutions, data.num_frames, data.trigger,
                        *sorted(path.name for path in job.clips.entries), *map(digest_file, files))
 
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from wantrain.config import Config
+from wantrain.config import Config, DataMode
 from wantrain.data import manifest, media, plan
 from wantrain.data.buckets import batch_factors, buckets
-from wantrain.data.cache import CONDITION, MASK, Cache, Conditioning, Entry
+from wantrain.data.cache import CONDITION, MASK, Cache, Conditioning, Entry, counted, describe, missing
 from wantrain.data.captions import captions_of
 from wantrain.data.folders import Account
 from wantrain.data.plan import Plan
@@ -23,7 +23,7 @@ from wantrain.models import inventory
 from wantrain.models.base import Base
 from wantrain.models.task_media import media_of_task
 from wantrain.models.variants import Variant
-from wantrain.recipe.recipe import Recipe
+from wantrain.recipe.recipe import Recipe, open_recipe
 from wantrain.terms import PARTNERS, TEXT_LEN, Bucket, Clip, Dropped, PlannedClip, UserError
 
 HELDOUT = "held out"
@@ -133,6 +133,20 @@ def open_clips(recipe: Recipe, arguments: Sequence[str], refuse: bool = True) ->
     if refuse and config.loss.class_words and not holding_trigger(clips):
         raise without_trigger(clips)  # without one to replace, the class words would preserve nothing
     return clips
+
+
+def refuse_unready(config: Config, arguments: Sequence[str]) -> None:
+    """Raise what would keep a training from its start, before the libraries are imported that compute."""
+    clips = open_clips(open_recipe(config), arguments)
+    if config.data.mode is DataMode.cache:
+        refuse_missing(clips)
+
+
+def refuse_missing(clips: Clips) -> None:
+    """Raise UserError, with the command that makes them, where the cache lacks entries."""
+    if lacking := missing(clips.entries):
+        raise UserError(f"the cache lacks {counted(lacking)} for this base and these settings; the first is "
+                        f"{describe(next(iter(lacking.values())))}", clips.cache.build_command)
 
 
 def open_cache(recipe: Recipe, arguments: Sequence[str]) -> Cache:

@@ -128,7 +128,8 @@ def read(path: Path) -> Record:
     if not beside.is_file():
         raise UserError(f"--like {path}: there is no file {beside}", "wantrain sample --like VIDEO.mp4")
     try:
-        return Record(**json.loads(pictures.read_comment(beside) if beside.suffix == ".mp4" else beside.read_text()))
+        text = pictures.read_comment(beside) if beside.suffix == ".mp4" else beside.read_text("utf-8")
+        return Record(**json.loads(text))
     except (ValueError, TypeError) as error:
         raise UserError(f"--like {path}: it does not say how it was sampled, as the videos of `wantrain sample` do "
                         "where nobody has encoded them anew", f"wantrain sample --like {path.with_suffix('.json')}"

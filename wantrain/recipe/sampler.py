@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from wantrain.config import Config, Dtype
-from wantrain.data import decode, media
+from wantrain.data import cameras, decode, media
 from wantrain.data.buckets import buckets
 from wantrain.models import conditioning, encode, fit, hub, sampling
 from wantrain.models.base import expert_path
@@ -27,6 +27,9 @@ from wantrain.terms import Bucket, UserError
 
 STILLS = ("first", "last", "reference")
 """Inputs of a sample that are images."""
+
+KINDS_OF_FILES = {**dict.fromkeys(STILLS, "IMAGE"), "camera": "POSES.txt"}
+"""What an input is called in examples, where it is no video."""
 
 WORKING = 12
 """Tensors of tokens x width that a block holds at its most: its feed-forward layer is nearly three widths, twice."""
@@ -198,7 +201,7 @@ def example_of_inputs(variant: Variant) -> str:
     task = media_of_task(variant.task)
     names = task.inputs_needed or task.partners[:1] or ("video",)
     return "sampler.inputs='[{" + ", ".join(
-        f"{name}: {'IMAGE' if name in STILLS else 'VIDEO'}" for name in names) + "}]'"
+        f"{name}: {KINDS_OF_FILES.get(name, 'VIDEO')}" for name in names) + "}]'"
 
 
 def read_inputs(recipe: Recipe, given: Mapping[str, str], bucket: Bucket) -> sampling.Inputs:
@@ -226,6 +229,8 @@ def read_input(variant: Variant, name: str, path: Path, bucket: Bucket) -> torch
     """The frames of one file of sampler.inputs."""
     if not path.is_file():
         raise UserError(f"sampler.inputs: {name} = {path} does not exist", "give the path of an image or video")
+    if name == "camera":
+        return torch.from_numpy(cameras.of_sample(path, bucket))
     is_image = media.look(path).duration_s == 0
     if name in STILLS:
         if not is_image:

@@ -61,7 +61,8 @@ def newest(config: Config, expert: Expert | None) -> Checkpoint | None:
         raise UserError(f"{found.path} was written by an older wantrain and does not say how its adapter is scaled",
                         "train one more step with this version, e.g. train.num_steps="
                         f"{found.progress.step + 1}: its checkpoint does")
-    of_config = {key: value for key, value in record.fingerprint.items() if not key.startswith("(")}  # not of files
+    of_config = {key: value for key, value in record.fingerprint.items()
+                 if not key.startswith("(") and key != saved.BASE_FORM}  # not of files, nor of how they were held
     saved.refuse_another_config(of_config, schema.resume_keys(config), schema.defaults())
     return found
 

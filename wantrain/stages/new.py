@@ -213,7 +213,8 @@ def recipe_text(new: New, paths: Mapping[str, str]) -> str:
         f"  batch_size: {own.batch_size}", f"optim: {{lr: {own.lr:.1e}, warmup_steps: {own.warmup_steps}}}",
         f"train: {{num_steps: {made.num_steps}, micro_batch_size: {own.batch_size if tiny else 1}, save_every: "
         f"{every}}}",
-        made.base_form == "int8" and "memory: {base: int8}  # a byte a weight of the base",
+        made.base_form == "int8" and "memory: {base: int8}  # a byte a weight of the base" + made.waits * (
+            "; swap and offload follow from the card when training starts"),
         "heldout" in paths and f"validation: {{every_steps: {every}}}",
         "sampler:", tiny and "  num_steps: 20\n  guidance: 4.0", *sampler_size(new), *prompt_lines(new, paths)]
     return "\n".join(part for part in parts if part) + "\n"
