@@ -47,8 +47,12 @@ class Metrics:
                 raise unwritable(self._path, error) from error
             self._log(values, step)
 
-    def advance(self, shown: Mapping[str, str]) -> None:
-        """Move the bar on by one step, and show these numbers beside it."""
+    def advance(self, shown: Mapping[str, str], *, is_usual: bool = True) -> None:
+        """Move the bar on by one step, and show these numbers beside it. The time of a step that is not as others are
+        says nothing of those to come.
+        """
+        if not is_usual:
+            self._bar.unpause()
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
 
@@ -263,11 +267,11 @@ def _commit_of(root: Path) -> str | None:
     """The commit of `root`/.git, where its index has wantrain/__init__.py."""
     git = root / ".git"
     if git.is_file():  # of a worktree or submodule: says where
-        git = root / git.read_text().removeprefix("gitdir:").strip()
+        git = root / git.read_text("utf-8").removeprefix("gitdir:").strip()
     if not _tracks((git / "index").read_bytes(), b"wantrain/__init__.py"):
         return None
-    common = git / (git / "commondir").read_text().strip() if (git / "commondir").exists() else git
-    name = (git / "HEAD").read_text().strip()
+    common = git / (git / "commondir").read_text("utf-8").strip() if (git / "commondir").exists() else git
+    name = (git / "HEAD").read_text("utf-8").strip()
     for _ in range(5):  # git's own limit of references to references
         if not name.startswith("ref:"):
             break
@@ -279,9 +283,9 @@ def _resolved(git: Path, common: Path, reference: str) -> str:
     """What a reference's file says, or the list of packed ones; empty where neither has it."""
     for folder in (git, common):
         if (folder / reference).is_file():
-            return (folder / reference).read_text().strip()
+            return (folder / reference).read_text("utf-8").strip()
     packed = common / "packed-refs"
-    lines = packed.read_text().splitlines() if packed.exists() else []
+    lines = packed.read_text("utf-8").splitlines() if packed.exists() else []
     return next((line.split(" ")[0] for line in lines if line.endswith(f" {reference}")), "")
 
 

@@ -122,8 +122,8 @@ class _Parser(argparse.ArgumentParser):
 def plan_parser() -> argparse.ArgumentParser:
     """The options of `plan` beside its recipe and keys."""
     made = _Parser("wantrain plan", add_help=False, allow_abbrev=False)
-    made.add_argument("--gpu", metavar="CARD", help="rtx4090, h100, ... or a size such as 24gb; without: a line for "
-                      "each size")
+    made.add_argument("--gpu", metavar="CARD", help="rtx4090, h100, ... or a size such as 24gb; here: this machine's "
+                      "card, whose rates are measured in 20 seconds; without: a line for each size")
     made.add_argument("--gpus", metavar="N", type=int, default=1, help="how many of them, each with the whole base "
                       "(default: 1)")
     made.add_argument("--ram", metavar="GIB", type=float, default=64.0, help="host memory for each of them (default: "

@@ -31,6 +31,18 @@ def write_mp4(path: Path, frames_FCHW: torch.Tensor, fps: float, crf: int = 16, 
         container.mux(stream.encode())
 
 
+def read_mp4(path: Path) -> torch.Tensor:
+    """The frames of a video that `write_mp4` wrote, frames_FCHW uint8. ValueError where it is damaged."""
+    try:
+        with av.open(str(path)) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except (av.FFmpegError, OSError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not frames:
+        raise ValueError(f"{path} has no frames")
+    return torch.from_numpy(np.stack(frames)).movedim(-1, 1)
+
+
 def read_comment(path: Path) -> str:
     """The comment that `write_mp4` put into a video; empty where there is none."""
     with av.open(str(path)) as container:

@@ -31,7 +31,6 @@ from wantrain.engine import checkpoint, mirror, saved
 from wantrain.engine.checkpoint import Writer
 from wantrain.engine.saved import CheckpointStore, Progress, Record
 from wantrain.metrics import Metrics, Trackers
-from wantrain.pages import html
 from wantrain.stages import train
 from wantrain.terms import Stalled, UserError
 
@@ -512,16 +511,6 @@ def test_nulls_repeats_and_what_a_crash_left_are_read(tmp_path):
         board.write(3, {"loss": math.inf})
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"step": 1, "loss": 1.0}, {"step": 2, "loss": None}, {"step": 3, "loss": None}]
-
-
-def test_a_loss_that_is_not_finite_is_a_gap_in_the_curve():
-    nan = math.nan
-    lines = [{"step": s, "loss": loss} for s, loss in enumerate([4.0, 3.0, nan, 1.0, 2.0], 1)]
-    lines[3]["validation_loss"] = nan
-    drawn = html.curve(lines)
-    assert drawn["loss"].split("\n") == ["0.0,0.0 160.0,66.7", "480.0,200.0 640.0,133.3"]
-    assert (drawn["low"], drawn["high"], drawn["validation"]) == (1.0, 4.0, "")
-    assert html.curve([{"step": s, "loss": nan} for s in (1, 2, 3)]) == {}
 
 
 # The commit
