@@ -24,9 +24,11 @@ from wantrain.options import (
     OPTION_VERBS,
     parse,
     parse_plan,
+    parse_tune,
     parser,
     plan_parser,
     processes,
+    tune_parser,
 )
 from wantrain.terms import EXIT_INTERRUPTED, EXIT_STALLED, EXIT_USER_ERROR, Interrupted, Stalled, UserError
 
@@ -40,6 +42,7 @@ VERBS = {
     "export": "write the LoRA as .safetensors for ComfyUI and diffusers, proven by reading it back",
     "sample": "prompts x seeds x LoRAs x strengths -> videos and a contact sheet; going on with what is missing",
     "evaluate": "base against LoRAs and checkpoints: videos, numbers and an HTML page",
+    "tune": "compare settings by held-out losses within a budget of minutes; the best becomes a recipe",
 }
 
 SHARED_VERBS = ("run", "cache", "train", "sample", "evaluate")
@@ -170,6 +173,8 @@ def _run(verb: str, rest: list[str]) -> int:
                             "wantrain sample --like VIDEO.mp4")
         importlib.import_module("wantrain.stages.sample").repeat(Path(rest[1]).expanduser())
         return 0
+    if verb == "tune":
+        return _tune(rest)
     num_gpus, words = processes(rest) if verb == "run" else (1, rest)
     options, words = ([], words) if verb != "plan" else parse_plan(words)
     config_dir, overrides = _config_dir(words)
@@ -190,6 +195,16 @@ def _run(verb: str, rest: list[str]) -> int:
             importlib.import_module("wantrain.recipe.clips").refuse_unready(config, words)
         room = "wantrain.runner" if verb == "run" else f"wantrain.stages.{verb}"
         importlib.import_module(room).run(config, words, *options)
+    return 0
+
+
+def _tune(rest: Sequence[str]) -> int:
+    given, words = parse_tune(rest)
+    config_dir, overrides = _config_dir(words)
+    schema = importlib.import_module("wantrain.config")
+    config = schema.load(overrides, config_dir)
+    schema.refuse_absent_clips(config)
+    importlib.import_module("wantrain.tuner.tune").run(config, rest, given, overrides, config_dir)
     return 0
 
 
@@ -243,7 +258,8 @@ def _help_topic(rest: Sequence[str]) -> str | None:
 def _verb_help(verb: str, topic: str) -> str:
     schema = importlib.import_module("wantrain.config")
     again = ["       wantrain sample --like VIDEO    makes a sampled video again, from what it says of itself"]
-    own = plan_parser().format_help().partition("options:\n")[2].splitlines() if verb == "plan" else []
+    own = [line for name, made in (("plan", plan_parser), ("tune", tune_parser)) if verb == name
+           for line in made().format_help().partition("options:\n")[2].splitlines()]
     return "\n".join([f"usage: wantrain {verb} recipe=NAME [key=value ...] [--config-dir FOLDER]",
                       *(again if verb == "sample" else []), "",
                       f"  {VERBS[verb]}", "", *own, f"recipes: {', '.join(schema.recipes())}",

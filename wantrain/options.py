@@ -142,6 +142,30 @@ def parse_plan(arguments: Sequence[str]) -> tuple[list[argparse.Namespace], list
     return [given], rest
 
 
+def tune_parser() -> argparse.ArgumentParser:
+    """The options of `tune` beside its recipe and keys."""
+    made = _Parser("wantrain tune", add_help=False, allow_abbrev=False)
+    made.add_argument("--over", metavar="KEY=VALUE,VALUE,...", action="append", default=[], help="a key and values to "
+                      "compare; of several --over, all combinations")
+    made.add_argument("--steps", metavar="N", type=int, help="of each training (default: train.num_steps)")
+    made.add_argument("--seeds", metavar="N", type=int, default=3, help="trainings of each setting (default: 3)")
+    made.add_argument("--minutes", metavar="M", type=float, help="end by then: what does not fit is searched by "
+                      "halving, shorter trainings first (default: all combinations)")
+    return made
+
+
+def parse_tune(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of `tune`, and the other words."""
+    given, rest = tune_parser().parse_known_args(arguments)
+    for name, value in (("steps", given.steps), ("seeds", given.seeds), ("minutes", given.minutes)):
+        if value is not None and not value > 0:
+            raise UserError(f"--{name} {value:g} is not allowed: a number above 0", "wantrain tune --help")
+    if not given.over:
+        raise UserError("--over is not given: a key and the values to compare", "wantrain tune NAME --over "
+                        "optim.lr=1e-4,3e-4")
+    return given, rest
+
+
 def parser(verb: str) -> argparse.ArgumentParser:
     """The verb's arguments, with its help."""
     told = OPTION_VERBS[verb]

@@ -214,7 +214,7 @@ def refuse_memory(accelerator: Accelerator, form: str, swap: int) -> None:
     if swap and (engine.is_deepspeed(accelerator) or engine.is_fsdp(accelerator)):
         raise UserError(f"memory.swap = {swap}: DeepSpeed and FSDP2 put all weights on the device. Allowed there: 0",
                         "launch with launch/ddp.yaml or launch/one_gpu.yaml, or set memory.swap=0")
-    if False and form and (divides := engine.divides(accelerator)):
+    if form and (divides := engine.divides(accelerator)):
         raise UserError(f"memory.base = {form}: {divides} divides the base among processes, which was tried with "
                         "memory.base=dtype alone", "launch with launch/ddp.yaml or zero2.yaml, under which each "
                         "process holds the whole base, or set memory.base=dtype")
