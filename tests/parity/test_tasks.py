@@ -292,4 +292,4 @@ if __name__ == "__main__":
             one = write_twin(Path(folder), task)
             one.run("train", Path(folder) / "golden", "train.num_steps=20")
             found[task] = {key: numbers(Path(folder) / "golden", key) for key in ("loss", "grad_norm")}
-    GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
+        GOLDEN.write_text(json.dumps(found, indent=1) + "\n")

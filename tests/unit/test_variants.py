@@ -232,8 +232,6 @@ def test_what_the_config_states_must_fit_the_tensors() -> None:
 
 @pytest.mark.parametrize(("mark", "family"), [
     ("casual_audio_encoder.encoder.final_linear.weight", "Wan2.2-S2V"),
-    ("face_adapter.fuser_blocks.0.k_norm.weight", "Wan2.2-Animate"),
-    ("motion_encoder.enc.fc.0.weight", "Wan2.2-Animate"),
     ("audio_proj.audio_proj_glob_1.layer.bias", "HuMo"),
     ("fps_embedding.weight", "SkyReels-V2"),
     ("blocks.0.to_gate_compress.weight", "FastWan"),
