@@ -86,7 +86,7 @@ def transformer(step: Step) -> torch.nn.Module:
     with torch.device("meta"):
         model = class_of(step.variant).from_config(diffusers_config(step.variant))
         if step.form:
-            quantise(model, step.form)
+            quantise(model, step.form, may_use_bytes=True)
     for name, parameter in model.named_parameters():
         layer = model.get_submodule(name.rpartition(".")[0])
         dtype = torch.int8 if isinstance(layer, QuantisedLinear) and name.endswith(".weight") else step.dtype

@@ -118,6 +118,9 @@ loads each file and compares it with its twin, the diffusers or transformers mod
   weights, or, for a VAE, which has none, against all its weights.
 - `-`: no such file.
 
+With `memory.base=fp8` or `int8` the blocks of an fp8, int8 or Q8_0 transformer are trained in the file's own numbers
+([memory.md](memory.md), "The base in fewer bits").
+
 The twin of a K-quant file (Q2_K to Q6_K, mixed) holds what the file's random blocks stand for, as the `gguf` package
 reads K-quants and does not write them.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from pathlib import Path
@@ -10,7 +11,6 @@ import pytest
 import torch
 from diffusers import WanAnimateTransformer3DModel
 
-from tests.parity.test_official_names import md5
 from tests.tiny_models import Tensors, bare_file
 from tests.tiny_tasks import random
 from wantrain import cli
@@ -22,6 +22,13 @@ from wantrain.models.variants import VARIANTS, diffusers_config
 
 PUBLIC_MD5 = "31fa352acb8a1b1d33cd8764273d80a2"
 """DiffSynth-Studio's of the public file (docs/facts.md, "Variants")."""
+
+
+def md5(shapes: dict[str, tuple[int, ...]]) -> str:
+    """As in test_official_names.py."""
+    entries = [f"{name}:{'_'.join(map(str, shape))}" for name, shape in shapes.items()]
+    return hashlib.md5(",".join(sorted([*entries, *shapes])).encode()).hexdigest()
+
 
 FACE = {"to_k": "linear1_kv", "to_q": "linear1_q", "to_out": "linear2", "norm_q": "q_norm", "norm_k": "k_norm"}
 

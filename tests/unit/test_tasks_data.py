@@ -10,7 +10,6 @@ from tests.conftest import moving_square
 from tests.tiny_tasks import write_checkpoint
 from wantrain import cli, pictures
 from wantrain.models.variants import VARIANTS
-from wantrain.stages import evaluate
 
 WIDE, NUM_FRAMES = (64, 96), 9
 
@@ -262,9 +261,8 @@ def test_a_mask_of_no_control_video(refused, inputs):
     assert "control" in wrong
 
 
-def test_inputs_for_two_prompts_and_an_evaluation_of_one(refused, world, monkeypatch):
+def test_inputs_for_two_prompts_and_an_evaluation_of_another_number(refused, world):
     """The rule counts sampler.prompts; evaluate has prompts of its own."""
-    monkeypatch.setattr(evaluate, "lora_files", lambda *_: {})
     two = f"[{{first: '{world / 'image.png'}'}}, {{first: '{world / 'image.png'}'}}]"
     wrong, _ = refused("evaluate", "tiny_wan_i2v", f"sampler.inputs={two}", "sampler.prompts=[a, b]",
                        f"data.heldout={world / 'clips'}")

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from wantrain.data import cameras
+from wantrain.files import of_windows
 from wantrain.terms import IMAGE_SUFFIXES, PARTNERS, VIDEO_SUFFIXES
 
 MEDIA = ("video", *PARTNERS)
@@ -287,10 +288,10 @@ def captions_of(row: Row) -> list[str]:
 
 
 def spelled(folder: Path, name: str) -> str:
-    """The path as the disk has it: as written, or without blanks around it, with / for the \\ of Windows, or with
+    """The path as the disk has it: as written, or without blanks around it, as one of Windows is written here, or with
     another form of accents; as written where none is there. ValueError where the disk refuses to look.
     """
-    names = [name, name.strip(), name.strip().replace("\\", "/")]
+    names = [name, name.strip(), of_windows(name.strip())]
     names += [unicodedata.normalize(form, names[-1]) for form in ("NFC", "NFD")]
     try:
         return next((one for one in dict.fromkeys(names) if (folder / one).is_file()), name)
