@@ -85,9 +85,9 @@ def load_into(module: torch.nn.Module, container: Container, rename: Rename, *, 
     for source, names in plan.items():
         layer = None if edit or len(names) > 1 else _quantised(module, names[0])
         if layer and (found := container.stored(source, FILED.get(layer.form, ()), device)):
-            parameter = layer.keep(*found)
+            stored = layer.keep(*found)
             if placed:
-                placed(parameter)
+                placed(stored)
             continue
         whole = container.read(source, device=device)
         whole = edit(source, whole) if edit else whole
