@@ -221,7 +221,7 @@ def _beside_blocks(job: Job) -> float:
         size += TEXT_GRADIENTS * own.itemsize * own.text * own.dim
     if "vace_blocks.0.proj_out" in adapted:
         size += len(a.vace_layers) * own.nbytes(ADAPTED_PROJECTIONS[own.itemsize])
-    if job.variant.task == "ti2v":
+    if job.variant.vae == "2.2":
         size += own.nbytes(TOKEN_TIMESTEPS[own.itemsize, "condition_embedder.time_proj" in adapted])
     return size
 

@@ -9,7 +9,7 @@ import functools
 from dataclasses import dataclass
 
 from wantrain.costs.block import MOVED, attentions_again, products_again
-from wantrain.costs.devices import FAMILIES, MEMORY_SHARE, PCIE_SHARE, Card
+from wantrain.costs.devices import MEMORY_SHARE, PCIE_SHARE, Card
 from wantrain.costs.memory import Job, MemoryPolicy, kept_in_all, streamed_bytes
 from wantrain.models import inventory
 
@@ -79,7 +79,7 @@ def backward(job: Job, keep: str) -> Work:
 @functools.cache
 def _passes(job: Job, base: str, keep: str, card: Card) -> tuple[float, float]:
     """Seconds of a block forward and backward."""
-    family, peak, bandwidth = FAMILIES[card.family], card.bf16_tflops * 1e12, card.memory_gbs * 1e9 * MEMORY_SHARE
+    family, peak, bandwidth = card.family, card.bf16_tflops * 1e12, card.memory_gbs * 1e9 * MEMORY_SHARE
     ahead, back, own = forward(job), backward(job, keep), job.block
     moved = own.nbytes(MOVED[keep])
     is_cast = base not in ("dtype", "int8")

@@ -82,6 +82,8 @@ def save(store: CheckpointStore, progress: Progress, tensors: Mapping[str, torch
 
 def _sync(folder: Path) -> None:
     """Put a folder's names on the disk: a rename is safe only then."""
+    if os.name == "nt":  # which opens no folders
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

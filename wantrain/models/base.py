@@ -17,16 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from wantrain.files import digest_path, digest_text
 from wantrain.models import hub, names, sizes
 from wantrain.models.containers import Container, find_parts, open_container
+from wantrain.models.detection import detect, expert_named, stated_vace_layers
 from wantrain.models.lora_names import is_lora, lora_argument, refuse_other_experts_file
-from wantrain.models.variants import (
-    Expert,
-    Variant,
-    detect,
-    diffusers_config,
-    expert_named,
-    is_diffusers_config,
-    stated_vace_layers,
-)
+from wantrain.models.variants import Expert, Variant, diffusers_config, is_diffusers_config
 from wantrain.models.weight_files import ContainerError, parse_json
 from wantrain.terms import TEXT_LEN, UserError
 
@@ -89,9 +82,9 @@ class Base:
 
     @property
     def _transformer_class(self) -> Any:
-        import diffusers
+        from wantrain.models.fun import class_of
 
-        return getattr(diffusers, self.variant.transformer_class)
+        return class_of(self.variant)
 
     def meta_transformer(self) -> WanTransformer3DModel:
         """The transformer's architecture on the meta device, without reading weights."""

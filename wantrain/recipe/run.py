@@ -6,6 +6,7 @@ import math
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def file_metadata(recipe: Recipe, clips: Clips) -> dict[str, str]:
         "version": __version__, "trigger": config.data.trigger, "variant": variant.name,
         "config_digest": schema.digest(config), "manifest_digest": manifest_digest(clips),
         "base_digest": recipe.base_digest,
-        "merged": " ".join(f"{path}={strength:g}" for path, strength in recipe.base.merged),
+        "merged": " ".join(f"{Path(path).name}={strength:g}" for path, strength in recipe.base.merged),
         "expert": recipe.base.expert or "", "sigmas": " ".join(f"{sigma:g}" for sigma in recipe.sigmas),
         "targets": " ".join(config.lora.targets), "num_heldout": str(len(clips.heldout)),
     }

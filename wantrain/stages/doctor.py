@@ -135,7 +135,7 @@ def machine() -> Iterator[Finding]:
     yield Finding("machine", "wantrain", f"{__version__}{' of a checkout' if metrics.commit() else ''}")
     yield Finding("machine", "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     yield Finding("machine", "cores", str(jobs.cores()))
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # Windows has no sysconf
         num_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         yield Finding("machine", "memory", f"{num_bytes / 2**30:.0f} GiB")
     compiler = next(filter(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))), "")

@@ -40,6 +40,7 @@ class Schedule(Enum):
 
 @dataclass(slots=True)
 class Optim(Section):
+    entangled: ClassVar[tuple[str, ...]] = ("lr", "weight_decay")
     name: Optimizer = Optimizer.adamw
     """adamw; adamw_8bit, prodigy (finds its learning rate) and schedule_free need a package: docs/optimizers.md."""
     lr: FloatAbove0 = 1e-4
