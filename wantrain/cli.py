@@ -24,9 +24,11 @@ from wantrain.options import (
     OPTION_VERBS,
     parse,
     parse_plan,
+    parse_tune,
     parser,
     plan_parser,
     processes,
+    tune_parser,
 )
 from wantrain.terms import EXIT_INTERRUPTED, EXIT_STALLED, EXIT_USER_ERROR, Interrupted, Stalled, UserError
 
@@ -38,11 +40,12 @@ VERBS = {
     "cache": "decode clips, encode them and their captions, once",
     "train": "train the LoRA, going on from the newest checkpoint",
     "export": "write the LoRA as .safetensors for ComfyUI and diffusers, proven by reading it back",
-    "sample": "prompts x seeds x strengths -> videos and a contact sheet",
-    "evaluate": "base against LoRA: numbers and an HTML report",
+    "sample": "prompts x seeds x LoRAs x strengths -> videos and a contact sheet; going on with what is missing",
+    "evaluate": "base against LoRAs and checkpoints: videos, numbers and an HTML page",
+    "tune": "compare settings by held-out losses within a budget of minutes; the best becomes a recipe",
 }
 
-SHARED_VERBS = ("run", "cache", "train")
+SHARED_VERBS = ("run", "cache", "train", "sample", "evaluate")
 """What several processes do together; the other verbs run in the first process of a launch."""
 
 TOOLS = {"prepare": "films into captioned clips: probe, split, caption, filter, check, hold out (data_tools)"}
@@ -169,6 +172,8 @@ def _run(verb: str, rest: list[str]) -> int:
     if verb == "sample" and "--like" in rest:
         _repeat(rest)
         return 0
+    if verb == "tune":
+        return _tune(rest)
     num_gpus, words = processes(rest) if verb == "run" else (1, rest)
     options, words = ([], words) if verb != "plan" else parse_plan(words)
     config_dir, overrides = _config_dir(words)
@@ -211,6 +216,16 @@ def _repeat(rest: Sequence[str]) -> None:
     if not video.exists():
         raise UserError(f"--like {video}: there is no such file", "wantrain sample --like VIDEO.mp4")
     importlib.import_module("wantrain.stages.sample").repeat(video)
+
+
+def _tune(rest: Sequence[str]) -> int:
+    given, words = parse_tune(rest)
+    config_dir, overrides = _config_dir(words)
+    schema = importlib.import_module("wantrain.config")
+    config = schema.load(overrides, config_dir)
+    schema.refuse_absent_clips(config)
+    importlib.import_module("wantrain.tuner.tune").run(config, rest, given, overrides, config_dir)
+    return 0
 
 
 _CONFIG_DIR = re.compile(r"-{0,2}config[-_]?dir(?:=(.*))?", re.DOTALL)
@@ -263,7 +278,8 @@ def _help_topic(rest: Sequence[str]) -> str | None:
 def _verb_help(verb: str, topic: str) -> str:
     schema = importlib.import_module("wantrain.config")
     again = ["       wantrain sample --like VIDEO    makes a sampled video again, from what it says of itself"]
-    own = plan_parser().format_help().partition("options:\n")[2].splitlines() if verb == "plan" else []
+    own = [line for name, made in (("plan", plan_parser), ("tune", tune_parser)) if verb == name
+           for line in made().format_help().partition("options:\n")[2].splitlines()]
     return "\n".join([f"usage: wantrain {verb} recipe=NAME [key=value ...] [--config-dir FOLDER]",
                       *(again if verb == "sample" else []), "",
                       f"  {VERBS[verb]}", "", *own, f"recipes: {', '.join(schema.recipes())}",

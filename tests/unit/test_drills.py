@@ -19,7 +19,7 @@ RECIPE = "recipe=demo_anime"
 MISTAKES = {
     "sampler.profile=comfyui": ["sampler.profile", "comfy"],
     "sampler.solver=euler": ["sampler.solver", "unipc or dpmpp"],
-    "sampler.formats=[gif]": ["sampler.formats", "mp4, webp and png"],
+    "sampler.formats=[gif]": ["sampler.formats", "webp and png"],
     "optim.lr=1e-4x": ["optim.lr = '1e-4x'", "a number such as 1e-4"],
     "optim.lr=0,0001": ["optim.lr", "comma", "0.0001"],
     "optim.lr=": ["optim.lr", "a number"],

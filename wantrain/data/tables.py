@@ -12,10 +12,11 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from wantrain.data import cameras
 from wantrain.files import of_windows
 from wantrain.terms import IMAGE_SUFFIXES, PARTNERS, VIDEO_SUFFIXES
 
@@ -35,6 +36,12 @@ ALIASES = {
 """Other tools' names of our columns: taken where a row has one of them and not ours."""
 
 SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES
+
+def suffixes_of(kind: str) -> Collection[str]:
+    """Endings of the files of one kind of media."""
+    return (cameras.SUFFIX,) if kind == "camera" else SUFFIXES
+
+
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 CSV_SUFFIXES = (".csv", ".tsv")
 

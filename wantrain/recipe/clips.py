@@ -233,11 +233,19 @@ def refuse_undrawn(recipe: Recipe, clips: Clips) -> None:
                             f"raise {key} or train.num_steps, or take the source out")
 
 
+def asks_evaluation(config: Config) -> bool:
+    """Whether a run is to end in an evaluation: prompts are named, or nothing is and there is what it needs."""
+    own = config.evaluate
+    named = [prompts for prompts in (own.prompts, own.combined, own.unrelated) if prompts is not None]
+    return any(named) or (len(named) < 3 and bool(config.data.trigger and config.data.heldout))
+
+
 def evaluation_faults(clips: Clips) -> Iterator[UserError]:
     """The errors that would keep `evaluate` from its report, besides a missing LoRA; `check` tells the first."""
     config = clips.config
-    wanted = {"evaluate.prompts": config.evaluate.prompts, "data.trigger": config.data.trigger,
-              "data.heldout": clips.heldout}
+    own = config.evaluate
+    has_prompts = any(prompts is None or prompts for prompts in (own.prompts, own.combined, own.unrelated))
+    wanted = {"evaluate.prompts": has_prompts, "data.trigger": config.data.trigger, "data.heldout": clips.heldout}
     if lacking := [key for key, value in wanted.items() if not value]:
         yield UserError(f"evaluate needs {' and '.join(lacking)}", "set them in the recipe; demo_anime shows how")
     elif not holding_trigger(clips):

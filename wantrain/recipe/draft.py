@@ -16,6 +16,8 @@ from wantrain import costs
 from wantrain.data.buckets import buckets
 from wantrain.data.films import count_frames
 from wantrain.models.variants import NATIVE_PX, Variant
+from wantrain.recipe.clips import Clips
+from wantrain.results import KINDS, Prompt
 from wantrain.terms import Bucket, Clip, Media, MediaInfo, UserError
 
 TARGETS, RANK = ("attn_ffn",), 32
@@ -224,6 +226,16 @@ def prompts_for(training: Sequence[Clip], heldout: Sequence[Clip], trigger: str,
     like = list(dict.fromkeys(without(clip.caption, trigger) for clip in (*heldout, *training)))
     unrelated = free[-1] if is_tiny(variant) else UNRELATED
     return Prompts([text for text in like if text][:2], free[:2], unrelated)
+
+
+def evaluation_prompts(clips: Clips) -> list[Prompt]:
+    """What `evaluate` samples: the prompts of each kind that the config names, and where it names none these."""
+    own, config = clips.config.evaluate, clips.config
+    drafted = prompts_for([p.clip for p in clips.planned], [p.clip for p in clips.heldout], config.data.trigger,
+                          clips.variant)
+    return [Prompt(text, kind) for kind, named, chosen in zip(
+        KINDS, (own.prompts, own.combined, own.unrelated), (drafted.like, drafted.others, [drafted.unrelated]),
+        strict=True) for text in (chosen if named is None else named)]
 
 
 def without(caption: str, trigger: str) -> str:

@@ -35,9 +35,9 @@ LEAST_FREE_GIB = 10
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "datasets", "safetensors", "huggingface_hub",
             "hydra-core", "omegaconf", "numpy", "av", "decord", "deepspeed", "bitsandbytes", "prodigyopt",
             "schedulefree", "gguf", "wandb", "tensorboard", "modelscope")
-OPTIONAL = {"deepspeed": "ZeRO", "bitsandbytes": "optim.name=adamw_8bit", "prodigyopt": "optim.name=prodigy",
-            "schedulefree": "optim.name=schedule_free", "gguf": "GGUF files", "wandb": "tracker=wandb",
-            "tensorboard": "tracker=tensorboard", "modelscope": "model ids of ModelScope"}
+OPTIONAL = {"deepspeed": "ZeRO", "bitsandbytes": "optim.name=adamw_8bit, memory.base=nf4",
+            "prodigyopt": "optim.name=prodigy", "schedulefree": "optim.name=schedule_free", "gguf": "GGUF files",
+            "wandb": "tracker=wandb", "tensorboard": "tracker=tensorboard", "modelscope": "model ids of ModelScope"}
 """Packages that only a part of wantrain needs -> that part."""
 ATTENTION = {"FLASH_ATTENTION": "flash", "EFFICIENT_ATTENTION": "memory-efficient", "CUDNN_ATTENTION": "cuDNN",
              "MATH": "plain"}

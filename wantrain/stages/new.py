@@ -227,8 +227,10 @@ def prompt_lines(new: New, paths: Mapping[str, str]) -> list[str]:
     lines = ["  prompts:  # like the training, of another subject, and unrelated: without the trigger",
              *(f"    - {quoted(text)}" for text in (*triggered, prompts.unrelated))]
     if "heldout" in paths:
-        lines += ["evaluate:", "  prompts:  # each is shown by the base, with the trigger, and without it",
-                  *(f"    - {quoted(text)}" for text in (*prompts.like, *prompts.others))]
+        kinds = {"prompts": prompts.like, "combined": prompts.others, "unrelated": [prompts.unrelated]}
+        lines += ["evaluate:  # each is shown by the base, with the trigger, and without it"]
+        lines += [line for key, texts in kinds.items()
+                  for line in (f"  {key}:", *(f"    - {quoted(text)}" for text in texts))]
     return lines
 
 
