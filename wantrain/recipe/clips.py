@@ -23,7 +23,7 @@ from wantrain.models import inventory
 from wantrain.models.base import Base
 from wantrain.models.task_media import media_of_task
 from wantrain.models.variants import Variant
-from wantrain.recipe.recipe import Recipe, open_recipe
+from wantrain.recipe.recipe import Recipe, open_recipe, outline
 from wantrain.terms import PARTNERS, TEXT_LEN, Bucket, Clip, Dropped, PlannedClip, UserError
 
 HELDOUT = "held out"
@@ -137,7 +137,10 @@ def open_clips(recipe: Recipe, arguments: Sequence[str], refuse: bool = True) ->
 
 def refuse_unready(config: Config, arguments: Sequence[str]) -> None:
     """Raise what would keep a training from its start, before the libraries are imported that compute."""
-    clips = open_clips(open_recipe(config), arguments)
+    recipe = open_recipe(config)
+    clips = open_clips(recipe, arguments)
+    for own in recipe.trainings():
+        outline(own)  # which refuses targets that match nothing
     if config.data.mode is DataMode.cache:
         refuse_missing(clips)
 

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from wantrain import costs
 from wantrain.config import configs_folder, recipes
 from wantrain.data import manifest, media, plan
@@ -128,6 +126,8 @@ def card(text: str) -> tuple[float, str]:
     """(GiB of the card's memory, where that is from); the text is a card's name or a size, as for `wantrain plan`."""
     if text:
         return costs.card_of(text).memory_gib, "as given"
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory / costs.GIB, "the card here"
     return CARD_GIB, "no card here, so one of 24 GiB; --gpu says another"
