@@ -70,7 +70,7 @@ def _real(turns: torch.Tensor | None) -> torch.Tensor | None:
 
 def _turned(x: torch.Tensor, turns: torch.Tensor, sign: float) -> torch.Tensor:
     """[B, L, heads, D / heads], each pair multiplied with that of `turns` [1, L, 1, D / heads / 2, 2], or backward."""
-    (a, b), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), turns.unbind(-1)
+    (a, b), (cos, sin) = x.view(*x.shape[:-1], -1, 2).unbind(-1), turns.unbind(-1)
     sin = sign * sin
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 

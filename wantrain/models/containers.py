@@ -42,6 +42,7 @@ class Container:
     prefix: str
     _entries: dict[str, Entry] = field(repr=False)
     _scales: dict[str, str] = field(repr=False)
+    is_mapped: bool = False
 
     def names(self) -> list[str]:
         """Bare names, in the order of the file."""
@@ -57,7 +58,8 @@ class Container:
 
     def read(self, name: str, dtype: torch.dtype | None = None,
              device: torch.device | str = "cpu") -> torch.Tensor:
-        """One tensor, dequantised, in memory of its own.
+        """One tensor, dequantised, in memory of its own; where the container `is_mapped`, that of the file as it is
+        mapped, for the CPU and the stored dtype.
 
         `dtype` None keeps the stored dtype, and gives float32 for a quantised tensor. Raises ContainerError for an
         unreadable tensor, a scale that is missing, not finite or of a shape that does not fit.
@@ -76,7 +78,7 @@ class Container:
                                             and tensor.ndim > 1 and self._has_lost_scale(tensor)):
             raise ContainerError(self.path, f"{name} is {tensor.dtype} without a scale, while weights of this kind "
                                  "have one", "the scale was dropped when the file was repackaged")
-        return tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
+        return tensor.to(device=device, dtype=dtype or tensor.dtype, copy=not self.is_mapped)
 
     def _has_lost_scale(self, fp8: torch.Tensor) -> bool:
         """Whether an fp8 weight without a scale had one: others have, the file says so, or it fills its whole range,
