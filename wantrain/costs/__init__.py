@@ -19,6 +19,7 @@ from wantrain.costs.devices import TYPICAL as TYPICAL
 from wantrain.costs.devices import Card as Card
 from wantrain.costs.devices import Family as Family
 from wantrain.costs.devices import card_of as card_of
+from wantrain.costs.memory import BY_ERROR as BY_ERROR
 from wantrain.costs.memory import Job as Job
 from wantrain.costs.memory import MemoryPolicy as MemoryPolicy
 from wantrain.costs.memory import MicroBatch as MicroBatch

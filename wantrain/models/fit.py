@@ -79,6 +79,13 @@ def fit(transformer: WanTransformer3DModel, device: torch.device, adapter: NewAd
     return modules
 
 
+def exchange(transformer: WanTransformer3DModel, adapter: Sequence[AdapterFile]) -> None:
+    """Give a transformer that is fitted for sampling these LoRA files in place of those that it has."""
+    lora.detach(transformer)
+    if adapter:
+        _attach(transformer, adapter)
+
+
 def _checkpoint(transformer: WanTransformer3DModel, memory: BlockMemory) -> None:
     """diffusers' own blocks, where ours cannot be: an engine that divides weights gathers those of a module when that
     is called, and our backward pass does not call the parts of a block.

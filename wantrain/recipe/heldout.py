@@ -51,6 +51,11 @@ def max_rows(config: schema.Config) -> int:
     return int(forwards / (1 + math.ceil(num_steps / own.every_steps)) / 2)
 
 
+def budget_of(num_rows: int, batch_size: int, num_steps: int) -> float:
+    """The validation.budget_pct with which a training that is measured at its end alone measures so many rows a set."""
+    return (num_rows + 0.5) * 2 * 2 * 100 / (FORWARDS * batch_size * num_steps)
+
+
 @dataclass(slots=True)
 class Validation:
     """The sets of clips of one training, how much of them is measured, and what was: of the base, and after steps.
@@ -144,7 +149,8 @@ def open_validation(training: Training, source: Encode) -> Validation | None:
     for own in sets.values():
         own.read(extent.rows)
     key = digest_text(extent, *sigmas, *(f"{name} {p.found.digest} {p.start_s} {p.bucket} {p.clip.caption}"
-                                       for name, own in windows.items() for p in own))
+                                       for name, own in windows.items() for p in own),
+                      *([training.memory.base] if training.memory.base != "dtype" else []))
     made = kept(training, key, sets, extent) or begun(training, key, sets, extent)
     if accelerator.is_main_process:
         print(f"validation: {made.extent.num_clips} of {len(clips.heldout)} held-out clips"

@@ -14,7 +14,7 @@ import torch
 
 from wantrain import config as schema
 from wantrain import costs, engine, lora, objective
-from wantrain.config import Config, Keep
+from wantrain.config import Config, Keep, Resume
 from wantrain.engine import checkpoint, launch, optimizers, saved, snapshot
 from wantrain.engine.checkpoint import Checkpoint, Writer
 from wantrain.engine.ema import Ema
@@ -30,7 +30,7 @@ from wantrain.models.loading import free_bytes
 from wantrain.models.lora_updates import read_given
 from wantrain.recipe.clips import Clips
 from wantrain.recipe.costing import Room, job_of, policy_of, told
-from wantrain.recipe.recipe import Recipe
+from wantrain.recipe.recipe import Recipe, form_of
 from wantrain.recipe.run import record_of, write_header
 from wantrain.terms import Batch, UserError
 
@@ -151,13 +151,13 @@ def largest_job(recipe: Recipe, clips: Clips, accelerator: Accelerator) -> costs
 
 def memory_policy(recipe: Recipe, clips: Clips, accelerator: Accelerator, most: float
                   ) -> tuple[costs.MemoryPolicy, float]:
-    """How this process saves memory on its device, and the bytes that it chose for: at the most `most`. No choice
-    changes a number.
+    """How this process saves memory on its device, and the bytes that it chose for: at the most `most`. No choice but
+    memory.base=auto changes a number.
     """
     config, device, job = recipe.config, accelerator.device, largest_job(recipe, clips, accelerator)
     free = min(free_bytes(device, config.memory.gib), most)
     if math.isinf(free):
-        return policy_of(config, job, None), free
+        return policy_of(config, job, None, base=recipe.known_form), free
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else free
     card = costs.card_of(f"{total / costs.GIB:.1f}gb")
     if device.type == "cuda":
@@ -165,7 +165,7 @@ def memory_policy(recipe: Recipe, clips: Clips, accelerator: Accelerator, most: 
             card = costs.card_of(torch.cuda.get_device_name(device))
     room = Room(card, free, engine.host_bytes() / accelerator.num_processes)
     can_move = not engine.is_deepspeed(accelerator) and not engine.is_fsdp(accelerator)
-    policy = policy_of(config, job, room, can_move)
+    policy = policy_of(config, job, room, can_move, recipe.known_form)
     if engine.divides(accelerator) and config.memory.keep is Keep.auto and set(policy.keep) != {"all"}:
         policy = replace(policy, keep=("inputs",) * job.num_blocks)  # through diffusers' blocks: models.fit
     return policy, free
@@ -176,18 +176,18 @@ def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator, policy: costs
     config, optim, own = recipe.config, recipe.config.optim, recipe.config.train
     rendezvous = Rendezvous(own.stall_timeout_s)
     optimizers.check(accelerator, optim.name.name)
-    refuse_memory(accelerator, recipe.base_form, policy.swap)
+    form = form_of(policy.base)
+    refuse_memory(accelerator, form, policy.swap)
     start = None
     if config.lora.start_from:
         start = read_given(hub.local(expert_path(config.lora.start_from, recipe.base.expert)), recipe.base.expert)
     device = engine.loading_device(accelerator, through_host=policy.swap > 0)
     mapped = costs.stays_mapped(largest_job(recipe, clips, accelerator), policy,
                                 engine.host_bytes() / accelerator.num_processes)
-    transformer = recipe.base.transformer(recipe.dtype, device, engine.shard_parameter(accelerator), recipe.base_form,
-                                          mapped=mapped)
+    transformer = recipe.base.transformer(recipe.dtype, device, engine.shard_parameter(accelerator), form, mapped=mapped)
     errors = quantised.relative_errors(transformer)
     if errors and accelerator.is_main_process:
-        print(quantised.told(errors, recipe.base_form))
+        print(quantised.told(errors, form, accelerator.device))
     modules = fit.fit(transformer, accelerator.device,
                       fit.NewAdapter(config.lora.targets, recipe.adapter_spec, own.seed, start),
                       memory=BlockMemory(policy.keep, policy.swap, policy.offload, mapped),
@@ -196,7 +196,7 @@ def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator, policy: costs
                "compiled": operations_for(accelerator.device)[1]}
     if accelerator.is_main_process:
         print("; ".join(f"{what}: {own}" for what, own in kernels.items()))
-    record = record_of(recipe, clips, lora.scales(transformer))
+    record = record_of(recipe, clips, lora.scales(transformer), policy.base)
     groups = optimizers.groups(lora.trainable_parameters(transformer),
                                lora.lr_factors(transformer, optim.lora_plus, optim.lr_factors))
     rendezvous.flags(0)  # all have their base
@@ -241,7 +241,8 @@ def resume(training: Training) -> None:
     newest: Checkpoint | UserError | None = None
     if training.accelerator.is_main_process:
         try:
-            newest = checkpoint.newest_whole(store, training.record.fingerprint, schema.defaults())
+            newest = checkpoint.newest_whole(store, training.record.fingerprint, schema.defaults(),
+                                             training.config.train.resume is Resume.any_base)
         except UserError as error:
             newest = error
     newest = rendezvous.first(newest)
@@ -273,7 +274,7 @@ def tell_memory(training: Training) -> None:
     planned, measured = costs.in_tensors(parts) / costs.GIB, engine.peak_memory_gib(device)
     path = recipe.run_dir / "run.json"
     of = "tensors of the device" if device.type == "cuda" else "the whole process"
-    write_json(path, {**json.loads(path.read_text()),
+    write_json(path, {**json.loads(path.read_text("utf-8")),
                       "memory": {"policy": asdict(training.memory), "planned_gib": planned, "peak_gib": measured,
                                  "peak_is_of": of}})
     if device.type == "cuda":
@@ -290,7 +291,8 @@ def start_run(training: Training) -> None:
             "zero_stage": engine.zero_stage(accelerator), "processes": training.rendezvous.processes,
             "start_step": progress.step, "run_id": progress.run_id, "modules": training.modules,
             **training.kernels,
-            "base_form": recipe.config.memory.base.name, "base_errors": training.base_errors})
+            "base_form": training.memory.base, "base_errors": training.base_errors,
+            "products_in_bytes": quantised.has_products(training.memory.base, training.device)})
     flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in schema.flat(config).items()}
     training.trackers.open(config.tracker.names if accelerator.is_main_process else (), recipe.run_dir,
                            config.tracker.project, run_name=config.run.name, run_id=progress.run_id,

@@ -107,7 +107,11 @@ def is_done(recipe: Recipe, clips: Clips) -> bool:
         print(told_once, file=sys.stderr)
     if max(map(saved.step_of, there), default=-1) < own.num_steps:
         return False
-    newest = checkpoint.newest_whole(store, run_fingerprint(recipe, clips), schema.defaults())
+    form = recipe.known_form
+    if form is None:
+        return False  # what the checkpoints were trained on is for the training to decide
+    newest = checkpoint.newest_whole(store, run_fingerprint(recipe, clips, form), schema.defaults(),
+                                     own.resume is Resume.any_base)
     assert newest is not None, "there are checkpoints"
     if newest.progress.step > own.num_steps:
         raise more_steps_done(recipe.config, newest.path)
