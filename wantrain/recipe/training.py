@@ -182,14 +182,15 @@ def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator, policy: costs
     if config.lora.start_from:
         start = read_given(hub.local(expert_path(config.lora.start_from, recipe.base.expert)), recipe.base.expert)
     device = engine.loading_device(accelerator, through_host=policy.swap > 0)
-    transformer = recipe.base.transformer(recipe.dtype, device,
-                                          engine.shard_parameter(accelerator), form)
+    mapped = costs.stays_mapped(largest_job(recipe, clips, accelerator), policy,
+                                engine.host_bytes() / accelerator.num_processes)
+    transformer = recipe.base.transformer(recipe.dtype, device, engine.shard_parameter(accelerator), form, mapped=mapped)
     errors = quantised.relative_errors(transformer)
     if errors and accelerator.is_main_process:
         print(quantised.told(errors, form, accelerator.device))
     modules = fit.fit(transformer, accelerator.device,
                       fit.NewAdapter(config.lora.targets, recipe.adapter_spec, own.seed, start),
-                      memory=BlockMemory(policy.keep, policy.swap, policy.offload),
+                      memory=BlockMemory(policy.keep, policy.swap, policy.offload, mapped),
                       is_divided=bool(engine.divides(accelerator)), sequence_parallel=own.sequence_parallel)
     kernels = {"attention": attention.name_of(transformer, accelerator.device),
                "compiled": operations_for(accelerator.device)[1]}
