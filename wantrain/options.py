@@ -96,6 +96,11 @@ MACHINE_VERBS = {
         Option("host", "the address to listen at, such as 0.0.0.0 for all machines (default: this machine alone)",
                is_free=True),
         Option("port", "of the address; without it a free one is found", default=0))),
+    "share": FileVerb("a folder ready for a model hub: card, LoRA files, samples, workflow, recipe; nothing is sent", (
+        ("RUN", "its folder, or its name in runs", None),), (
+        Option("formats", "of the LoRA beside the exported one, with commas between, such as kohya,diffusers",
+               is_free=True),
+        Option("license", "of the LoRA, the hub's word for it (default: apache-2.0, as Wan's)", is_free=True))),
     "doctor": FileVerb("what this machine is, what of it limits wantrain, what mends that; the text for a bug report",
                        (), (Option("json", "one JSON object, for programs", is_flag=True),)),
     "completion": FileVerb("the script of Tab completion, for a shell's start-up file", (
@@ -117,8 +122,8 @@ class _Parser(argparse.ArgumentParser):
 def plan_parser() -> argparse.ArgumentParser:
     """The options of `plan` beside its recipe and keys."""
     made = _Parser("wantrain plan", add_help=False, allow_abbrev=False)
-    made.add_argument("--gpu", metavar="CARD", help="rtx4090, h100, ... or a size such as 24gb; without: a line for "
-                      "each size")
+    made.add_argument("--gpu", metavar="CARD", help="rtx4090, h100, ... or a size such as 24gb; here: this machine's "
+                      "card, whose rates are measured in 20 seconds; without: a line for each size")
     made.add_argument("--gpus", metavar="N", type=int, default=1, help="how many of them, each with the whole base "
                       "(default: 1)")
     made.add_argument("--ram", metavar="GIB", type=float, default=64.0, help="host memory for each of them (default: "

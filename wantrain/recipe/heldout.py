@@ -149,7 +149,8 @@ def open_validation(training: Training, source: Encode) -> Validation | None:
     for own in sets.values():
         own.read(extent.rows)
     key = digest_text(extent, *sigmas, *(f"{name} {p.found.digest} {p.start_s} {p.bucket} {p.clip.caption}"
-                                       for name, own in windows.items() for p in own))
+                                       for name, own in windows.items() for p in own),
+                      *([training.memory.base] if training.memory.base != "dtype" else []))
     made = kept(training, key, sets, extent) or begun(training, key, sets, extent)
     if accelerator.is_main_process:
         print(f"validation: {made.extent.num_clips} of {len(clips.heldout)} held-out clips"

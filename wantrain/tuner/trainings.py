@@ -140,7 +140,7 @@ class Trainings:
         recipe = replace(arm.recipe, config=of_length(arm.recipe.config, one.num_steps, one.seed))
         measured = [(p.found.digest, p.start_s, str(p.bucket), p.clip.caption) for p in arm.clips.heldout]
         return digest_text(self.num_rows(one), measured, *(
-            (sorted(run_fingerprint(own, arm.clips).items(), key=str), own.config.train.num_steps,
+            (sorted(run_fingerprint(own, arm.clips, own.known_form or "").items(), key=str), own.config.train.num_steps,
              own.validation_sigmas) for own in recipe.trainings()))
 
 
