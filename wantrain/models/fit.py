@@ -15,7 +15,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from wantrain import lora
-from wantrain.lora import Spec
+from wantrain.lora import AdapterState, Spec
 from wantrain.models import block, sequence
 from wantrain.models.block import BlockMemory
 from wantrain.models.lora_formats import LoraFile
@@ -47,14 +47,15 @@ class AdapterFile:
     strength: float = 1.0
 
 
-def fit(transformer: WanTransformer3DModel, device: torch.device, adapter: NewAdapter | Sequence[AdapterFile] = (), *,
-        memory: BlockMemory | None = None, is_divided: bool = False, sequence_parallel: int = 1) -> list[str]:
+def fit(transformer: WanTransformer3DModel, device: torch.device,
+        adapter: NewAdapter | AdapterState | Sequence[AdapterFile] = (), *, memory: BlockMemory | None = None,
+        is_divided: bool = False, sequence_parallel: int = 1) -> list[str]:
     """Make a loaded transformer ready to be trained or sampled on `device`; the names of its adapted modules.
 
-    A new adapter is trained, and its blocks save memory as `memory` says. `is_divided` says that the engine divides the
-    weights of a block among processes. To be called once. Raises UserError where the adapter does not fit
-    the transformer, or its file is damaged, of another variant or expert, or more than an adapter; and where blocks
-    cannot keep so.
+    A new adapter is trained, and its blocks save memory as `memory` says; those of others do where `memory` is given.
+    `is_divided` says that the engine divides the weights of a block among processes. To be called once. Raises
+    UserError where the adapter does not fit the transformer, or its file is damaged, of another variant or expert, or
+    more than an adapter; and where blocks cannot keep so.
     """
     if device.type == "cpu" and not transformer.config.image_dim:
         shorten_text(transformer)
@@ -68,8 +69,13 @@ def fit(transformer: WanTransformer3DModel, device: torch.device, adapter: NewAd
             block.train_blocks(transformer, memory or BlockMemory(), device)
         else:
             _checkpoint(transformer, memory or BlockMemory())
+    elif isinstance(adapter, AdapterState):
+        lora.attach(transformer, adapter)
+        modules = list(adapter.tensors)
     elif adapter:
         modules = _attach(transformer, adapter)
+    if memory and not isinstance(adapter, NewAdapter):
+        block.train_blocks(transformer, memory, device)
     if sequence_parallel > 1:
         sequence.share_tokens(transformer, sequence_parallel)
     return modules

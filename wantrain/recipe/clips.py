@@ -71,9 +71,15 @@ class Clips:
         return [*texts, *(words for text in dict.fromkeys(texts) if (words := self.class_caption(text)) is not None)]
 
     @property
+    def shown(self) -> list[str]:
+        """Every text that training samples with, and never draws."""
+        own = self.config.sampler
+        return [*own.prompts, own.negative_prompt] if own.prompts else []
+
+    @property
     def entries(self) -> dict[Path, Entry]:
         """All that the cache must hold for these clips."""
-        return self.cache.entries(self.everything, self.captions)
+        return self.cache.entries(self.everything, [*self.captions, *self.shown])
 
     def class_caption(self, caption: str) -> str | None:
         """The caption with the class words in place of the trigger, where training preserves those."""

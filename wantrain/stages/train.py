@@ -25,6 +25,7 @@ from wantrain.engine.work import Work
 from wantrain.files import leftovers, write_json
 from wantrain.recipe.clips import Clips, open_clips
 from wantrain.recipe.heldout import open_validation
+from wantrain.recipe.live import open_live
 from wantrain.recipe.recipe import Recipe, more_steps_done, open_recipe, training_faults
 from wantrain.recipe.run import run_fingerprint
 from wantrain.recipe.samples import Cached, Encode, Encoder, Streamed, prepare_texts, sample_of
@@ -46,8 +47,7 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     recipe = open_recipe(config)
     clips = open_clips(recipe, arguments)
     cached = Cached(clips) if config.data.mode is DataMode.cache else None  # says at once if entries are missing
-    if cached is None:
-        prepare_texts(recipe, clips, launch.device())
+    prepare_texts(recipe, clips, launch.device())
     trainings = recipe.trainings()
     for fault in (fault for own in trainings for fault in training_faults(own)):
         raise fault
@@ -140,8 +140,7 @@ def train_one(recipe: Recipe, clips: Clips, cached: Cached | None, another_follo
 def train(training: Training, source: Encode, stopper: Stopper) -> None:
     """The loop, to the last step or to where the user stops it; both are saved."""
     config, recipe, progress = training.config, training.recipe, training.progress
-    heldout = open_validation(training, source)
-    last, saved = config.train.num_steps, progress.step
+    heldout, live, last = open_validation(training, source), open_live(training, source), config.train.num_steps
     steps = range(progress.step, last)
     ahead = batches.ahead(steps, batch_maker(training, source, progress.step))
     work, watch = Work(training.rendezvous.waited_s), Watch()
@@ -151,12 +150,6 @@ def train(training: Training, source: Encode, stopper: Stopper) -> None:
             began = time.perf_counter()
             micro_batches = next(ahead)
             waited_s = time.perf_counter() - began
-            asked = asked_of(training, stopper)
-            if "save" in asked and saved < progress.step:
-                save(training)
-                saved = progress.step
-            if "stop" in asked:
-                break
             numbers = train_step(training, progress.step, micro_batches)
             progress.step += 1
             numbers |= {"step_s": time.perf_counter() - began, "data_wait_s": waited_s,
@@ -171,13 +164,15 @@ def train(training: Training, source: Encode, stopper: Stopper) -> None:
                 board.write(progress.step, numbers)
             board.advance({"loss": f"{numbers['loss']:.4f}", "grad": f"{numbers['grad_norm']:.3f}",
                            "wait": f"{waited_s * 1000:.0f}ms", "mem": f"{numbers['memory_gib']:.1f}GiB"})
-            if progress.step % config.train.save_every == 0 or progress.step == last:
+            asked = asked_of(training, stopper)
+            if asked & {"save", "stop"} or progress.step % config.train.save_every == 0 or progress.step == last:
                 save(training)
-                saved = progress.step
+            if "sample" in asked or live.is_due(progress.step):
+                board.say(live.sample(progress.step))
             for news in filter(None, (training.writer.news(), training.trackers.news(), *alarms)):
                 board.say(news)
-    if saved < progress.step:
-        save(training)
+            if "stop" in asked:
+                break
     work.report(training.rendezvous, recipe.run_dir / "processes.json", training.device,
                 training.accelerator.is_main_process)
 
