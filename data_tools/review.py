@@ -18,29 +18,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hmac
 import json
-import math
-import secrets
-import select
-import socket
 import sys
 import threading
 import webbrowser
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 from data_tools.command import absolute, add_job_arguments, answer, check_openable, positive, shown, stamp
 from data_tools.editing import Conflict, Edit, Manifest, Piece, remedy
 from data_tools.faults import UNREADABLE, fault_of
-from wantrain.data import films, media
-from wantrain.files import atomic_path, digest_text
+from wantrain import serving
+from wantrain.files import digest_text
 from wantrain.jobs import in_workers
-from wantrain.terms import IMAGE_SUFFIXES, Bucket, UserError
+from wantrain.terms import IMAGE_SUFFIXES, UserError
 
 EDITED = ("caption", "captions", "keep")
 """The columns that the page may change."""
@@ -55,8 +49,6 @@ PREVIEW_S = 20.0
 
 PREVIEW_VERSION = 1
 """Raise this when previews come out otherwise."""
-
-LARGEST_BODY = 1 << 26
 
 PAGE = Path(__file__).with_name("review.html")
 
@@ -85,48 +77,26 @@ def preview_of(values: Mapping[str, Any], folder: Path, fps: float, previews: Pa
 
 def write_preview(preview: Preview) -> str:
     """Write the preview's file. Returns what is wrong with the source, '' if nothing is."""
+    from wantrain.data import preview as previews
+
     try:
         check_openable(preview.source)
-        if preview.target.suffix == ".jpg":
-            image = media.read_image(preview.source).convert("RGB")
-            image.thumbnail((PREVIEW_PX, PREVIEW_PX))
-            with atomic_path(preview.target) as temporary:
-                image.save(temporary, "JPEG", quality=92)
-        else:
-            _write_film(preview)
+        previews.write(preview.source, preview.target, preview.start_s, preview.end_s, fps=preview.fps,
+                       longest_px=PREVIEW_PX, most_s=PREVIEW_S)
     except UNREADABLE as error:
         return fault_of(preview.source, error)
     return ""
 
 
-def _write_film(preview: Preview) -> None:
-    from wantrain.data import decode
-    from wantrain.pictures import write_mp4
-
-    found = media.probe(preview.source)
-    available = films.count_frames(found, preview.start_s, preview.end_s, preview.fps)
-    if available < 1:
-        raise ValueError(f"the span from {preview.start_s:g} s on is empty: it is {found.duration_s:.2f} s long")
-    scale = min(1.0, PREVIEW_PX / max(found.width, found.height)) / 2
-    height, width = (2 * max(1, round(side * scale)) for side in (found.height, found.width))
-    bucket = Bucket(min(available, math.ceil(PREVIEW_S * preview.fps)), height, width)
-    frames_FCHW = decode.read_clip(preview.source, preview.start_s, preview.end_s, preview.fps, bucket)
-    write_mp4(preview.target, frames_FCHW, preview.fps)
-
-
-class Review(ThreadingHTTPServer):
-    """The server of one manifest at http://127.0.0.1:PORT/SECRET/; `port` 0 takes a free one. OSError where taken."""
-
-    daemon_threads = True
+class Review(serving.Server):
+    """The server of one manifest on this machine; `port` 0 takes a free one. OSError where taken."""
 
     def __init__(self, manifest: Manifest, previews: Path, fps: float, trigger: str, port: int, *, jobs: int,
                  timeout_s: float) -> None:
-        super().__init__(("127.0.0.1", port), _Handler)
+        super().__init__(_Handler, "127.0.0.1", port)
         self.manifest, self.previews, self.fps, self.trigger = manifest, previews, fps, trigger
         self.jobs, self.timeout_s = threading.Semaphore(jobs), timeout_s
-        self.secret, self.num_saved = secrets.token_urlsafe(24), 0
-        self.hosts = {f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost")}
-        self.address = f"http://127.0.0.1:{self.server_port}/{self.secret}/"
+        self.num_saved = 0
         self._makers: dict[Path, threading.Lock] = {}
 
     def rows(self) -> dict[str, Any]:
@@ -194,81 +164,26 @@ def _edits(body: bytes, is_csv: bool) -> list[Edit]:
     return edits
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(serving.Handler):
     server: Review
+    printed_by = "wantrain-review"
 
-    timeout = 60
-
-    def do_GET(self) -> None:
-        self._reply(self._get)
-
-    def do_POST(self) -> None:
-        self._reply(self._post)
-
-    def log_message(self, *_: object) -> None:
-        """Print nothing for a request, so that the address stays visible in the terminal."""
-
-    def _reply(self, work: Callable[[str], None]) -> None:
-        """A request of anything but the page itself is refused before it is looked at."""
-        _, _, rest = self.path.partition("/")
-        secret, _, name = rest.partition("/")
-        with contextlib.suppress(ConnectionError, TimeoutError):
-            if self.headers["Host"] not in self.server.hosts or not hmac.compare_digest(
-                    secret.encode(), self.server.secret.encode()):
-                return self._fail(HTTPStatus.FORBIDDEN, "open the address that wantrain-review printed")
-            try:
-                work(name)
-            except UserError as error:
-                self._fail(HTTPStatus.UNPROCESSABLE_ENTITY, error.message)
-            except ValueError:
-                self._fail(HTTPStatus.BAD_REQUEST, "not what the page sends")
-
-    def _get(self, name: str) -> None:
+    def get(self, name: str) -> None:
         if name == "":
-            nonce = secrets.token_urlsafe(16)
-            self._send(HTTPStatus.OK, PAGE.read_text("utf-8").replace("NONCE", nonce).encode(), "text/html", nonce)
+            self.send_page(PAGE.read_text("utf-8"))
         elif name == "rows":
-            self._send_json(HTTPStatus.OK, self.server.rows())
+            self.send_json(HTTPStatus.OK, self.server.rows())
         elif name.startswith("preview/"):
-            file = self.server.preview(name.removeprefix("preview/"), self._is_gone)
+            file = self.server.preview(name.removeprefix("preview/"), self.is_gone)
             if file:
-                self._send(HTTPStatus.OK, file.read_bytes(), "image/jpeg" if file.suffix == ".jpg" else "video/mp4")
+                self.send(HTTPStatus.OK, file.read_bytes(), "image/jpeg" if file.suffix == ".jpg" else "video/mp4")
         else:
-            self._fail(HTTPStatus.NOT_FOUND, "there is nothing here")
+            self.fail(HTTPStatus.NOT_FOUND, "there is nothing here")
 
-    def _post(self, name: str) -> None:
-        size = int(self.headers["Content-Length"] or -1)
-        if self.headers["Origin"] != f"http://{self.headers['Host']}":
-            self._fail(HTTPStatus.FORBIDDEN, "only the page itself may write")
-        elif name != "rows" or not 0 <= size <= LARGEST_BODY:
-            self._fail(HTTPStatus.BAD_REQUEST, "not what the page sends")
-        else:
-            self._send_json(*self.server.save(self.rfile.read(size)))
-
-    def _is_gone(self) -> bool:
-        """Whether the browser has closed its end, as it does when a clip leaves the screen."""
-        return bool(select.select([self.connection], [], [], 0)[0]) and not self.connection.recv(1, socket.MSG_PEEK)
-
-    def _fail(self, status: HTTPStatus, why: str) -> None:
-        self._send_json(status, {"error": why})
-
-    def _send_json(self, status: HTTPStatus, value: Any) -> None:
-        self._send(status, json.dumps(value).encode(), "application/json")
-
-    def _send(self, status: HTTPStatus, body: bytes, kind: str, nonce: str = "") -> None:
-        allowed = (f"script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src blob: data:; media-src blob:; "
-                   "connect-src 'self'; ") if nonce else ""
-        self.send_response(status)
-        for header, value in {
-            "Content-Type": f"{kind}; charset=utf-8", "Content-Length": str(len(body)), "Cache-Control": "no-store",
-            "Content-Security-Policy": f"default-src 'none'; {allowed}base-uri 'none'; form-action 'none'; "
-                                       "frame-ancestors 'none'",
-            "X-Content-Type-Options": "nosniff", "Referrer-Policy": "same-origin",
-            "Cross-Origin-Resource-Policy": "same-origin", "Cross-Origin-Opener-Policy": "same-origin",
-        }.items():
-            self.send_header(header, value)
-        self.end_headers()
-        self.wfile.write(body)
+    def post(self, name: str, body: bytes) -> tuple[HTTPStatus, dict[str, Any]]:
+        if name != "rows":
+            raise ValueError(f"nothing is to be written to {name}")
+        return self.server.save(body)
 
 
 def summary(pieces: Collection[Piece], num_saved: int) -> str:

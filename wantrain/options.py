@@ -91,6 +91,11 @@ MACHINE_VERBS = {
         ("FOLDER", "of a run, or the one above runs (default: runs)", "*"),), ()),
     "ask": FileVerb("ask a run that trains for samples or a checkpoint now, or to stop", (
         ("RUN", "its folder, or its name in runs", None), ("WHAT", "sample, save or stop", None)), ()),
+    "view": FileVerb("a page of runs in the browser, live while they train: curves, samples, the log, requests", (
+        ("RUN", "folders or names in runs (default: all in runs)", "*"),), (
+        Option("host", "the address to listen at, such as 0.0.0.0 for all machines (default: this machine alone)",
+               is_free=True),
+        Option("port", "of the address; without it a free one is found", default=0))),
     "doctor": FileVerb("what this machine is, what of it limits wantrain, what mends that; the text for a bug report",
                        (), (Option("json", "one JSON object, for programs", is_flag=True),)),
     "completion": FileVerb("the script of Tab completion, for a shell's start-up file", (

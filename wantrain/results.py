@@ -58,6 +58,7 @@ class Video:
 class Metric:
     """A number of columns: `tells` says in one sentence what it can and cannot tell; `better` is 'lower', 'higher' or
     ''. `columns` has by column id the mean and how far its interval of 95 % goes on both sides (None: unknown).
+    `reference` is what the held-out clips themselves have, to compare with (None: unknown, or no such thing).
     """
 
     name: str
@@ -65,6 +66,7 @@ class Metric:
     tells: str
     better: str = ""
     columns: dict[str, tuple[float, float | None]] = field(default_factory=dict)
+    reference: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

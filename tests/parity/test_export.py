@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tests.conftest import arguments_for
 from tests.tiny_tasks import pipeline
 from wantrain import cli, lora, pictures
 from wantrain.config import LoraFormat
@@ -30,12 +31,19 @@ OWN = ("lora.alpha=3", "optim.lr=0.05")
 TINY = base.find(VARIANTS["tiny_wan"], "embedded", {})
 
 
-@pytest.fixture
-def trained(wantrain, tmp_path):
+@pytest.fixture(scope="module")
+def trained_once(clips, cache_dir, cached, tmp_path_factory):
     """A run of a few large steps with alpha unlike rank, exported."""
-    assert wantrain("train", *OWN) == 0
-    assert wantrain("export", *OWN) == 0
-    return tmp_path / "run"
+    run = tmp_path_factory.mktemp("trained") / "run"
+    for verb in ("train", "export"):
+        assert cli.main([verb, *arguments_for(clips, cache_dir, run), *OWN]) == 0
+    return run
+
+
+@pytest.fixture
+def trained(trained_once, tmp_path):
+    """A test's own copy of that run, in the folder that its arguments name."""
+    return shutil.copytree(trained_once, tmp_path / "run")
 
 
 def inputs():

@@ -10,10 +10,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from data_tools import editing, review
 from data_tools.editing import Edit, Manifest
 from tests import odd_files
+from wantrain import serving
 from wantrain.data.decode import choose_frames
 from wantrain.jobs import Ending, Failure
 from wantrain.terms import UserError
@@ -225,7 +227,7 @@ def test_pictures_are_shown_upright_and_small_and_long_spans_cut(tmp_path, monke
     odd_files.write_film(tmp_path / "wide.avi", odd_files.frames(0, 40, 66, 1030), 20, "mpeg4")
     turned = review.preview_of({"video": "turned.jpeg"}, tmp_path, 16, tmp_path / "p")
     assert review.write_preview(turned) == ""
-    with review.media.Image.open(turned.target) as image:
+    with Image.open(turned.target) as image:
         assert (image.format, image.size) == ("JPEG", (odd_files.HEIGHT, odd_files.WIDTH))
     monkeypatch.setattr(review, "PREVIEW_S", 0.5)
     wide = review.preview_of({"video": "wide.avi"}, tmp_path, 16, tmp_path / "p")
@@ -386,7 +388,7 @@ def test_what_the_page_does_not_send_changes_nothing(server, path, body):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("size", ["-1", "x", str(review.LARGEST_BODY + 1)])
+@pytest.mark.parametrize("size", ["-1", "x", str(serving.LARGEST_BODY + 1)])
 def test_a_body_of_no_sane_size_is_not_read(server, size):
     assert ask(server, "rows", saving(server), **{"Content-Length": size})[0] == 400
 

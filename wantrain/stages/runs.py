@@ -5,19 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from wantrain import lock, logs
+from wantrain.engine.folders import kept_config, run_of, trainings
 from wantrain.engine.saved import step_of, steps_on_disk
 from wantrain.terms import UserError
-
-MARKS = ("config.yaml", lock.NAME, "checkpoints")
-"""What the folder of a training has, from its first second on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,24 +46,11 @@ def run(given: argparse.Namespace) -> None:
               f"    next: {one.next_command}")
 
 
-def trainings(folder: Path) -> Iterator[Path]:
-    """The folders of trainings: this one or those in it, and of a run with two experts those of both."""
-    for one in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
-        parts = [part for part in (one / "high", one / "low") if _is_training(part)] or [one] * _is_training(one)
-        yield from parts
-        if one == folder and parts:
-            return
-
-
-def _is_training(folder: Path) -> bool:
-    return any((folder / mark).exists() for mark in MARKS)
-
-
 def told(training: Path, above: Path) -> Run:
     """What is known of one training, from its files alone."""
-    config = _config(training)
+    config = kept_config(training)
     words = lock.last_command(training)[2:]
-    run_dir = training.parent if training.name in ("high", "low") else training
+    run_dir = run_of(training)
     arguments = words or ["recipe=NAME", f"run.dir={run_dir}"]
     checkpoints, wanted = steps_on_disk(training / "checkpoints"), (config.get("train") or {}).get("num_steps", "?")
     step = step_of(checkpoints[-1].name) if checkpoints else 0
@@ -100,16 +83,6 @@ def _recipe(words: Sequence[str]) -> str:
     named = next((word for word in words if word.startswith("recipe=")), "")
     bare = next((f"recipe={word}" for word in words if "=" not in word and not word.startswith("-")), "recipe=?")
     return named or bare
-
-
-def _config(training: Path) -> dict[str, Any]:
-    """The config that the run folder keeps; empty where there is none yet, or a kill cut it off."""
-    try:
-        read = yaml.load((training / "config.yaml").read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader",
-                                                                                         yaml.SafeLoader))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return read if isinstance(read, dict) else {}
 
 
 def _heldout_loss(path: Path) -> float | None:
