@@ -72,9 +72,10 @@ class Clips:
 
     @property
     def shown(self) -> list[str]:
-        """Every text that training samples with, and never draws."""
-        own = self.config.sampler
-        return [*own.prompts, own.negative_prompt] if own.prompts else []
+        """Every text that a training samples or measures with, and does not draw."""
+        own, validation = self.config.sampler, self.config.validation
+        return [*([*own.prompts, own.negative_prompt] if own.prompts else []),
+                *(validation.unrelated if validation.every_steps and self.heldout else [])]
 
     @property
     def entries(self) -> dict[Path, Entry]:

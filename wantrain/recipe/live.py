@@ -131,7 +131,7 @@ class Live:
         opened: list[Callable[[], AbstractContextManager[torch.nn.Module]]] = []
         for base in training.recipe.base.each():
             if base.expert == training.recipe.base.expert:
-                opened.append(partial(contextlib.nullcontext, training.model))
+                opened.append(lambda: contextlib.nullcontext(training.model))
             else:
                 adapter = None if column == BASE else passing.finished_adapter(training, base.expert)
                 opened.append(partial(passing.loaded, training, base, adapter))

@@ -23,6 +23,7 @@ from wantrain.engine.stopping import Stopper
 from wantrain.engine.watch import Watch, held_bytes
 from wantrain.engine.work import Work
 from wantrain.files import leftovers, write_json
+from wantrain.recipe import judgement
 from wantrain.recipe.clips import Clips, open_clips
 from wantrain.recipe.heldout import open_validation
 from wantrain.recipe.live import open_live
@@ -143,7 +144,7 @@ def train(training: Training, source: Encode, stopper: Stopper) -> None:
     heldout, live, last = open_validation(training, source), open_live(training, source), config.train.num_steps
     steps = range(progress.step, last)
     ahead = batches.ahead(steps, batch_maker(training, source, progress.step))
-    work, watch = Work(training.rendezvous.waited_s), Watch()
+    work, watch, verdict = Work(training.rendezvous.waited_s), Watch(), None
     with metrics.Metrics(recipe.run_dir / "metrics.jsonl", training.trackers.log, progress.step, last,
                          training.accelerator.is_main_process) as board:
         for _ in steps:
@@ -159,6 +160,7 @@ def train(training: Training, source: Encode, stopper: Stopper) -> None:
             alarms = watch.alarms(tokens, numbers["step_s"], waited_s, held_bytes(training.device))
             if heldout and (progress.step % config.validation.every_steps == 0 or progress.step == last):
                 numbers |= heldout.numbers(progress.step)
+                verdict = judgement.write(heldout)
                 board.say(f"step {progress.step}: validation loss {numbers['validation_loss']:.5f}")
             if progress.step % config.train.log_every == 0 or "validation_loss" in numbers:
                 board.write(progress.step, numbers)
@@ -173,6 +175,8 @@ def train(training: Training, source: Encode, stopper: Stopper) -> None:
                 board.say(news)
             if "stop" in asked:
                 break
+    if verdict and training.accelerator.is_main_process:
+        print("\n".join(verdict.sentences))
     work.report(training.rendezvous, recipe.run_dir / "processes.json", training.device,
                 training.accelerator.is_main_process)
 
