@@ -3,9 +3,10 @@
     python -m benchmarks.memorising --out runs/memorising [--sizes 2 4 8] [--steps-each 60]
 
 Trains the demo's cel shading on so many of its clips, each run for as many passes over them, and measures every few
-passes how much more the trained clips gained than held-out ones (validation_gap). Time to memorise is the first step
-at which that is THRESHOLD of the base's loss on them, between two measurements by a straight line. It prints that step
-for each size, and the passes: where these are equal, the time grows with the number of clips (Bonnaire et al. 2025).
+passes the loss of held-out clips over that of trained ones, both as shares of the base's. Time to memorise is the first
+step at which that is TWICE, between two measurements by a straight line. It prints that step for each size, and the
+passes: where these are equal, the time grows with the number of clips (Bonnaire et al. 2025). What is trained there
+already is not trained again.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from wantrain import cli
 from wantrain.config import asset
 
-THRESHOLD = 0.05
+TWICE = 2.0
 BATCH = 4
 NUM_MEASURED = 12
 """Validations of a run."""
@@ -46,9 +47,9 @@ def trained(out: Path, size: int, steps_each: int) -> Path:
     return run
 
 
-def crossing(steps: Sequence[int], shares: Sequence[float], threshold: float) -> float | None:
-    """The step at which a curve from (0, 0) first passes the threshold; None where it never does."""
-    points = [(0.0, 0.0), *zip(map(float, steps), shares, strict=True)]
+def crossing(steps: Sequence[int], ratios: Sequence[float], threshold: float) -> float | None:
+    """The step at which a curve from (0, 1) first passes the threshold; None where it never does."""
+    points = [(0.0, 1.0), *zip(map(float, steps), ratios, strict=True)]
     for (before, low), (after, high) in pairwise(points):
         if low < threshold <= high:
             return before + (threshold - low) / (high - low) * (after - before)
@@ -64,12 +65,12 @@ def main() -> None:
     options = given.parse_args()
     for size in options.sizes:
         found = json.loads((trained(options.out, size, options.steps_each) / "judgement.json").read_text())
-        shares = [mean / found["trained"]["base"] for mean, _ in found["gap"]]
-        print(f"{size} clips: gap over the base's loss", " ".join(f"{share:.3f}" for share in shares), flush=True)
-        for threshold in (THRESHOLD / 2, THRESHOLD, 2 * THRESHOLD):
-            step = crossing(found["steps"], shares, threshold)
-            print(f"  {threshold:.3f} at step " + ("- (never)" if step is None else
-                  f"{step:.0f}: {step * BATCH / size:.0f} passes"), flush=True)
+        of = {name: [loss / found[name]["base"] for loss in found[name]["loss"]] for name in ("heldout", "trained")}
+        ratios = [held / own for held, own in zip(of["heldout"], of["trained"], strict=True)]
+        print(f"{size} clips, held out over trained:", " ".join(f"{ratio:.2f}" for ratio in ratios), flush=True)
+        step = crossing(found["steps"], ratios, TWICE)
+        print(f"  {TWICE:g} at step " + ("- (never)" if step is None else
+                                         f"{step:.1f}: {step * BATCH / size:.0f} passes over each clip"), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-DRIFT_BAND = 0.5
-"""The most drift of a usable checkpoint: the LoRA moves unrelated prompts half as far as taking them away would."""
+DRIFT_BAND = 1.0
+"""The most drift of a usable checkpoint: the LoRA moves unrelated prompts as far as taking them away would."""
 
 Mean = tuple[float, float | None]
 """A mean, and how far its interval of 95 % goes on both sides (None: unknown)."""
@@ -86,7 +86,7 @@ def _of_end(of: Measured, best: int, after: int | None) -> str:
         return "The range has not ended: later steps may be as good."
     if of.drift and of.drift[after] > DRIFT_BAND:
         return (f"After step {of.steps[after]} drift is {of.drift[after]:.2f}, above {DRIFT_BAND:g}: prompts that have "
-                "nothing to do with the training move by that share of what they change at all.")
+                "nothing to do with the training count for less than the LoRA does.")
     return (f"After step {of.steps[after]} held-out loss is above its best by "
             f"{of.losses[after] - of.losses[best]:.4f}, and the interval is above 0.")
 

@@ -32,14 +32,14 @@ def test_a_loss_that_still_falls_has_a_range_without_an_end() -> None:
 
 
 def test_drift_ends_the_range_before_the_loss_does_and_moves_the_best_into_its_band() -> None:
-    drifting = replace(U_SHAPE, drift=[0.1, 0.2, 0.3, DRIFT_BAND + 0.1, 0.9])
+    drifting = replace(U_SHAPE, drift=[0.2, 0.4, 0.6, DRIFT_BAND + 0.1, 1.8])
     assert found(drifting) == (150, 100, 150)
-    assert "After step 200 drift is 0.60" in " ".join(verdict(drifting).sentences)
-    earlier = replace(U_SHAPE, drift=[0.1, 0.4, 0.6, 0.7, 0.9])
+    assert "After step 200 drift is 1.10" in " ".join(verdict(drifting).sentences)
+    earlier = replace(U_SHAPE, drift=[0.2, 0.8, 1.2, 1.4, 1.8])
     assert found(earlier) == (100, 100, 100)
-    all_out = replace(U_SHAPE, drift=[0.6, 0.7, 0.8, 0.9, 1.0])
+    all_out = replace(U_SHAPE, drift=[1.2, 1.4, 1.6, 1.8, 2.0])
     assert found(all_out) == (150, 150, 150)
-    assert "No step has drift within 0.5; of that one it is 0.80." in verdict(all_out).sentences
+    assert "No step has drift within 1; of that one it is 1.60." in verdict(all_out).sentences
 
 
 def test_an_interval_that_is_unknown_excludes_nothing_and_one_around_0_is_no_gain() -> None:

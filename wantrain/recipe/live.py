@@ -48,8 +48,8 @@ class Live:
         return self.training.recipe.run_dir / NAME
 
     def is_due(self, step: int) -> bool:
-        every, last = self.training.config.sampler.every_steps, self.training.config.train.num_steps
-        return bool(every) and (step % every == 0 or step == last)
+        every = self.training.config.sampler.every_steps
+        return bool(every) and step % every == 0
 
     def check(self) -> list[Job]:
         """All that is sampled. Raises UserError for what would keep it from being sampled under this engine."""
