@@ -79,13 +79,13 @@ def test_two_processes_validate_and_sample_as_one_does(forked, learnt, engine, r
     """The base's numbers, and those after a step that changes nothing: to the bit, but where weights are divided.
     Drift from a LoRA with an effect, and three samples, of which one process makes two: to the bit, or nearly.
     """
-    own = ["train.num_steps=1", "validation.every_steps=1", "optim.lr=1e-30", "validation.budget_pct=2400",
+    own = ["train.num_steps=1", "validation.every_steps=1", "optim.lr=1e-30", "validation.budget_pct=400",
            "sampler.every_steps=1", "sampler.seeds=[0,1,2]", f"lora.start_from={learnt}"]
     forked(None, *own, verb="cache")
     runs = [forked(given, *own) for given in (None, engine)]
     one, two = (json.loads((run / "validation.json").read_text()) for run in runs)
     moved = [torch.tensor(found["moved"]["1"]) for found in (one, two)]
-    assert moved[0].shape == (3, 9)
+    assert moved[0].shape == (1, 9)
     assert moved[0].min() > 0
     torch.testing.assert_close(moved[1], moved[0], rtol=10 * rtol, atol=0)
     for number, column in itertools.product(range(3), ("base", "step_000001")):
@@ -93,7 +93,7 @@ def test_two_processes_validate_and_sample_as_one_does(forked, learnt, engine, r
         assert np.abs(pictures[0] - pictures[1]).max() <= (1 if rtol else 0)
     assert (one["key"], one["clips"]) == (two["key"], two["clips"])
     for name, losses in one["base"].items():
-        assert len(losses) == 26
+        assert len(losses) == 10
         assert two["base"][name] == pytest.approx(losses, rel=rtol, abs=0)
         assert two["steps"]["1"][name] == pytest.approx(one["steps"]["1"][name], rel=rtol, abs=0)
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.allocations import Allocations
+from tests.conftest import opened
 from tests.runs import losses, same_bits, state
 from tests.tiny_tasks import write_a14b
 from wantrain import asking, pictures, results
+from wantrain.models.loading import let_go
 from wantrain.recipe import live
+from wantrain.recipe.samples import Cached
+from wantrain.recipe.training import prepare
 from wantrain.stages import train
 
 PROMPTS = "sampler.prompts=['sqstyle, a square', a circle]"
@@ -57,6 +62,18 @@ def test_samples_are_those_of_the_exported_lora_and_training_is_as_without_them(
             assert_same(written[run / "live" / f"{column}_{number:03d}.mp4"],
                         written[run / "samples" / f"{number:03d}_strength_{strength}.mp4"])
     assert not torch.equal(written[run / "live" / "base_000.mp4"], written[run / "live" / "step_000004_000.mp4"])
+
+
+def test_a_sample_leaves_no_memory_behind(arguments, cached):
+    training = prepare(*opened(arguments))
+    sampling, alive = live.open_live(training, Cached(training.clips)), []
+    with Allocations() as held:
+        for step in (1, 2, 3):
+            assert "no samples" not in sampling.sample(step)
+            let_go()
+            alive.append(held.alive)
+    assert alive[0] == alive[1] == alive[2]
+    assert held.peak > alive[0] + 2**20
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from wantrain.verdict import DRIFT_BAND, Measured, verdict
+from wantrain.verdict import DRIFT_BAND, Measured, memorised_from, verdict
 
 U_SHAPE = Measured([50, 100, 150, 200, 250], [0.70, 0.62, 0.60, 0.61, 0.66],
                    [(0.10, 0.02), (0.02, 0.03), (0.0, 0.0), (0.01, 0.02), (0.06, 0.01)],
@@ -54,5 +54,6 @@ def test_overfitting_is_told_from_the_first_gap_above_0_and_memorising_where_it_
     told = verdict(replace(U_SHAPE, gap=[(-0.01, 0.02), (0.01, 0.02), (0.05, 0.02), (0.06, 0.02), (0.09, 0.01)]), 400)
     assert "Overfitting shows from step 150" in " ".join(told.sentences)
     assert told.memorised_from == 400
-    assert "is expected from about step 400" in told.sentences[-1]
-    assert not any("expected" in text or "Overfitting" in text for text in verdict(U_SHAPE).sentences)
+    assert "from about step 400" in told.sentences[-1]
+    assert memorised_from(40, 8) == 100  # 20 passes over 40 clips, 8 samples a step
+    assert not any("by heart" in text or "Overfitting" in text for text in verdict(U_SHAPE).sentences)

@@ -15,7 +15,7 @@ from wantrain.recipe import drifting
 from wantrain.recipe.heldout import HELDOUT, TRAINED, Losses, Validation
 from wantrain.terms import PlannedClip
 from wantrain.validation import Interval
-from wantrain.verdict import Mean, Measured, Verdict, verdict
+from wantrain.verdict import Mean, Measured, Verdict, memorised_from, verdict
 
 NAME = "judgement.json"
 
@@ -50,7 +50,7 @@ def judgement(made: Validation, steps: Sequence[int]) -> tuple[dict[str, Any], V
         [mean_of(validation.interval(own)) for own in gained[HELDOUT]],
         [mean_of(validation.difference(*pair)) for pair in zip(gained[HELDOUT], gained[TRAINED], strict=True)]
         if TRAINED in made.sets else [], drift["mean"] if drift else [])
-    judged = verdict(measured)
+    judged = verdict(measured, expected_memorising(made))
 
     def of_set(name: str) -> dict[str, Any]:
         return {"loss": [float(own.mean()) for own in now[name]], "base": float(base[name].mean()),
@@ -62,6 +62,14 @@ def judgement(made: Validation, steps: Sequence[int]) -> tuple[dict[str, Any], V
                       for name, own_set in made.sets.items() for place, planned in enumerate(own_set.clips)],
             "verdict": {"best": judged.best, "from": judged.first, "to": judged.last,
                         "memorised_from": judged.memorised_from, "sentences": judged.sentences}}, judged
+
+
+def expected_memorising(made: Validation) -> int:
+    """The step from which the clips are expected to be known by heart; those that are preserved are not learnt."""
+    clips = made.training.clips
+    learnt = [p for p in clips.planned if not p.clip.preserve]
+    share = sum(p.clip.repeats for p in learnt) / sum(p.clip.repeats for p in clips.planned)
+    return memorised_from(len(learnt), share * made.training.config.data.batch_size)
 
 
 def mean_of(interval: Interval) -> Mean:

@@ -95,7 +95,7 @@ def aside(training: Training) -> Iterator[None]:
     tensors = [tensor for name, tensor in (*unwrapped.named_parameters(), *unwrapped.named_buffers())
                if not tensor.requires_grad and name not in swapped and tensor.device == training.device]
     needed = sum(tensor.nbytes for tensor in tensors) + working_bytes(training.recipe)
-    if needed <= free_bytes(training.device, training.config.memory.gib) or training.device.type == "cpu":
+    if needed <= free_bytes(training.device, training.config.memory.gib):
         tensors = []
     for tensor in tensors:
         tensor.data = tensor.data.to("cpu")
