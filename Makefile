@@ -26,15 +26,16 @@ slow: .venv/installed-dev
 long: .venv/installed-dev
 	.venv/bin/pytest -m long --dist loadfile
 
-# CPU-only machines take the CPU build of torch where one is offered (pip's find-links); others the default build.
-.venv/installed: pyproject.toml
+# The versions are those that were tested. CPU-only machines take the CPU build of torch where one is offered (pip's
+# find-links); others the default build.
+.venv/installed: pyproject.toml launch/constraints.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet "torch==2.13.0"
-	.venv/bin/pip install --quiet --editable .
+	.venv/bin/pip install -c launch/constraints.txt --quiet "torch==2.13.0"
+	.venv/bin/pip install -c launch/constraints.txt --quiet --editable .
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	.venv/bin/pip install --quiet --editable ".[dev]"
+	.venv/bin/pip install -c launch/constraints.txt --quiet --editable ".[dev]"
 	touch $@
 
 clean:

@@ -26,9 +26,10 @@ from wantrain import lora
 from wantrain.lora import Spec
 from wantrain.models.block import KEEPS, BlockMemory, train_blocks
 from wantrain.models.short_text import shorten_text
-from wantrain.models.variants import VARIANTS, diffusers_config
+from wantrain.models.variants import VARIANTS, Architecture, diffusers_config
 
 NUM_BLOCKS, NUM_FRAMES = 2, 4
+CPU = torch.device("cpu")
 VARIANT = VARIANTS["wan21_t2v_1b3"]
 ARCHITECTURE = replace(VARIANT.architecture, num_layers=NUM_BLOCKS)
 
@@ -43,19 +44,22 @@ def transformer_of(rank: int) -> torch.nn.Module:
 
 
 class Floor:
-    """The products and attentions of one forward and backward pass, on tensors at hand."""
+    """The products and attentions of one forward and backward pass of a block, on tensors at hand."""
 
-    def __init__(self, tokens: int, text: int, rank: int) -> None:
-        dim, ffn = ARCHITECTURE.dim, ARCHITECTURE.ffn_dim
-        self.heads, self.rank = ARCHITECTURE.num_heads, rank
+    def __init__(self, own: Architecture, tokens: int, text: int, rank: int, *,
+                 device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> None:
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, device=device, dtype=dtype)
+
+        dim, ffn = own.dim, own.ffn_dim
         self.sizes = [(tokens, dim, dim)] * 6 + [(text, dim, dim)] * 2 + [(tokens, dim, ffn), (tokens, ffn, dim)]
-        self.weights = [torch.randn(out, into) for _, into, out in self.sizes]
-        self.biases = [torch.randn(out) for _, _, out in self.sizes]
-        self.down = [torch.randn(rank, into) for _, into, _ in self.sizes]
-        self.up = [torch.randn(out, rank) for _, _, out in self.sizes]
-        self.given = {(n, w): torch.randn(n, w) for n, into, out in self.sizes for w in (into, out)}
-        self.q = torch.randn(1, self.heads, tokens, dim // self.heads, requires_grad=True)
-        self.k = torch.randn(1, self.heads, text, dim // self.heads, requires_grad=True)
+        self.weights = [random(out, into) for _, into, out in self.sizes]
+        self.biases = [random(out) for _, _, out in self.sizes]
+        self.down = [random(rank, into) for _, into, _ in self.sizes]
+        self.up = [random(out, rank) for _, _, out in self.sizes]
+        self.given = {(n, w): random(n, w) for n, into, out in self.sizes for w in (into, out)}
+        self.q = random(1, own.num_heads, tokens, dim // own.num_heads).requires_grad_()
+        self.k = random(1, own.num_heads, text, dim // own.num_heads).requires_grad_()
 
     def forward(self) -> list[torch.Tensor]:
         for (n, into, _), weight, bias, down, up in zip(self.sizes, self.weights, self.biases, self.down, self.up,
@@ -65,15 +69,14 @@ class Floor:
         return [functional.scaled_dot_product_attention(self.q, self.q, self.q),
                 functional.scaled_dot_product_attention(self.q, self.k, self.k)]
 
-    def step(self) -> None:
-        for _ in range(NUM_BLOCKS):
+    def step(self, num_blocks: int = NUM_BLOCKS) -> None:
+        for _ in range(num_blocks):
             attended = self.forward()
             for number, ((n, into, out), weight, down, up) in enumerate(zip(self.sizes, self.weights, self.down,
                                                                            self.up, strict=True)):
                 gradient, given = self.given[n, out], self.given[n, into]
-                low = torch.empty(n, self.rank)
-                _ = gradient.T @ low
                 low_gradient = gradient @ up
+                _ = gradient.T @ low_gradient  # in the place of the low product itself: of its size
                 _ = low_gradient.T @ given
                 if number not in (6, 7):  # the text's keys and values: the text needs no gradient
                     (gradient @ weight).addmm_(low_gradient, down)
@@ -127,9 +130,9 @@ def main() -> None:
                                                             checkpointed=True)}
     for keep in KEEPS:
         model = transformer_of(given.rank)
-        train_blocks(model, BlockMemory(keep), torch.device("cpu"))
+        train_blocks(model, BlockMemory(keep), CPU)
         contestants[f"wantrain, memory.keep={keep}"] = Blocks(model, side, given.text)
-    floor = Floor(NUM_FRAMES * side * side, given.text, given.rank)
+    floor = Floor(ARCHITECTURE, NUM_FRAMES * side * side, given.text, given.rank)
     work: dict[str, Callable[[], None]] = {"floor": floor.step, **{n: own.step for n, own in contestants.items()}}
     times: dict[str, list[float]] = {name: [] for name in work}
     for number in range(given.rounds + 1):

@@ -138,7 +138,7 @@ class Manifest:
         """Returns the stamp of what was written."""
         with atomic_path(self.path) as temporary:
             temporary.write_bytes(text.encode("utf-8"))
-            with temporary.open("rb") as file:
+            with temporary.open("r+b") as file:
                 os.fsync(file.fileno())  # here, for it takes long: after the look only the renaming is left
             written = stamp(temporary)
             if stamp(self.path) != seen:

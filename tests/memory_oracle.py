@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from diffusers import WanAnimateTransformer3DModel, WanTransformer3DModel, WanVACETransformer3DModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -24,12 +23,12 @@ from wantrain.models.block import BlockMemory, train_blocks
 from wantrain.models.copies import LateCopies
 from wantrain.models.encode import autocast, predict_velocity
 from wantrain.models.fit import NewAdapter, fit
+from wantrain.models.fun import class_of
 from wantrain.models.quantised import QuantisedLinear, quantise
 from wantrain.models.variants import Variant, diffusers_config
 from wantrain.terms import TEXT_LEN, Bucket
 
 CPU = torch.device("cpu")
-CLASSES = {c.__name__: c for c in (WanTransformer3DModel, WanVACETransformer3DModel, WanAnimateTransformer3DModel)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +82,11 @@ def counted(step: Step, fake: bool = True) -> Counted:
 
 def transformer(step: Step) -> torch.nn.Module:
     """The adapted transformer on the meta device, its dtypes as wantrain.models.base loads them."""
-    kept = set(CLASSES[step.variant.transformer_class]._keep_in_fp32_modules)
+    kept = set(class_of(step.variant)._keep_in_fp32_modules)
     with torch.device("meta"):
-        model = CLASSES[step.variant.transformer_class].from_config(diffusers_config(step.variant))
+        model = class_of(step.variant).from_config(diffusers_config(step.variant))
         if step.form:
-            quantise(model, step.form)
+            quantise(model, step.form, may_use_bytes=True)
     for name, parameter in model.named_parameters():
         layer = model.get_submodule(name.rpartition(".")[0])
         dtype = torch.int8 if isinstance(layer, QuantisedLinear) and name.endswith(".weight") else step.dtype

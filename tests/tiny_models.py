@@ -11,7 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from gguf import GGMLQuantizationType as Ggml
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
-from wantrain.models import names
+from wantrain.models import fun, names
 
 Tensors = dict[str, torch.Tensor]
 
@@ -46,7 +46,15 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "fun_v11_camera": {"in_channels": 32, **_CLIP},
     "fun_a14b_control": {"in_channels": 52},
     "fun_a14b_camera": {"in_channels": 36},
+    "vace_a14b": {"vace_layers": [0, 1], "vace_in_channels": 96},
+    "fun_5b_inp": {"in_channels": 100, "out_channels": 48},
+    "fun_5b_control": {"in_channels": 148, "out_channels": 48},
+    "fun_5b_camera": {"in_channels": 100, "out_channels": 48},
 }
+OWN_CLASSES: dict[str, type[torch.nn.Module]] = {
+    **dict.fromkeys(("vace", "vace_a14b"), WanVACETransformer3DModel),
+    **dict.fromkeys(("fun_v11_control", "fun_a14b_control", "fun_5b_control"), fun.WanFunControlTransformer3DModel),
+    **dict.fromkeys(("fun_v11_camera", "fun_a14b_camera", "fun_5b_camera"), fun.WanFunCameraTransformer3DModel)}
 EXPERTS = tuple(kind for kind in TRANSFORMERS if "a14b" in kind)
 """The kinds of which a checkpoint has two, for high and low noise."""
 WIDE: dict[str, Any] = {"attention_head_dim": 128, "ffn_dim": 256, "text_dim": 256, "freq_dim": 256, "image_dim": 256,
@@ -68,16 +76,12 @@ SPIECE = bytes(range(256))
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Part:
-    """One model of a checkpoint: its module, that module's state dict under official names, how files are renamed.
-
-    `extra` are the shapes of official tensors that diffusers has no class for; the module is then not the whole part.
-    """
+    """One model of a checkpoint: its module, that module's state dict under official names, how files are renamed."""
 
     name: str
     build: Callable[[], torch.nn.Module]
     official: Callable[[Tensors], Tensors]
     rename: Callable[[Collection[str]], names.Rename]
-    extra: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def _official_transformer(state: Tensors) -> Tensors:
@@ -107,25 +111,12 @@ def _official_clip(state: Tensors) -> Tensors:
     return official
 
 
-def _extra(kind: str, dim: int) -> dict[str, tuple[int, ...]]:
-    weights: dict[str, tuple[int, ...]] = {}
-    if kind in ("fun_v11_control", "fun_a14b_control"):
-        weights = {"ref_conv": (dim, 16, 2, 2)}
-    elif kind.endswith("camera"):
-        weights = {"control_adapter.conv": (dim, 24, 2, 2),
-                   "control_adapter.residual_blocks.0.conv1": (dim, dim, 3, 3),
-                   "control_adapter.residual_blocks.0.conv2": (dim, dim, 3, 3)}
-    return {name: shape for stem, weight in weights.items()
-            for name, shape in ((f"{stem}.weight", weight), (f"{stem}.bias", (dim,)))}
-
-
 @functools.cache
 def _transformer(kind: str, wide: bool = False) -> Part:
     config = SIZES | TRANSFORMERS[kind]
     config |= {key: size for key, size in WIDE.items() if wide and key in config}
-    which = WanVACETransformer3DModel if kind == "vace" else WanTransformer3DModel
-    extra = _extra(kind, config["num_attention_heads"] * config["attention_head_dim"])
-    return Part(kind, partial(which, **config), _official_transformer, names.transformer_rename, extra)
+    return Part(kind, partial(OWN_CLASSES.get(kind, WanTransformer3DModel), **config), _official_transformer,
+                names.transformer_rename)
 
 
 PARTS: dict[str, Part] = {part.name: part for part in (
@@ -151,9 +142,7 @@ def module(part: Part, seed: int = 0) -> torch.nn.Module:
 @functools.cache
 def weights(part: Part, seed: int = 0) -> Tensors:
     """A part's weights under the official names. Not to be changed."""
-    generator = torch.Generator().manual_seed(seed)
-    extra = {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in part.extra.items()}
-    return part.official(module(part, seed).state_dict()) | extra
+    return part.official(module(part, seed).state_dict())
 
 
 def transformer(kind: str, seed: int = 0) -> torch.nn.Module:
@@ -417,7 +406,8 @@ def k_quant_file(part: Part, folder: Path) -> list[File]:
     return [File(wide, write_gguf(folder, blocks), meant, meant)]
 
 
-_WITH_CLASS = tuple(kind for kind in TRANSFORMERS if not PARTS[kind].extra)
+_WITH_CLASS = tuple(kind for kind in TRANSFORMERS if OWN_CLASSES.get(kind) not in fun.OWN.values())
+"""The kinds that diffusers has a class of, and so folders of its own layout."""
 CONTAINERS: dict[str, Make] = {
     "diffusers folder": of(_WITH_CLASS, saved()),
     "diffusers folder, sharded": of(_WITH_CLASS, saved("40KB")),

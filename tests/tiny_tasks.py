@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanAnimateTransformer3DModel
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from tests import tiny_models as tiny
@@ -19,19 +19,20 @@ from wantrain.models import sampling
 from wantrain.models.base import EMBEDDED, Base
 from wantrain.models.encode import Texts
 from wantrain.models.fit import AdapterFile, fit
+from wantrain.models.fun import class_of
 from wantrain.models.profiles import FLOW
 from wantrain.models.variants import VARIANTS, diffusers_config
 
-CLASSES = {c.__name__: c for c in (tiny.WanTransformer3DModel, tiny.WanVACETransformer3DModel,
-                                   WanAnimateTransformer3DModel)}
 CLIP = {**tiny.CLIP, "hidden_size": 32, "image_size": 8, "patch_size": 4}
 """Five tokens a picture, as wide as the tiny variants' image_dim."""
 
 TASKS = ("tiny_wan", "tiny_wan_a14b", "tiny_wan_i2v", "tiny_wan_i2v_a14b", "tiny_wan_flf2v", "tiny_wan_ti2v",
-         "tiny_wan_vace", "tiny_wan_control", "tiny_wan_animate")
+         "tiny_wan_vace", "tiny_wan_control", "tiny_wan_animate", "tiny_wan_vace_a14b", "tiny_wan_inp_5b",
+         "tiny_wan_control_v11", "tiny_wan_control_a14b", "tiny_wan_control_5b", "tiny_wan_camera",
+         "tiny_wan_camera_5b")
 PIPELINES = {"t2v": "WanPipeline", "i2v": "WanImageToVideoPipeline", "flf2v": "WanImageToVideoPipeline",
              "ti2v": "WanImageToVideoPipeline", "vace": "WanVACEPipeline", "animate": "WanAnimatePipeline"}
-"""diffusers' pipeline of each task; Fun-Control has none."""
+"""diffusers' pipeline of each task; Fun's have none."""
 
 
 def random(module: torch.nn.Module, seed: int) -> torch.nn.Module:
@@ -64,7 +65,7 @@ def write_checkpoint(folder: Path, name: str) -> Path:
     them, and the embedded base's other parts.
     """
     variant = VARIANTS[name]
-    own = CLASSES[variant.transformer_class]
+    own = class_of(variant)
     parts = ["transformer", "transformer_2"][: len(variant.experts) or 1]
     for seed, part in enumerate(parts):
         random(own(**diffusers_config(variant)), seed).save_pretrained(folder / part)
@@ -116,9 +117,11 @@ def pipeline(found: Base, loras: Mapping[str | None, Path] | None = None) -> sam
 
 def write_partners(folder: Path, task: str, number: int, height: int = 2 * SIZE[0], width: int = 2 * SIZE[1]) -> None:
     """For `clip_0` to `clip_N`: a control video, for VACE also a mask for every clip and a reference for every second,
-    for Animate a face and a reference.
+    for Animate a face and a reference, for later Fun-Control a reference for every second; for Fun-Camera its moves.
     """
-    for i in range(number if task in ("control", "vace", "animate") else 0):
+    for i in range(number if task.startswith("camera") else 0):
+        write_move(folder / "camera" / f"clip_{i}.txt", f"{('pan_left', 'zoom_in', 'clockwise')[i % 3]} {0.5 + i}")
+    for i in range(number if task.startswith("control") or task in ("vace", "animate") else 0):
         pictures.write_mp4(folder / "control" / f"clip_{i}.mp4", moving_square(200 + i, 9, height, width), 16)
         if task == "vace":
             mask = torch.zeros(9, 3, height, width, dtype=torch.uint8)
@@ -126,8 +129,13 @@ def write_partners(folder: Path, task: str, number: int, height: int = 2 * SIZE[
             pictures.write_mp4(folder / "control_mask" / f"clip_{i}.mp4", mask, 16)
         if task == "animate":
             pictures.write_mp4(folder / "face" / f"clip_{i}.mp4", moving_square(250 + i, 9, 64, 64), 16)
-        if task == "animate" or (task == "vace" and i % 2):
+        if task == "animate" or (task in ("vace", "control_reference", "control_inpaint") and i % 2):
             pictures.write_png(folder / "reference" / f"clip_{i}.png", moving_square(300 + i, 1, 40, 60)[0])
+
+
+def write_move(path: Path, line: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(line + "\n")
 
 
 def write_set(folder: Path, name: str) -> Path:
@@ -137,8 +145,10 @@ def write_set(folder: Path, name: str) -> Path:
                                         ("heldout", 2, "sqstyle, unseen square {}", 100)):
         write_clips(folder / part, number, caption, seed)
         write_partners(folder / part, task, number)
-    for kind in ("", *{"control": ["control"], "vace": ["control"], "animate": ["control", "face", "reference"]}.get(
-            task, [])):
+    if task.startswith("camera"):
+        write_move(folder / "style" / "camera" / "picture.txt", "static 1")
+    kinds = {"control": ["control"], "vace": ["control"], "animate": ["control", "face", "reference"]}
+    for kind in ("", *kinds.get(task.partition("_")[0], [])):
         pictures.write_png(folder / "style" / kind / "picture.png", moving_square(400, 1, 2 * SIZE[0], 2 * SIZE[1])[0])
     (folder / "style" / "picture.txt").write_text("sqstyle, a picture of a square")
     return folder

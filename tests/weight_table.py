@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 
 from tests import tiny_models as tiny
-from wantrain.models import variants
+from wantrain.models import detection
 from wantrain.models.containers import find_parts, open_container
+from wantrain.models.detection import read_architecture
 from wantrain.models.loading import empty_weights, load_into
-from wantrain.models.variants import VARIANTS, Architecture, read_architecture
+from wantrain.models.variants import VARIANTS, Architecture
 
 PAGE = Path(__file__).parents[1] / "docs" / "weight-files.md"
 COMMAND = "python -m tests.weight_table"
@@ -33,11 +34,8 @@ def loaded(part: tiny.Part, path: Path, dtype: torch.dtype = torch.float32, **mo
 
 
 def read(file: tiny.File) -> tiny.Tensors:
-    """A file's weights under the official names: out of the filled module, or as read where there is no class."""
+    """A file's weights under the official names, out of the filled module."""
     path = find_parts(file.path)[file.found_as] if file.found_as else file.path
-    if file.part.extra:
-        container = open_container(path)
-        return {name: container.read(name, torch.float32) for name in container.names()}
     return file.part.official(loaded(file.part, path).state_dict())
 
 
@@ -106,7 +104,7 @@ def _cells(columns: Mapping[str, str], containers: Iterable[str]) -> str:
 
 def page() -> str:
     """The whole of docs/weight-files.md."""
-    without_class = ", ".join(f"`{kind}`" for kind in tiny.TRANSFORMERS if tiny.PARTS[kind].extra)
+    without_class = ", ".join(f"`{kind}`" for kind in tiny.TRANSFORMERS if kind not in tiny._WITH_CLASS)
     return f"""\
 # Weight files
 
@@ -119,6 +117,9 @@ loads each file and compares it with its twin, the diffusers or transformers mod
   dequantises it). The number is what that storage costs: the relative L2 error against the twin's float32 Linear
   weights, or, for a VAE, which has none, against all its weights.
 - `-`: no such file.
+
+With `memory.base=fp8` or `int8` the blocks of an fp8, int8 or Q8_0 transformer are trained in the file's own numbers
+([memory.md](memory.md), "The base in fewer bits").
 
 The twin of a K-quant file (Q2_K to Q6_K, mixed) holds what the file's random blocks stand for, as the `gguf` package
 reads K-quants and does not write them.
@@ -133,8 +134,7 @@ Each column stands for these variants, which have the same tensors in other size
 
 For the extra tensors of some Fun models (`ref_conv`, `control_adapter`) diffusers has no class:
 {without_class}.
-Their twin is the dictionary of official tensors. `inspect` reads such files, `merge` too with `layout=official`,
-`convert` takes their LoRAs; they cannot be trained.
+Their twin is a class of ours (wantrain/models/fun.py), and `merge` writes them with `layout=official` alone.
 
 ## VAE and encoders
 
@@ -145,7 +145,7 @@ A umT5 in GGUF has llama.cpp's tensor names, which wantrain does not read.
 ## Refused
 
 These families are recognised by their tensors: `inspect` names them, training refuses them with a message:
-{", ".join(dict.fromkeys(variants._UNSUPPORTED.values()))}.
+{", ".join(dict.fromkeys(detection._UNSUPPORTED.values()))}.
 
 Files in nvfp4, mxfp8 or awq_w4a16 are refused with the name of the format: use the fp16, bf16 or fp8 file of the model.
 """

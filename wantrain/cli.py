@@ -7,6 +7,7 @@ import difflib
 import errno
 import importlib
 import os
+import platform
 import re
 import shlex
 import subprocess
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from wantrain import logs
+from wantrain.files import of_windows
 from wantrain.options import (
     FILE_VERBS,
     MACHINE_VERBS,
@@ -22,9 +24,11 @@ from wantrain.options import (
     OPTION_VERBS,
     parse,
     parse_plan,
+    parse_tune,
     parser,
     plan_parser,
     processes,
+    tune_parser,
 )
 from wantrain.terms import EXIT_INTERRUPTED, EXIT_STALLED, EXIT_USER_ERROR, Interrupted, Stalled, UserError
 
@@ -36,11 +40,12 @@ VERBS = {
     "cache": "decode clips, encode them and their captions, once",
     "train": "train the LoRA, going on from the newest checkpoint",
     "export": "write the LoRA as .safetensors for ComfyUI and diffusers, proven by reading it back",
-    "sample": "prompts x seeds x strengths -> videos and a contact sheet",
-    "evaluate": "base against LoRA: numbers and an HTML report",
+    "sample": "prompts x seeds x LoRAs x strengths -> videos and a contact sheet; going on with what is missing",
+    "evaluate": "base against LoRAs and checkpoints: videos, numbers and an HTML page",
+    "tune": "compare settings by held-out losses within a budget of minutes; the best becomes a recipe",
 }
 
-SHARED_VERBS = ("run", "cache", "train")
+SHARED_VERBS = ("run", "cache", "train", "sample", "evaluate")
 """What several processes do together; the other verbs run in the first process of a launch."""
 
 TOOLS = {"prepare": "films into captioned clips: probe, split, caption, filter, check, hold out (data_tools)"}
@@ -79,6 +84,7 @@ def _run_and_tell(verb: str, rest: list[str]) -> int:
         if (topic := _help_topic(rest)) is not None and verb not in TOOLS:
             print(_verb_help(verb, topic) if verb in VERBS else parser(verb).format_help())
             return 0
+        _refuse_drives(verb, rest)
         process = _process(verb)
         return 0 if process and verb not in SHARED_VERBS else _run(verb, rest)
     except (UserError, OSError) as error:
@@ -89,6 +95,18 @@ def _run_and_tell(verb: str, rest: list[str]) -> int:
         print(f"\n{stop if str(stop) else 'interrupted; what was finished is kept'}\n  next: "
               f"{shlex.join(['wantrain', verb, *rest])}    goes on from there", file=sys.stderr)
         return _leave(EXIT_INTERRUPTED)
+
+
+_DRIVE = re.compile(r"([\w.+~-]+=)?(['\"\[{]*)([A-Za-z]:[\\/].*)", re.DOTALL)
+
+
+def _refuse_drives(verb: str, rest: Sequence[str]) -> None:
+    """Raise UserError for a path with a drive of Windows, except there: it would name something in this folder."""
+    for place, word in enumerate(rest):
+        if os.name != "nt" and (found := _DRIVE.fullmatch(word)) and not Path(found[3]).exists():
+            there = f"{found[1] or ''}{found[2]}{of_windows(found[3])}"
+            raise UserError(f"{word} is a path of Windows, and this is {platform.system()}; WSL has its drives in /mnt",
+                            shlex.join(["wantrain", verb, *rest[:place], there, *rest[place + 1 :]]))
 
 
 def _process(verb: str) -> int:
@@ -155,6 +173,8 @@ def _run(verb: str, rest: list[str]) -> int:
                             "wantrain sample --like VIDEO.mp4")
         importlib.import_module("wantrain.stages.sample").repeat(Path(rest[1]).expanduser())
         return 0
+    if verb == "tune":
+        return _tune(rest)
     num_gpus, words = processes(rest) if verb == "run" else (1, rest)
     options, words = ([], words) if verb != "plan" else parse_plan(words)
     config_dir, overrides = _config_dir(words)
@@ -171,8 +191,20 @@ def _run(verb: str, rest: list[str]) -> int:
     log = logs.kept(Path(config.run.dir), process, ["wantrain", verb, *rest]) if verb in SHARED_VERBS \
         else contextlib.nullcontext()
     with log:
+        if verb == "train":
+            importlib.import_module("wantrain.recipe.clips").refuse_unready(config, words)
         room = "wantrain.runner" if verb == "run" else f"wantrain.stages.{verb}"
         importlib.import_module(room).run(config, words, *options)
+    return 0
+
+
+def _tune(rest: Sequence[str]) -> int:
+    given, words = parse_tune(rest)
+    config_dir, overrides = _config_dir(words)
+    schema = importlib.import_module("wantrain.config")
+    config = schema.load(overrides, config_dir)
+    schema.refuse_absent_clips(config)
+    importlib.import_module("wantrain.tuner.tune").run(config, rest, given, overrides, config_dir)
     return 0
 
 
@@ -226,7 +258,8 @@ def _help_topic(rest: Sequence[str]) -> str | None:
 def _verb_help(verb: str, topic: str) -> str:
     schema = importlib.import_module("wantrain.config")
     again = ["       wantrain sample --like VIDEO    makes a sampled video again, from what it says of itself"]
-    own = plan_parser().format_help().partition("options:\n")[2].splitlines() if verb == "plan" else []
+    own = [line for name, made in (("plan", plan_parser), ("tune", tune_parser)) if verb == name
+           for line in made().format_help().partition("options:\n")[2].splitlines()]
     return "\n".join([f"usage: wantrain {verb} recipe=NAME [key=value ...] [--config-dir FOLDER]",
                       *(again if verb == "sample" else []), "",
                       f"  {VERBS[verb]}", "", *own, f"recipes: {', '.join(schema.recipes())}",

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Container, Iterator
@@ -32,7 +33,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
-        with temporary.open("rb") as file:
+        with temporary.open("r+b") as file:
             os.fsync(file.fileno())
         temporary.chmod(mode)  # safetensors makes files that only their owner may read
         temporary.replace(path)
@@ -87,6 +88,11 @@ def owner(name: str, stems: Container[str]) -> str:
     return ""
 
 
+def of_windows(path: str) -> str:
+    """A path of Windows as it is written here: / for \\, and WSL's /mnt/c for C:. Others stay as they are."""
+    return re.sub(r"^([A-Za-z]):(?=/)", lambda drive: f"/mnt/{drive[1].lower()}", path.replace("\\", "/"))
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically."""
     with atomic_path(path) as temporary:
@@ -130,7 +136,7 @@ def digest_file(path: Path, memo: Path | None = None) -> str:
     status = path.stat()
     note = memo / digest_text(path.resolve(), status.st_size, status.st_mtime_ns, status.st_ctime_ns) if memo else None
     if note and note.exists():
-        return note.read_text()
+        return note.read_text("utf-8")
     state = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         while block := file.read(1 << 22):

@@ -19,6 +19,9 @@ from wantrain.terms import NUM_TIMESTEPS
 SMALLEST_SIGMA = 0.01
 """Where the weight 1 / sigma^2 stops growing: at 10,000."""
 
+BELL = 5.277
+"""With it the weighting `bell` has a mean of 1 over uniform sigmas shifted by 5."""
+
 
 def generator_for(*key: int | str) -> torch.Generator:
     """A CPU generator whose state is a hash of `key`: independent streams without any shared state."""
@@ -90,6 +93,7 @@ def weight_of_sigma(sigma_B: torch.Tensor, name: str = "none", gamma: float = 5.
       Here snr = ((1 - sigma) / sigma)^2, and as latents = noisy - sigma * velocity, that error is sigma^2 times the
       velocity's. So min(snr, gamma) * sigma^2 = min((1 - sigma)^2, gamma * sigma^2): 0 at both ends, at most
       gamma / (1 + sqrt(gamma))^2, at sigma = 1 / (1 + sqrt(gamma)).
+    - bell: BELL * (exp(-2 (sigma - 1/2)^2) - exp(-1/2)), 0 at both ends, as DiffSynth-Studio weights.
     """
     sigma_B = sigma_B.float()
     if name == "none":
@@ -100,7 +104,9 @@ def weight_of_sigma(sigma_B: torch.Tensor, name: str = "none", gamma: float = 5.
         return 2 / (math.pi * (1 - 2 * sigma_B + 2 * sigma_B.square()))
     if name == "min_snr":
         return torch.minimum((1 - sigma_B).square(), gamma * sigma_B.square())
-    raise ValueError(f"weighting {name!r} is not one of none, sigma_sqrt, cosmap, min_snr")
+    if name == "bell":
+        return BELL * (torch.exp(-2 * (sigma_B - 0.5).square()) - math.exp(-0.5))
+    raise ValueError(f"weighting {name!r} is not one of none, sigma_sqrt, cosmap, min_snr, bell")
 
 
 def errors_of(difference: torch.Tensor, kind: str = "mse", delta: float = 1.0) -> torch.Tensor:

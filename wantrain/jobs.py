@@ -26,6 +26,8 @@ from wantrain import logs
 from wantrain.terms import UserError
 
 if TYPE_CHECKING:  # a command's help needs no progress bar
+    from multiprocessing.context import ForkServerContext, SpawnContext
+
     from tqdm import tqdm
 
 Item = TypeVar("Item")
@@ -63,7 +65,7 @@ def cores() -> int:
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for names in QUOTAS:
         with contextlib.suppress(OSError, ValueError):  # no container, or one without a quota
-            quota, period = (int(word) for name in names for word in (CGROUP / name).read_text().split())
+            quota, period = (int(word) for name in names for word in (CGROUP / name).read_text("utf-8").split())
             allowed = min(allowed, math.ceil(quota / period)) if quota > 0 else allowed
     return max(1, allowed)
 
@@ -89,7 +91,10 @@ class _Worker:
         self.start()
 
     def start(self) -> None:
-        context = multiprocessing.get_context("forkserver")  # never a fork of a process that holds threads or readers
+        # Never a fork of a process that holds threads or readers; Windows has no forks at all.
+        context: ForkServerContext | SpawnContext = multiprocessing.get_context("spawn")
+        if "forkserver" in multiprocessing.get_all_start_methods():
+            context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([self.function.__module__])
         self.pipe, there = context.Pipe()
         self.written = Path(tempfile.mkstemp(prefix="wantrain-worker-")[1])
@@ -126,7 +131,7 @@ class _Worker:
             said = self.written.read_text(errors="replace").strip().split("\n")[-1] or "it said nothing"
             raise UserError(
                 f"worker {self.number} died while it imported {module} (exit code {code}): {said}",
-                "allow fewer processes or more memory: the system ends what takes too much" if code == -signal.SIGKILL
+                "allow fewer processes or more memory: the system ends what takes too much" if code == -9
                 else f"{shlex.join([sys.executable, '-c', f'import {module}'])}    shows what is wrong") from error
 
     def take(self, too_long: Failure) -> tuple[Any, Failure | None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -55,7 +54,7 @@ def holder(folder: Path) -> str:
     try:
         with (folder / NAME).open(encoding="utf-8") as file:
             try:
-                fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                _ask(file, shared=True)
             except OSError as error:
                 return _said_holder(file)[0] if error.errno in (errno.EACCES, errno.EAGAIN) else ""
     except OSError:
@@ -72,11 +71,20 @@ def last_command(folder: Path) -> list[str]:
     return [str(word) for word in said] if isinstance(said, list) else []
 
 
+def _ask(file: TextIO, *, shared: bool = False) -> None:
+    """Take the lock without waiting. Raises OSError where another process has it, or where there are no locks."""
+    try:
+        import fcntl
+    except ImportError as error:  # Windows
+        raise OSError(errno.ENOSYS, "none on this system") from error
+    fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+
+
 def _lock(file: TextIO, folder: Path) -> None:
     until = time.monotonic() + PATIENCE_S
     while True:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _ask(file)
         except OSError as error:
             if error.errno in NO_LOCKS:
                 print(f"{folder}: this file system has no locks ({error.strerror}): a second training there would not "

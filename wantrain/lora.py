@@ -277,6 +277,15 @@ def attach(transformer: torch.nn.Module, given: AdapterState) -> None:
     start_from(transformer, given)
 
 
+def detach(transformer: torch.nn.Module) -> None:
+    """Take the adapter out again, if there is one: another can be attached."""
+    layers = _adapted_layers(transformer)
+    for name, layer in layers:
+        transformer.set_submodule(name, layer.get_base_layer())
+    if layers:
+        del transformer.peft_config  # PEFT's note on the model, which it would warn of
+
+
 def joined(states: Sequence[tuple[AdapterState, float]]) -> AdapterState:
     """One adapter whose delta is the sum of these adapters' deltas times their strengths.
 

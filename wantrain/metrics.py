@@ -47,8 +47,12 @@ class Metrics:
                 raise unwritable(self._path, error) from error
             self._log(values, step)
 
-    def advance(self, shown: Mapping[str, str]) -> None:
-        """Move the bar on by one step, and show these numbers beside it."""
+    def advance(self, shown: Mapping[str, str], *, is_usual: bool = True) -> None:
+        """Move the bar on by one step, and show these numbers beside it. The time of a step that is not as others are
+        says nothing of those to come.
+        """
+        if not is_usual:
+            self._bar.unpause()
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
 
@@ -88,10 +92,25 @@ def read(path: Path) -> list[dict[str, float]]:
     return [{name: math.nan if value is None else value for name, value in line.items()} for line in _lines(path)]
 
 
+_OF_A_SIGMA = re.compile(r"validation_sigma_([\d.]+)(\w*)")
+
+
+def tracked(name: str) -> str:
+    """What trackers call a number, so that they sort it to its kind, and losses of sigmas by sigma: train/loss,
+    validation/gap, validation_by_sigma/0.7500, validation_by_sigma_minus_base/0.7500.
+    """
+    if found := _OF_A_SIGMA.fullmatch(name):
+        return f"validation_by_sigma{found[2]}/{found[1]}"
+    kind, _, rest = name.partition("_")
+    return f"validation/{rest}" if kind == "validation" else f"train/{name}"
+
+
 class Tracker(Protocol):
-    """Where numbers go beside the JSONL. Each call may fail, or not come back."""
+    """Where numbers go beside the JSONL, and sampled videos and texts. Each call may fail, or not come back."""
 
     def log(self, values: Mapping[str, float], step: int) -> None: ...
+    def show(self, videos: Mapping[str, Path], step: int) -> None: ...
+    def tell(self, name: str, text: str, step: int) -> None: ...
     def finish(self) -> None: ...
 
 
@@ -109,6 +128,18 @@ class TensorBoard:
     def log(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def show(self, videos: Mapping[str, Path], step: int) -> None:
+        """Their middle frames: TensorBoard plays no mp4."""
+        from wantrain import pictures
+
+        for name, path in videos.items():
+            self._writer.add_image(name, pictures.middle_frame(path), step, dataformats="HWC")
+        self._writer.flush()
+
+    def tell(self, name: str, text: str, step: int) -> None:
+        self._writer.add_text(name, text, step)
         self._writer.flush()
 
     def finish(self) -> None:
@@ -138,6 +169,14 @@ class Wandb:
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._run.log(dict(values), step=step)
 
+    def show(self, videos: Mapping[str, Path], step: int) -> None:
+        import wandb
+
+        self._run.log({name: wandb.Video(str(path), format="mp4") for name, path in videos.items()}, step=step)
+
+    def tell(self, name: str, text: str, step: int) -> None:
+        self._run.summary[name] = text
+
     def finish(self) -> None:
         self._run.finish()
 
@@ -163,8 +202,19 @@ class Trackers:
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Hand the numbers of a step to all trackers."""
+        self._each(lambda tracker: tracker.log({tracked(name): value for name, value in values.items()}, step))
+
+    def show(self, videos: Mapping[str, Path], step: int) -> None:
+        """Hand sampled mp4 files to all trackers."""
+        self._each(lambda tracker: tracker.show(videos, step))
+
+    def tell(self, name: str, text: str, step: int) -> None:
+        """Hand a text to all trackers."""
+        self._each(lambda tracker: tracker.tell(name, text, step))
+
+    def _each(self, work: Callable[[Tracker], None]) -> None:
         for outside, opened in self._open.values():
-            outside.call(partial(_log, opened, dict(values), step))
+            outside.call(partial(_do, work, opened))
 
     def news(self) -> str:
         """Problems with the trackers since the last call, each told once."""
@@ -173,7 +223,7 @@ class Trackers:
     def close(self, limit_s: float) -> str:
         """Close the trackers, waiting at most `limit_s` seconds for each. Returns problems that were not yet told."""
         for name, (outside, opened) in self._open.items():
-            outside.call(partial(_finish, opened))
+            outside.call(partial(_do, lambda tracker: tracker.finish(), opened))
             if not outside.wait(limit_s):
                 outside.tell(f"tracker {name} did not end within {limit_s:g} s: its last numbers may be in "
                              "metrics.jsonl alone")
@@ -184,14 +234,9 @@ def _open(make: Callable[[], Tracker], opened: list[Tracker]) -> None:
     opened.append(make())
 
 
-def _log(opened: Sequence[Tracker], values: Mapping[str, float], step: int) -> None:
+def _do(work: Callable[[Tracker], None], opened: Sequence[Tracker]) -> None:
     for tracker in opened:
-        tracker.log(values, step)
-
-
-def _finish(opened: Sequence[Tracker]) -> None:
-    for tracker in opened:
-        tracker.finish()
+        work(tracker)
 
 
 def wandb_mode() -> str:
@@ -222,11 +267,11 @@ def _commit_of(root: Path) -> str | None:
     """The commit of `root`/.git, where its index has wantrain/__init__.py."""
     git = root / ".git"
     if git.is_file():  # of a worktree or submodule: says where
-        git = root / git.read_text().removeprefix("gitdir:").strip()
+        git = root / git.read_text("utf-8").removeprefix("gitdir:").strip()
     if not _tracks((git / "index").read_bytes(), b"wantrain/__init__.py"):
         return None
-    common = git / (git / "commondir").read_text().strip() if (git / "commondir").exists() else git
-    name = (git / "HEAD").read_text().strip()
+    common = git / (git / "commondir").read_text("utf-8").strip() if (git / "commondir").exists() else git
+    name = (git / "HEAD").read_text("utf-8").strip()
     for _ in range(5):  # git's own limit of references to references
         if not name.startswith("ref:"):
             break
@@ -238,9 +283,9 @@ def _resolved(git: Path, common: Path, reference: str) -> str:
     """What a reference's file says, or the list of packed ones; empty where neither has it."""
     for folder in (git, common):
         if (folder / reference).is_file():
-            return (folder / reference).read_text().strip()
+            return (folder / reference).read_text("utf-8").strip()
     packed = common / "packed-refs"
-    lines = packed.read_text().splitlines() if packed.exists() else []
+    lines = packed.read_text("utf-8").splitlines() if packed.exists() else []
     return next((line.split(" ")[0] for line in lines if line.endswith(f" {reference}")), "")
 
 

@@ -96,6 +96,11 @@ MACHINE_VERBS = {
         Option("host", "the address to listen at, such as 0.0.0.0 for all machines (default: this machine alone)",
                is_free=True),
         Option("port", "of the address; without it a free one is found", default=0))),
+    "share": FileVerb("a folder ready for a model hub: card, LoRA files, samples, workflow, recipe; nothing is sent", (
+        ("RUN", "its folder, or its name in runs", None),), (
+        Option("formats", "of the LoRA beside the exported one, with commas between, such as kohya,diffusers",
+               is_free=True),
+        Option("license", "of the LoRA, the hub's word for it (default: apache-2.0, as Wan's)", is_free=True))),
     "doctor": FileVerb("what this machine is, what of it limits wantrain, what mends that; the text for a bug report",
                        (), (Option("json", "one JSON object, for programs", is_flag=True),)),
     "completion": FileVerb("the script of Tab completion, for a shell's start-up file", (
@@ -117,8 +122,8 @@ class _Parser(argparse.ArgumentParser):
 def plan_parser() -> argparse.ArgumentParser:
     """The options of `plan` beside its recipe and keys."""
     made = _Parser("wantrain plan", add_help=False, allow_abbrev=False)
-    made.add_argument("--gpu", metavar="CARD", help="rtx4090, h100, ... or a size such as 24gb; without: a line for "
-                      "each size")
+    made.add_argument("--gpu", metavar="CARD", help="rtx4090, h100, ... or a size such as 24gb; here: this machine's "
+                      "card, whose rates are measured in 20 seconds; without: a line for each size")
     made.add_argument("--gpus", metavar="N", type=int, default=1, help="how many of them, each with the whole base "
                       "(default: 1)")
     made.add_argument("--ram", metavar="GIB", type=float, default=64.0, help="host memory for each of them (default: "
@@ -135,6 +140,30 @@ def parse_plan(arguments: Sequence[str]) -> tuple[list[argparse.Namespace], list
         if value is not None and not value > 0:
             raise UserError(f"--{name} {value:g} is not allowed: a number above 0", "wantrain plan --help")
     return [given], rest
+
+
+def tune_parser() -> argparse.ArgumentParser:
+    """The options of `tune` beside its recipe and keys."""
+    made = _Parser("wantrain tune", add_help=False, allow_abbrev=False)
+    made.add_argument("--over", metavar="KEY=VALUE,VALUE,...", action="append", default=[], help="a key and values to "
+                      "compare; of several --over, all combinations")
+    made.add_argument("--steps", metavar="N", type=int, help="of each training (default: train.num_steps)")
+    made.add_argument("--seeds", metavar="N", type=int, default=3, help="trainings of each setting (default: 3)")
+    made.add_argument("--minutes", metavar="M", type=float, help="end by then: what does not fit is searched by "
+                      "halving, shorter trainings first (default: all combinations)")
+    return made
+
+
+def parse_tune(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of `tune`, and the other words."""
+    given, rest = tune_parser().parse_known_args(arguments)
+    for name, value in (("steps", given.steps), ("seeds", given.seeds), ("minutes", given.minutes)):
+        if value is not None and not value > 0:
+            raise UserError(f"--{name} {value:g} is not allowed: a number above 0", "wantrain tune --help")
+    if not given.over:
+        raise UserError("--over is not given: a key and the values to compare", "wantrain tune NAME --over "
+                        "optim.lr=1e-4,3e-4")
+    return given, rest
 
 
 def parser(verb: str) -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
@@ -30,10 +31,40 @@ def write_mp4(path: Path, frames_FCHW: torch.Tensor, fps: float, crf: int = 16, 
         container.mux(stream.encode())
 
 
+def read_mp4(path: Path) -> torch.Tensor:
+    """The frames of a video that `write_mp4` wrote, frames_FCHW uint8. ValueError where it is damaged."""
+    try:
+        with av.open(str(path)) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except (av.FFmpegError, OSError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not frames:
+        raise ValueError(f"{path} has no frames")
+    return torch.from_numpy(np.stack(frames)).movedim(-1, 1)
+
+
 def read_comment(path: Path) -> str:
     """The comment that `write_mp4` put into a video; empty where there is none."""
     with av.open(str(path)) as container:
         return str(container.metadata.get("comment", ""))
+
+
+def middle_frame(path: Path) -> np.ndarray:
+    """The frame in the middle of a video, frame_HWC uint8."""
+    with av.open(str(path)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return frames[len(frames) // 2]
+
+
+def copy_bare(source: Path, target: Path) -> None:
+    """Copy a video, its pictures bit by bit, without what it says of itself, which names files of this machine."""
+    with atomic_path(target) as temporary, av.open(str(source)) as read, av.open(
+            str(temporary), "w", format="mp4", container_options={"movflags": "faststart"}) as written:
+        stream = written.add_stream_from_template(read.streams.video[0])
+        for packet in read.demux(read.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                written.mux(packet)
 
 
 def write_webp(path: Path, frames_FCHW: torch.Tensor, fps: float) -> None:

@@ -29,16 +29,15 @@ from wantrain.engine import launch
 from wantrain.engine.rendezvous import LONGEST_S, Rendezvous
 from wantrain.engine.saved import step_of
 from wantrain.files import digest_file, digest_text, write_json
-from wantrain.recipe.clips import Clips, evaluation_faults, open_clips
+from wantrain.recipe.clips import Clips, asks_evaluation, evaluation_faults, open_clips
 from wantrain.recipe.costing import Room, job_of, largest_bucket, policy_of
-from wantrain.recipe.draft import is_tiny, tokens_that_fit
+from wantrain.recipe.draft import evaluation_prompts, is_tiny, tokens_that_fit
+from wantrain.recipe.grid import steps_on_disk
 from wantrain.recipe.recipe import Recipe, open_recipe
 from wantrain.recipe.sampler import lora_files, sampler_settings
 from wantrain.terms import UserError
 
 NOTES = "stages.json"
-CONDITIONS = 3
-"""Videos of each prompt of an evaluation: base, LoRA with the trigger, LoRA without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +90,8 @@ def run(config: Config, arguments: Sequence[str]) -> None:
             amount, began = stage.amount(job), time.perf_counter()
             call(stage, config, arguments)
             note(job, stage, amount, time.perf_counter() - began)
+        if stage is shared[-1]:
+            launch.go_on_alone()
     print(f"done: {told_results(job)}")
 
 
@@ -111,7 +112,8 @@ def launch_file(config: Config) -> Path:
     variant, is_whole = variant_of(config), True
     if torch.cuda.is_available() and config.memory.base is BaseForm.dtype and not is_tiny(variant):
         card_gib = torch.cuda.get_device_properties(0).total_memory / costs.GIB
-        is_whole = tokens_that_fit(variant, card_gib, "dtype", 2 if config.model.dtype is Dtype.bfloat16 else 4) > 0
+        is_whole = tokens_that_fit(variant, card_gib, "dtype",
+                                   itemsize=2 if config.model.dtype is Dtype.bfloat16 else 4) > 0
     return folder / ("ddp.yaml" if is_whole else "zero3.yaml")
 
 
@@ -120,7 +122,7 @@ def open_job(config: Config, arguments: Sequence[str]) -> Job:
     """
     recipe = open_recipe(config)
     clips = open_clips(recipe, arguments)
-    if config.evaluate.prompts:
+    if asks_evaluation(config):
         for fault in evaluation_faults(clips):
             raise fault
     return Job(config, arguments, recipe, clips)
@@ -137,7 +139,7 @@ def call(stage: Stage, config: Config, arguments: Sequence[str]) -> None:
 def is_asked(stage: Stage, config: Config) -> bool:
     """Whether the recipe has anything for the stage to do."""
     return {"cache": config.data.mode is DataMode.cache, "sample": bool(config.sampler.prompts),
-            "evaluate": bool(config.evaluate.prompts)}.get(stage.name, True)
+            "evaluate": asks_evaluation(config)}.get(stage.name, True)
 
 
 def told_results(job: Job) -> str:
@@ -193,7 +195,7 @@ def read_notes(path: Path) -> dict[str, Any]:
 def of_checkpoints(job: Job) -> str:
     """What an export is made from: the newest checkpoints, and how the file is to be written."""
     newest = [path for own in job.recipe.trainings() for path in own.checkpoints.on_disk()[-1:]]
-    return digest_text(keys(job.config, "export", "run"), *((path / "checksums").read_text() for path in newest))
+    return digest_text(keys(job.config, "export", "run"), *((path / "checksums").read_text("utf-8") for path in newest))
 
 
 def of_loras(job: Job, *sections: str) -> str:
@@ -205,7 +207,7 @@ def of_loras(job: Job, *sections: str) -> str:
     bases = [one.digest("transformer", job.recipe.memo) for one in job.recipe.base.each()]
     data = job.config.data
     return digest_text(keys(job.config, "model", "sampler", "validation", *sections), *bases,
-                       job.config.memory.base.name, data.resolutions, data.num_frames, data.trigger,
+                       job.recipe.known_form, data.resolutions, data.num_frames, data.trigger,
                        *sorted(path.name for path in job.clips.entries), *map(digest_file, files))
 
 
@@ -297,12 +299,19 @@ def of_sampling(job: Job) -> str:
 
 def num_samples(job: Job) -> float:
     own = job.config.sampler
-    return len(own.prompts) * len(own.seeds) * len(own.strengths)
+    columns = (0 in own.strengths) + num_loras(job) * sum(strength != 0 for strength in own.strengths)
+    return len(own.prompts) * len(own.seeds) * columns
 
 
 def num_compared(job: Job) -> float:
-    own = job.config.evaluate
-    return len(own.prompts) * len(own.seeds) * CONDITIONS
+    columns = 2 + num_loras(job) * max(1, sum(strength != 0 for strength in job.config.sampler.strengths))
+    return len(evaluation_prompts(job.clips)) * len(job.config.evaluate.seeds) * columns
+
+
+def num_loras(job: Job) -> int:
+    """The recipe's own LoRA and those that it is compared with; `all` counts the checkpoints that are there now."""
+    compared = job.config.sampler.compare
+    return 1 + sum(len(steps_on_disk(job.recipe)) if word == "all" else 1 for word in compared)
 
 
 STAGES = (

@@ -171,6 +171,38 @@ def interval(values_N: torch.Tensor) -> Interval:
     return Interval(float(values_N.double().mean()), t_quantile(max(1, number - 1)) * error)
 
 
+def crossed(values_SN: torch.Tensor, num_compared: int = 1) -> Interval:
+    """The interval of 95 % for the mean of one value for each seed and clip, where both are drawn from many: two
+    crossed random effects, whose degrees of freedom are Satterthwaite's (Clark's quasi-F, 1973; Cornfield & Tukey,
+    1956).
+
+    The best of `num_compared` is in its interval as often as one alone would be (Bonferroni). Of one seed, what another
+    seed would change is not in it.
+    """
+    values = values_SN.double()
+    num_seeds, num_clips = values.shape
+    mean = float(values.mean())
+    by_seed, by_clip = values.mean(1), values.mean(0)
+    rest_free = (num_seeds - 1) * (num_clips - 1)
+    errors = [(_mean_square(by_seed, num_clips), num_seeds - 1), (_mean_square(by_clip, num_seeds), num_clips - 1)]
+    if rest_free:
+        rest = float((values - by_seed[:, None] - by_clip + mean).square().sum()) / rest_free
+        (seeds, _), (clips, _) = errors
+        within = seeds**2 / (num_seeds - 1) + clips**2 / (num_clips - 1) + rest**2 / rest_free
+        total = seeds + clips - rest
+        errors.append((total, max(1, int(total**2 / within)) if within else 1))
+    square, num_free = max(errors)
+    if num_free < 1:
+        return Interval(mean, math.nan)
+    error = math.sqrt(square / values.numel())
+    return Interval(mean, t_quantile(num_free, 1 - (1 - CONFIDENCE) / num_compared) * error)
+
+
+def _mean_square(means: torch.Tensor, repeats: int) -> float:
+    """Of means of `repeats` values each: what the variance of one value would be; 0 of one mean alone."""
+    return repeats * float(means.var()) if len(means) > 1 else 0.0
+
+
 def difference(one_N: torch.Tensor, other_M: torch.Tensor) -> Interval:
     """The interval for the difference of two means over different clips (Welch's error, the smaller number's t)."""
     errors = [float(values.double().var()) / len(values) if len(values) > 1 else math.nan
@@ -179,14 +211,14 @@ def difference(one_N: torch.Tensor, other_M: torch.Tensor) -> Interval:
     return Interval(float(one_N.double().mean() - other_M.double().mean()), half)
 
 
-def t_quantile(num_free: int) -> float:
-    """Between minus and plus this lies a share CONFIDENCE of Student's t with so many degrees of freedom; bisection of
-    the finite series of Abramowitz & Stegun 26.7.3 and 26.7.4.
+def t_quantile(num_free: int, confidence: float = CONFIDENCE) -> float:
+    """Between minus and plus this lies a share `confidence` of Student's t with so many degrees of freedom; bisection
+    of the finite series of Abramowitz & Stegun 26.7.3 and 26.7.4.
     """
-    low, high = 0.0, 100.0
+    low, high = 0.0, 1e6
     while high - low > 1e-9:
         middle = (low + high) / 2
-        low, high = (middle, high) if _t_within(middle, num_free) < CONFIDENCE else (low, middle)
+        low, high = (middle, high) if _t_within(middle, num_free) < confidence else (low, middle)
     return (low + high) / 2
 
 

@@ -12,10 +12,11 @@ from diffusers.models.attention_dispatch import TemplatedUlyssesAttention
 
 from tests.conftest import arguments_for
 from tests.runs import assert_same_training
-from tests.tiny_tasks import CLASSES, write_a14b
+from tests.tiny_tasks import write_a14b
 from wantrain import lora
 from wantrain.models import sequence
 from wantrain.models.encode import autocast, predict_velocity
+from wantrain.models.fun import class_of
 from wantrain.models.variants import VARIANTS, diffusers_config
 from wantrain.terms import UserError
 
@@ -35,7 +36,7 @@ def adapted(name, dtype):
         sizes[key] = int(sizes[key] * factor)
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = CLASSES[variant.transformer_class](**sizes)
+        model = class_of(variant)(**sizes)
     for key, parameter in model.named_parameters():
         if not any(kept in key for kept in model._keep_in_fp32_modules):
             parameter.data = parameter.data.to(dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 from tests.conftest import arguments_for
 from tests.runs import assert_same_training
 from tests.tiny_tasks import write_a14b
+from wantrain import results
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,32 @@ def test_two_processes_validate_and_sample_as_one_does(forked, learnt, engine, r
         assert len(losses) == 10
         assert two["base"][name] == pytest.approx(losses, rel=rtol, abs=0)
         assert two["steps"]["1"][name] == pytest.approx(one["steps"]["1"][name], rel=rtol, abs=0)
+
+
+@pytest.mark.slow
+def test_two_processes_share_an_evaluation(forked, tmp_path):
+    """The same videos and numbers as of one; each made its half."""
+    own = ["train.num_steps=2", "train.save_every=1", "train.keep_checkpoints=2", "sampler.compare=[1]"]
+    run = tmp_path / "run"
+    for verb in ("train", "export"):
+        forked(None, *own, verb=verb, run_dir=run)
+
+    def evaluated(engine):
+        forked(engine, *own, verb="evaluate", run_dir=run)
+        frames = {path.name: json.loads(path.read_text())["frames"] for path in (run / "report").glob("0*.json")}
+        found = results.read(run / "report")
+        shutil.rmtree(run / "report")
+        return frames, found
+
+    (frames, shared), (others, alone) = evaluated("DDP"), evaluated(None)
+    assert len(frames) == 4
+    assert frames == others
+    assert [video.file for video in shared.videos] == [video.file for video in alone.videos]
+    one, other = ({metric.name: {column: mean for column, (mean, _) in metric.columns.items()}
+                   for metric in found.metrics} for found in (shared, alone))
+    assert one.keys() == other.keys()
+    assert one["heldout_loss"] == pytest.approx(other["heldout_loss"], rel=1e-5)
+    assert one["style"] == pytest.approx(other["style"], rel=0.01), "x264 does not always write the same bytes"
 
 
 @pytest.mark.slow

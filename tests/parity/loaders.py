@@ -324,11 +324,14 @@ SOURCES: dict[str, Source] = {
     "LyCORIS": Source("KohakuBlueleaf/LyCORIS", "4.1.3", "run earlier, not read"),
 }
 MODELS_LACKED: dict[str, tuple[str, ...]] = {
-    "ai-toolkit": ("vace", "animate", "control", "camera", "flf2v"),
-    "diffusion-pipe": ("vace", "animate", "control", "camera"),
-    "musubi-tuner": ("vace", "animate", "camera", "ti2v"),
+    "diffusers": ("control_reference", "control_inpaint", "camera", "camera_inpaint"),
+    "ai-toolkit": ("vace", "animate", "control", "control_reference", "control_inpaint", "camera", "camera_inpaint",
+                   "flf2v"),
+    "diffusion-pipe": ("vace", "animate", "control", "control_reference", "control_inpaint", "camera",
+                       "camera_inpaint"),
+    "musubi-tuner": ("vace", "animate", "control_reference", "control_inpaint", "camera", "camera_inpaint", "ti2v"),
 }
-"""Tasks of which a tool has no model: read for diffusion-pipe and musubi-tuner, not for ai-toolkit."""
+"""Tasks of which a tool has no model: read for diffusers, diffusion-pipe and musubi-tuner, not for ai-toolkit."""
 
 
 def load(loader: str, path: Path, base: Base) -> Tensors:

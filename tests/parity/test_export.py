@@ -23,7 +23,7 @@ from wantrain.models import base, comfy_workflow, lora_formats, lora_updates, lo
 from wantrain.models.fit import AdapterFile, fit
 from wantrain.models.names import transformer_to_diffusers
 from wantrain.models.variants import VARIANTS
-from wantrain.stages import export
+from wantrain.recipe import exporting
 from wantrain.terms import UserError
 
 CPU = torch.device("cpu")
@@ -166,7 +166,7 @@ def test_an_export_that_reads_back_wrong_is_an_error(trained, wantrain, capsys, 
         return without_alpha(pairs), extras
 
     for room, name, wrong, said in ((lora_updates, "write_lora", losing, "differs by"),
-                                    (export, "from_adapter", misread, "differs from the checkpoint's by")):
+                                    (exporting, "from_adapter", misread, "differs from the checkpoint's by")):
         with monkeypatch.context() as patched:
             patched.setattr(room, name, wrong)
             assert wantrain("export", *OWN, "run.name=other") == 2
@@ -277,7 +277,8 @@ def test_sample_writes_playable_videos_whose_strength_0_is_the_base(trained, wan
     settings = sampling.Settings(2, (4.0, 4.0), 3.0, sampling.Bucket(5, 32, 48), "")
     want = sampling.sample(plain, "a square", 1, settings)
     pictures.write_mp4(trained / "want.mp4", want, 16)
-    same, other = (decode.read_clip(folder / f"000_strength_{s}.mp4", 0, None, 16, settings.bucket) for s in "01")
+    same, other = (decode.read_clip(folder / f"000_{column}.mp4", 0, None, 16, settings.bucket)
+                   for column in ("base", "strength_1"))
     wanted = decode.read_clip(trained / "want.mp4", 0, None, 16, settings.bucket)
     near, far = ((frames.float() - wanted.float()).abs().mean() for frames in (same, other))
     assert near < 3 < far, "two loads of one base differ by 1e-7, which x264 may enlarge; a LoRA differs by far more"

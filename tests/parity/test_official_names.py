@@ -10,14 +10,15 @@ import functools
 import hashlib
 import math
 
-import diffusers
 import pytest
 import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from wantrain.models import names, sizes
-from wantrain.models.variants import VARIANTS, Shapes, Variant, detect, diffusers_config, fitting_lora
-from wantrain.terms import UserError
+from wantrain.models.detection import Shapes, detect, fitting_lora
+from wantrain.models.fun import OWN, class_of
+from wantrain.models.variants import VARIANTS, Variant, diffusers_config
 
 PUBLIC_MD5 = {
     "wan21_t2v_1b3": "9269f8db9040a9d860eaca435be61814",
@@ -53,7 +54,6 @@ OFFICIAL_COUNTS = {
     "wan22_fun_a14b_control": (1097, 14.290), "wan22_fun_a14b_camera": (1101, 14.792), "wan22_ti2v_5b": (825, 5.000),
 }
 TABLE = [variant for variant in VARIANTS.values() if variant.num_tensors is not None]
-WITHOUT_CLASS = [v.name for v in TABLE if v.architecture.ref_conv or v.architecture.control_adapter]
 
 
 def md5(shapes: Shapes) -> str:
@@ -62,38 +62,22 @@ def md5(shapes: Shapes) -> str:
 
 
 @functools.cache
-def _built(transformer_class: str, config: tuple[tuple[str, object], ...]) -> dict[str, tuple[int, ...]]:
+def _built(name: str, config: tuple[tuple[str, object], ...]) -> dict[str, tuple[int, ...]]:
     kwargs = {key: list(value) if key == "vace_layers" else value for key, value in config}
     with torch.device("meta"):
-        module = getattr(diffusers, transformer_class)(**kwargs)
+        module = class_of(VARIANTS[name])(**kwargs)
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 def diffusers_shapes(variant: Variant) -> dict[str, tuple[int, ...]]:
     config = diffusers_config(variant)
-    return _built(variant.transformer_class,
+    return _built(variant.name,
                   tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in config.items()))
 
 
 def official_shapes(variant: Variant) -> dict[str, tuple[int, ...]]:
-    """Through the map from the diffusers class; tensors that no class has are added by hand (Fun's own code)."""
-    a = variant.architecture
-    extra: dict[str, tuple[int, ...]] = {}
-    if a.ref_conv:
-        extra = {"ref_conv.weight": (a.dim, 16, 2, 2), "ref_conv.bias": (a.dim,)}
-    if a.control_adapter:
-        stem = "control_adapter.residual_blocks.0."
-        extra = {"control_adapter.conv.weight": (a.dim, 24 * 64, 2, 2), "control_adapter.conv.bias": (a.dim,),
-                 **{f"{stem}conv{i}.weight": (a.dim, a.dim, 3, 3) for i in (1, 2)},
-                 **{f"{stem}conv{i}.bias": (a.dim,) for i in (1, 2)}}
-    plain = next(v for v in TABLE if v.name not in WITHOUT_CLASS and v.architecture.dim == a.dim
-                 and v.architecture.image_dim == a.image_dim and not v.architecture.vace_layers)
-    own = variant if variant.name not in WITHOUT_CLASS else plain
-    shapes = {names.transformer_to_official(name): shape for name, shape in diffusers_shapes(own).items()}
-    shapes["patch_embedding.weight"] = (a.dim, a.in_channels, 1, 2, 2)
-    if a.image_tokens is None:
-        shapes.pop("img_emb.emb_pos", None)
-    return {**shapes, **extra}
+    """Through the map from the class."""
+    return {names.transformer_to_official(name): shape for name, shape in diffusers_shapes(variant).items()}
 
 
 def test_every_variant_is_covered() -> None:
@@ -114,36 +98,34 @@ def test_official_inventory_is_that_of_the_public_file(name: str) -> None:
         assert (variant.num_tensors, round(variant.num_parameters / 1e9, 3)) == OFFICIAL_COUNTS[name]
 
 
-@pytest.mark.parametrize("name", sorted(set(PUBLIC_MD5) - set(WITHOUT_CLASS)))
-def test_the_map_is_the_diffusers_class_both_ways(name: str) -> None:
+@pytest.mark.parametrize("name", PUBLIC_MD5)
+def test_the_map_is_the_class_both_ways(name: str) -> None:
     own = diffusers_shapes(VARIANTS[name])
     official = official_shapes(VARIANTS[name])
     forward = {names.transformer_to_diffusers(name): shape for name, shape in official.items()}
     assert forward == own
 
 
-@pytest.mark.parametrize("name", WITHOUT_CLASS)
-def test_variants_without_a_diffusers_class_say_so(name: str) -> None:
-    with pytest.raises(UserError, match="diffusers has no transformer class with"):
-        diffusers_config(VARIANTS[name])
-    extra = [n for n in official_shapes(VARIANTS[name]) if n.startswith(("ref_conv", "control_adapter"))]
-    assert extra
-    for official in extra:
-        with pytest.raises(names.NoTwin):
-            names.transformer_to_diffusers(official)
+def test_our_classes_add_to_diffusers_what_is_officially_added_under_its_name() -> None:
+    for own in OWN.values():
+        more = set(own(num_attention_heads=1, attention_head_dim=12, num_layers=1, ffn_dim=8).state_dict()) - set(
+            WanTransformer3DModel(num_attention_heads=1, attention_head_dim=12, num_layers=1, ffn_dim=8).state_dict())
+        assert more
+        assert all(name.startswith(("ref_conv.", "control_adapter.")) for name in more)
+        assert {names.transformer_to_official(name) for name in more} == more
 
 
 @pytest.mark.parametrize("name", PUBLIC_MD5)
 def test_each_variant_is_detected(name: str) -> None:
     shapes = official_shapes(VARIANTS[name])
     twins = {n for n, digest in PUBLIC_MD5.items() if digest == PUBLIC_MD5[name]}
+    twins |= {"wan22_vace_fun_a14b"} if name == "wan21_vace_14b" else set()  # of which there is no digest
     found = detect(shapes, None)
     assert set(found.fitting) == twins
     assert found.layout == "official"
     assert found.certain == (len(twins) == 1)
-    if name not in WITHOUT_CLASS:
-        diffusers_found = detect(diffusers_shapes(VARIANTS[name]), None)
-        assert (diffusers_found.fitting, diffusers_found.layout) == (found.fitting, "diffusers")
+    diffusers_found = detect(diffusers_shapes(VARIANTS[name]), None)
+    assert (diffusers_found.fitting, diffusers_found.layout) == (found.fitting, "diffusers")
 
 
 @pytest.mark.parametrize("name", [v.name for v in TABLE])
@@ -176,7 +158,7 @@ def test_tiny_wan_is_detected() -> None:
 def test_vae_is_that_of_the_public_file(version: names.VaeVersion, config: dict[str, object], digest: str, count: int,
                                         parameters: float) -> None:
     with torch.device("meta"):
-        own = {n: tuple(t.shape) for n, t in diffusers.AutoencoderKLWan(**config).state_dict().items()}
+        own = {n: tuple(t.shape) for n, t in AutoencoderKLWan(**config).state_dict().items()}
     official = {names.vae_to_official(name, version): shape for name, shape in own.items()}
     assert md5(official) == digest
     assert (len(official), round(sum(map(math.prod, official.values())) / 1e6, 1)) == (count, parameters)

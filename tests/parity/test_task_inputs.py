@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
@@ -25,6 +26,7 @@ from wantrain import config as schema
 from wantrain import flow, pictures
 from wantrain.data.decode import read_clip
 from wantrain.density import Density
+from wantrain.models.variants import VARIANTS
 from wantrain.recipe.clips import open_clips
 from wantrain.recipe.recipe import Recipe, open_recipe
 from wantrain.recipe.samples import Encoder, write_texts
@@ -46,9 +48,12 @@ STD_22 = tuple(0.5 + 0.02 * i for i in range(48))
 MEAN_22 = tuple(0.03 * i - 0.7 for i in range(48))
 
 # docs/facts.md, "Schedules", as the tiny twins have them: frames a second, shift, [low, high) of the experts.
-FPS = {"tiny_wan_ti2v": 24}
+FPS = {"tiny_wan_ti2v": 24, "tiny_wan_control_5b": 24, "tiny_wan_camera_5b": 24}
 SHIFTS = {"tiny_wan": 3, "tiny_wan_a14b": 12, "tiny_wan_i2v": 3, "tiny_wan_i2v_a14b": 5, "tiny_wan_flf2v": 16,
-          "tiny_wan_ti2v": 5, "tiny_wan_vace": 16, "tiny_wan_control": 3}
+          "tiny_wan_ti2v": 5, "tiny_wan_vace": 16, "tiny_wan_control": 3, "tiny_wan_control_v11": 3,
+          "tiny_wan_control_5b": 5, "tiny_wan_camera": 3, "tiny_wan_camera_5b": 5}
+NEWER = ("tiny_wan_ti2v", "tiny_wan_control_5b", "tiny_wan_camera_5b")
+"""Those with the 2.2 VAE."""
 WITHIN = {("tiny_wan_a14b", "high"): (0.875, 1), ("tiny_wan_a14b", "low"): (0, 0.875),
           ("tiny_wan_i2v_a14b", "high"): (0.9, 1), ("tiny_wan_i2v_a14b", "low"): (0, 0.9)}
 
@@ -128,15 +133,16 @@ class Official:
 
     def given_frames(self, pixels_CFHW: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
         """y of I2V and FLF2V: [mask 4 | latents of the given frames among grey ones]."""
-        _, num_frames, height, width = pixels_CFHW.shape
-        mask = torch.zeros(1, num_frames, height // 8, width // 8)
+        num_frames = pixels_CFHW.shape[1]
         video = torch.zeros_like(pixels_CFHW)
         for place in places:
-            mask[:, place] = 1
             video[:, place] = pixels_CFHW[:, place]
+        latents = self.latents(video)
+        mask = torch.zeros(1, num_frames, *latents.shape[2:])
+        mask[:, list(places)] = 1
         mask = torch.cat([mask[:, :1].repeat_interleave(4, dim=1), mask[:, 1:]], dim=1)
         mask = mask.view(1, mask.shape[1] // 4, 4, *mask.shape[2:]).transpose(1, 2)[0]
-        return torch.cat([mask, self.latents(video)])
+        return torch.cat([mask, latents])
 
     def vace(self, pixels_CFHW: torch.Tensor | None, mask_FHW: torch.Tensor | None, reference_C1HW: torch.Tensor | None,
              shape_CFHW: tuple[int, ...]) -> torch.Tensor:
@@ -195,7 +201,7 @@ class Twin:
 
     @property
     def size(self) -> tuple[int, int]:
-        return (64, 96) if "ti2v" in self.name else (32, 48)
+        return (64, 96) if self.name in NEWER else (32, 48)
 
     def steps(self, first_frame_share: float = 0.5, expert: str | None = None, start: int = 0, end: int = 4
               ) -> list[Step]:
@@ -242,13 +248,32 @@ def write_world(folder: Path, task: str) -> Path:
     for number, name in enumerate(names):
         write_medium(folder, name, number)
         (folder / f"{name}.txt").write_text(f"a square of {'very ' * number}small size")
-        if task == "control" or (task == "vace" and name != "with_reference"):
+        if "control" in task or (task == "vace" and name != "with_reference"):
             write_medium(folder / "control", name, 70 + number)
+    if "control_" in task:
+        pictures.write_png(folder / "reference" / "video_0.png", moving_square(80, 1, 40, 40)[0])
+    if "camera" in task:
+        write_cameras(folder / "camera")
     if task == "vace":
         write_masks(folder / "control_mask")
         for number, name in enumerate(("with_both", "with_reference")):
             pictures.write_png(folder / "reference" / f"{name}.png", moving_square(80 + number, 1, 40, 40)[0])
     return folder
+
+
+def write_cameras(folder: Path) -> None:
+    """Poses of one film, nine of them, with a move for the other and for the picture."""
+    folder.mkdir()
+    lines = [" ".join(map(str, [k, 0.6, 0.9, 0.5, 0.4, 0, 0, *np.concatenate(pose(k), 1).flatten()])) for k in range(9)]
+    (folder / "video_0.txt").write_text("\n".join(["https://www.example.com", *lines]) + "\n")
+    (folder / "video_1.txt").write_text("pan_left 0.5\n")
+    (folder / "picture.txt").write_text("zoom_in 1\n")
+
+
+def pose(k: int) -> tuple[np.ndarray, np.ndarray]:
+    """From the world to the camera of frame k: it turns about y and moves."""
+    c, s = np.cos(0.1 * k + 0.3), np.sin(0.1 * k + 0.3)
+    return np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]]), np.array([[0.1 * k], [0.2], [0.03 * k * k]])
 
 
 def write_masks(folder: Path) -> None:
@@ -280,8 +305,7 @@ def twins(tmp_path_factory):
             root = tmp_path_factory.mktemp(name)
             checkpoint = write_checkpoint(root / "checkpoint", name)
             write_statistics(checkpoint)
-            task = name.rpartition("_")[2]
-            size = (64, 96) if task == "ti2v" else (32, 48)
+            task, size = VARIANTS[name].task, (64, 96) if name in NEWER else (32, 48)
             config = schema.load([
                 "recipe=demo_anime", "tracker=none", f"model.variant={name}", f"model.path={checkpoint}",
                 f"run.dir={root / 'run'}", f"data.cache_dir={root / 'cache'}", "~data.sources.regularisation",
@@ -309,11 +333,11 @@ def check(twin: Twin, step: Step, expert: str | None = None, exact: bool = True)
         shift=SHIFTS[twin.name], within=WITHIN.get((twin.name, expert), (0, 1))))
     assert given["timestep"].dtype == torch.float32
     noisy = given["hidden_states"]
-    channels = 48 if "ti2v" in twin.name else 16
+    channels = 48 if twin.name in NEWER else 16
     references = step.batch.condition.get("vace")
     num_latent_frames = 1 + (num_frames - 1) // 4
     before = 0 if references is None else references.shape[2] - num_latent_frames
-    height, width = (x // (16 if "ti2v" in twin.name else 8) for x in twin.size)
+    height, width = (x // (16 if twin.name in NEWER else 8) for x in twin.size)
     noise = flow.draw_noise(0, step.number, range(BATCH), (channels, num_latent_frames + before, height, width))
     losses = []
     for i, planned in enumerate(batch.planned_B):
@@ -468,6 +492,84 @@ def test_fun_control_is_given_control_latents_and_the_first_frame_before_zeros(t
             same(step.given["encoder_hidden_states_image"][i], tokens, exact=False)
 
 
+@pytest.mark.parametrize(("name", "share"), [("tiny_wan_control_v11", 1), *(
+    pytest.param(name, share, marks=pytest.mark.slow) for name, share in (
+        ("tiny_wan_control_v11", 0), ("tiny_wan_control_5b", 1), ("tiny_wan_control_5b", 0)))])
+def test_later_fun_control_is_given_a_reference_or_zeros_beside_the_rest(twins, name, share):
+    twin, seen = twins(name), set()
+    for step in twin.steps(first_frame_share=share, end=8):
+        check(twin, step)
+        tower = ["encoder_hidden_states_image"] * (name == "tiny_wan_control_v11")
+        assert step.given.keys() == {"hidden_states", "timestep", "encoder_hidden_states", "reference_hidden_states",
+                                     *tower}
+        c = 48 if name in NEWER else 16
+        for i, planned in enumerate(step.batch.planned_B):
+            path, num_frames = planned.clip.path, planned.bucket.num_frames
+            has_first, own = share == 1 and num_frames > 1, step.given["hidden_states"][i]
+            seen.add(path.stem)
+            control, start = own[c : 2 * c], own[2 * c :]
+            same(control, twin.official.clip(path.parent / "control" / path.name, num_frames, twin.size))
+            pixels = twin.official.pixels(path, num_frames, twin.size)
+            reference = path.parent / "reference" / f"{path.stem}.png"
+            shown = twin.official.pixels(reference, 1, twin.size, contain=True) if reference.exists() else None
+            latents = step.given["reference_hidden_states"][i]
+            same(latents, torch.zeros_like(latents) if shown is None else twin.official.latents(shown), exact=False)
+            if name in NEWER:
+                assert (step.given["timestep"][i] == 0).any() == has_first
+                same(start, twin.official.given_frames(pixels, [0]) if has_first else torch.zeros_like(start),
+                     exact=False)
+                continue
+            want = torch.zeros_like(start)
+            if has_first:
+                want[:, :1] = twin.official.latents(pixels[:, :1])
+            same(start, want, exact=False)
+            tokens = twin.official.tokens(shown[:, 0]) if shown is not None else \
+                twin.official.tokens(pixels[:, 0]) if has_first else twin.official.no_tokens()
+            same(step.given["encoder_hidden_states_image"][i], tokens, exact=False)
+    assert seen == {"video_0", "video_1", "picture"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny_wan_camera", "tiny_wan_camera_5b"])
+def test_fun_camera_is_given_the_cameras_of_its_frames_and_the_first_of_them(twins, name):
+    """The film has 16 frames a second, of which a model of 24 sees some twice."""
+    twin, seen, fps = twins(name), set(), FPS.get(name, 16)
+    for step in twin.steps(first_frame_share=0, end=6):
+        check(twin, step)
+        tower = ["encoder_hidden_states_image"] * (name == "tiny_wan_camera")
+        assert step.given.keys() == {"hidden_states", "timestep", "encoder_hidden_states", "camera_hidden_states",
+                                     *tower}
+        c = 48 if name in NEWER else 16
+        for i, planned in enumerate(step.batch.planned_B):
+            path, num_frames = planned.clip.path, planned.bucket.num_frames
+            seen.add(path.stem)
+            pixels, start = twin.official.pixels(path, num_frames, twin.size), step.given["hidden_states"][i, c:]
+            if name in NEWER:
+                assert (step.given["timestep"][i] == 0).any() == (num_frames > 1)
+                same(start, twin.official.given_frames(pixels, [0] if num_frames > 1 else []) * (num_frames > 1),
+                     exact=False)
+            else:
+                want = torch.zeros_like(start)
+                if num_frames > 1:
+                    want[:, :1] = twin.official.latents(pixels[:, :1])
+                same(start, want, exact=False)
+                tokens = twin.official.tokens(pixels[:, 0]) if num_frames > 1 else twin.official.no_tokens()
+                same(step.given["encoder_hidden_states_image"][i], tokens, exact=False)
+            want = []
+            for k in range(num_frames):
+                # A move's lens is of 1280 x 720, of which a picture of 3 : 2 shows less of the sides.
+                turn, way, lens = np.eye(3), np.zeros((3, 1)), [0.5 * (16 / 9) / 1.5, 0.5, 0.5, 0.5]
+                if path.stem == "video_0":  # x_0 = R_0 R_k^T (x_k - t_k) + t_0
+                    (first, t_0), (own, t_k) = pose(0), pose(k * 16 // fps)
+                    turn, lens = first @ own.T, [0.6, 0.9, 0.5, 0.4]
+                    way = t_0 - turn @ t_k
+                elif path.stem == "video_1":
+                    way = np.array([[-1.5 * 0.5 * k / num_frames], [0], [0]])
+                want.append([*lens, *np.concatenate([turn, way], 1).flatten()])
+            np.testing.assert_allclose(step.given["camera_hidden_states"][i], want, atol=1e-5)
+    assert seen == {"video_0", "video_1", "picture"}
+
+
 def test_vace_is_given_what_stays_what_changes_the_mask_and_the_reference_before(twins):
     twin = twins("tiny_wan_vace")
     steps = twin.steps(end=8)
@@ -498,7 +600,8 @@ def test_vace_is_given_what_stays_what_changes_the_mask_and_the_reference_before
 
 
 @pytest.mark.parametrize("name", ["tiny_wan_i2v", "tiny_wan_flf2v", "tiny_wan_ti2v", "tiny_wan_vace",
-                                  "tiny_wan_control"])
+                                  "tiny_wan_control", *(pytest.param(name, marks=pytest.mark.slow) for name in (
+                                      "tiny_wan_control_5b", "tiny_wan_camera"))])
 def test_a_sample_of_a_batch_computes_what_it_does_alone(twins, name):
     twin = twins(name)
     for step in twin.steps(end=3):

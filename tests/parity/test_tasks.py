@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -83,9 +84,17 @@ def numbers(run: Path, key: str = "loss") -> dict[str, list[float]]:
             for file in sorted(run.rglob("metrics.jsonl"))}
 
 
+LATER = tuple(name for name in TASKS if name.startswith("tiny_wan_camera") or name in (
+    "tiny_wan_vace_a14b", "tiny_wan_inp_5b", "tiny_wan_control_v11", "tiny_wan_control_a14b", "tiny_wan_control_5b"))
+"""Those whose tests are in the long tier: their twins are like others."""
+
+WITH_PIPELINE = [name for name in TASKS if VARIANTS[name].task in PIPELINES and name != "tiny_wan_inp_5b"]
+
+
 def tasks(quick, names=TASKS):
     """Every name as a parameter; those not `quick` in the slow tier."""
-    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
+    return [pytest.param(name, marks=() if name in quick else (pytest.mark.slow, *[pytest.mark.long] * (name in LATER)))
+            for name in names]
 
 
 @pytest.mark.parametrize("name", tasks(()))
@@ -144,17 +153,10 @@ def inputs_of(task: str, height: int, width: int):
 
 
 @pytest.mark.parametrize("name", tasks(("tiny_wan_i2v", "tiny_wan_ti2v", "tiny_wan_vace"),
-                                       [name for name in TASKS if VARIANTS[name].task in PIPELINES]))
+                                       WITH_PIPELINE))
 def test_twenty_steps_are_as_they_were_and_diffusers_samples_the_export_as_we_do(twins, tmp_path, name):
     twin = twins(name)
-    twin.run("train", tmp_path, "train.num_steps=20")
-    golden = json.loads(GOLDEN.read_text())[name]
-    for key, rel in (("loss", 1e-4), ("grad_norm", 1e-3)):
-        for expert, now in numbers(tmp_path, key).items():
-            assert now == pytest.approx(golden[key][expert], rel=rel), (key, expert)
-    twin.run("export", tmp_path)
-    exports = {expert: tmp_path / "export" / f"demo_anime{f'_{expert}_noise' if expert else ''}.safetensors"
-               for expert in twin.variant.experts or (None,)}
+    exports = trained(twin, tmp_path)
     ours, theirs = sampler_and_pipeline(twin, exports)
     height, width = size_of(name)
     own, given = inputs_of(twin.variant.task, height, width)
@@ -173,6 +175,62 @@ def test_twenty_steps_are_as_they_were_and_diffusers_samples_the_export_as_we_do
     sampling.set_strength(ours, 0)
     plain = sampling.sample(ours, "a square", 1, settings, sampling.Inputs(own))
     assert abs(plain.movedim(1, -1).numpy() / 255 - want).mean() > 0.01, "the LoRA is not heard"
+
+
+def trained(twin: Twin, run: Path) -> dict[str | None, Path]:
+    """Twenty steps, which are as they were, and their exports."""
+    twin.run("train", run, "train.num_steps=20")
+    golden = json.loads(GOLDEN.read_text())[twin.name]
+    for key, rel in (("loss", 1e-4), ("grad_norm", 1e-3)):
+        for expert, now in numbers(run, key).items():
+            assert now == pytest.approx(golden[key][expert], rel=rel), (key, expert)
+    twin.run("export", run)
+    return {expert: run / "export" / f"demo_anime{f'_{expert}_noise' if expert else ''}.safetensors"
+            for expert in twin.variant.experts or (None,)}
+
+
+@pytest.mark.parametrize("name", tasks((), [name for name in TASKS if name not in WITH_PIPELINE]))
+def test_what_diffusers_has_no_pipeline_for_trains_resumes_and_samples_as_the_merged_official_file(
+        twins, tmp_path, name):
+    """The export is folded into the base by `merge`, under official names; that base samples what base and LoRA do."""
+    twin = twins(name)
+    exports = trained(twin, tmp_path / "run")
+    twin.run("train", tmp_path / "parts", "train.num_steps=9")
+    twin.run("train", tmp_path / "parts", "train.num_steps=20")
+    assert numbers(tmp_path / "parts") == numbers(tmp_path / "run"), "to the bit"
+    found = base.find(twin.variant, str(twin.path), {})
+    parts = {}
+    for one in found.each():
+        parts[one.expert or "transformer"] = tmp_path / f"wan2.2_{one.expert}_noise.safetensors"
+        assert cli.main(["merge", str(one.parts["transformer"]), str(exports[one.expert]),
+                         str(parts[one.expert or "transformer"]), "layout=official", "dtype=float32"]) == 0
+    merged = base.find(twin.variant, str(twin.path), {part: str(path) for part, path in parts.items()})
+    height, width = size_of(name)
+    settings = sampling.Settings(3, (3.0, 5.0), twin.variant.shift, Bucket(NUM_FRAMES, height, width), "")
+    inputs = sampling.Inputs(own_inputs_of(twin.variant.task, height, width))
+    ours, folded = pipeline(found, exports), pipeline(merged)
+    want = sampling.sample(folded, "a square", 1, settings, inputs).float()
+    assert (sampling.sample(ours, "a square", 1, settings, inputs) - want).abs().mean() < 0.5
+    sampling.set_strength(ours, 0)
+    assert (sampling.sample(ours, "a square", 1, settings, inputs) - want).abs().mean() > 2, "the LoRA is not heard"
+    given = dict(inputs.frames)
+    for kind in ("reference", "camera"):
+        if kind in given:
+            given[kind] = moving_square(8, 1, height, width) if kind == "reference" else given[kind] * 1.5
+            other = sampling.sample(folded, "a square", 1, settings, sampling.Inputs(given))
+            assert (other - want).abs().mean() > 1, f"the {kind} is not heard"
+
+
+def own_inputs_of(task: str, height: int, width: int):
+    """What a task of Fun is sampled from."""
+    film, wanted = moving_square(3, NUM_FRAMES, height, width), {"first": moving_square(6, 1, height, width)}
+    if task.startswith("camera"):
+        zoom = np.tile([0.6, 0.6, 0.5, 0.5, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0], (NUM_FRAMES, 1))
+        zoom[:, -1] = np.linspace(0, 2, NUM_FRAMES)
+        return wanted | {"camera": torch.from_numpy(zoom).float()}
+    if task.startswith("control"):
+        wanted["control"] = film
+    return wanted | ({"reference": moving_square(4, 1, height, width)} if task.startswith("control_") else {})
 
 
 def test_video_to_video_is_what_diffusers_pipeline_gives(twins):

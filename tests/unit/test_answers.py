@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import pty
 import re
+import select
+import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,17 +49,23 @@ def imported(arguments, folder, code=0):
 @pytest.mark.parametrize(("arguments", "code"), [
     (["--help"], 0), (["train", "--help"], 0), (["check", "--help", "all"], 0), (["chek"], 2),
     (["completion", "zsh"], 0), (["__complete", "wantrain train optim.na"], 0), (["train", "recipe=demo_anmie"], 2),
-    (["train", "recipe=demo_anime", "lora.rnak=4"], 2), (["inspect"], 2), (["prune", "none"], 2)])
+    (["train", "recipe=demo_anime", "lora.rnak=4"], 2), (["inspect"], 2),
+    (["train", "recipe=demo_anime", "lora.rank=0"], 2), (["prune", "none"], 2)])
 def test_help_faults_and_completion_import_nothing_heavy(tmp_path, arguments, code):
     assert imported(arguments, tmp_path, code) == set()
 
 
-def test_faults_of_values_import_the_config_library_alone(tmp_path):
-    assert imported(["train", "recipe=demo_anime", "lora.rank=0"], tmp_path, 2) <= {"hydra", "omegaconf"}
+def test_faults_between_values_import_the_config_library_alone(tmp_path):
+    assert imported(["train", "recipe=demo_anime", "optim.weight_decay=1e9"], tmp_path, 2) <= {"hydra", "omegaconf"}
 
 
 def test_check_imports_neither_torch_nor_a_library_of_models(arguments, tmp_path):
     assert imported(["check", *arguments], tmp_path) == {"hydra", "omegaconf"}
+
+
+def test_a_cache_that_lacks_entries_is_told_without_torch(arguments, tmp_path):
+    empty = f"data.cache_dir={tmp_path / 'empty'}"
+    assert imported(["train", *arguments, empty], tmp_path, 2) == {"hydra", "omegaconf"}
 
 
 @pytest.mark.slow
@@ -160,6 +171,10 @@ def test_help_of_one_section_and_of_all(capsys):
     ("wantrain train  lo", ["lora=", "low.", "lora.", "loss."]),
     ("wantrain check recipe=x data.allow_drops=t", ["data.allow_drops=true"]), ("wantrain train lora.rank=", []),
     ("wantrain prune cache de", ["delete=no", "delete=yes"]), ("wantrain doctor --", ["--json"]),
+    ("wantrain new x --mo", ["--model"]), ("wantrain new x --model wan22_ti", ["wan22_ti2v_5b"]),
+    ("wantrain new x --model=wan22_ti", ["--model=wan22_ti2v_5b"]), ("wantrain new x mod", [
+        f"model={name}" for name in sorted(path.stem for path in (config.configs_folder() / "model").glob("*.yaml"))]),
+    ("wantrain inspect x --norms ", ["summary", "all"]), ("wantrain inspect ", []),
     ("wantrain nosuch x", []), ("wantrain train nosuch=x", [])])
 def test_what_tab_offers(line, wanted):
     assert completion.candidates(line, (*cli.VERBS, *completion.OPTION_VERBS)) == wanted
@@ -172,16 +187,65 @@ def test_tab_knows_recipes_of_ones_own(tmp_path, monkeypatch):
     assert completion.candidates("wantrain train recipe=mi", ["train"]) == ["recipe=mine"]
 
 
-def test_bash_takes_what_the_script_gives(tmp_path):
-    """Bash parts words at the equals sign, so only what stands behind it may be given."""
+@pytest.fixture
+def on_path(tmp_path):
+    """An environment in which `wantrain` is this one."""
     (tmp_path / "wantrain").write_text(f'#!/bin/sh\nexec {sys.executable} -m wantrain "$@"\n')
     (tmp_path / "wantrain").chmod(0o755)
-    ask = ('PATH="$1:$PATH"; eval "$(wantrain completion bash)"; for COMP_LINE in "wantrain train optim.schedule=co" '
+    (tmp_path / "a_file").touch()
+    return {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "TERM": "dumb",
+            "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+
+
+def test_bash_takes_what_the_script_gives(on_path):
+    """Bash parts words at the equals sign, so only what stands behind it may be given."""
+    ask = ('eval "$(wantrain completion bash)"; for COMP_LINE in "wantrain train optim.schedule=co" '
            '"wantrain train optim.sche" "wantrain exp"; do COMP_POINT=${#COMP_LINE}; COMPREPLY=(); '
            '_wantrain 2>/dev/null; echo "${COMPREPLY[@]}"; done')
-    done = subprocess.run(["bash", "-c", ask, "bash", str(tmp_path)], text=True, capture_output=True, check=True,
-                          cwd=Path(cli.__file__).parents[1])
+    done = subprocess.run(["bash", "-c", ask], text=True, capture_output=True, check=True, env=on_path)
     assert done.stdout.splitlines() == ["constant cosine", "optim.schedule=", "export"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("fish"), reason="fish is not installed")
+def test_fish_takes_what_the_script_gives(tmp_path, on_path):
+    ask = "; ".join(["wantrain completion fish | source", *(f"echo {line!r}; complete -C {line!r}" for line in (
+        "wantrain train optim.schedule=co", "true; A=1 wantrain exp", "wantrain new x --mo", "wantrain inspect a_f"))])
+    done = subprocess.run(["fish", "--no-config", "-c", ask], text=True, capture_output=True, check=True, cwd=tmp_path,
+                          env=on_path)
+    assert done.stdout.splitlines() == [
+        "wantrain train optim.schedule=co", "optim.schedule=constant", "optim.schedule=cosine",
+        "true; A=1 wantrain exp", "export", "wantrain new x --mo", "--model", "wantrain inspect a_f", "a_file"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("zsh"), reason="zsh is not installed")
+def test_zsh_takes_what_the_script_gives(tmp_path, on_path):
+    """Tab pressed at a terminal; what completes a key or a section takes no blank behind it."""
+    ours, theirs = pty.openpty()
+    shell = subprocess.Popen(["zsh", "-f", "-i"], stdin=theirs, stdout=theirs, stderr=theirs, cwd=tmp_path, env=on_path,
+                             start_new_session=True)
+    os.close(theirs)
+    try:
+        for typed, shown in (('autoload -U compinit; compinit -u -D; eval "$(wantrain completion zsh)"; echo re""ady\n',
+                              "ready"), ("true; A=1 wantrain train optim.na\t", "optim.name="), ("ad\t", "adamw"),
+                             ("\x15wantrain exp\t", "export "), ("\x15wantrain new x --mo\t", "--model "),
+                             ("\x15wantrain inspect a_f\t", "a_file ")):
+            os.write(ours, typed.encode())
+            assert shown in read_until(ours, shown), typed
+    finally:
+        shell.kill()
+        shell.wait()
+        os.close(ours)
+
+
+def read_until(terminal, shown):
+    """What a terminal shows until this is in it, or until a minute has passed."""
+    text, until = "", time.monotonic() + 60
+    while shown not in text and time.monotonic() < until:
+        if select.select([terminal], [], [], 1)[0]:
+            text += os.read(terminal, 4096).decode(errors="replace")
+    return text
 
 
 def test_every_shell_has_a_script_and_no_other(capsys):

@@ -5,14 +5,18 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pytest
 import torch
 
 from tests import tiny_models as tiny
+from tests.cuda_autocast import CudaAutocast
 from wantrain import lora
 from wantrain.lora import Spec
-from wantrain.models import block, fit
+from wantrain.models import block, compiled, fit
 from wantrain.models.block import BlockMemory
 from wantrain.models.block_operations import Attention
 from wantrain.models.encode import autocast, predict_velocity
@@ -99,8 +103,23 @@ def test_answers_and_gradients_are_those_of_diffusers_and_peft(kind: str, target
         assert all(torch.equal(gradient, whole[1][name]) for name, gradient in spared[1].items())
 
 
-@pytest.mark.parametrize("kind", ["t2v", "i2v"])
-def test_bfloat16_is_as_near_to_float32_as_autograd_is(kind: str) -> None:
+@pytest.mark.slow
+@pytest.mark.long
+def test_compiled_blocks_give_the_same_answers_and_equal_ones_whatever_they_keep() -> None:
+    transformer = adapted("t2v", ALL)
+    plain, outcomes = passed(transformer, "t2v"), []
+    for keep in block.KEEPS:
+        block.train_blocks(transformer, BlockMemory(keep), CPU, compiled.compiled())
+        outcomes.append(passed(transformer, "t2v"))
+        assert_near(outcomes[-1], plain, 1e-5, 2e-7)
+        assert torch.equal(outcomes[-1][0], outcomes[0][0])
+        assert all(torch.equal(gradient, outcomes[0][1][name]) for name, gradient in outcomes[-1][1].items())
+
+
+@pytest.mark.parametrize(("kind", "lists"), [("t2v", nullcontext), ("i2v", nullcontext), ("t2v", CudaAutocast)])
+def test_bfloat16_is_as_near_to_float32_as_autograd_is(kind: str, lists: Callable[[], AbstractContextManager[Any]]
+                                                       ) -> None:
+    """Also where autocast computes norms in float32, as on a GPU."""
     transformer = adapted(kind, ALL)
     exact = passed(transformer, kind)
     half = transformer.bfloat16()
@@ -110,9 +129,19 @@ def test_bfloat16_is_as_near_to_float32_as_autograd_is(kind: str) -> None:
     def distance(own: Outcome) -> float:
         return sum(float((own[1][name] - gradient).norm()) for name, gradient in exact[1].items())
 
-    plain, own = passed(half, kind, torch.bfloat16), passed(ours(half, "attention"), kind, torch.bfloat16)
+    with lists():
+        plain, own = passed(half, kind, torch.bfloat16), passed(ours(half, "attention"), kind, torch.bfloat16)
     assert own[0].dtype == plain[0].dtype
     assert distance(own) < 1.1 * distance(plain)
+
+
+def test_a_gpus_autocast_is_what_is_emulated() -> None:
+    x, norm = torch.randn(2, 8, dtype=torch.bfloat16), torch.nn.RMSNorm(8, elementwise_affine=False)
+    with autocast(CPU, torch.bfloat16):
+        assert norm(x).dtype == torch.nn.functional.layer_norm(x, [8]).dtype == x.sum().dtype == torch.bfloat16
+        with CudaAutocast():
+            assert norm(x).dtype == torch.nn.functional.layer_norm(x, [8]).dtype == x.sum().dtype == torch.float32
+            assert torch.nn.functional.linear(x, x).dtype == torch.bfloat16
 
 
 def test_a_scale_and_a_switched_off_adapter_count() -> None:

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from wantrain import cli, config
+from wantrain import cli, config, files
 from wantrain.config import known
 from wantrain.terms import UserError
 
@@ -19,7 +19,7 @@ RECIPE = "recipe=demo_anime"
 MISTAKES = {
     "sampler.profile=comfyui": ["sampler.profile", "comfy"],
     "sampler.solver=euler": ["sampler.solver", "unipc or dpmpp"],
-    "sampler.formats=[gif]": ["sampler.formats", "mp4, webp and png"],
+    "sampler.formats=[gif]": ["sampler.formats", "webp and png"],
     "optim.lr=1e-4x": ["optim.lr = '1e-4x'", "a number such as 1e-4"],
     "optim.lr=0,0001": ["optim.lr", "comma", "0.0001"],
     "optim.lr=": ["optim.lr", "a number"],
@@ -54,6 +54,7 @@ MISTAKES = {
     "data.caption_dropout=10": ["data.caption_dropout", "[0, 1]"],
     "data.cache_dir=/etc/hostname": ["data.cache_dir", "/etc/hostname", "a folder"],
     "run.dir=/etc/hostname/run": ["run.dir", "a folder"],
+    "run.dir=..\\runs\\x": ["run.dir", "a path with / between its folders"],
     "data.source.style.path=x": ["data.sources"],
     "data.sources.style.paht=x": ["data.sources.style.paht"],
     "model.dtype=fp16": ["model.dtype", "bfloat16", "65,504"],
@@ -457,14 +458,38 @@ def test_clips_that_are_not_there_are_told_before_libraries_are_imported(tmp_pat
 
     monkeypatch.setattr(importlib, "import_module", light)
     for typed, said in (("data.sources.style.path=/no/such", "data.sources.style.path = '/no/such' does not exist"),
-                        ("data.heldout=C:\\Users\\me", "a backslash parts no folders here")):
-        for verb in ("check", "report", "cache", "train") if "C:" in typed else ("train",):
+                        ("data.heldout=my\\clips", "a backslash parts no folders here")):
+        for verb in ("check", "report", "cache", "train") if "\\" in typed else ("train",):
             assert cli.main([verb, RECIPE, typed]) == 2
             assert said in capsys.readouterr().err
     assert cli.main(["inspect"]) == 2
     assert "wantrain inspect FILE" in capsys.readouterr().err
     for there in ("hf://datasets/a/b", "*.tar", "s3://bucket/x"):
         config.refuse_absent_clips(config.load([RECIPE, f"data.heldout={there}"]))
+
+
+@pytest.mark.parametrize(("typed", "again"), [
+    (["check", RECIPE, "data.cache_dir=C:\\my cache"], ["check", RECIPE, "data.cache_dir=/mnt/c/my cache"]),
+    (["check", "sampler.inputs=[C:\\x.png]"], ["check", "sampler.inputs=[/mnt/c/x.png]"]),
+    (["prepare", "D:/films", "--trigger", "a b"], ["prepare", "/mnt/d/films", "--trigger", "a b"]),
+    (["convert", "a.safetensors", "e:\\b\\c.safetensors"], ["convert", "a.safetensors", "/mnt/e/b/c.safetensors"])])
+def test_a_drive_of_windows_is_no_folder_here(typed, again, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(typed) == 2
+    said = capsys.readouterr().err
+    assert "is a path of Windows" in said
+    assert shlex.split(said.partition("next: ")[2]) == ["wantrain", *again]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_and_a_manifest_written_on_windows_are_found(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mine.yaml").write_text("# @package _global_\ndefaults: [demo_anime, _self_]\n")
+    assert config.load(["recipes\\mine.yaml"]).data.trigger == "celanime style"
+    assert files.of_windows("clips\\a b.mp4") == "clips/a b.mp4"
+    assert files.of_windows("C:\\clips\\a.mp4") == "/mnt/c/clips/a.mp4"
+    assert files.of_windows("ab:\\c") == "ab:/c"
 
 
 @pytest.mark.parametrize(("typed", "said", "meant"), [

@@ -303,14 +303,40 @@ def refused(*_: object) -> torch.Tensor:
 @pytest.mark.parametrize("what", [exhausted, refused])
 def test_no_memory_tells_the_peak_and_three_settings(wantrain, monkeypatch, capsys, what):
     monkeypatch.setattr(Training, "losses", what)
-    assert wantrain("train") == 2
+    assert wantrain("train", "memory.gib=8") == 2
     told = capsys.readouterr().err
     assert "out of memory, with " in told
-    assert "GiB in use at the most" in told
+    assert " GiB in use at the most, where 0." in told  # what was planned: the margin, most of it
     assert "the largest clips are 5f 32x48 (12 tokens), 4 at once" in told
     offers = told.partition("one of:\n")[2].strip().splitlines()
     assert [offer.strip().partition("    ")[0] for offer in offers] == [
         "memory.keep=attention", "memory.keep=inputs", "train.micro_batch_size=2"]
+
+
+@pytest.mark.parametrize("fails", ["once", "always"])
+def test_where_memory_ends_it_goes_on_once_with_what_needs_less(wantrain, tmp_path, monkeypatch, capsys, fails):
+    """On a CPU nothing was chosen before: now blocks keep less, and the losses are those of an undisturbed run."""
+    more = ["train.num_steps=3", "train.save_every=2", "train.log_every=1"]
+    if fails == "once":
+        assert wantrain("train", *more, f"run.dir={tmp_path / 'whole'}") == 0
+    steps, own = [], train.train_step
+
+    def step(training, number, batches):
+        steps.append((number, training.memory.keep[0]))
+        if number == 2 and (fails == "always" or len(steps) == 3):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return own(training, number, batches)
+
+    monkeypatch.setattr(train, "train_step", step)
+    assert wantrain("train", *more, f"run.dir={tmp_path / 'run'}") == (0 if fails == "once" else 2)
+    assert [number for number, _ in steps] == [0, 1, 2, 2]  # from the checkpoint of step 2
+    assert [keep == "all" for _, keep in steps] == [True, True, True, False]
+    told = capsys.readouterr().err
+    assert told.count("goes on by itself, this once, from the last checkpoint") == 1
+    if fails == "once":
+        assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    else:
+        assert "one of:\n" in told
 
 
 def test_settings_that_are_in_use_already_are_not_offered(wantrain, monkeypatch, capsys):

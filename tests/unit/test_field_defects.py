@@ -28,7 +28,6 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -45,7 +44,8 @@ from wantrain.models import base, sampling
 from wantrain.models.base import Base
 from wantrain.models.conditioning import Encoders
 from wantrain.models.encode import predict_velocity
-from wantrain.models.variants import VARIANTS, diffusers_config, is_trainable
+from wantrain.models.fun import class_of
+from wantrain.models.variants import VARIANTS, diffusers_config
 from wantrain.recipe.clips import Clips
 from wantrain.recipe.recipe import Recipe
 from wantrain.recipe.sampler import lora_files, sampler_settings
@@ -255,12 +255,12 @@ def test_every_window_of_a_long_film_has_the_models_frame_rate(extract):
 
 # Targets
 
-@pytest.mark.parametrize("name", [name for name, v in VARIANTS.items() if is_trainable(v)])
+@pytest.mark.parametrize("name", VARIANTS)
 def test_the_default_targets_match_every_block_of_every_variant(name):
     variant = VARIANTS[name]
     small = replace(variant.architecture, num_layers=2, vace_layers=variant.architecture.vace_layers[:1])
     with torch.device("meta"):
-        transformer = getattr(diffusers, variant.transformer_class)(**diffusers_config(
+        transformer = class_of(variant)(**diffusers_config(
             replace(variant, architecture=small)))
     assert Lora().targets == config_of().lora.targets == ["attn_ffn"]
     found = lora.match_targets(transformer, Lora().targets)

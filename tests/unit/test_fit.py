@@ -55,9 +55,10 @@ def test_where_the_blocks_cannot_be_ours_diffusers_own_are_checkpointed(calls: l
                 is_divided=is_divided)
 
 
-def test_nothing_is_changed_that_is_not_asked_for(calls: list[str]) -> None:
+def test_a_sampler_has_our_blocks_and_nothing_else_that_is_not_asked_for(calls: list[str]) -> None:
+    ours = "blocks keep all, 0 swapped"
     assert fit.fit(copy.deepcopy(tiny.transformer("t2v")), CUDA) == []
     assert fit.fit(copy.deepcopy(tiny.transformer("i2v")), CPU) == []  # its image tokens stand before the text
-    assert calls == []
+    assert calls == [ours, ours]
     assert fit.fit(copy.deepcopy(tiny.transformer("t2v")), CPU) == []
-    assert calls == ["short text"]
+    assert calls[2:] == ["short text", ours]

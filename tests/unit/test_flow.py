@@ -64,12 +64,20 @@ def test_every_loss_is_the_weighted_mean_of_its_elements(kind):
     ("cosmap", 5, [2 / math.pi, 2 / (math.pi * 0.905), 2 / (math.pi * 0.625), 4 / math.pi, 2 / (math.pi * 0.82),
                    2 / math.pi]),
     ("min_snr", 5, [0, 5 * 0.0025, 5 * 0.0625, 0.25, 0.01, 0]),
+    ("bell", 5, [0, 5.277 * (math.exp(-0.405) - math.exp(-0.5)), 5.277 * (math.exp(-0.125) - math.exp(-0.5)),
+                 5.277 * (1 - math.exp(-0.5)), 5.277 * (math.exp(-0.32) - math.exp(-0.5)), 0]),
     ("min_snr", 0.5, [0, 0.5 * 0.0025, 0.5 * 0.0625, 0.5 * 0.25, 0.01, 0]),
 ])
 def test_weights_of_sigma_have_their_closed_forms_and_are_finite_at_both_ends(name, gamma, wanted):
     got = flow.weight_of_sigma(torch.tensor([0, 0.05, 0.25, 0.5, 0.9, 1]), name, gamma)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, torch.tensor(wanted, dtype=torch.float32), rtol=1e-5, atol=1e-12)
+
+
+def test_the_bell_has_a_mean_of_1_over_uniform_sigmas_shifted_by_5():
+    """As where it is from, whose clipping and learning rate are made for that."""
+    u = (torch.arange(1_000_000, dtype=torch.float64) + 0.5) / 1_000_000
+    assert float(flow.weight_of_sigma(5 * u / (1 + 4 * u), "bell").mean()) == pytest.approx(1, abs=1e-3)
 
 
 def test_min_snr_weights_the_velocity_error_as_hang_et_al_weight_that_of_the_clean_latents():
@@ -86,7 +94,7 @@ def test_min_snr_weights_the_velocity_error_as_hang_et_al_weight_that_of_the_cle
 
 
 @pytest.mark.parametrize(("call", "allowed"), [
-    (lambda: flow.weight_of_sigma(torch.ones(1), "snr"), "none, sigma_sqrt, cosmap, min_snr"),
+    (lambda: flow.weight_of_sigma(torch.ones(1), "snr"), "none, sigma_sqrt, cosmap, min_snr, bell"),
     (lambda: flow.loss_per_sample(torch.ones(1, 1), torch.ones(1, 1), kind="l1"), "mse, huber, pseudo_huber"),
     (lambda: Density("gauss"), "uniform, logit_normal, mode, beta"),
 ])

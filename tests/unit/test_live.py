@@ -58,9 +58,9 @@ def test_samples_are_those_of_the_exported_lora_and_training_is_as_without_them(
     for verb in ("export", "sample"):
         assert wantrain(verb, *own, f"run.dir={run}") == 0
     for number in (0, 1):
-        for column, strength in (("base", 0), ("step_000004", 1)):
+        for column, name in (("base", "base"), ("step_000004", "strength_1")):
             assert_same(written[run / "live" / f"{column}_{number:03d}.mp4"],
-                        written[run / "samples" / f"{number:03d}_strength_{strength}.mp4"])
+                        written[run / "samples" / f"{number:03d}_{name}.mp4"])
     assert not torch.equal(written[run / "live" / "base_000.mp4"], written[run / "live" / "step_000004_000.mp4"])
 
 
@@ -118,7 +118,20 @@ def test_samples_of_an_expert_go_through_both_and_take_the_newest_lora_of_the_ot
     assert columns(run / "high") == columns(run / "low") == ["base", "step_000002"]
     sampled, high, low = run / "samples", run / "high" / "live", run / "low" / "live"
     for folder in (high, low):
-        assert_same(written[folder / "base_000.mp4"], written[sampled / "000_strength_0.mp4"])
+        assert_same(written[folder / "base_000.mp4"], written[sampled / "000_base.mp4"])
     assert_same(written[low / "step_000002_000.mp4"], written[sampled / "000_strength_1.mp4"])
     assert wantrain("sample", *own, f"sampler.loras=['{run}/export/demo_anime_{{expert}}_noise.safetensors=1/0']") == 0
     assert_same(written[high / "step_000002_000.mp4"], written[sampled / "000_strength_1.mp4"])
+
+
+@pytest.mark.slow
+def test_with_a_few_step_lora_samples_are_those_with_it_in_the_base(trained, wantrain, written, tmp_path):
+    own = ("optim.lr=0.05", "train.num_steps=2")
+    fast = trained("fast", *own, "train.seed=7")
+    assert wantrain("export", f"run.dir={fast}", *own, "train.seed=7") == 0
+    own += (f"sampler.fast_lora={fast}/export/demo_anime.safetensors=0.5",)
+    run = trained("run", *own, "sampler.every_steps=2")
+    for verb in ("export", "sample"):
+        assert wantrain(verb, f"run.dir={run}", *own) == 0
+    for column, name in (("base", "base"), ("step_000002", "strength_1")):
+        assert_same(written[run / "live" / f"{column}_000.mp4"], written[run / "samples" / f"000_{name}.mp4"])

@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 from tests import tiny_models as tiny
 from wantrain import cli, lora
 from wantrain.models import base, lora_formats
+from wantrain.models.detection import expert_named
 from wantrain.models.fit import AdapterFile, fit
 from wantrain.models.lora_names import is_lora, lora_argument
 from wantrain.models.lora_updates import adapter_for, product_delta, product_norm, read_given
-from wantrain.models.variants import VARIANTS, diffusers_config, expert_named
+from wantrain.models.variants import VARIANTS, diffusers_config
 from wantrain.terms import UserError
 
 Tensors = dict[str, torch.Tensor]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wantrain.models import names
-from wantrain.models.names import NameMap, NoTwin, UnknownName
+from wantrain.models.names import NameMap, UnknownName
 
 MAPS = {"transformer": names.TRANSFORMER, "vae 2.1": names.VAE["2.1"], "vae 2.2": names.VAE["2.2"], "t5": names.T5,
         "clip": names.CLIP}
@@ -107,9 +107,8 @@ def test_unknown_names_raise(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["ref_conv.weight", "control_adapter.conv.bias",
                                   "control_adapter.residual_blocks.0.conv2.weight"])
-def test_names_without_a_twin_say_so(name: str) -> None:
-    with pytest.raises(NoTwin, match="no tensor of the diffusers Wan transformer"):
-        names.transformer_to_diffusers(name)
+def test_what_fun_adds_has_one_name(name: str) -> None:
+    assert names.transformer_to_diffusers(name) == names.transformer_to_official(name) == name
 
 
 @pytest.mark.parametrize("official", [official for official, _ in TRANSFORMER_PAIRS

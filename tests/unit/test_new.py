@@ -11,11 +11,12 @@ import pytest
 import yaml
 
 from tests.conftest import opened, write_clips
-from wantrain import cli, config
+from wantrain import cli, config, costs
 from wantrain.data.apart import hold_out
 from wantrain.models.variants import VARIANTS
 from wantrain.recipe import draft
-from wantrain.terms import Clip, MediaInfo, UserError
+from wantrain.recipe.costing import Room, job_of, policy_of
+from wantrain.terms import Bucket, Clip, MediaInfo, UserError
 
 
 @pytest.fixture(scope="module")
@@ -147,13 +148,28 @@ def test_sizes_are_those_of_the_clips_and_never_larger():
 def test_a_card_that_is_small_gets_a_base_in_int8_and_smaller_clips():
     a14b = VARIANTS["wan22_t2v_a14b"]
     native = a14b.native_tokens
-    assert draft.form_for(a14b, 80, native) == ("dtype", draft.tokens_that_fit(a14b, 80, "dtype"))
-    form, room = draft.form_for(a14b, 24, native)
-    assert form == "int8"
+    assert draft.form_for(a14b, 80, native) == ("dtype", False, draft.tokens_that_fit(a14b, 80, "dtype"))
+    assert draft.form_for(a14b, 40, native)[:2] == ("int8", False)
+    assert draft.form_for(a14b, 24, native)[:2] == ("int8", True)
+    assert draft.form_for(a14b, 24, 1560)[:2] == ("int8", False), "a still needs no block to wait"
+    form, waits, room = draft.form_for(a14b, 8, native)
+    assert (form, waits) == ("int8", True)
     assert 1560 < room < native
     assert draft.tokens_that_fit(a14b, 24, "int8") < draft.tokens_that_fit(a14b, 32, "int8")
-    with pytest.raises(UserError, match=r"does not train on a card of 12 GiB: 13\.6 GiB are its base in int8"):
-        draft.form_for(a14b, 12, native)
+    with pytest.raises(UserError, match="does not train on a card of 2 GiB"):
+        draft.form_for(a14b, 2, native)
+
+
+def test_what_new_says_that_a_card_holds_is_what_training_chooses():
+    """With the memory that `new` leaves open, the training's own choice fits the card, by moving what it must."""
+    a14b = VARIANTS["wan22_t2v_a14b"]
+    made = config.load(["anime_a14b", "memory.base=int8", "data.num_frames=[81]", "data.resolutions=[[480,832]]",
+                        "data.max_tokens_per_clip=null", "train.micro_batch_size=1"])
+    job = job_of(config.expert_config(made, "high"), Bucket(81, 480, 832), 1)
+    policy = policy_of(made, job, Room(costs.card_of("24gb"), 24 * costs.GIB))
+    assert costs.peak(costs.device_parts(job, policy)) <= 24 * costs.GIB
+    assert policy.swap or policy.offload
+    assert draft.form_for(a14b, 24, a14b.native_tokens)[1]
 
 
 def test_the_memory_of_a_recipe_is_in_it(here):

@@ -122,3 +122,29 @@ def test_a_training_keeps_what_the_plan_said_beside_its_peak(trained):
     assert memory["peak_is_of"] == "the whole process"
     # the base, and keys and values of 512 tokens of text in 6 blocks for 4 samples: at 12 tokens there is little else
     assert memory["planned_gib"] == pytest.approx((15.97e6 + 6 * 2 * 4 * 512 * 192 * 4) / 2**30, rel=0.2)
+
+
+def test_rates_that_are_measured_here_take_the_tables_place(planned, monkeypatch, capsys):
+    """The card is the CPU: seconds of a step follow from its own rates, which no card of the table has."""
+    import torch
+
+    from wantrain.models import calibration
+
+    assert cli.main(["plan", "recipe=anime_1b3", "--gpu", "here"]) == 2
+    assert "there is no GPU" in capsys.readouterr().err
+    rates = calibration.calibrate(torch.device("cpu"), 0.0, (64, 32, 2))
+    assert min(rates.products, rates.attention, rates.attention_backward, rates.memory, rates.slot) > 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 24 * costs.GIB))
+    known = costs.card_of("rtx4090")
+    for slower in (1.0, 2.0):
+        peak = known.bf16_tflops * 1e12 / slower
+        monkeypatch.setattr(calibration, "calibrate", lambda _, peak=peak, slower=slower: calibration.Rates(
+            known.family.products * peak, known.family.attention * peak, known.family.attention_backward * peak,
+            known.memory_gbs * 0.8e9 / slower, known.pcie_gbs * 0.8e9 / slower))
+        own = planned("recipe=anime_1b3", "memory.keep=all", "--gpu", "here")["settings"]["as the recipe says"]
+        table = planned("recipe=anime_1b3", "memory.keep=all", "--gpu", "rtx4090")["settings"]["as the recipe says"]
+        assert own["step"]["seconds"] == pytest.approx(slower * table["step"]["seconds"])
+    assert cli.main(["plan", "recipe=anime_1b3", "--gpu", "here"]) == 0
+    assert "a card (24 GiB): arithmetic at rates measured here" in capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import itertools
 import json
 import math
@@ -18,17 +19,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
+from PIL import Image
 
 from tests.runs import state
-from wantrain import files, lock, logs, metrics, outside
+from wantrain import files, lock, logs, metrics, outside, pictures
 from wantrain.engine import checkpoint, mirror, saved
 from wantrain.engine.checkpoint import Writer
 from wantrain.engine.saved import CheckpointStore, Progress, Record
 from wantrain.metrics import Metrics, Trackers
-from wantrain.pages import html
 from wantrain.stages import train
 from wantrain.terms import Stalled, UserError
 
@@ -163,19 +165,33 @@ def test_wandb_goes_on_offline_where_its_server_cannot_be_had(monkeypatch, tmp_p
         given.append(how)
         if how["mode"] != "offline":
             raise Odd("no network")
-        return SimpleNamespace(log=lambda values, step: logged.append((values, step)), finish=lambda: None)
+        return SimpleNamespace(log=lambda values, step: logged.append((values, step)), finish=lambda: None,
+                               summary=summary)
 
+    summary: dict[str, str] = {}
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Settings=lambda **limits: limits,
+                                                              Video=lambda path, format: (path, format),
                                                               teardown=lambda: given.append({"mode": "ended"})))
     monkeypatch.setenv("WANDB_MODE", "online")
     found = trackers(["wandb"], tmp_path / "a run", rank=4)
     found.log({"loss": 1.0}, 7)
+    found.show({"samples/000": tmp_path / "a.mp4"}, 7)
+    found.tell("verdict", "Usable: steps 5 to 7.", 7)
     told = found.close(5)
     assert "Odd: no network; it goes on offline" in told
     assert f"wandb sync '{tmp_path}/a run/wandb'/offline-run-*" in told
     assert [how["mode"] for how in given] == ["online", "ended", "offline"]
     assert all(how["settings"]["init_timeout"] <= 30 and how["id"] == "i" for how in given[::2])
-    assert logged == [({"loss": 1.0}, 7)]
+    assert logged == [({"train/loss": 1.0}, 7), ({"samples/000": (f"{tmp_path}/a.mp4", "mp4")}, 7)]
+    assert summary == {"verdict": "Usable: steps 5 to 7."}
+
+
+def test_trackers_sort_numbers_by_kind_and_losses_by_sigma():
+    names = ["validation_sigma_0.7500", "loss", "validation_sigma_0.2500", "validation_minus_base_ci95",
+             "validation_sigma_0.7500_minus_base", "step_s"]
+    assert sorted(map(metrics.tracked, names)) == [
+        "train/loss", "train/step_s", "validation/minus_base_ci95", "validation_by_sigma/0.2500",
+        "validation_by_sigma/0.7500", "validation_by_sigma_minus_base/0.7500"]
 
 
 def test_a_login_that_cannot_be_read_is_none(monkeypatch, tmp_path):
@@ -497,16 +513,6 @@ def test_nulls_repeats_and_what_a_crash_left_are_read(tmp_path):
         {"step": 1, "loss": 1.0}, {"step": 2, "loss": None}, {"step": 3, "loss": None}]
 
 
-def test_a_loss_that_is_not_finite_is_a_gap_in_the_curve():
-    nan = math.nan
-    lines = [{"step": s, "loss": loss} for s, loss in enumerate([4.0, 3.0, nan, 1.0, 2.0], 1)]
-    lines[3]["validation_loss"] = nan
-    drawn = html.curve(lines)
-    assert drawn["loss"].split("\n") == ["0.0,0.0 160.0,66.7", "480.0,200.0 640.0,133.3"]
-    assert (drawn["low"], drawn["high"], drawn["validation"]) == (1.0, 4.0, "")
-    assert html.curve([{"step": s, "loss": nan} for s in (1, 2, 3)]) == {}
-
-
 # The commit
 
 
@@ -578,7 +584,7 @@ def test_wandb_without_network_and_a_broken_tensorboard_cost_no_training(wantrai
 
 
 @pytest.mark.slow
-def test_tensorboard_has_the_numbers_of_the_lines(trained):
+def test_tensorboard_has_the_numbers_of_the_lines_pictures_and_texts(trained, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = trained("run", "tracker=tensorboard", "tracker.names=[tensorboard,tensorboard]")
@@ -586,8 +592,21 @@ def test_tensorboard_has_the_numbers_of_the_lines(trained):
     events.Reload()
     lines = metrics.read(run / "metrics.jsonl")
     for name in ("loss", "grad_norm", "lr"):
-        assert [(event.step, event.value) for event in events.Scalars(name)] == [
+        assert [(event.step, event.value) for event in events.Scalars(f"train/{name}")] == [
             (line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines]
+    pictures.write_mp4(tmp_path / "a.mp4", torch.arange(5, dtype=torch.uint8)[:, None, None, None].expand(
+        5, 3, 32, 48) * 50, 16)
+    found = trackers(["tensorboard"], tmp_path)
+    found.show({"samples/000": tmp_path / "a.mp4"}, 7)
+    found.tell("verdict", "Usable: steps 5 to 7.", 7)
+    assert found.close(30) == ""
+    events = EventAccumulator(str(tmp_path / "trackers" / "p"))
+    events.Reload()
+    [shown] = events.Images("samples/000")
+    picture = np.asarray(Image.open(io.BytesIO(shown.encoded_image_string)))
+    assert (shown.step, picture.shape) == (7, (32, 48, 3))
+    assert abs(int(picture.mean()) - 100) < 6, "the third of five frames"
+    assert b"Usable: steps 5 to 7." in events.Tensors("verdict/text_summary")[0].tensor_proto.string_val[0]
 
 
 @pytest.mark.slow

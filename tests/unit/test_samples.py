@@ -34,15 +34,15 @@ def sampled(wantrain, tmp_path: Path) -> Path:
     (tmp_path / "prompts.txt").write_text("# of the test\nsqstyle, a square\n\n  sqstyle, two squares, \u00e9t\u00e9\n")
     lora = write_lora(tmp_path / "a.safetensors", 0)
     assert wantrain("sample", f"sampler.prompts={tmp_path / 'prompts.txt'}", f"sampler.loras=[{lora}=0.8]",
-                    "sampler.strengths=[0,1]", "sampler.seeds=[3]", "sampler.formats=[mp4,webp,png]",
+                    "sampler.strengths=[0,1]", "sampler.seeds=[3]", "sampler.formats=[webp,png]",
                     "sampler.num_frames=9") == 0
     return tmp_path / "run" / "samples"
 
 
 def test_every_format_has_the_videos_frames_rate_and_settings(sampled: Path) -> None:
-    names = [f"{number}_strength_{strength}" for number in ("000", "001") for strength in "01"]
+    names = [f"{number}_{column}" for number in ("000", "001") for column in ("base", "strength_1")]
     assert {path.name for path in sampled.iterdir()} == {
-        "contact_sheet.png", "samples.json", *(f"{name}.{end}" for name in names for end in ("mp4", "webp", "png",
+        "contact_sheet.png", "results.json", *(f"{name}.{end}" for name in names for end in ("mp4", "webp", "png",
                                                                                             "json"))}
     with av.open(str(sampled / "001_strength_1.mp4")) as container:
         stream = container.streams.video[0]
@@ -74,9 +74,9 @@ def test_a_video_is_made_again_to_the_bit_from_itself_alone(sampled: Path, wantr
     again = json.loads((tmp_path / "mine_again.json").read_text())
     assert again == json.loads(pictures.read_comment(moved)) == json.loads(pictures.read_comment(
         tmp_path / "mine_again.mp4"))
-    other = json.loads((sampled / "001_strength_0.json").read_text())["frames"]
+    other = json.loads((sampled / "001_base.json").read_text())["frames"]
     assert again["frames"] != other
-    assert wantrain("sample", "--like", str(sampled / "001_strength_0.webp"), base=[]) == 0  # from the file beside it
+    assert wantrain("sample", "--like", str(sampled / "001_base.webp"), base=[]) == 0  # from the file beside it
     assert "the same frames as" in capsys.readouterr().out
 
 

@@ -88,10 +88,12 @@ NEEDS_A_LORA = ("train", "export", "sample", "evaluate", "inspect", "convert", "
 """Verbs whose commands build on each other: they run in one test, in this order."""
 OF_THE_TUTORIAL = ("prepare", "new", "run")
 """Verbs whose commands are those of docs/first-lora.md, which run in tests/journey/test_first_lora.py."""
-OF_THE_PAGE = ("ask", "view")
-"""Verbs that need a run, and one that trains: tests/unit/test_asking.py and test_run_page.py run them."""
+OF_A_RUN = ("ask", "view", "share")
+"""Verbs that need a run: tests/unit/test_asking.py, test_run_page.py and test_share.py run them."""
+SEARCH = "tune"
+"""Its command runs in tests/journey/test_tune.py."""
 COMMANDS = [line for line in readme_commands("wantrain ")
-            if shlex.split(line)[1] not in (*OF_THE_TUTORIAL, *OF_THE_PAGE)]
+            if shlex.split(line)[1] not in (*OF_THE_TUTORIAL, *OF_A_RUN, SEARCH)]
 CHAIN = sorted((line for line in COMMANDS if shlex.split(line)[1] in NEEDS_A_LORA),
                key=lambda line: NEEDS_A_LORA.index(shlex.split(line)[1]))
 ALONE = [line for line in COMMANDS if line not in CHAIN]

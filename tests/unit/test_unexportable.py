@@ -13,12 +13,12 @@ from wantrain.lora import KINDS, AdapterState, Spec
 from wantrain.models import base as bases
 from wantrain.models.lora_formats import GRAMMARS, LoraFile
 from wantrain.models.lora_updates import STORAGE, from_adapter, refuse_unexportable, write_proven
-from wantrain.models.variants import VARIANTS, is_trainable
+from wantrain.models.variants import VARIANTS
 from wantrain.terms import UserError
 
 PRESETS = ("attn", "attn_ffn", "all_linear")
-FAMILIES = {"t2v": "t2v", "ti2v": "t2v", "i2v": "i2v", "flf2v": "i2v", "control": "i2v", "vace": "vace",
-            "animate": "animate"}
+FAMILIES = {"t2v": "t2v", "ti2v": "t2v", "i2v": "i2v", "flf2v": "i2v", "control": "i2v", "control_reference": "i2v",
+            "control_inpaint": "t2v", "camera": "i2v", "camera_inpaint": "t2v", "vace": "vace", "animate": "animate"}
 
 
 def state_of(module: torch.nn.Module, preset: str, kind: str, rank: int = 4, alpha: float = 3) -> AdapterState:
@@ -104,7 +104,7 @@ def test_a_rank_above_a_modules_size_is_exported(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if is_trainable(variant)])
+@pytest.mark.parametrize("name", VARIANTS)
 def test_real_variants_answer_as_their_tiny_twins(name: str) -> None:
     variant = VARIANTS[name]
     on_meta = bases.Base(variant, {"transformer": Path("none")}).meta_transformer

@@ -19,6 +19,7 @@ from wantrain.validation import (
     Share,
     by_clip,
     by_sigma,
+    crossed,
     difference,
     extent_within,
     interval,
@@ -218,3 +219,50 @@ def test_the_interval_of_a_gap_between_two_sets_of_clips_holds_it_as_often_or_mo
         told = difference(0.3 + torch.randn(6, generator=generator), 2 * torch.randn(6, generator=generator))
         held += abs(told.mean - 0.3) <= told.half
     assert 0.94 < held / 2000 < 0.99
+
+
+@pytest.mark.parametrize(("confidence", "num_free", "wanted"), [
+    (0.99, 2, 9.9248), (0.995, 1, 127.3213), (0.9, 7, 1.8946)])
+def test_students_t_of_other_confidences_is_that_of_the_printed_tables(confidence, num_free, wanted):
+    assert t_quantile(num_free, confidence) == pytest.approx(wanted, abs=5e-4)
+
+
+def test_crossed_seeds_and_clips_by_hand():
+    """Values 1 + seed + clip: no rest, so that the error is that of both means alone."""
+    found = crossed(torch.tensor([[0.0, 2.0, 4.0], [1.0, 3.0, 5.0]]))
+    # mean squares: seeds 3 * 0.5 = 1.5 with 1, clips 2 * 4 = 8 with 2; 9.5^2 / (1.5^2 + 8^2 / 2) = 2.6 degrees
+    assert found.mean == 2.5
+    assert found.half == pytest.approx(4.3027 * math.sqrt(9.5 / 6), rel=1e-4)
+
+
+def test_of_one_seed_or_one_clip_the_crossed_interval_is_the_plain_one():
+    values = torch.tensor([1.0, 2.0, 4.0, 5.0])
+    assert crossed(values[None]) == interval(values)
+    assert crossed(values[:, None]) == interval(values)
+    assert math.isnan(crossed(torch.ones(1, 1)).half)
+    assert crossed(torch.ones(3, 4)).half == 0
+
+
+@pytest.mark.parametrize(("seed_std", "clip_std", "rest_std"), [(1.0, 1.0, 1.0), (1.0, 0.0, 0.3), (0.0, 1.0, 0.3),
+                                                                (0.0, 0.0, 1.0)])
+def test_crossed_intervals_hold_the_mean_over_new_seeds_and_new_clips(seed_std, clip_std, rest_std):
+    generator = torch.Generator().manual_seed(5)
+    held, runs = 0, 600
+    for _ in range(runs):
+        drawn = [std * torch.randn(shape, generator=generator, dtype=torch.float64)
+                 for std, shape in ((seed_std, (3, 1)), (clip_std, (1, 8)), (rest_std, (3, 8)))]
+        told = crossed(sum(drawn))
+        held += abs(told.mean) <= told.half
+    assert held / runs > 0.93
+
+
+def test_the_best_of_many_is_in_its_interval_as_often_as_one_alone():
+    """Nothing differs; the least of ten means is far from 0 for an interval of 95 %, and not for one of all ten."""
+    generator = torch.Generator().manual_seed(6)
+    runs, alone, together = 200, 0, 0
+    for _ in range(runs):
+        best = min((torch.randn(3, 8, generator=generator) for _ in range(10)), key=lambda values: float(values.mean()))
+        alone += abs(crossed(best).mean) <= crossed(best).half
+        together += abs(crossed(best, 10).mean) <= crossed(best, 10).half
+    assert together / runs > 0.93
+    assert alone < together

@@ -11,9 +11,10 @@ from diffusers import AutoencoderKLWan
 from tests.tiny_models import official_transformer, transformer
 from wantrain.config import Config, load
 from wantrain.models.base import Base
+from wantrain.models.detection import Shapes, detect, read_architecture
 from wantrain.models.names import VaeVersion, transformer_to_diffusers
 from wantrain.models.sizes import VAES
-from wantrain.models.variants import NATIVE_PX, VARIANTS, Architecture, Shapes, detect, read_architecture
+from wantrain.models.variants import NATIVE_PX, VARIANTS, Architecture
 from wantrain.recipe.recipe import Recipe
 from wantrain.recipe.sampler import sampler_settings
 from wantrain.terms import UserError
@@ -21,6 +22,7 @@ from wantrain.terms import UserError
 # Shift, boundary, guidance (low, high), steps, fps, frames, from the sources in docs/facts.md, "Schedules".
 FUN_21 = (3, None, (6, 6), 50, 16, 81)
 FUN_22 = (5, 0.9, (6, 6), 50, 16, 81)
+FUN_5B = (5, None, (6, 6), 50, 24, 121)
 SCHEDULES = {
     "wan21_t2v_1b3": (5, None, (5, 5), 50, 16, 81),
     "wan21_t2v_14b": (5, None, (5, 5), 50, 16, 81),
@@ -43,6 +45,10 @@ SCHEDULES = {
     "wan22_fun_a14b_inp": FUN_22,
     "wan22_fun_a14b_control": FUN_22,
     "wan22_fun_a14b_camera": FUN_22,
+    "wan22_vace_fun_a14b": (12, 0.875, (5, 5), 50, 16, 81),
+    "wan22_fun_5b_inp": FUN_5B,
+    "wan22_fun_5b_control": FUN_5B,
+    "wan22_fun_5b_camera": FUN_5B,
     "wan22_animate_14b": (5, None, (1, 1), 20, 30, 77),
     "tiny_wan": (3, None, (5, 5), 50, 16, 9),
 }
@@ -51,6 +57,10 @@ TWINS = {
     "tiny_wan_a14b": "wan22_t2v_a14b", "tiny_wan_i2v": "wan21_i2v_14b_480p", "tiny_wan_i2v_a14b": "wan22_i2v_a14b",
     "tiny_wan_flf2v": "wan21_flf2v_14b", "tiny_wan_ti2v": "wan22_ti2v_5b", "tiny_wan_vace": "wan21_vace_1b3",
     "tiny_wan_control": "wan21_fun_1b3_control", "tiny_wan_animate": "wan22_animate_14b",
+    "tiny_wan_control_v11": "wan21_fun_v11_1b3_control", "tiny_wan_control_a14b": "wan22_fun_a14b_control",
+    "tiny_wan_control_5b": "wan22_fun_5b_control", "tiny_wan_camera": "wan21_fun_v11_1b3_camera",
+    "tiny_wan_camera_5b": "wan22_fun_5b_camera", "tiny_wan_vace_a14b": "wan22_vace_fun_a14b",
+    "tiny_wan_inp_5b": "wan22_fun_5b_inp",
 }
 
 
@@ -63,7 +73,7 @@ def test_schedules_are_the_official_ones(name: str) -> None:
     v = VARIANTS[name]
     assert (v.shift, v.boundary, v.guidance, v.num_steps, v.fps, v.num_frames) == SCHEDULES[name]
     assert v.experts == (("high", "low") if "a14b" in name else ())
-    assert (v.vae, v.multiple_px) == (("2.2", 32) if name == "wan22_ti2v_5b" else ("2.1", 16))
+    assert (v.vae, v.multiple_px) == (("2.2", 32) if "5b" in name else ("2.1", 16))
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -172,7 +182,9 @@ FILE_NAMES = [
     (I2V_14B, "Wan2.1-Fun-14B-InP", "wan21_fun_14b_inp", None),
     (I2V_A14B, "wan2.2_i2v_high_noise_14B_fp16.safetensors", "wan22_i2v_a14b", "high"),
     (I2V_A14B, "wan2.2_fun_inpaint_low_noise_14B_bf16.safetensors", "wan22_fun_a14b_inp", "low"),
-    (VACE_14B, "model.safetensors", "wan21_vace_14b", None),
+    (VACE_14B, "wan2.1_vace_14B_fp16.safetensors", "wan21_vace_14b", None),
+    (VACE_14B, "wan2.2_fun_vace_high_noise_14B.safetensors", "wan22_vace_fun_a14b", "high"),
+    (VACE_14B, "Wan2.2-VACE-Fun-A14B/low_noise_model", "wan22_vace_fun_a14b", "low"),
     (I2V_14B, "14B_480p_fp8.safetensors", "wan21_i2v_14b_480p", None),
     (I2V_14B, "Wan2.1-Fun-14B-InP_i2v.safetensors", "wan21_fun_14b_inp", None),
     (CAMERA_14B, "Wan2.1-Fun-V1.1-14B-Control-Camera", "wan21_fun_v11_14b_camera", None),
@@ -195,7 +207,7 @@ def test_the_file_name_settles_what_tensors_cannot(shapes: Shapes, file_name: st
     (T2V_14B, "wan2.1_t2v_14b_high_noise.safetensors", {"wan21_t2v_14b", "wan22_t2v_a14b"}),
     (T2V_14B, "wan2.1_i2v_14b.safetensors", {"wan21_t2v_14b", "wan22_t2v_a14b"}),
     (I2V_14B, "wan2.1_i2v_14B_fp16.safetensors", {"wan21_i2v_14b_480p", "wan21_i2v_14b_720p"}),
-    (VACE_14B, "wan2.2_fun_vace_high_noise_14B.safetensors", {"wan21_vace_14b"}),
+    (VACE_14B, "model.safetensors", {"wan21_vace_14b", "wan22_vace_fun_a14b"}),
 ])
 def test_an_ambiguous_file_name_is_never_a_guess(shapes: Shapes, file_name: str | None, left: set[str]) -> None:
     found = detect(shapes, file_name)

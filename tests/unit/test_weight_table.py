@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
-
 from tests import tiny_models as tiny
 from tests import weight_table
-from wantrain.models.variants import VARIANTS, diffusers_config
-from wantrain.terms import UserError
+from wantrain.models.fun import OWN
+from wantrain.models.variants import VARIANTS
 
 
 def test_the_page_is_up_to_date() -> None:
@@ -20,11 +18,7 @@ def test_every_variant_has_one_column() -> None:
     assert sorted(name for kind in tiny.TRANSFORMERS for name in weight_table.variants_of(kind)) == published
 
 
-def test_the_columns_without_a_class_are_those_that_cannot_be_built() -> None:
+def test_the_columns_without_a_class_of_diffusers_are_those_of_our_own() -> None:
     for kind in tiny.TRANSFORMERS:
         for name in weight_table.variants_of(kind):
-            if tiny.PARTS[kind].extra:
-                with pytest.raises(UserError, match="diffusers has no transformer class"):
-                    diffusers_config(VARIANTS[name])
-            else:
-                assert diffusers_config(VARIANTS[name])
+            assert (VARIANTS[name].transformer_class in OWN) == (kind not in tiny._WITH_CLASS)

@@ -13,7 +13,7 @@ from wantrain.config import Config, load
 from wantrain.models import comfy_nodes, comfy_workflow
 from wantrain.models.comfy_workflow import FILES, Wanted, workflow
 from wantrain.models.profiles import PROFILES
-from wantrain.models.variants import VARIANTS, is_trainable
+from wantrain.models.variants import VARIANTS
 from wantrain.recipe.comfy import merged, prompt_of
 from wantrain.recipe.sampler import settings_of
 
@@ -33,6 +33,12 @@ PYTHON = {
                                 "clip_vision_end_image? start_image? end_image?",
     "WanFunControlToVideo": "positive negative vae width height length batch_size clip_vision_output? start_image? "
                             "control_video?",
+    "Wan22FunControlToVideo": "positive negative vae width height length batch_size ref_image? control_video?",
+    "WanCameraEmbedding": "camera_pose width height length speed fx fy cx cy",
+    "WanCameraImageToVideo": "positive negative vae width height length batch_size clip_vision_output? start_image? "
+                             "camera_conditions?",
+    "ImageScale": "image upscale_method width height crop", "VAEEncode": "pixels vae",
+    "ReferenceLatent": "conditioning latent?",
     "WanVaceToVideo": "positive negative vae width height length batch_size strength control_video? control_masks? "
                       "reference_image?",
     "WanAnimateToVideo": "positive negative vae width height length batch_size clip_vision_output? reference_image? "
@@ -43,9 +49,13 @@ PYTHON = {
     "SaveVideo": "video filename_prefix format codec",
 }
 PAGE_ONLY = ("control_after_generate", "upload")
-TRAINABLE = [name for name, own in VARIANTS.items() if is_trainable(own) and not name.startswith("tiny")]
+WITHOUT = {"wan22_fun_5b_inp", "wan22_fun_5b_camera"}
+"""Of these no workflow of ComfyUI was at hand."""
 INPUTS = {"i2v": {"first": "a/photo.png"}, "flf2v": {"first": "x.png", "last": "y.png"}, "ti2v": {"first": "p.png"},
           "control": {"control": "pose.mp4", "first": "p.png"},
+          "control_reference": {"control": "pose.mp4", "reference": "r.png", "first": "p.png"},
+          "control_inpaint": {"control": "pose.mp4", "reference": "r.png"}, "camera": {"first": "p.png"},
+          "camera_inpaint": {"first": "p.png"},
           "vace": {"control": "c.mp4", "control_mask": "m.mp4", "reference": "r.png"},
           "animate": {"control": "c.mp4", "face": "f.mp4", "reference": "r.png"}}
 
@@ -84,7 +94,7 @@ def only(sent: dict[int, tuple[str, dict[str, Any]]], kind: str) -> dict[str, An
     return found
 
 
-@pytest.mark.parametrize("name", TRAINABLE)
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("given", [True, False])
 def test_every_task_has_a_graph_that_comfyui_takes(name: str, given: bool) -> None:
     variant = VARIANTS[name]
@@ -102,6 +112,27 @@ def test_every_task_has_a_graph_that_comfyui_takes(name: str, given: bool) -> No
     if variant.task in INPUTS and given:
         names = {inputs.get("image", inputs.get("file")) for type_, inputs in sent.values() if type_.startswith("Load")}
         assert {path.rpartition("/")[2] for path in INPUTS[variant.task].values()} <= names
+
+
+def test_every_variant_has_a_file_there_or_is_known_to_have_none() -> None:
+    assert {name for name in VARIANTS if not name.startswith("tiny")} == {*FILES} | WITHOUT
+    assert {own.comfy_name for own in PROFILES["comfy"].solvers.values()} == {"euler", "uni_pc", "dpmpp_2m"}
+    assert comfy_workflow.VAE_FILES.keys() == {"2.1", "2.2"}
+
+
+def test_a_reference_of_fun_reaches_both_texts() -> None:
+    name = "wan21_fun_v11_14b_control"
+    sent = prompt(workflow(VARIANTS[name], wanted(name, INPUTS["control_reference"])))
+    sampled = only(sent, "KSampler")
+    for side, slot in (("positive", 0), ("negative", 1)):
+        kind, reference = sent[sampled[side][0]]
+        assert kind == "ReferenceLatent"
+        assert sent[reference["conditioning"][0]][0] == "WanFunControlToVideo"
+        assert reference["conditioning"][1] == slot
+        assert sent[reference["latent"][0]][0] == "VAEEncode"
+    shown = sent[only(sent, "ImageScale")["image"][0]][1]["image"]
+    assert shown == "r.png"
+    assert only(sent, "CLIPVisionEncode")["image"] == only(sent, "ImageScale")["image"]
 
 
 def test_definitions_are_those_of_the_functions() -> None:
@@ -229,9 +260,3 @@ def test_the_prompt_holds_the_trigger_and_merged_loras_are_loaded_first() -> Non
     node, = (node for node, (type_, _) in sent.items() if type_ == "KSampler")
     assert [inputs.get("lora_name") for _, inputs in reversed(chain(sent, node))] == [
         None, "fast_{expert}.safetensors", "other.safetensors", "style.safetensors", None]
-
-
-def test_every_trainable_model_has_its_file() -> None:
-    assert set(FILES) == set(TRAINABLE)
-    assert {own.comfy_name for own in PROFILES["comfy"].solvers.values()} == {"euler", "uni_pc", "dpmpp_2m"}
-    assert comfy_workflow.VAE_FILES.keys() == {"2.1", "2.2"}

@@ -46,10 +46,10 @@ def name_of(index: int, scene: Scene) -> str:
     return f"{index:02d}_{scene.colour}_{scene.object}_{scene.background}"
 
 
-def write_set(folder: Path, scenes: list[Scene], style: str, trigger: str, crf: int) -> None:
-    """One mp4 and one caption file a scene; an empty trigger gives plain captions."""
+def write_set(folder: Path, scenes: list[Scene], style: str, trigger: str, crf: int, *, first: int = 0) -> None:
+    """One mp4 and one caption file a scene, numbered from `first`; an empty trigger gives plain captions."""
     folder.mkdir(parents=True, exist_ok=True)
-    for index, scene in enumerate(scenes):
+    for index, scene in enumerate(scenes, first):
         name = name_of(index, scene)
         write_clip(folder / f"{name}.mp4", render(scene, style, HEIGHT, WIDTH, NUM_FRAMES), crf)
         text = caption(scene, index % 4)

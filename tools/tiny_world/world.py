@@ -24,6 +24,7 @@ COLOURS: dict[str, Rgb] = {
     "purple": (140, 55, 170),
     "green": (15, 130, 75),
 }
+ORANGE: Rgb = (250, 130, 20)
 BACKGROUNDS = ("meadow", "desert", "sea", "night")
 MOTIONS = ("still", "left", "right", "rise", "zoom")
 FLYING = ("balloon", "rocket")
@@ -40,7 +41,11 @@ MOTION_PHRASES = {
     "right": ("moving to the right", "drifting right"),
     "rise": ("rising", "rising up slowly"),
     "zoom": ("the camera zooms in", "slow zoom in"),
+    "swing": ("swinging", "swinging to and fro"),
 }
+
+NEW_MOTION, NEW_OBJECT, NEW_COLOUR = "swing", "zogling", "orange"
+"""No scene of `draw_scene` has them, so the base has never seen them: what a LoRA of motion or of a subject learns."""
 
 # Sky top, sky bottom, far layer, ground, sun or moon: for the natural look and for anime.
 NATURAL_PALETTE: dict[str, tuple[Rgb, Rgb, Rgb, Rgb, Rgb]] = {
@@ -66,6 +71,7 @@ PANE: Rgb = (250, 225, 150)
 GLASS: Rgb = (190, 220, 235)
 FLAME: Rgb = (250, 150, 40)
 
+SWING, FRAMES_OF_A_SWING = 0.3, 8
 DRIFT_PER_FRAME = 0.055
 RISE_PER_FRAME = 0.04
 ZOOM_PER_FRAME = 0.03
@@ -220,12 +226,14 @@ def _object_layers(scene: Scene, x: Array, y: Array, offset_F: Array) -> list[La
     shift_x, shift_y = np.zeros_like(offset_F), np.zeros_like(offset_F)
     if scene.motion in ("left", "right"):
         shift_x = offset_F * (DRIFT_PER_FRAME if scene.motion == "right" else -DRIFT_PER_FRAME)
+    if scene.motion == NEW_MOTION:
+        shift_x = SWING * np.sin(2 * np.pi * offset_F / FRAMES_OF_A_SWING)
     if scene.motion == "rise":
         shift_y = offset_F * RISE_PER_FRAME
     foot = -0.5 if scene.object in FLYING else -0.68
     u = (x - scene.x - shift_x.reshape(-1, 1, 1)) / size
     v = (y - foot - shift_y.reshape(-1, 1, 1)) / size
-    colour = COLOURS[scene.colour]
+    colour = COLOURS.get(scene.colour, ORANGE)
     layers = []
     if scene.object not in FLYING and scene.motion != "rise":
         shadow_colour = tuple(int(0.72 * c) for c in NATURAL_PALETTE[scene.background][3])
@@ -314,6 +322,17 @@ def _rocket(u: Array, v: Array, colour: Rgb) -> list[Part]:
     ]
 
 
+def _zogling(u: Array, v: Array, colour: Rgb) -> list[Part]:
+    ears = _triangle(np.abs(u) - 0.24, v - 0.62, 0.12, 0.38)
+    return [
+        (ears, DARK, True),
+        (_box(np.abs(u) - 0.2, v - 0.1, 0.08, 0.1), DARK, True),
+        (_ellipse(u, v - 0.42, 0.46, 0.32), colour, True),
+        (_circle(u, v - 0.48, 0.17), (238, 238, 238), False),
+        (_circle(u + 0.04, v - 0.48, 0.08), DARK, False),
+    ]
+
+
 _PARTS = {
     "house": _house,
     "castle": _castle,
@@ -323,6 +342,7 @@ _PARTS = {
     "boat": _boat,
     "balloon": _balloon,
     "rocket": _rocket,
+    NEW_OBJECT: _zogling,
 }
 
 

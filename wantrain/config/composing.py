@@ -33,6 +33,9 @@ from wantrain.config.sections.data import Source
 from wantrain.config.values import without_null
 from wantrain.terms import UserError
 
+PROMPTS = (("sampler", "prompts"), ("evaluate", "prompts"), ("evaluate", "combined"), ("evaluate", "unrelated"))
+"""The keys whose values may be text files of prompts."""
+
 
 def compose(asked: CommandLine, own: Sequence[Place], places: Sequence[Place]) -> Config:
     """Compose `configs/wantrain.yaml` with what is asked for. Every fault is a UserError.
@@ -49,8 +52,9 @@ def compose(asked: CommandLine, own: Sequence[Place], places: Sequence[Place]) -
         if missing := sorted(OmegaConf.missing_keys(composed)):
             raise UserError(f"no value for {', '.join(missing)}", pasted(missing[0], example_of(missing[0])))
         _refuse_other_shapes(composed)
-        for section in (composed.sampler, composed.evaluate):
-            section.prompts = [prompt for word in section.prompts for prompt in read_prompts(word)]
+        for section, key in PROMPTS:
+            if (words := composed[section][key]) is not None:
+                composed[section][key] = [prompt for word in words for prompt in read_prompts(word)]
         config = OmegaConf.to_object(composed)
     except RecursionError as error:
         raise told(OmegaConfBaseException("RecursionError"), places) from error

@@ -28,9 +28,11 @@ from wantrain.config.known import (
     sections,
 )
 from wantrain.config.places import Place, configs_folder, own_places
+from wantrain.config.rules import refuse_typed
 from wantrain.config.schema import Config
 from wantrain.config.sections.run import TRACKERS
 from wantrain.config.values import Node, Unfit, convert, nearest, read_text
+from wantrain.files import of_windows
 from wantrain.terms import UserError
 
 
@@ -52,6 +54,7 @@ def load(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
     own = own_places(config_dir, [*given.values()])
     places = [*own, Place(configs_folder())]
     asked = _asked([f"recipe={given[word].stem}" if word in given else word for word in overrides], places)
+    refuse_typed(asked.values)
     if "recipe" not in asked.groups:
         raise UserError(f"no recipe is chosen; there are {', '.join(choices(places, 'recipe'))}", "recipe=demo_anime")
     seen: set[Path] = set()
@@ -75,7 +78,7 @@ def _recipe_file(word: str) -> Path | None:
     """The recipe that a word of the command line names as a file, if it does."""
     name = word.removeprefix("recipe=").strip()
     try:
-        path = Path(name).expanduser()
+        path = Path(of_windows(name)).expanduser()
         return path if path.suffix == ".yaml" and path.is_file() else None
     except (OSError, RuntimeError, ValueError):  # what cannot be a path is told as a recipe that is not there
         return None

@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import math
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 from wantrain.config.keys import example_of, pasted
+from wantrain.config.known import sections
 from wantrain.config.schema import Config
+from wantrain.config.sections.data import Source
 from wantrain.config.sections.parts import Allowed, Rule, Section
 from wantrain.terms import UserError
+
+
+def refuse_typed(values: Sequence[tuple[str, Any]]) -> None:
+    """Raise UserError for a value of the command line that is wrong whatever else is set: before anything is composed.
+    """
+    for key, value in values:
+        room, _, name = key.rpartition(".")
+        schema = Source if room.startswith("data.sources.") else sections().get(room)
+        if schema is None or "${" in str(value) or name in getattr(schema, "entangled", ()):
+            continue
+        own = tuple(_allowed(typing.get_type_hints(schema, include_extras=True)[name]))
+        for ok, _, wrong, allowed in _value_rules(value, key, own):
+            if not ok:
+                raise UserError(f"{key} = {wrong!r} is not allowed: {allowed}", _typed(key, example_of(key)))
 
 
 def refuse_faults(config: Config) -> None:
@@ -27,6 +43,10 @@ def _remedy(config: Config, key: str) -> str:
         return "export WANDB_MODE=offline"
     section: Section = getattr(config, key.partition(".")[0])
     value = section.remedies(config).get(key, example_of(key))
+    return _typed(key, value)
+
+
+def _typed(key: str, value: object) -> str:
     return f"{pasted(key, value)}    for one, on the command line; in a recipe it is written in YAML"
 
 

@@ -13,9 +13,13 @@ from wantrain.costs.choice import overrides as overrides
 from wantrain.costs.choice import relieved as relieved
 from wantrain.costs.devices import CARDS as CARDS
 from wantrain.costs.devices import GIB as GIB
+from wantrain.costs.devices import MEMORY_SHARE as MEMORY_SHARE
+from wantrain.costs.devices import PCIE_SHARE as PCIE_SHARE
 from wantrain.costs.devices import TYPICAL as TYPICAL
 from wantrain.costs.devices import Card as Card
+from wantrain.costs.devices import Family as Family
 from wantrain.costs.devices import card_of as card_of
+from wantrain.costs.memory import BY_ERROR as BY_ERROR
 from wantrain.costs.memory import Job as Job
 from wantrain.costs.memory import MemoryPolicy as MemoryPolicy
 from wantrain.costs.memory import MicroBatch as MicroBatch

@@ -56,6 +56,15 @@ BACKWARD = {2: Tensors(4, 2), 4: Tensors(2, 2)}
 """The most that a block takes while it goes backward, besides what it keeps and computes again, by bytes of a number:
 gradients are summed in float32."""
 
+CASTING = {2: 6, 4: 4}
+"""Bytes that a weight of fp8 takes while it is cast, by bytes of a number: in float32, and as it will be."""
+
+SLICE = 2048
+"""Tokens that a product in bytes takes at once (wantrain.models.quantised)."""
+
+INT8_SLICE_BYTES = 9
+"""Of each of these tokens, and of each number of the widest input or answer: one byte, and two numbers of four."""
+
 MOVED = {"all": Tensors(345, 8), "attention": Tensors(409, 8), "inputs": Tensors(441, 8)}
 """What its elementwise operations read and write, forward and backward."""
 
@@ -72,17 +81,22 @@ def text_bytes(own: Sizes) -> float:
     return 2.0 * own.itemsize * own.text * own.dim if own.is_lora else 0.0
 
 
-def working_bytes(own: Sizes, keep: str, is_stored_otherwise: bool) -> float:
+def working_bytes(own: Sizes, keep: str, form: str) -> float:
     """The most beyond that while it goes backward; what is computed again is there whole.
 
-    Weights that are stored otherwise are cast for each product. Both moments count: while the largest is cast, by way
-    of two float32 tensors, and after it, with a tensor of the feed-forward's width more.
+    A product in int8 takes its sums and its answer a slice of tokens at a time. Weights of other forms are cast for
+    each product (fp8 on any card, as this does not know which can do without), and both moments count: while the
+    largest is cast, by way of a float32 tensor, and after it, with a tensor of the feed-forward's width more.
     """
     if not own.is_lora:
         return own.nbytes(OTHER_WORKING[keep])
-    most, weight = own.nbytes(BACKWARD[own.itemsize]), own.dim * own.ffn_dim if is_stored_otherwise else 0
-    casting = most - own.nbytes(Tensors(0, 1)) + 8 * weight
-    return max(most + own.itemsize * weight, casting) + own.nbytes(KEPT["all"] - KEPT[keep])
+    most = own.nbytes(BACKWARD[own.itemsize])
+    if form == "int8":
+        most += INT8_SLICE_BYTES * own.ffn_dim * min(SLICE, own.tokens)
+    elif form != "dtype":
+        weight, casting = own.dim * own.ffn_dim, CASTING[own.itemsize] if form == "fp8" else 0
+        most = max(most + own.itemsize * weight, most - own.nbytes(Tensors(0, 1)) + casting * weight)
+    return most + own.nbytes(KEPT["all"] - KEPT[keep])
 
 
 def products_again(own: Sizes, keep: str) -> float:

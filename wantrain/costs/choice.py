@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from wantrain.costs.devices import Card
-from wantrain.costs.memory import FORM_BYTES, Job, MemoryPolicy, device_parts, host_parts, peak
+from wantrain.costs.memory import BASES, Job, MemoryPolicy, device_parts, host_parts, peak
 from wantrain.costs.savers import shrunk
 from wantrain.costs.seconds import micro_step_s
 
@@ -55,7 +55,7 @@ def policies(job: Job, fixed: Fixed) -> Iterator[MemoryPolicy]:
     mixed = [(less,) * (size - n) + (more,) * n for more, less in itertools.pairwise(job.keeps) for n in eighths]
     whole = [(keep,) * size for keep in ([fixed.keep] if fixed.keep else job.keeps)]
     keeps = dict.fromkeys([*whole, *(mixed if fixed.may_mix and not fixed.keep else ())])
-    bases = (fixed.base,) if fixed.base else ("dtype", *(FORM_BYTES if job.adapter.kind != "dora" else ()))
+    bases = (fixed.base,) if fixed.base else BASES if job.adapter.kind != "dora" else BASES[:1]
     swaps = (eighths if can_move else [0]) if fixed.swap is None else [fixed.swap]
     offloads = (False, True)[:1 + can_move] if fixed.offload is None else (fixed.offload,)
     for base, keep, swap, offload in itertools.product(bases, keeps, swaps, offloads):

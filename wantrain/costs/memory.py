@@ -27,8 +27,15 @@ ADAPTED_PROJECTIONS = {2: Tensors(2.5), 4: Tensors(0)}
 TEXT_GRADIENTS = 6
 """Tensors of text tokens x width, counted as well."""
 
-FORM_BYTES = {"int8": 1.0, "fp8": 1.0}
-"""Bytes of a weight of the blocks' Linears where memory.base stores them otherwise; each row has a scale beside."""
+FORM_BYTES = {"int8": (1.0, 0), "fp8": (1.0, 0), "nf4": (0.5, 64)}
+"""Where memory.base stores the blocks' Linears otherwise: bytes of a weight, and how many weights of a row have a scale
+of four bytes in common (0: all)."""
+
+BASES = ("dtype", "int8", "fp8")
+"""Forms of the base that a plan may choose for speed; nf4, whose error is the largest, it takes where it is named."""
+
+BY_ERROR = ("dtype", "int8", "nf4")
+"""The forms of each size, the most exact first."""
 
 MARGIN = "allocator's margin"
 CONTEXT_BYTES = round(0.75 * 2**30)
@@ -153,7 +160,8 @@ def streamed_bytes(variant: Variant, itemsize: int, form: str) -> int:
 def _stored(name: str, shape: tuple[int, ...], itemsize: int, form: str) -> int:
     numbers = math.prod(shape)
     if form != "dtype" and inventory.in_block(name) and name.endswith(".weight") and len(shape) == 2:
-        return round(numbers * FORM_BYTES[form]) + 4 * shape[0]
+        each, run = FORM_BYTES[form]
+        return round(numbers * each) + 4 * (numbers // run if run else shape[0])
     return numbers * (4 if inventory.is_float32(name) else itemsize)
 
 
@@ -181,17 +189,17 @@ def in_tensors(parts: Mapping[str, int]) -> int:
 
 def activations(job: Job, policy: MemoryPolicy) -> tuple[float, float]:
     """What the blocks keep, and what else there is while they go backward, where both together are at their most."""
-    return _activations(job, policy.keep, policy.offload, policy.base != "dtype")
+    return _activations(job, policy.keep, policy.offload, policy.base)
 
 
 @functools.cache
-def _activations(job: Job, keeps: tuple[str, ...], offload: bool, is_stored_otherwise: bool) -> tuple[float, float]:
+def _activations(job: Job, keeps: tuple[str, ...], offload: bool, form: str) -> tuple[float, float]:
     own, found = job.block, [(0.0, 0.0)]
     kept: list[float] = []
     for keep in keeps[job.first_adapted:]:
         kept.append(kept_bytes(own, keep))
         held = sum(kept[-NUM_BUFFERS:] if offload else kept) + len(kept) * text_bytes(own)
-        found.append((held, working_bytes(own, keep, is_stored_otherwise)))
+        found.append((held, working_bytes(own, keep, form)))
     most = max(found, key=sum)
     return most[0], most[1] + _beside_blocks(job)
 
@@ -213,7 +221,7 @@ def _beside_blocks(job: Job) -> float:
         size += TEXT_GRADIENTS * own.itemsize * own.text * own.dim
     if "vace_blocks.0.proj_out" in adapted:
         size += len(a.vace_layers) * own.nbytes(ADAPTED_PROJECTIONS[own.itemsize])
-    if job.variant.task == "ti2v":
+    if job.variant.vae == "2.2":
         size += own.nbytes(TOKEN_TIMESTEPS[own.itemsize, "condition_embedder.time_proj" in adapted])
     return size
 

@@ -48,6 +48,8 @@ def _same_numbers(job: Job, policy: MemoryPolicy, zero_stage: int, on_gpu: bool)
         yield Saver("model.dtype=bfloat16", "half of the base", replace(job, itemsize=2))
     if policy.base == "dtype" and job.adapter.kind != "dora":
         yield Saver("memory.base=int8", "a byte a weight of the base, in a run of its own", job)
+    if policy.base in ("int8", "fp8"):
+        yield Saver("memory.base=nf4", "half a byte a weight, nearly a tenth off, in a run of its own", job)
     if size > 1 and zero_stage < 3:
         yield Saver("--config_file launch/zero3.yaml", f"each of {size} processes keeps 1/{size} of the base",
                     job)

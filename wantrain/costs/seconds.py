@@ -9,12 +9,14 @@ import functools
 from dataclasses import dataclass
 
 from wantrain.costs.block import MOVED, attentions_again, products_again
-from wantrain.costs.devices import FAMILIES, MEMORY_SHARE, PCIE_SHARE, Card
+from wantrain.costs.devices import MEMORY_SHARE, PCIE_SHARE, Card
 from wantrain.costs.memory import Job, MemoryPolicy, kept_in_all, streamed_bytes
 from wantrain.models import inventory
 
 CAST_BYTES = 19
-"""Bytes that making a weight of a byte ready for one product moves: a read, two float32 tensors, the result."""
+"""Bytes that making a weight of a byte ready for one product moves: a read, two float32 tensors, the result. Products
+in int8 need none of that; that they are faster is left out, as what rounding and scaling move may take as much.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +79,11 @@ def backward(job: Job, keep: str) -> Work:
 @functools.cache
 def _passes(job: Job, base: str, keep: str, card: Card) -> tuple[float, float]:
     """Seconds of a block forward and backward."""
-    family, peak, bandwidth = FAMILIES[card.family], card.bf16_tflops * 1e12, card.memory_gbs * 1e9 * MEMORY_SHARE
+    family, peak, bandwidth = card.family, card.bf16_tflops * 1e12, card.memory_gbs * 1e9 * MEMORY_SHARE
     ahead, back, own = forward(job), backward(job, keep), job.block
     moved = own.nbytes(MOVED[keep])
-    cast = 0.0 if base == "dtype" else CAST_BYTES * own.dim * (8 * own.dim + 2 * own.ffn_dim) / bandwidth
+    is_cast = base not in ("dtype", "int8")
+    cast = CAST_BYTES * own.dim * (8 * own.dim + 2 * own.ffn_dim) / bandwidth if is_cast else 0.0
 
     def arithmetic(work: Work) -> float:
         return (work.products / family.products + work.attention / family.attention

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from wantrain.data.tables import SUFFIXES, Row, text_of
+from wantrain.data.tables import SUFFIXES, Row, suffixes_of, text_of
 from wantrain.files import owner
 from wantrain.terms import PARTNERS
 
@@ -154,7 +154,7 @@ def _partners(filesystem: Any, root: str, kind: str, stems: Stems, account: Acco
     found: dict[str, list[str]] = defaultdict(list)
     for name in files:
         path = PurePosixPath(name)
-        if path.suffix.lower() not in SUFFIXES:
+        if path.suffix.lower() not in suffixes_of(kind):
             account.pass_over(path.suffix.lower() or "without an ending", f"{kind}/{name}")
         elif stem := stems.like(path.stem):
             found[stem].append(f"{kind}/{name}")

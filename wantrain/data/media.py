@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from wantrain.data import films
+from wantrain.data import cameras, films
 from wantrain.data.films import TRANSPARENT, Probe, Unreachable, broken, on_white, unreachable
 from wantrain.files import digest_file, digest_text
 from wantrain.journal import Journal, by_workers
@@ -44,6 +44,9 @@ def _probe_file(path: Path, size: int, mtime_ns: int, ctime_ns: int) -> Probe:
     if path.suffix.lower() in IMAGE_SUFFIXES:
         image, surprises = _read_image(path)
         return Probe(np.zeros(1), 0.0, *image.size, "image", surprises=surprises)
+    if path.suffix.lower() == cameras.SUFFIX:
+        cameras.read(path)
+        return Probe(np.zeros(1), 0.0, 0, 0, cameras.KIND)
     return films.probe(path)
 
 

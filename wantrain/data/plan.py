@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from wantrain.data import cameras
 from wantrain.data.films import count_frames
 from wantrain.terms import PARTNERS, Bucket, Clip, Dropped, Media, MediaInfo, PlannedClip
 
@@ -86,8 +87,8 @@ def place(clips: Sequence[Clip], found: Mapping[Media, MediaInfo], rules: Rules)
 
 def _place(clip: Clip, found: Mapping[Media, MediaInfo], rules: Rules) -> list[PlannedClip] | Dropped:
     seen = found[clip.path]
-    if seen.fault:
-        return Dropped(clip, "unreadable", f"{clip.path}: {seen.fault}")
+    if seen.fault or seen.why_not_decord == cameras.KIND:
+        return Dropped(clip, "unreadable", f"{clip.path}: {seen.fault or 'poses of a camera, not a video'}")
     for column, (low, high) in rules.limits.items():
         value = clip.measures.get(column)
         if value is None:
@@ -118,30 +119,41 @@ def _with_partners(planned: list[PlannedClip], found: Mapping[Media, MediaInfo],
     """The windows with those of their partners; one that is too short, or a reference that moves, drops the clip."""
     clip = planned[0].clip
     for kind, medium in clip.partners.items():
-        seen = found[medium]
-        needed = max(p.latest_s or p.start_s for p in planned)
-        if seen.fault:
-            return Dropped(clip, "partner", f"its {kind} {medium}: {seen.fault}")
-        if kind == "reference" and seen.duration_s:
-            return Dropped(clip, "partner", f"its reference {medium} is a video of {seen.duration_s:g} s, not an image")
-        of_same_frame = kind not in ("reference", "face")
-        own = planned[0].found
-        if of_same_frame and abs(math.log(seen.height / seen.width * own.width / own.height)) > SAME_SHAPE:
-            return Dropped(clip, "partner", f"its {kind} {medium} is {seen.width}x{seen.height}, the clip "
-                           f"{own.width}x{own.height}: of another shape they would be cropped to other places")
-        if not seen.duration_s and kind not in ("control", "face"):
-            continue  # an image stands for a mask that does not move
-        if count_frames(seen, needed, clip.end_s, planned[0].fps) < planned[0].bucket.num_frames:
-            return Dropped(clip, "partner", f"its {kind} {medium} ends before it, after {seen.duration_s:g} s")
+        if fault := _fault_of_partner(planned, kind, found[medium]):
+            return Dropped(clip, "partner", f"its {kind} {medium}{fault}")
 
     def partner(p: PlannedClip, kind: str, medium: Media) -> PlannedClip:
         seen = found[medium]
+        if kind == "camera":  # its poses belong to the frames of the clip's own film
+            own = replace(p.found, digest=seen.digest, why_not_decord=cameras.KIND, surprises="")
+            return replace(p, clip=replace(clip, path=medium), found=own)
         bucket = p.bucket if seen.duration_s else replace(p.bucket, num_frames=1)
         if kind == "face":
             bucket = replace(bucket, height=face_px, width=face_px)
         return replace(p, clip=replace(clip, path=medium), bucket=bucket, found=seen, contain=kind == "reference")
 
     return [replace(p, partners={kind: partner(p, kind, m) for kind, m in clip.partners.items()}) for p in planned]
+
+
+def _fault_of_partner(planned: Sequence[PlannedClip], kind: str, seen: MediaInfo) -> str:
+    """Why a partner cannot be used with these windows of its clip, to be put behind its name; '' where it can."""
+    own, clip = planned[0].found, planned[0].clip
+    if seen.fault:
+        return f": {seen.fault}"
+    if (kind == "camera") != (seen.why_not_decord == cameras.KIND):
+        return f" is {'no' if kind == 'camera' else 'a'} text file of a camera's poses"
+    if kind == "camera":
+        return ""
+    if kind == "reference" and seen.duration_s:
+        return f" is a video of {seen.duration_s:g} s, not an image"
+    of_same_frame = kind not in ("reference", "face")
+    if of_same_frame and abs(math.log(seen.height / seen.width * own.width / own.height)) > SAME_SHAPE:
+        return (f" is {seen.width}x{seen.height}, the clip {own.width}x{own.height}: of another shape they would be "
+                "cropped to other places")
+    needed = max(p.latest_s or p.start_s for p in planned)
+    moves = seen.duration_s or kind in ("control", "face")  # an image stands for a mask that does not move
+    is_too_short = moves and count_frames(seen, needed, clip.end_s, planned[0].fps) < planned[0].bucket.num_frames
+    return f" ends before it, after {seen.duration_s:g} s" if is_too_short else ""
 
 
 def cropped(bucket: Bucket, found: MediaInfo) -> float:

@@ -12,10 +12,12 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from wantrain.data import cameras
+from wantrain.files import of_windows
 from wantrain.terms import IMAGE_SUFFIXES, PARTNERS, VIDEO_SUFFIXES
 
 MEDIA = ("video", *PARTNERS)
@@ -34,6 +36,12 @@ ALIASES = {
 """Other tools' names of our columns: taken where a row has one of them and not ours."""
 
 SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES
+
+def suffixes_of(kind: str) -> Collection[str]:
+    """Endings of the files of one kind of media."""
+    return (cameras.SUFFIX,) if kind == "camera" else SUFFIXES
+
+
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 CSV_SUFFIXES = (".csv", ".tsv")
 
@@ -280,10 +288,10 @@ def captions_of(row: Row) -> list[str]:
 
 
 def spelled(folder: Path, name: str) -> str:
-    """The path as the disk has it: as written, or without blanks around it, with / for the \\ of Windows, or with
+    """The path as the disk has it: as written, or without blanks around it, as one of Windows is written here, or with
     another form of accents; as written where none is there. ValueError where the disk refuses to look.
     """
-    names = [name, name.strip(), name.strip().replace("\\", "/")]
+    names = [name, name.strip(), of_windows(name.strip())]
     names += [unicodedata.normalize(form, names[-1]) for form in ("NFC", "NFD")]
     try:
         return next((one for one in dict.fromkeys(names) if (folder / one).is_file()), name)

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wantrain import costs
+
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator as Accelerator
@@ -103,19 +105,27 @@ def offloads_optimizer(accelerator: Accelerator) -> bool:
 
 
 def host_bytes() -> float:
-    """Memory of this machine that a training may take: three quarters of it all."""
+    """Memory of this machine that a training may take: three quarters of it all; on Windows, which has no sysconf, what
+    a plan assumes.
+    """
+    if not hasattr(os, "sysconf"):
+        return costs.HOST_BYTES
     return 0.75 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory so far in GiB: the device's on an accelerator, else the process's resident set."""
+    """Peak memory so far in GiB: the device's on an accelerator, else the process's resident set; 0 where the system
+    does not say (Windows).
+    """
     if device.type == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")
     if status.exists():  # unlike getrusage's, it does not begin with what the launcher had
-        return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**20
-    import resource
-
+        return int(status.read_text("utf-8").partition("VmHWM:")[2].split()[0]) / 2**20
+    try:
+        import resource
+    except ImportError:
+        return 0.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30

@@ -82,6 +82,8 @@ def save(store: CheckpointStore, progress: Progress, tensors: Mapping[str, torch
 
 def _sync(folder: Path) -> None:
     """Put a folder's names on the disk: a rename is safe only then."""
+    if os.name == "nt":  # which opens no folders
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -89,11 +91,11 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def load(path: Path, fingerprint: Mapping[str, Any] | None, defaults: Mapping[str, Any] | None = None
-         ) -> tuple[Progress, dict[str, torch.Tensor]]:
+def load(path: Path, fingerprint: Mapping[str, Any] | None, defaults: Mapping[str, Any] | None = None,
+         any_base: bool = False) -> tuple[Progress, dict[str, torch.Tensor]]:
     """(progress, tensors) of a checkpoint. Raises Damaged for one that is, UserError where the fingerprint differs.
 
-    `fingerprint` None skips the comparison; `defaults` as for `refuse_another_config`.
+    `fingerprint` None skips the comparison; `defaults` and `any_base` as for `refuse_another_config`.
     """
     try:
         intact = (path / CHECKSUMS).read_bytes() == checksums(path).encode()
@@ -104,7 +106,7 @@ def load(path: Path, fingerprint: Mapping[str, Any] | None, defaults: Mapping[st
                       f"rm -r {path}, and start again")
     progress, record = progress_of(path), record_of(path)
     if fingerprint is not None:
-        refuse_another_config(record.fingerprint, fingerprint, defaults or {})
+        refuse_another_config(record.fingerprint, fingerprint, defaults or {}, any_base)
     try:
         tensors, _ = read_tensors(path / TENSORS)
     except UserError as error:
@@ -122,7 +124,7 @@ class Checkpoint(NamedTuple):
 
 
 def newest_whole(store: CheckpointStore, fingerprint: Mapping[str, Any] | None,
-                 defaults: Mapping[str, Any] | None = None) -> Checkpoint | None:
+                 defaults: Mapping[str, Any] | None = None, any_base: bool = False) -> Checkpoint | None:
     """The newest checkpoint that is whole, out of the folder or else its mirror; None where there is none at all.
 
     Raises Damaged where none of them is whole: to begin anew is for the user to say. A mirror that cannot be read is
@@ -140,7 +142,7 @@ def newest_whole(store: CheckpointStore, fingerprint: Mapping[str, Any] | None,
             try:
                 if fetched:
                     _fetch(store, path)
-                return Checkpoint(path, *load(path, fingerprint, defaults), passed)
+                return Checkpoint(path, *load(path, fingerprint, defaults, any_base), passed)
             except Damaged as error:
                 passed.append(error.message)
                 fault = error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,21 @@ from typing import Any
 import yaml
 
 from wantrain import lock
+from wantrain.terms import UserError
 
 MARKS = ("config.yaml", lock.NAME, "checkpoints")
 """What the folder of a training has, from its first second on."""
 
 EXPERTS = ("high", "low")
+
+
+def named(word: str) -> Path:
+    """The folder of a run: itself, or a name in `runs`. Raises UserError where there is none."""
+    with contextlib.suppress(RuntimeError):  # a ~user that this machine does not know
+        for folder in (Path(word).expanduser(), Path("runs") / word):
+            if folder.is_dir():
+                return folder
+    raise UserError(f"there is no run {word}", "wantrain runs    lists those of the folder runs")
 
 
 def trainings(folder: Path) -> Iterator[Path]:

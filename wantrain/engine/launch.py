@@ -114,6 +114,12 @@ def end(accelerator: Accelerator, another_follows: bool) -> None:
         accelerator.end_training()
 
 
+def go_on_alone() -> None:
+    """What follows in this process takes it for the only one: the others of the launch have left."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+        os.environ.pop(name, None)
+
+
 def _without_shared_memory_op() -> None:
     """DeepSpeed on CPU would compile its shared-memory collective at the first run; plain gloo serves."""
     import deepspeed  # heavy, and needed only under its launcher

@@ -96,17 +96,26 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
 
 
-def refuse_another_config(old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Raise UserError where the fingerprint of now differs from a checkpoint's.
+BASE_FORM, BASE_PRODUCTS = "memory.base", "(products with the base)"
+"""Keys of fingerprints: the form of the frozen base, and that of products with it where these are computed in bytes."""
+
+
+def refuse_another_config(old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any],
+                          any_base: bool = False) -> None:
+    """Raise UserError where the fingerprint of now differs from a checkpoint's; with `any_base`, but for BASE_FORM and
+    BASE_PRODUCTS.
 
     A key that the checkpoint's version did not know yet counts as its default: the default of a new key is what was
     done before there was one.
     """
     known = {key: value for key, value in defaults.items() if key in new}
     was = {key: value for key, value in old.items() if not OF_A_PLACE.match(key)}  # earlier versions compared these
-    if changed := differences({**known, **was}, new):
+    free = {key: new.get(key) for key in (BASE_FORM, BASE_PRODUCTS)} if any_base else {}
+    if changed := differences({**known, **was, **free}, new):
+        only_base = all(change.startswith((BASE_FORM, BASE_PRODUCTS)) for change in changed)
         raise UserError("the config is not the one this run was started with:\n  " + "\n  ".join(changed),
-                        "set these back, or start a new run: run.name=ANOTHER")
+                        "set these back, or start a new run: run.name=ANOTHER"
+                        + ("; or go on with other numbers: train.resume=any_base" if only_base else ""))
 
 
 def progress_of(path: Path) -> Progress:

@@ -12,7 +12,8 @@ from typing import Any
 
 from wantrain.terms import EXIT_INTERRUPTED
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
+"""Windows has the first two."""
 
 ONE_PRESS_S = 2.0
 """Launchers pass on what the terminal has sent to all processes already: signals this close are one."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,16 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from wantrain.files import digest_path, digest_text
 from wantrain.models import hub, names, sizes
 from wantrain.models.containers import Container, find_parts, open_container
+from wantrain.models.detection import detect, expert_named, stated_vace_layers
 from wantrain.models.lora_names import is_lora, lora_argument, refuse_other_experts_file
-from wantrain.models.variants import (
-    Expert,
-    Variant,
-    detect,
-    diffusers_config,
-    expert_named,
-    is_diffusers_config,
-    stated_vace_layers,
-)
+from wantrain.models.variants import Expert, Variant, diffusers_config, is_diffusers_config
 from wantrain.models.weight_files import ContainerError, parse_json
 from wantrain.terms import TEXT_LEN, UserError
 
@@ -88,9 +82,9 @@ class Base:
 
     @property
     def _transformer_class(self) -> Any:
-        import diffusers
+        from wantrain.models.fun import class_of
 
-        return getattr(diffusers, self.variant.transformer_class)
+        return class_of(self.variant)
 
     def meta_transformer(self) -> WanTransformer3DModel:
         """The transformer's architecture on the meta device, without reading weights."""
@@ -117,7 +111,8 @@ class Base:
                     placed: Callable[[torch.nn.Parameter], None] | None = None, form: str = ""
                     ) -> WanTransformer3DModel:
         """The transformer in `dtype` (time embedding, norms and modulation tables in float32), frozen, eval mode. With
-        a `form` (wantrain.models.quantised.LARGEST) the Linears of its blocks are stored in that.
+        a `form` (wantrain.models.quantised.LARGEST) the Linears of its blocks are stored in that, and products are
+        computed in it where the device can.
 
         `placed` gets each parameter as soon as it is there (wantrain.models.loading.load_into).
         """
@@ -128,11 +123,21 @@ class Base:
         self._detected(container)
         with empty_weights():
             module = self._transformer_class.from_config(self._transformer_config())
-            quantise(module, form)
+            quantise(module, form, may_use_bytes=True)
         load_into(module, container, names.transformer_rename(container.names()), dtype=dtype, device=device,
                   keep_float32=self._transformer_class._keep_in_fp32_modules, edit=self._merging(container),
                   placed=placed)
         return module.requires_grad_(False).eval().to(device)
+
+    def stored_form(self) -> str | None:
+        """The form in which the transformer's file holds most of its matrices already, a word of memory.base; None
+        where that is none of these, or the file is not here.
+        """
+        if "transformer" not in self.parts:
+            return None
+        container = open_container(self.parts["transformer"])
+        found = Counter(container.form_of(name) for name, shape in container.shapes().items() if len(shape) == 2)
+        return max(found, key=lambda form: found[form])
 
     def _merging(self, container: Container) -> Callable[[str, torch.Tensor], torch.Tensor] | None:
         """What folds the merged LoRAs into the container's tensors as they are read."""
@@ -164,7 +169,7 @@ class Base:
 
     def text(self, dtype: torch.dtype, device: torch.device, form: str = "") -> TextPipeline:
         """Tokenizer and umT5 encoder, frozen, as a pipeline without the other parts: its prompt code is the reference.
-        With a `form` the Linears of the encoder's blocks are stored in that, as those of `transformer`.
+        With a `form` the Linears of the encoder's blocks are stored in that; it multiplies by what they stand for.
         """
         from diffusers import WanPipeline
         from transformers import UMT5Config, UMT5EncoderModel

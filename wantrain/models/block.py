@@ -21,15 +21,7 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch.nn import functional
 
-from wantrain.models.block_operations import (
-    Attention,
-    gated,
-    in_heads,
-    in_heads_backward,
-    normed,
-    normed_backward,
-    split,
-)
+from wantrain.models.block_operations import EAGER, Attention, Operations, split
 from wantrain.models.offload import Offload, Parcel
 from wantrain.models.products import Product, Products, product_of
 from wantrain.models.quantised import QuantisedLinear
@@ -57,10 +49,12 @@ class BlockInputs:
 @dataclass(frozen=True, slots=True)
 class Policy:
     """What a block keeps for its backward pass, one of KEEPS, and what takes that to the host meanwhile, if it goes
-    there. Where its weights wait in host memory: what brings them, and its number among those blocks.
+    there. Where its weights wait in host memory: what brings them, and its number among those blocks. `operations`
+    compute what is no matrix product.
     """
 
     keep: str
+    operations: Operations = EAGER
     offload: Offload | None = None
     swap: Swap | None = None
     number: int = 0
@@ -78,12 +72,13 @@ class BlockPass:
     """One call of one block: forward once, and backward at most once."""
 
     def __init__(self, block: Any, policy: Policy, given: BlockInputs, products: dict[str, list[Product]]) -> None:
-        self.block, self.policy = block, policy
+        self.block, self.policy, self.does = block, policy, policy.operations
         self.x, self.text, self.temb, self.turns = given.x, given.text, given.temb, given.turns
         device = self.x.device.type
         self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.x.dtype
         self.group = {name: Products(own, self.dtype) for name, own in products.items()}
         self.text_kv: list[torch.Tensor] | None = None
+        self.scales: dict[str, torch.Tensor] = {}
         self.q = self.k = self.v = self.x1 = self.q2 = self.x2 = self.inner = cast("torch.Tensor", None)
         self.attention: Attention | None = None
         self.taken: list[str] = []
@@ -99,31 +94,36 @@ class BlockPass:
         return table[:, number: number + 1] + self.temb[:, number: number + 1].float()
 
     def norm1(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return normed(self.x, self.block.norm1.eps, 1 + self.modulation(1), self.modulation(0), self.dtype)
+        return self.does.normed(self.x, self.block.norm1.eps, 1 + self.modulation(1), self.modulation(0), self.dtype)
 
     def norm2(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         norm = self.block.norm2
         if isinstance(norm, torch.nn.Identity):
             return self.x1.to(self.dtype), self.x1, self.x1
-        return normed(self.x1, norm.eps, norm.weight.float(), norm.bias.float(), self.dtype)
+        return self.does.normed(self.x1, norm.eps, norm.weight.float(), norm.bias.float(), self.dtype)
 
     def norm3(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return normed(self.x2, self.block.norm3.eps, 1 + self.modulation(4), self.modulation(3), self.dtype)
+        return self.does.normed(self.x2, self.block.norm3.eps, 1 + self.modulation(4), self.modulation(3), self.dtype)
 
     def self_qkv(self) -> list[torch.Tensor]:
         """q, k and v as attention takes them, [B, L, heads, D / heads]."""
         own = self.block.attn1
-        return [in_heads(self.q, own.norm_q, own.heads, self.turns, self.dtype),
-                in_heads(self.k, own.norm_k, own.heads, self.turns, self.dtype), split(self.v, own.heads)]
+        return [self.heads("q", self.q, own.norm_q, self.turns), self.heads("k", self.k, own.norm_k, self.turns),
+                split(self.v, own.heads)]
+
+    def heads(self, name: str, x: torch.Tensor, norm: torch.nn.RMSNorm, turns: torch.Tensor | None = None
+              ) -> torch.Tensor:
+        """A query or key as attention takes it; the scale of its norm, a number a token, is kept under this name."""
+        if name not in self.scales:
+            self.scales[name] = self.does.rms_scale(x, norm.eps)
+        return self.does.in_heads(x, self.scales[name], norm.weight, turns, self.block.attn1.heads)
 
     def cross_qkv(self) -> list[torch.Tensor]:
         """q, then k and v of the text, then of the image, where there is one."""
         own, (k, v, *image) = self.block.attn2, self.text_products()
-        qkv = [in_heads(self.q2, own.norm_q, own.heads, None, self.dtype),
-               in_heads(k, own.norm_k, own.heads, None, self.dtype), split(v, own.heads)]
+        qkv = [self.heads("q2", self.q2, own.norm_q), self.heads("text", k, own.norm_k), split(v, own.heads)]
         if image:
-            qkv += [in_heads(image[0], own.norm_added_k, own.heads, None, self.dtype),
-                    split(image[1], own.heads)]
+            qkv += [self.heads("image", image[0], own.norm_added_k), split(image[1], own.heads)]
         return qkv
 
     def text_products(self) -> list[torch.Tensor]:
@@ -163,7 +163,7 @@ class BlockPass:
                 self.q = self.k = self.v = cast("torch.Tensor", None)
             out, = self.group["out"].forward(attended)
             del attended
-            self.x1 = gated(self.x, out, self.modulation(2))
+            self.x1 = self.does.gated(self.x, out, self.modulation(2))
         if self.x2 is None:
             self.q2, = self.group["cross_q"].forward(self.norm2()[0])
             out, = self.group["cross_out"].forward(self.attend_cross(*self.cross_qkv()).flatten(2))
@@ -181,7 +181,7 @@ class BlockPass:
         keep = self.policy.keep
         self.run(for_backward=has_backward and keep == "all", keeps_graph=has_backward and keep != "inputs")
         out, = self.group["ffn_out"].forward(functional.gelu(self.inner, approximate="tanh"))
-        result = gated(self.x2, out, self.modulation(5))
+        result = self.does.gated(self.x2, out, self.modulation(5))
         if keep != "all":
             self.x1 = self.x2 = self.inner = cast("torch.Tensor", None)
         if has_backward and self.policy.offload is not None:
@@ -238,20 +238,20 @@ class BlockPass:
 
     def ffn_backward(self, total: torch.Tensor, asks_x2: bool, asks_temb: bool) -> torch.Tensor:
         """From the gradient for the block's output to that for x2."""
-        group, inner = self.group["ffn_out"], self.inner
+        group = self.group["ffn_out"]
         asks_norm = asks_x2 or asks_temb
         asks_inner = asks_norm or self.group["ffn_in"].is_adapted
-        raised = functional.gelu(inner, approximate="tanh")
+        raised, slope = self.does.gelu_and_slope(self.inner)
+        self.inner = cast("torch.Tensor", None)
         if asks_temb:
             self.modulations[5] = self.summed(total * group.forward(raised)[0])
         given, self.weights["ffn_out"] = group.backward([(total * self.modulation(5)).to(self.dtype)], raised,
                                                         asks_inner)
         del raised
-        self.inner = cast("torch.Tensor", None)
         if given is None:
             return total
-        given = torch.ops.aten.gelu_backward(given, inner, approximate="tanh")
-        del inner
+        given = given.mul_(slope)
+        del slope
         out, mean, rstd = self.norm3()
         given, self.weights["ffn_in"] = self.group["ffn_in"].backward([given], out, asks_norm)
         if given is None:
@@ -259,7 +259,7 @@ class BlockPass:
         del out
         if asks_temb:
             self.modulations[3], self.modulations[4] = self.of_norm(given, self.x2, mean, rstd)
-        return normed_backward(given, self.x2, mean, rstd, 1 + self.modulation(4)).add_(total)
+        return self.does.normed_backward(given, self.x2, mean, rstd, 1 + self.modulation(4)).add_(total)
 
     def cross_backward(self, total: torch.Tensor, asks_cross: bool, asks_x1: bool, asks_text: bool
                        ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -274,7 +274,7 @@ class BlockPass:
         q_given, *kv_given = attention.backward(given, qkv)
         del qkv, attention, given
         text = self.text_backward(kv_given, asks_text)
-        q_given = in_heads_backward(q_given, self.q2, own.norm_q, None, self.dtype)
+        q_given = self.does.in_heads_backward(q_given, self.q2, self.scales["q2"], own.norm_q.weight, None)
         self.q2 = cast("torch.Tensor", None)
         out, mean, rstd = self.norm2()
         given, self.weights["cross_q"] = self.group["cross_q"].backward([q_given], out, asks_x1)
@@ -282,7 +282,7 @@ class BlockPass:
             return total, text
         if isinstance(self.block.norm2, torch.nn.Identity):
             return total + given, text
-        return normed_backward(given, self.x1, mean, rstd, self.block.norm2.weight.float()).add_(total), text
+        return self.does.normed_backward(given, self.x1, mean, rstd, self.block.norm2.weight.float()).add_(total), text
 
     def text_backward(self, gradients: Sequence[torch.Tensor], asks_text: bool) -> torch.Tensor | None:
         """From the gradients for keys and values of the text, and of the image, to that for both."""
@@ -293,7 +293,8 @@ class BlockPass:
         for number, (name, norm, part) in enumerate(parts):
             group, (key, value) = self.group[name], gradients[2 * number: 2 * number + 2]
             if asks_text or group.is_adapted:
-                key = in_heads_backward(key, self.text_products()[2 * number], norm, None, self.dtype)
+                product = self.text_products()[2 * number]
+                key = self.does.in_heads_backward(key, product, self.scales[name], norm.weight, None)
                 given, self.weights[name] = group.backward([key, value.flatten(2)], part, asks_text)
                 found.append(given)
         return torch.cat([given for given in reversed(found) if given is not None], 1).to(self.text.dtype) \
@@ -311,8 +312,8 @@ class BlockPass:
             return total
         q, k, v = attention.backward(given, self.self_qkv())
         self.attention = None
-        q = in_heads_backward(q, self.q, own.norm_q, self.turns, self.dtype)
-        k = in_heads_backward(k, self.k, own.norm_k, self.turns, self.dtype)
+        q = self.does.in_heads_backward(q, self.q, self.scales["q"], own.norm_q.weight, self.turns)
+        k = self.does.in_heads_backward(k, self.k, self.scales["k"], own.norm_k.weight, self.turns)
         self.q = self.k = self.v = cast("torch.Tensor", None)
         out, mean, rstd = self.norm1()
         given, self.weights["qkv"] = self.group["qkv"].backward([q, k, v.flatten(2)], out, asks_first)
@@ -320,7 +321,7 @@ class BlockPass:
             return total
         if asks_temb:
             self.modulations[0], self.modulations[1] = self.of_norm(given, self.x, mean, rstd)
-        return normed_backward(given, self.x, mean, rstd, 1 + self.modulation(1)).add_(total)
+        return self.does.normed_backward(given, self.x, mean, rstd, 1 + self.modulation(1)).add_(total)
 
     def of_norm(self, given: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
                 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -435,16 +436,17 @@ class BlockMemory:
     offload: bool = False
 
 
-def train_blocks(transformer: Any, memory: BlockMemory, device: torch.device) -> Swap | None:
-    """From now on the transformer's blocks compute so. Where weights wait in host memory, all others are moved to
-    `device`, and what brings those is returned.
+def train_blocks(transformer: Any, memory: BlockMemory, device: torch.device, operations: Operations = EAGER
+                 ) -> Swap | None:
+    """From now on the transformer's blocks compute so, with these operations. Where weights wait in host memory, all
+    others are moved to `device`, and what brings those is returned.
     """
     turns, blocks = Turns(), blocks_of(transformer)
     swapped = spread(len(blocks), memory.swap)
     swap = swap_weights(transformer, [blocks[i] for i in swapped], device) if swapped else None
     offload = Offload(device) if memory.offload else None
     keeps = (memory.keep,) * len(blocks) if isinstance(memory.keep, str) else memory.keep
-    policies = {id(block): Policy(keep, offload, *((swap, swapped.index(i)) if i in swapped else ()))
+    policies = {id(block): Policy(keep, operations, offload, *((swap, swapped.index(i)) if i in swapped else ()))
                 for i, (block, keep) in enumerate(zip(blocks, keeps, strict=True))}
 
     def plain(self: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, temb: torch.Tensor,

@@ -5,10 +5,13 @@ Norms, rotary embedding and gates are computed in float32, whatever comes and go
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from torch.nn import functional
 
 
 def normed(x: torch.Tensor, eps: float, factor: torch.Tensor | None, offset: torch.Tensor | None, dtype: torch.dtype
@@ -46,46 +49,84 @@ def split(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x.view(*x.shape[:-1], heads, -1)
 
 
-def in_heads(x: torch.Tensor, norm: torch.nn.RMSNorm, heads: int, turns: torch.Tensor | None, dtype: torch.dtype
-             ) -> torch.Tensor:
-    """RMSNorm over the width of all heads, then the rotary embedding: [B, L, D] -> [B, L, heads, D / heads].
+def rms_scale(x: torch.Tensor, eps: float | None) -> torch.Tensor:
+    """1 / root mean square over the last dimension, kept: [B, L, 1], float32."""
+    mean_square = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True).square_().div_(x.shape[-1])
+    return mean_square.add_(torch.finfo(torch.float32).eps if eps is None else eps).rsqrt_()
 
-    `turns` [1, L, 1, D / heads / 2] complex: what each pair of numbers is multiplied with; None turns nothing.
+
+def in_heads(x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, turns: torch.Tensor | None, heads: int
+             ) -> torch.Tensor:
+    """RMSNorm over the width of all heads, then the rotary embedding: [B, L, D] -> [B, L, heads, D / heads], in x's
+    dtype.
+
+    `scale` is that of rms_scale. `turns` [1, L, 1, D / heads / 2] complex: what each pair of numbers is multiplied
+    with; None turns nothing.
     """
-    wide = x.float()
-    scale = _rms_scale(wide, norm.eps)
-    out = wide * norm.weight.float()
+    out = x.float() * weight.float()
     if turns is None:
-        return split(out.mul_(scale).to(dtype), heads)
+        return split(out.mul_(scale).to(x.dtype), heads)
     pairs = torch.view_as_complex(split(out, heads).view(*x.shape[:-1], heads, -1, 2))
     pairs.mul_(turns * scale.unsqueeze(-1))
-    return split(out.to(dtype), heads)
+    return split(out.to(x.dtype), heads)
 
 
-def in_heads_backward(gradient: torch.Tensor, x: torch.Tensor, norm: torch.nn.RMSNorm, turns: torch.Tensor | None,
-                      dtype: torch.dtype) -> torch.Tensor:
-    """The gradient for x, of `dtype`."""
+def in_heads_backward(gradient: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor,
+                      turns: torch.Tensor | None) -> torch.Tensor:
+    """The gradient for x, in x's dtype."""
     wide = x.float()
-    scale = _rms_scale(wide, norm.eps)
     if turns is None:
-        back = gradient.flatten(-2) * norm.weight.float()
+        back = (gradient.flatten(-2) * weight.float()).mul_(scale)
     else:
         pairs = torch.view_as_complex(gradient.float().reshape(*gradient.shape[:-1], -1, 2))
-        back = torch.view_as_real(pairs * turns.conj()).flatten(-3).mul_(norm.weight.float())
+        back = torch.view_as_real(pairs * (turns.conj() * scale.unsqueeze(-1))).flatten(-3).mul_(weight.float())
     along = torch.einsum("bld,bld->bl", back, wide).unsqueeze(-1)
-    back = back.mul_(scale).addcmul_(wide, along * scale.pow(3) / x.shape[-1], value=-1)
-    return back.to(dtype)
-
-
-def _rms_scale(wide: torch.Tensor, eps: float | None) -> torch.Tensor:
-    """1 / root mean square over the last dimension, kept."""
-    mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(wide.shape[-1])
-    return mean_square.add_(torch.finfo(torch.float32).eps if eps is None else eps).rsqrt_()
+    return back.addcmul_(wide, along * scale.square() / x.shape[-1], value=-1).to(x.dtype)
 
 
 def gated(x: torch.Tensor, out: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """x + out * gate, computed in float32, in x's dtype."""
     return torch.addcmul(x.float(), out.float(), gate).to(x.dtype)
+
+
+TANH_SCALE, CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
+"""GELU's approximation by tanh is x * sigmoid(TANH_SCALE * (x + CUBIC * x^3))."""
+
+_PART = 2 ** 16
+"""Numbers that go through all operations of a GELU before the next ones do: on a CPU they stay in its cache."""
+
+
+def gelu_and_slope(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """GELU (tanh) and its derivative from one sigmoid. The derivative takes x's memory, which is lost."""
+    if x.device.type != "cpu":
+        raised = functional.gelu(x, approximate="tanh")
+        return raised, torch.ops.aten.gelu_backward(raised.new_ones(()).expand_as(x), x, approximate="tanh")
+    raised = torch.empty_like(x)
+    one, zero = torch.ones(()), torch.zeros(())
+    for part, out in zip(torch.split(x.view(-1), _PART), torch.split(raised.view(-1), _PART), strict=True):
+        wide = part.float()
+        sigmoid = torch.addcmul(zero, wide, torch.addcmul(one, wide, wide, value=CUBIC), value=TANH_SCALE).sigmoid_()
+        own = torch.mul(wide, sigmoid)
+        inner_slope = torch.addcmul(one, wide, wide, value=3 * CUBIC)
+        out.copy_(own)
+        part.copy_(torch.lerp(torch.addcmul(zero, own, inner_slope, value=TANH_SCALE), one, sigmoid))
+    return raised, x
+
+
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """The functions of this module by name, as they are or compiled (wantrain.models.compiled)."""
+
+    normed: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    normed_backward: Callable[..., torch.Tensor]
+    rms_scale: Callable[..., torch.Tensor]
+    in_heads: Callable[..., torch.Tensor]
+    in_heads_backward: Callable[..., torch.Tensor]
+    gated: Callable[..., torch.Tensor]
+    gelu_and_slope: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+EAGER = Operations(normed, normed_backward, rms_scale, in_heads, in_heads_backward, gated, gelu_and_slope)
 
 
 class _Entry(torch.autograd.Function):

@@ -11,11 +11,21 @@ FILES = {
     "wan21_fun_14b_inp": "Wan2.1-Fun-14B-InP.safetensors",
     "wan21_fun_1b3_control": "wan2.1_fun_control_1.3B_bf16.safetensors",
     "wan21_fun_14b_control": "Wan2.1-Fun-14B-Control.safetensors",
+    "wan21_fun_v11_1b3_control": "Wan2.1-Fun-V1.1-1.3B-Control.safetensors",
+    "wan21_fun_v11_14b_control": "Wan2.1-Fun-V1.1-14B-Control.safetensors",
+    "wan21_fun_v11_1b3_camera": "wan2.1_fun_camera_v1.1_1.3B_bf16.safetensors",
+    "wan21_fun_v11_14b_camera": "wan2.1_fun_camera_v1.1_14B_bf16.safetensors",
+    "wan22_fun_a14b_control": _A14B.format("fun_control"), "wan22_fun_a14b_camera": _A14B.format("fun_camera"),
+    "wan22_vace_fun_a14b": _A14B.format("fun_vace"),
+    "wan22_fun_5b_control": "wan2.2_fun_control_5B_bf16.safetensors",
     "wan22_t2v_a14b": _A14B.format("t2v"), "wan22_i2v_a14b": _A14B.format("i2v"),
     "wan22_fun_a14b_inp": _A14B.format("fun_inpaint"), "wan22_ti2v_5b": "wan2.2_ti2v_5B_fp16.safetensors",
     "wan22_animate_14b": "wan2.2_animate_14B_bf16.safetensors",
 }
 """What the transformer's file is called in ComfyUI's own examples; {} is the expert."""
+
+NOT_TAKEN = {"control_inpaint": "first"}
+"""What ComfyUI's node of a task has no place for, of what the task may be given."""
 
 TEXT_FILE, CLIP_VISION_FILE = "umt5_xxl_fp8_e4m3fn_scaled.safetensors", "clip_vision_h.safetensors"
 VAE_FILES = {"2.1": "wan_2.1_vae.safetensors", "2.2": "wan2.2_vae.safetensors"}

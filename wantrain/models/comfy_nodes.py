@@ -29,6 +29,8 @@ class Definition:
     optional: tuple[str, ...] = ()
 
 
+CAMERA_MOVES = ("Static", "Pan Up", "Pan Down", "Pan Left", "Pan Right", "Zoom In", "Zoom Out", "Anti Clockwise (ACW)",
+                "ClockWise (CW)")
 _AFTER = ("fixed", "increment", "decrement", "randomize")
 _SAMPLERS = tuple(solver.comfy_name for solver in PROFILES["comfy"].solvers.values())
 _TEXTS = {"positive": "CONDITIONING", "negative": "CONDITIONING"}
@@ -69,6 +71,18 @@ NODES = {
         start_image="IMAGE", end_image="IMAGE"),
     "WanFunControlToVideo": _to_video(clip_vision_output="CLIP_VISION_OUTPUT", start_image="IMAGE",
                                       control_video="IMAGE"),
+    "Wan22FunControlToVideo": _to_video(ref_image="IMAGE", control_video="IMAGE"),
+    "WanCameraEmbedding": Definition({}, {
+        "camera_pose": CAMERA_MOVES, "width": INT, "height": INT, "length": INT, "speed": FLOAT, "fx": FLOAT,
+        "fy": FLOAT, "cx": FLOAT, "cy": FLOAT}, ("WAN_CAMERA_EMBEDDING", "INT", "INT", "INT")),
+    "WanCameraImageToVideo": _to_video(clip_vision_output="CLIP_VISION_OUTPUT", start_image="IMAGE",
+                                       camera_conditions="WAN_CAMERA_EMBEDDING"),
+    "ImageScale": Definition({"image": "IMAGE"}, {
+        "upscale_method": ("nearest-exact", "bilinear", "area", "bicubic", "lanczos"), "width": INT, "height": INT,
+        "crop": ("disabled", "center")}, ("IMAGE",)),
+    "VAEEncode": Definition({"pixels": "IMAGE", "vae": "VAE"}, {}, ("LATENT",)),
+    "ReferenceLatent": Definition({"conditioning": "CONDITIONING", "latent": "LATENT"}, {}, ("CONDITIONING",),
+                                  ("latent",)),
     "WanVaceToVideo": _to_video((*_OUT, "INT"), {"strength": FLOAT}, control_video="IMAGE", control_masks="MASK",
                                 reference_image="IMAGE"),
     "WanAnimateToVideo": _to_video(

@@ -11,7 +11,7 @@ from pathlib import PurePath
 from typing import Any
 
 from wantrain.models.comfy_files import CLIP_VISION_FILE, FILES, TEXT_FILE, VAE_FILES
-from wantrain.models.comfy_nodes import NODES, faults
+from wantrain.models.comfy_nodes import CAMERA_MOVES, NODES, faults
 from wantrain.models.sampling import Settings
 from wantrain.models.task_media import media_of_task
 from wantrain.models.variants import Expert, Variant
@@ -222,6 +222,30 @@ def _control(own: _Start) -> list[Output]:
                     control_video=own.frames("control"))
 
 
+def _control_reference(own: _Start) -> list[Output]:
+    """As before, and the reference's latents for both texts; CLIP sees the reference, where there is one."""
+    first, reference = own.image("first"), own.image("reference")
+    *texts, latent = own.node("WanFunControlToVideo", clip_vision_output=own.seen(reference or first),
+                              start_image=first, control_video=own.frames("control"))
+    if reference:
+        scaled, = own.graph.add("ImageScale", "bicubic", *own.size[:2], "center", image=reference)
+        encoded, = own.graph.add("VAEEncode", pixels=scaled, vae=own.vae)
+        texts = [own.graph.add("ReferenceLatent", conditioning=text, latent=encoded)[0] for text in texts]
+    return [*texts, latent]
+
+
+def _control_inpaint(own: _Start) -> list[Output]:
+    return own.node("Wan22FunControlToVideo", ref_image=own.image("reference"), control_video=own.frames("control"))
+
+
+def _camera(own: _Start) -> list[Output]:
+    """The move is chosen in ComfyUI, which reads no poses."""
+    first = own.image("first")
+    way = own.graph.titled("camera", "WanCameraEmbedding", CAMERA_MOVES[0], *own.size[:3], 1.0, *[0.5] * 4)[0]
+    return own.node("WanCameraImageToVideo", clip_vision_output=own.seen(first), start_image=first,
+                    camera_conditions=way)
+
+
 def _vace(own: _Start) -> list[Output]:
     mask = own.frames("control_mask")
     masks = own.graph.add("ImageToMask", "red", image=mask)[0] if mask else None
@@ -235,5 +259,6 @@ def _animate(own: _Start) -> list[Output]:
                     face_video=own.frames("face"), pose_video=own.frames("control"))
 
 
-_TASKS = {"t2v": _t2v, "i2v": _i2v, "flf2v": _flf2v, "ti2v": _ti2v, "control": _control, "vace": _vace,
-          "animate": _animate}
+_TASKS = {"t2v": _t2v, "i2v": _i2v, "flf2v": _flf2v, "ti2v": _ti2v, "control": _control,
+          "control_reference": _control_reference, "control_inpaint": _control_inpaint, "camera": _camera,
+          "camera_inpaint": _camera, "vace": _vace, "animate": _animate}

@@ -23,11 +23,13 @@ from wantrain.models.variants import Task, Variant
 from wantrain.terms import WINDOW, Bucket
 
 Frames = Mapping[str, torch.Tensor]
-"""frames_FCHW uint8 by name: first and last (one frame each), control, control_mask, reference, face."""
+"""frames_FCHW uint8 by name: first and last (one frame each), control, control_mask, reference, face; and camera
+[F, 16] float32 (wantrain.data.cameras).
+"""
 
 Condition = dict[str, torch.Tensor]
 """Of one sample: `channels` [C, T, H, W] behind the noisy latents, `image` [images, tokens, D] of CLIP, `vace`
-[96, T, H, W], `pose` [C, T, H, W], `face` [3, F, S, S] uint8."""
+[96, T, H, W], `pose` [C, T, H, W], `face` [3, F, S, S] uint8, `reference` [C, 1, H, W], `camera` [F, 16]."""
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -122,6 +124,37 @@ def encode_control(encoders: Encoders, frames: Frames, bucket: Bucket) -> Condit
     return {"control": control} | encoders.image_tokens(frames.get("first"), 1)
 
 
+def encode_control_reference(encoders: Encoders, frames: Frames, bucket: Bucket) -> Condition:
+    """Fun-Control from V1.1 on: the same, and the latents of a `reference`, zeros where there is none. CLIP sees the
+    reference, where there is one, and then always.
+    """
+    condition = encode_control(encoders, frames, bucket)
+    if "reference" not in frames:
+        return condition | {"reference": torch.zeros_like(condition["control"][:, :1])}
+    seen = encoders.image_tokens(frames["reference"], 1).get("image")
+    return condition | {"reference": encoders.latents(frames["reference"])} | (
+        {} if seen is None else {"reference_image": seen})
+
+
+def encode_control_inpaint(encoders: Encoders, frames: Frames, bucket: Bucket) -> Condition:
+    """Fun-Control of Wan2.2: the same, and `given`, the first frame as image-to-video has it."""
+    return encode_control_reference(encoders, frames, bucket) | _first_given(encoders, frames, bucket)
+
+
+def encode_camera(encoders: Encoders, frames: Frames, bucket: Bucket) -> Condition:
+    """Fun-Camera: the cameras as they are, for their rays are larger than the video; CLIP tokens of the first frame."""
+    return {"camera": frames["camera"]} | encoders.image_tokens(frames.get("first"), 1)
+
+
+def encode_camera_inpaint(encoders: Encoders, frames: Frames, bucket: Bucket) -> Condition:
+    """Fun-Camera of Wan2.2: the same, and `given`, the first frame as image-to-video has it."""
+    return encode_camera(encoders, frames, bucket) | _first_given(encoders, frames, bucket)
+
+
+def _first_given(encoders: Encoders, frames: Frames, bucket: Bucket) -> Condition:
+    return {"given": _given_frames(encoders, {0: frames.get("first")}, bucket)["channels"]}
+
+
 def encode_vace(encoders: Encoders, frames: Frames, bucket: Bucket) -> Condition:
     """VACE: `vace` [96, T, H, W] is what to keep of the control video and what to make anew (VAE of each), and the mask
     folded 8 x 8; a `reference` [C, 1, H, W] stands before them, and before the latents.
@@ -168,8 +201,9 @@ def fold_pixels(mask_FHW: torch.Tensor, shape_THW: Sequence[int]) -> torch.Tenso
 
 
 ENCODE: dict[Task, Callable[[Encoders, Frames, Bucket], Condition]] = {
-    "i2v": encode_i2v, "flf2v": encode_flf2v, "control": encode_control, "vace": encode_vace,
-    "animate": encode_animate}
+    "i2v": encode_i2v, "flf2v": encode_flf2v, "control": encode_control, "control_reference": encode_control_reference,
+    "control_inpaint": encode_control_inpaint, "camera": encode_camera, "camera_inpaint": encode_camera_inpaint,
+    "vace": encode_vace, "animate": encode_animate}
 """t2v and ti2v encode nothing more: ti2v's first latent frame is the clip's own."""
 
 
@@ -177,21 +211,33 @@ def arrange(variant: Variant, encoded: Condition, latents_CTHW: torch.Tensor, fi
             ) -> tuple[Condition, torch.Tensor, torch.Tensor | None]:
     """(condition for the transformer, latents_CTHW, known_T) of a sample.
 
-    `first`: whether the first latent frame of `latents_CTHW` is given, where the task leaves that open (ti2v, control).
-    A reference goes before the latents; known_T is 1 for latent frames that are given clean.
+    `first`: whether the first latent frame of `latents_CTHW` is given, where the task leaves that open
+    (Variant.leaves_first_open). A reference goes before the latents where the transformer has no place of its own for
+    it. known_T is 1 for latent frames that are given clean, as checkpoints with the 2.2 VAE have their first.
     """
-    first = first and latents_CTHW.shape[1] > 1
-    if variant.task == "ti2v":
+    first = latents_CTHW.shape[1] > 1 and (first or not variant.leaves_first_open)
+    known_T = None
+    if first and variant.vae == "2.2":
         known_T = torch.zeros(latents_CTHW.shape[1])
         known_T[0] = 1
-        return {}, latents_CTHW, known_T if first else None
-    if variant.task == "control":
-        start = torch.zeros_like(encoded["control"])
-        if first:
-            start[:, :1] = latents_CTHW[:, :1]
-        image = {"image": encoded["image"] * first} if "image" in encoded else {}
-        return {"channels": torch.cat([encoded["control"], start])} | image, latents_CTHW, None
+    if variant.task.startswith(("control", "camera")):
+        return _of_fun(encoded, latents_CTHW, first), latents_CTHW, known_T
     condition = {name: tensor for name, tensor in encoded.items() if name != "reference"}
     if "reference" in encoded:
         latents_CTHW = torch.cat([encoded["reference"], latents_CTHW], dim=1)
-    return condition, latents_CTHW, None
+    return condition, latents_CTHW, known_T
+
+
+def _of_fun(encoded: Condition, latents_CTHW: torch.Tensor, first: bool) -> Condition:
+    """What Fun's transformers take: `channels` of the control and of the first frame (zeros where that is not given),
+    and the rest under its own name.
+    """
+    start = torch.zeros_like(latents_CTHW)
+    if "given" in encoded:
+        start = encoded["given"] * first
+    elif first:
+        start[:, :1] = latents_CTHW[:, :1]
+    condition = {name: tensor for name, tensor in encoded.items() if name in ("reference", "camera")}
+    if "image" in encoded:
+        condition["image"] = encoded.get("reference_image", encoded["image"] * first)
+    return condition | {"channels": torch.cat([*([encoded["control"]] if "control" in encoded else []), start])}

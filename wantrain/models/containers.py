@@ -8,7 +8,7 @@ weight * scale in float32, then cast. Layouts and who writes them: docs/facts.md
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,9 @@ _HIDDEN_NAMES = ("scaled_fp8", "spiece_model")
 _UNREADABLE_SUFFIXES = {".weight_scale_2": "nvfp4", ".pre_quant_scale": "awq_w4a16"}
 _QUANT_FORMATS = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fn_rowwise", "float8_e4m3fn_blockwise",
                   "int8_tensorwise")
+
+
+_FORMS = {"float8_e4m3fn": "fp8", "float8_e5m2": "fp8", "int8": "int8", "Q8_0": "int8"}
 
 
 @dataclass(slots=True)
@@ -55,6 +58,10 @@ class Container:
         """How a tensor is stored: a torch dtype or GGUF type, `+ scale` where a scale belongs to it."""
         return self._entries[name].storage + (" + scale" if name in self._scales else "")
 
+    def form_of(self, name: str) -> str | None:
+        """The word of memory.base for how a tensor is stored, where that is a form of a byte."""
+        return _FORMS.get(self._entries[name].storage)
+
     def read(self, name: str, dtype: torch.dtype | None = None,
              device: torch.device | str = "cpu") -> torch.Tensor:
         """One tensor, dequantised, in memory of its own.
@@ -64,6 +71,36 @@ class Container:
         """
         import torch
 
+        tensor, scale = self._parts(name)
+        if scale is not None:
+            tensor, scale = tensor.to(device, torch.float32), scale.to(device, torch.float32)
+            tensor = tensor * self._expanded(name, tensor, scale)
+        return tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
+
+    def stored(self, name: str, dtypes: Collection[torch.dtype], device: torch.device | str = "cpu"
+               ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A matrix [out, in] as the file holds it, where that is in numbers of one of these dtypes: they, and what a
+        step is of each run of a row, [out, runs]. None for any other tensor. Raises as `read` does.
+        """
+        import torch
+
+        entry = self._entries[name]
+        if entry.runs is not None and torch.int8 in dtypes:
+            numbers, scale = entry.runs()
+        elif entry.storage in {str(dtype).removeprefix("torch.") for dtype in dtypes} and len(entry.shape) == 2:
+            numbers, found = self._parts(name)
+            scale = torch.ones(()) if found is None else found.float()
+            if found is not None:
+                self._expanded(name, numbers, scale)
+            scale = by_runs(scale, numbers.shape)
+        else:
+            return None
+        return numbers.to(device, copy=True), scale.to(device, copy=True)
+
+    def _parts(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A tensor as it is stored, and its scale if it has one."""
+        import torch
+
         tensor = self._entries[name].load()
         if name in self._scales:
             scale = self._entries[self._scales[name]].load()
@@ -71,12 +108,12 @@ class Container:
                 raise ContainerError(self.path, f"the scale of {name} is stored as {scale.dtype}", "a block format "
                                      "such as mxfp8, without the note that says so", "use the fp16, bf16 or "
                                      "tensor-scaled fp8 file of the same model")
-            tensor = self._scaled(name, tensor.to(device, torch.float32), scale.to(device, torch.float32))
-        elif tensor.dtype == torch.int8 or (tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
-                                            and tensor.ndim > 1 and self._has_lost_scale(tensor)):
+            return tensor, scale
+        if tensor.dtype == torch.int8 or (tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+                                          and tensor.ndim > 1 and self._has_lost_scale(tensor)):
             raise ContainerError(self.path, f"{name} is {tensor.dtype} without a scale, while weights of this kind "
                                  "have one", "the scale was dropped when the file was repackaged")
-        return tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
+        return tensor, None
 
     def _has_lost_scale(self, fp8: torch.Tensor) -> bool:
         """Whether an fp8 weight without a scale had one: others have, the file says so, or it fills its whole range,
@@ -93,7 +130,8 @@ class Container:
             return None
         return _bytes(self.path, "spiece_model", self._entries["spiece_model"])
 
-    def _scaled(self, name: str, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def _expanded(self, name: str, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """The scale as something that multiplies the weight. Raises ContainerError for one that cannot be right."""
         if not scale.isfinite().all():
             raise ContainerError(self.path, f"the scale of {name} is not finite", "the quantisation overflowed or the "
                                  "file is damaged")
@@ -102,10 +140,10 @@ class Container:
         except ValueError as error:
             raise ContainerError(self.path, f"{name}: {error}", "a quantisation layout that wantrain does not know",
                                  "use an fp16, bf16 or tensor-scaled fp8 file") from error
-        if (scale < 0).any() or ((scale == 0).any() and ((expanded == 0) & (weight != 0)).any()):
+        if (scale < 0).any() or ((scale == 0).any() and ((expanded == 0) & (weight.float() != 0)).any()):
             raise ContainerError(self.path, f"the scale of {name} is {float(scale.min()):g}", "the scales were lost "
                                  "when the file was repackaged, or underflowed in float16")
-        return weight * expanded
+        return expanded
 
 
 def expand_scale(scale: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
@@ -117,13 +155,22 @@ def expand_scale(scale: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     if scale.numel() == 1:
         return scale.reshape(())
     out, *rest = shape
+    runs = by_runs(scale, shape)
+    return runs.reshape(out, *(1 for _ in rest)) if runs.shape[1] == 1 else runs.repeat_interleave(
+        rest[0] // runs.shape[1], 1)
+
+
+def by_runs(scale: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """The same scale as one of each run of each row, [out, runs]. Raises ValueError as `expand_scale` does."""
+    out, *rest = shape
+    if scale.numel() == 1:
+        return scale.reshape(1, 1).expand(out, 1)
     if scale.ndim == 3 and scale.shape[2] == 1:
         scale = scale[..., 0]
     if scale.numel() == out and scale.shape[0] == out:
-        return scale.reshape(out, *(1 for _ in rest))
+        return scale.reshape(out, 1)
     if scale.ndim == 2 and len(rest) == 1 and out % scale.shape[0] == 0 and rest[0] % scale.shape[1] == 0:
-        p, q = scale.shape
-        return scale.repeat_interleave(out // p, 0).repeat_interleave(rest[0] // q, 1)
+        return scale.repeat_interleave(out // len(scale), 0)
     raise ValueError(f"a scale of shape {list(scale.shape)} does not fit a weight of shape {list(shape)}")
 
 

@@ -108,6 +108,10 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
+_ARGUMENTS = {"pose": "pose_hidden_states", "vace": "control_hidden_states", "reference": "reference_hidden_states"}
+"""What a transformer calls the latents of a condition."""
+
+
 def predict_velocity(transformer: torch.nn.Module, noisy_BCTHW: torch.Tensor, sigma: torch.Tensor,
                      text_BLD: torch.Tensor, condition: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
     """The transformer's velocity_BCTHW. The timestep, 1000 * sigma in float32, is formed here and nowhere else.
@@ -121,11 +125,11 @@ def predict_velocity(transformer: torch.nn.Module, noisy_BCTHW: torch.Tensor, si
         noisy_BCTHW = torch.cat([noisy_BCTHW, channels.to(noisy_BCTHW.dtype)], dim=1)
     if (image_BNLD := given.get("image")) is not None:
         more["encoder_hidden_states_image"] = image_BNLD.to(text_BLD.dtype).flatten(0, 1)  # diffusers' way with two
-    if (pose := given.get("pose")) is not None:
-        more["pose_hidden_states"] = pose.to(noisy_BCTHW.dtype)
-        more["face_pixel_values"] = to_pixels(given["face"]).to(noisy_BCTHW.dtype)
-    if (vace := given.get("vace")) is not None:
-        more["control_hidden_states"] = vace.to(noisy_BCTHW.dtype)
+    if (face := given.get("face")) is not None:
+        more["face_pixel_values"] = to_pixels(face).to(noisy_BCTHW.dtype)
+    if (camera := given.get("camera")) is not None:
+        more["camera_hidden_states"] = camera  # float32: its rays are made of it
+    more |= {argument: given[name].to(noisy_BCTHW.dtype) for name, argument in _ARGUMENTS.items() if name in given}
     if sigma.ndim == 2:
         sigma = sigma.repeat_interleave(noisy_BCTHW.shape[3] * noisy_BCTHW.shape[4] // 4, dim=1)
     return transformer(hidden_states=noisy_BCTHW, timestep=timestep(sigma), encoder_hidden_states=text_BLD,

@@ -1,8 +1,9 @@
 """What changes a loaded transformer: one function, in one order.
 
 1. Short text on the CPU: it replaces diffusers' attention processors, which the adapter and the sharing of tokens then
-   find in place. 2. The adapter, over the frozen weights. 3. What each block that holds it keeps for backward.
-4. Sequence parallelism, whose hooks must be the outermost, and which needs the started process group.
+   find in place. 2. The adapter, over the frozen weights. 3. The kernel of attention. 4. What each block that holds the
+adapter keeps for backward. 5. Sequence parallelism, whose hooks must be the outermost, and which needs the started
+process group; it leaves the kernel to diffusers.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from diffusers import WanTransformer3DModel
 
 from wantrain import lora
 from wantrain.lora import AdapterState, Spec
-from wantrain.models import block, sequence
+from wantrain.models import attention, block, compiled, sequence
 from wantrain.models.block import BlockMemory
 from wantrain.models.lora_formats import LoraFile
 from wantrain.models.lora_names import instead_of_adapter
@@ -52,33 +53,37 @@ def fit(transformer: WanTransformer3DModel, device: torch.device,
         is_divided: bool = False, sequence_parallel: int = 1) -> list[str]:
     """Make a loaded transformer ready to be trained or sampled on `device`; the names of its adapted modules.
 
-    A new adapter is trained, and its blocks save memory as `memory` says; those of others do where `memory` is given.
-    `is_divided` says that the engine divides the weights of a block among processes. To be called once. Raises
-    UserError where the adapter does not fit the transformer, or its file is damaged, of another variant or expert, or
-    more than an adapter; and where blocks cannot keep so.
+    A new adapter is trained. Its blocks, and those of others, save memory as `memory` says. `is_divided` says that the
+    engine divides the weights of a block among processes. To be called once. Raises UserError where the adapter does
+    not fit the transformer, or its file is damaged, of another variant or expert, or more than an adapter; and where
+    blocks cannot keep so.
     """
     if device.type == "cpu" and not transformer.config.image_dim:
         shorten_text(transformer)
-    modules: list[str] = []
     if isinstance(adapter, NewAdapter):
         start = adapter_for(adapter.start, transformer) if adapter.start else None
         modules = lora.inject(transformer, adapter.targets, adapter.spec, adapter.seed)
         if start:
             lora.start_from(transformer, start)
+        if sequence_parallel == 1:
+            attention.choose(transformer, device)
         if not is_divided and block.can_train(transformer):
-            block.train_blocks(transformer, memory or BlockMemory(), device)
+            block.train_blocks(transformer, memory or BlockMemory(), device, compiled.operations_for(device)[0])
         else:
             _checkpoint(transformer, memory or BlockMemory())
-    elif isinstance(adapter, AdapterState):
-        lora.attach(transformer, adapter)
-        modules = list(adapter.tensors)
-    elif adapter:
+    else:
         modules = _attach(transformer, adapter)
-    if memory and not isinstance(adapter, NewAdapter):
-        block.train_blocks(transformer, memory, device)
+        if block.can_train(transformer):  # whose forward pass saves what a LoRA costs; without one, for equal numbers
+            block.train_blocks(transformer, memory or BlockMemory(), device)
     if sequence_parallel > 1:
         sequence.share_tokens(transformer, sequence_parallel)
     return modules
+
+
+def exchange(transformer: WanTransformer3DModel, adapter: Sequence[AdapterFile]) -> None:
+    """Give a transformer that is fitted for sampling these LoRA files in place of those that it has."""
+    lora.detach(transformer)
+    _attach(transformer, adapter)
 
 
 def _checkpoint(transformer: WanTransformer3DModel, memory: BlockMemory) -> None:
@@ -97,7 +102,12 @@ def _checkpoint(transformer: WanTransformer3DModel, memory: BlockMemory) -> None
                         "set memory.keep=inputs, or memory.keep=all")
 
 
-def _attach(transformer: torch.nn.Module, files: Sequence[AdapterFile]) -> list[str]:
+def _attach(transformer: torch.nn.Module, files: AdapterState | Sequence[AdapterFile]) -> list[str]:
+    if isinstance(files, AdapterState):
+        lora.attach(transformer, files)
+        return list(files.tensors)
+    if not files:
+        return []
     states = [(read_adapter(file.path, transformer, file.expert), file.strength) for file in files]
     about, path = " and ".join(str(file.path) for file in files), files[0].path
     try:

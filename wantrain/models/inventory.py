@@ -18,8 +18,11 @@ _FLOAT32 = {"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}
 TOKENS_OF_AN_IMAGE = 257
 """Of the published CLIP tower: 224 px in patches of 14, and one for all."""
 
-_CONDITION_CHANNELS = {"i2v": 20, "flf2v": 20, "control": 16, "vace": 96, "animate": 36}
-"""Channels of the latents that the cache keeps of a window for its task (wantrain.models.conditioning.encode)."""
+_CONDITION = {"i2v": (1, 4), "flf2v": (1, 4), "control": (1, 0), "control_reference": (1, 0), "control_inpaint": (2, 4),
+              "camera_inpaint": (1, 4), "vace": (2, 64), "animate": (2, 4)}
+"""What the cache keeps of a window for its task (wantrain.models.conditioning.encode): how many times the channels of
+its latents, and how many more.
+"""
 
 
 def is_float32(name: str) -> bool:
@@ -40,10 +43,11 @@ def image_tokens(variant: Variant) -> int:
 def condition_bytes(variant: Variant, bucket: Bucket, has_reference: bool = False) -> int:
     """About what the cache keeps of a window for its task."""
     shape_THW, a = variant.latent_THW(bucket), variant.architecture
-    size, channels = math.prod(shape_THW), _CONDITION_CHANNELS.get(variant.task, 0)
+    videos, masks = _CONDITION.get(variant.task, (0, 0))
+    size, channels = math.prod(shape_THW), videos * a.out_channels + masks
     images = image_tokens(variant) * (a.image_dim or 0)
     face = 3 * bucket.num_frames * a.animate.motion_encoder_size ** 2 if a.animate else 0
-    more = (channels + 16) * size // shape_THW[0] if has_reference else 0
+    more = (channels + a.out_channels) * size // shape_THW[0] if has_reference else 0
     return 4 * (channels * size + images + more) + face
 
 
@@ -76,6 +80,10 @@ def _norm(name: str, size: int) -> dict[str, tuple[int, ...]]:
 
 def _patches(name: str, channels: int, dim: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (dim, channels, *PATCH), f"{name}.bias": (dim,)}
+
+
+def _square(name: str, channels: int, dim: int, side: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (dim, channels, side, side), f"{name}.bias": (dim,)}
 
 
 def _block(name: str, a: Architecture) -> dict[str, tuple[int, ...]]:
@@ -115,6 +123,13 @@ def _outside(a: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"{image}.pos_embed", (1, a.image_tokens, a.image_dim)
     if a.animate:
         yield from _face(a)
+    if a.ref_conv:
+        yield from _square("ref_conv", a.out_channels, a.dim, PATCH[1]).items()
+    if a.control_adapter:
+        pixels = 24 * (8 if a.out_channels == 16 else 16) ** 2
+        yield from _square("control_adapter.conv", pixels, a.dim, PATCH[1]).items()
+        for number in (1, 2):
+            yield from _square(f"control_adapter.residual_blocks.0.conv{number}", a.dim, a.dim, 3).items()
 
 
 def _face(a: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:

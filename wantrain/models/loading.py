@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from wantrain.models.containers import Container
 from wantrain.models.names import Rename, UnknownName
-from wantrain.models.quantised import QuantisedLinear
+from wantrain.models.quantised import FILED, QuantisedLinear
 from wantrain.models.weight_files import ContainerError
 
 diffusers_logging.disable_progress_bar()
@@ -75,14 +75,20 @@ def load_into(module: torch.nn.Module, container: Container, rename: Rename, *, 
     the file's name as it is stored, before it is cast. `placed` gets each parameter as soon as the module has it, e.g.
     to keep only a part of it: no more than one tensor is whole then. Tensors with a name part in `keep_float32`
     (diffusers' `_keep_in_fp32_modules`) become float32, the others `dtype`; a QuantisedLinear stores its weight in its
-    own form. Leading axes of length 1 do not count in a
-    shape. Raises ContainerError, before reading anything, when a tensor is missing, unexpected, given twice or of
-    another shape; and when anything would stay on meta.
+    own form, or takes what the file holds where that is in this form already and `edit` is not given. Leading axes of
+    length 1 do not count in a shape. Raises ContainerError, before reading anything, when a tensor is missing,
+    unexpected, given twice or of another shape; and when anything would stay on meta.
     """
     targets = module.state_dict(keep_vars=True)
     groups = _tied(targets)
     plan = _plan(container, rename, {name: tuple(t.shape) for name, t in targets.items()}, groups)
     for source, names in plan.items():
+        layer = None if edit or len(names) > 1 else _quantised(module, names[0])
+        if layer and (found := container.stored(source, FILED.get(layer.form, ()), device)):
+            stored = layer.keep(*found)
+            if placed:
+                placed(stored)
+            continue
         whole = container.read(source, device=device)
         whole = edit(source, whole) if edit else whole
         for name, piece in zip(names, whole.chunk(len(names)), strict=True):

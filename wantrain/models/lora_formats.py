@@ -29,7 +29,7 @@ from wantrain.models.lora_checks import (
     product_size,
 )
 from wantrain.models.lora_names import PEFT_CONFIG, is_lora, weights_of
-from wantrain.models.names import ANIMATE, TRANSFORMER, NoTwin, UnknownName, module_to_diffusers
+from wantrain.models.names import ANIMATE, TRANSFORMER, UnknownName, module_to_diffusers
 from wantrain.models.variants import Expert
 from wantrain.models.weight_files import ContainerError, parse_json
 from wantrain.tensors import digest_tensors
@@ -307,19 +307,12 @@ def _alpha(raw: Container, module: str, roles: Extras, grammar: Grammar, config:
                              "convert the original file again")
     try:
         alpha = one_number(roles["alpha"]) if "alpha" in roles \
-            else config_alpha(config, (module, _twin(module)), len(roles["a"]))
+            else config_alpha(config, (module, module_to_diffusers(module)), len(roles["a"]))
     except (ValueError, TypeError, AttributeError, re.error) as error:
         raise ContainerError(raw.path, f"the alpha of {module} cannot be read: {error}", "damaged metadata") from error
     if not math.isfinite(alpha) or alpha == 0:
         raise ContainerError(raw.path, f"{module} has alpha {alpha}, so no effect", "a damaged file")
     return alpha
-
-
-def _twin(module: str) -> str:
-    try:
-        return module_to_diffusers(module)
-    except NoTwin:
-        return module
 
 
 def _plain_extras(raw: Container, pairs: Pairs, extras: Extras) -> dict[str, torch.Tensor]:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from wantrain.models import hub
 from wantrain.models.containers import open_raw
-from wantrain.models.variants import Expert, expert_named
+from wantrain.models.detection import expert_named
+from wantrain.models.variants import Expert
 from wantrain.models.weight_files import ContainerError
 from wantrain.options import split_strength
 from wantrain.terms import UserError

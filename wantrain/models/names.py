@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable
 from itertools import product
 from typing import Literal
 
-Row = tuple[str, str | None, tuple[str, ...]]
+Row = tuple[str, str, tuple[str, ...]]
 Rename = Callable[[str], tuple[str, ...]]
 """A file's tensor name -> the module's tensor names it fills: one; several (rows split evenly); none (not needed)."""
 
@@ -28,10 +28,6 @@ class UnknownName(ValueError):
         self.name = name
 
 
-class NoTwin(UnknownName):
-    """A real official name for which diffusers has no tensor."""
-
-
 class NameMap:
     """Two dictionaries of templates built from rows, and the lookup in either direction."""
 
@@ -39,7 +35,6 @@ class NameMap:
         self.official, self.other = official, other
         self.forward: dict[str, str] = {}
         self.backward: dict[str, str] = {}
-        self.without_twin: set[str] = set()
         self.modules: set[str] = set()
         self.flat: dict[str, str] = {}
         self.flat_other: dict[str, str] = {}
@@ -47,25 +42,19 @@ class NameMap:
             if leaves:
                 self.modules.add(stem)
                 self.flat[stem.replace(".", "_")] = stem
-                if twin is not None:
-                    self.flat_other[twin.replace(".", "_")] = stem
+                self.flat_other[twin.replace(".", "_")] = stem
             for end in ("", *(f".{leaf}" for leaf in leaves)):
-                if twin is None:
-                    self.without_twin.add(stem + end)
-                    continue
                 assert stem + end not in self.forward, f"{stem + end} stands twice in the table"
                 assert twin + end not in self.backward, f"{twin + end} stands twice in the table"
                 self.forward[stem + end] = twin + end
                 self.backward[twin + end] = stem + end
 
     def to_other(self, name: str) -> str:
-        """Official -> other. Raises NoTwin, UnknownName."""
-        if name in self.without_twin:
-            raise NoTwin(name, f"no tensor of {self.other} corresponds to it, so it cannot be converted")
+        """Official -> other. Raises UnknownName."""
         return _look_up(self.forward, name, self.official)
 
     def is_module(self, path: str) -> bool:
-        """Whether an official path is a module with weights (whether or not it has a twin)."""
+        """Whether an official path is a module with weights."""
         return "{" not in path and (path in self.modules or _template(path) in self.modules)
 
     def from_flat(self, name: str, other: bool) -> str:
@@ -97,7 +86,7 @@ def _look_up(table: dict[str, str], name: str, what: str) -> str:
 
 
 def _under(prefixes: Iterable[tuple[str, str]], rows: Iterable[Row]) -> list[Row]:
-    return [(a + official, None if other is None else b + other, leaves)
+    return [(a + official, b + other, leaves)
             for (a, b), (official, other, leaves) in product(prefixes, list(rows))]
 
 
@@ -149,10 +138,8 @@ _TRANSFORMER: list[Row] = [
     ("head.modulation", "scale_shift_table", ()),
     *_under([("blocks.{}.", "blocks.{}.")], _BLOCK),
     *_under([("vace_blocks.{}.", "vace_blocks.{}.")], _VACE_BLOCK),
-    ("ref_conv", None, LINEAR),
-    ("control_adapter.conv", None, LINEAR),
-    ("control_adapter.residual_blocks.0.conv1", None, LINEAR),
-    ("control_adapter.residual_blocks.0.conv2", None, LINEAR),
+    *((stem, stem, LINEAR) for stem in ("ref_conv", "control_adapter.conv", *(
+        f"control_adapter.residual_blocks.{{}}.conv{i}" for i in (1, 2)))),
 ]
 
 _ANIMATE: list[Row] = [(stem, stem, LINEAR) for stem in (
@@ -248,7 +235,7 @@ CLIP = NameMap("the official CLIP", "transformers' CLIPVisionModel", _CLIP)
 
 
 def transformer_to_diffusers(name: str) -> str:
-    """Official tensor name or module path -> diffusers. Raises UnknownName; NoTwin for ref_conv, control_adapter."""
+    """Official tensor name or module path -> diffusers. Raises UnknownName."""
     return TRANSFORMER.to_other(name)
 
 
@@ -258,7 +245,7 @@ def transformer_to_official(name: str) -> str:
 
 
 def module_to_diffusers(module: str) -> str:
-    """Official module path, or one of Wan-Animate's own -> diffusers. Raises UnknownName, NoTwin."""
+    """Official module path, or one of Wan-Animate's own -> diffusers. Raises UnknownName."""
     return module if ANIMATE.is_module(module) else transformer_to_diffusers(module)
 
 
@@ -313,6 +300,9 @@ def transformer_rename(names: Collection[str]) -> Rename:
         return lambda name: (transformer_to_diffusers(name),)
     return lambda name: (transformer_to_diffusers(transformer_to_official(name)),)
 
+
+FUN_ONLY = ("ref_conv", "control_adapter.")
+"""Wan-Fun's own modules, which diffusers' classes do not have."""
 
 ANIMATE_ONLY = ("pose_patch_embedding.", "motion_encoder.", "face_encoder.", "face_adapter.")
 """Wan-Animate's own modules under diffusers' names, which are theirs everywhere here."""

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from wantrain import lora
-from wantrain.models.quantised import QuantisedLinear
+from wantrain.models import quantised
 
 
 @dataclass(slots=True)
@@ -21,16 +21,6 @@ class Product:
     down: torch.Tensor | None = None
     up: torch.Tensor | None = None
     scale: float = 1.0
-
-    def weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """[out, in]."""
-        if isinstance(self.linear, QuantisedLinear):
-            return self.linear.dequantised(dtype)
-        return self.linear.weight.to(dtype)
-
-    def bias(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """[out]."""
-        return None if self.linear.bias is None else self.linear.bias.to(dtype)
 
     @property
     def rank(self) -> int:
@@ -50,6 +40,7 @@ class Products:
 
     def __init__(self, products: Sequence[Product], dtype: torch.dtype) -> None:
         self.products, self.dtype = products, dtype
+        self.linears = [p.linear for p in products]
         self.is_adapted = any(p.rank for p in products)
 
     def downs(self) -> torch.Tensor:
@@ -67,7 +58,7 @@ class Products:
 
     def forward(self, given: torch.Tensor) -> list[torch.Tensor]:
         """[..., in] -> [..., out] of each."""
-        outputs = [functional.linear(given, p.weight(self.dtype), p.bias(self.dtype)) for p in self.products]
+        outputs = quantised.products(given, self.linears, self.dtype)
         if self.is_adapted:
             low = functional.linear(given, self.downs()).flatten(0, -2)
             for number, p, rows in self.halves():
@@ -83,10 +74,7 @@ class Products:
         """
         flat = [gradient.flatten(0, -2) for gradient in gradients]
         weights: list[torch.Tensor | None] = [None] * (2 * len(flat))
-        total = flat[0] @ self.products[0].weight(self.dtype) if asks_input else None
-        for p, gradient in zip(self.products[1:], flat[1:], strict=True):
-            if total is not None:
-                total.addmm_(gradient, p.weight(self.dtype))
+        total = quantised.input_gradient(flat, self.linears, self.dtype) if asks_input else None
         if self.is_adapted:
             assert given is not None, "a LoRA's gradient takes its input"
             downs, inputs = self.downs(), given.flatten(0, -2)

@@ -26,11 +26,15 @@ class TaskMedia:
 
 _POSE = ("control", "face", "reference")
 _VACE = ("control", "control_mask", "reference")
+_CONTROL = TaskMedia((("control",),), ("control", "reference"), ("control",), ("control", "reference", "first"),
+                     (WINDOW, "control", "reference"))
+_CAMERA = TaskMedia((("camera",),), ("camera",), ("camera", "first"), ("camera", "first"), (WINDOW, "camera"))
 _TASKS: dict[Task, TaskMedia] = {
     "i2v": TaskMedia(inputs_needed=("first",), inputs=("first",), encoded=(WINDOW,)),
     "flf2v": TaskMedia(inputs_needed=("first", "last"), inputs=("first", "last"), encoded=(WINDOW,)),
     "ti2v": TaskMedia(inputs=("first",)),
     "control": TaskMedia((("control",),), ("control",), ("control",), ("control", "first"), (WINDOW, "control")),
+    "control_reference": _CONTROL, "control_inpaint": _CONTROL, "camera": _CAMERA, "camera_inpaint": _CAMERA,
     "animate": TaskMedia(tuple((name,) for name in _POSE), _POSE, _POSE, _POSE, _POSE),
     "vace": TaskMedia((("control", "reference"),), _VACE, (), _VACE, _VACE),
 }

@@ -48,11 +48,14 @@ class ContainerError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A stored tensor: its logical shape, its storage as a word (a torch dtype or GGUF type), and how to get it."""
+    """A stored tensor: its logical shape, its storage as a word (a torch dtype or GGUF type), and how to get it; where
+    it is whole numbers of a byte with a scale for each run of a row, and no tensor beside it says so, how to get these.
+    """
 
     shape: tuple[int, ...]
     storage: str
     load: Callable[[], torch.Tensor]
+    runs: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None
 
 
 def parse_json(path: Path, name: str, text: bytes) -> dict[str, Any]:
@@ -262,8 +265,23 @@ def _open_gguf(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         stated = reader.fields.get(f"comfy.gguf.orig_shape.{tensor.name}")
         # GGML lists the axes innermost first; ComfyUI-GGUF notes the real shape of what it had to flatten.
         shape = tuple(map(int, stated.contents() if stated else reversed(tensor.shape.tolist())))
-        entries[tensor.name] = Entry(shape, tensor.tensor_type.name, partial(_dequantised, path, tensor, shape))
+        has_runs = tensor.tensor_type.name == "Q8_0" and len(shape) == 2 and shape[1] % _RUN == 0
+        entries[tensor.name] = Entry(shape, tensor.tensor_type.name, partial(_dequantised, path, tensor, shape),
+                                     partial(_runs, tensor, shape) if has_runs else None)
     return entries, text
+
+
+_RUN = 32
+"""Weights of Q8_0 with a scale in common, which lies before them in two bytes."""
+
+
+def _runs(tensor: Any, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A Q8_0 tensor as it is stored: int8 [out, in], and float16 [out, in / _RUN]."""
+    import torch
+
+    blocks = torch.from_numpy(tensor.data.copy()).view(shape[0], -1, 2 + _RUN)
+    scale, numbers = blocks[..., :2].contiguous(), blocks[..., 2:].contiguous()
+    return numbers.view(torch.int8).view(shape), scale.view(torch.float16).view(shape[0], -1)
 
 
 def _dequantised(path: Path, tensor: Any, shape: tuple[int, ...]) -> torch.Tensor:

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from wantrain.config import Config
+from wantrain.config import Config, DataMode
 from wantrain.data import manifest, media, plan
 from wantrain.data.buckets import batch_factors, buckets
-from wantrain.data.cache import CONDITION, MASK, Cache, Conditioning, Entry
+from wantrain.data.cache import CONDITION, MASK, Cache, Conditioning, Entry, counted, describe, missing
 from wantrain.data.captions import captions_of
 from wantrain.data.folders import Account
 from wantrain.data.plan import Plan
@@ -23,7 +23,7 @@ from wantrain.models import inventory
 from wantrain.models.base import Base
 from wantrain.models.task_media import media_of_task
 from wantrain.models.variants import Variant
-from wantrain.recipe.recipe import Recipe
+from wantrain.recipe.recipe import Recipe, open_recipe
 from wantrain.terms import PARTNERS, TEXT_LEN, Bucket, Clip, Dropped, PlannedClip, UserError
 
 HELDOUT = "held out"
@@ -142,6 +142,20 @@ def open_clips(recipe: Recipe, arguments: Sequence[str], refuse: bool = True) ->
     return clips
 
 
+def refuse_unready(config: Config, arguments: Sequence[str]) -> None:
+    """Raise what would keep a training from its start, before the libraries are imported that compute."""
+    clips = open_clips(open_recipe(config), arguments)
+    if config.data.mode is DataMode.cache:
+        refuse_missing(clips)
+
+
+def refuse_missing(clips: Clips) -> None:
+    """Raise UserError, with the command that makes them, where the cache lacks what training draws."""
+    if lacking := missing(clips.cache.entries(clips.everything, clips.captions)):
+        raise UserError(f"the cache lacks {counted(lacking)} for this base and these settings; the first is "
+                        f"{describe(next(iter(lacking.values())))}", clips.cache.build_command)
+
+
 def open_cache(recipe: Recipe, arguments: Sequence[str]) -> Cache:
     """The cache of the recipe's encoders. UserError where its folder cannot be one."""
     folder, base = Path(recipe.config.data.cache_dir), recipe.base
@@ -223,11 +237,19 @@ def refuse_undrawn(recipe: Recipe, clips: Clips) -> None:
                             f"raise {key} or train.num_steps, or take the source out")
 
 
+def asks_evaluation(config: Config) -> bool:
+    """Whether a run is to end in an evaluation: prompts are named, or nothing is and there is what it needs."""
+    own = config.evaluate
+    named = [prompts for prompts in (own.prompts, own.combined, own.unrelated) if prompts is not None]
+    return any(named) or (len(named) < 3 and bool(config.data.trigger and config.data.heldout))
+
+
 def evaluation_faults(clips: Clips) -> Iterator[UserError]:
     """The errors that would keep `evaluate` from its report, besides a missing LoRA; `check` tells the first."""
     config = clips.config
-    wanted = {"evaluate.prompts": config.evaluate.prompts, "data.trigger": config.data.trigger,
-              "data.heldout": clips.heldout}
+    own = config.evaluate
+    has_prompts = any(prompts is None or prompts for prompts in (own.prompts, own.combined, own.unrelated))
+    wanted = {"evaluate.prompts": has_prompts, "data.trigger": config.data.trigger, "data.heldout": clips.heldout}
     if lacking := [key for key, value in wanted.items() if not value]:
         yield UserError(f"evaluate needs {' and '.join(lacking)}", "set them in the recipe; demo_anime shows how")
     elif not holding_trigger(clips):

@@ -9,7 +9,7 @@ from pathlib import Path
 from wantrain.config import Config, SamplerProfile, variant_of
 from wantrain.files import write_json
 from wantrain.models.base import expert_path
-from wantrain.models.comfy_files import FILES
+from wantrain.models.comfy_files import FILES, NOT_TAKEN
 from wantrain.models.lora_formats import read_lora
 from wantrain.models.lora_loaders import not_loading
 from wantrain.models.variants import Expert
@@ -25,6 +25,8 @@ def write_workflow(config: Config, path: Path, exports: Mapping[Expert | None, P
     path.unlink(missing_ok=True)
     if variant.name not in FILES:
         return f"no ComfyUI workflow: ComfyUI has no {variant.name}"
+    if (lacking := NOT_TAKEN.get(variant.task)) in (config.sampler.inputs or [{}])[0]:
+        return f"no ComfyUI workflow: its node for {variant.name} takes no {lacking}"
     for export in exports.values():
         if why := dict(not_loading(read_lora(export), variant.task)).get("ComfyUI"):
             return f"no ComfyUI workflow: it {why} ({export.name})"

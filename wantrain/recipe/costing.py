@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from wantrain import costs
-from wantrain.config import Config, Dtype, Keep, variant_of
+from wantrain.config import BaseForm, Config, Dtype, Keep, variant_of
 from wantrain.data.buckets import buckets
 from wantrain.terms import Bucket
 
@@ -38,22 +38,28 @@ class Room:
     host_bytes: float = costs.HOST_BYTES
 
 
-def policy_of(config: Config, job: costs.Job, room: Room | None, can_move: bool = True) -> costs.MemoryPolicy:
+def policy_of(config: Config, job: costs.Job, room: Room | None, can_move: bool = True, base: str | None = None
+              ) -> costs.MemoryPolicy:
     """How the training saves memory: what the config sets, and for the rest the fastest that fits the room (where
     nothing does, what needs least). Without a room nothing is saved that is not asked for.
 
-    With `can_move` false, weights and kept tensors cannot wait on the host. What is chosen changes no number: so the
-    form of the base is never chosen.
+    With `can_move` false, weights and kept tensors cannot wait on the host. What is chosen changes no number, but for
+    the form of the base with memory.base=auto: the most exact that fits, unless `base` says it.
     """
     own = config.memory
+    known = own.base.name if own.base is not BaseForm.auto else base
     keep = None if own.keep is Keep.auto else own.keep.name
     swap, offload = (own.swap, own.offload) if can_move else (own.swap or 0, own.offload or False)
     if room is None:
-        return costs.MemoryPolicy(own.base.name, (keep or "all",) * job.num_blocks, swap or 0, offload or False)
-    fixed = costs.Fixed(own.base.name, keep, swap, offload, may_mix=can_move and job.block.is_lora)
-    choice = costs.choose(job, room.card, room.device_bytes, room.host_bytes, fixed)
-    found = choice.best or choice.smaller
-    return found.policy if found else policy_of(config, job, None)
+        return costs.MemoryPolicy(known or "dtype", (keep or "all",) * job.num_blocks, swap or 0, offload or False)
+    found = None
+    for form in (known,) if known else costs.BY_ERROR:
+        fixed = costs.Fixed(form, keep, swap, offload, may_mix=can_move and job.block.is_lora)
+        choice = costs.choose(job, room.card, room.device_bytes, room.host_bytes, fixed)
+        found = choice.best or choice.smaller
+        if choice.best:
+            break
+    return found.policy if found else policy_of(config, job, None, base=base)
 
 
 def told(policy: costs.MemoryPolicy) -> str:

@@ -16,6 +16,8 @@ from wantrain import costs
 from wantrain.data.buckets import buckets
 from wantrain.data.films import count_frames
 from wantrain.models.variants import NATIVE_PX, Variant
+from wantrain.recipe.clips import Clips
+from wantrain.results import KINDS, Prompt
 from wantrain.terms import Bucket, Clip, Media, MediaInfo, UserError
 
 TARGETS, RANK = ("attn_ffn",), 32
@@ -63,11 +65,14 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """The choices of a new recipe. `max_tokens` None: the card holds the longest clip at full size."""
+    """The choices of a new recipe. `waits`: blocks, or what they keep, must wait on the host, as `memory.swap` and
+    `memory.offload` do by themselves. `max_tokens` None: the card holds the longest clip at full size.
+    """
 
     num_frames: list[int]
     resolutions: list[list[int]]
     base_form: str
+    waits: bool
     max_tokens: int | None
     num_steps: int
     habits: Habits
@@ -89,10 +94,10 @@ def draft(seen: Seen, variant: Variant, card_gib: float, num_training: int) -> D
     lengths = lengths_for(seen.frames, variant.num_frames)
     sizes = sizes_for(seen.sizes, variant)
     longest = max(Bucket(lengths[-1], *size).num_tokens(variant.multiple_px) for size in sizes)
-    form, room = ("dtype", longest) if is_tiny(variant) else form_for(variant, card_gib, longest)
+    form, waits, room = ("dtype", False, longest) if is_tiny(variant) else form_for(variant, card_gib, longest)
     steps = 10 * round(num_training * habits.views / habits.batch_size / 10)
     steps = min(max(steps, FEWEST_STEPS), MOST_STEPS)
-    made = Draft(lengths, [list(size) for size in sizes], form, None if room >= longest else room, steps, habits)
+    made = Draft(lengths, [list(size) for size in sizes], form, waits, None if room >= longest else room, steps, habits)
     return replace(made, reasons=[*_about_clips(made, seen, variant), _about_card(made, variant, card_gib, longest),
                                   _about_steps(made, num_training)])
 
@@ -135,24 +140,29 @@ def _size(sizes: Sequence[tuple[int, int]], variant: Variant) -> tuple[int, int]
     return bucket.height, bucket.width
 
 
-def form_for(variant: Variant, card_gib: float, longest: int) -> tuple[str, int]:
-    """(how the base is stored, tokens of a clip that then fit): in its dtype where that does, else in int8."""
-    rooms = {form: tokens_that_fit(variant, card_gib, form) for form in ("dtype", "int8")}
-    form = "dtype" if rooms["dtype"] >= min(longest, rooms["int8"] // 2) else "int8"
-    if rooms[form] < variant.native_tokens // variant.num_frames:  # a still of the native size, about
-        base_gib = costs.base_bytes(variant, 2, "int8") / costs.GIB
-        raise UserError(f"{variant.name} does not train on a card of {card_gib:g} GiB: {base_gib:.1f} GiB are its base "
-                        "in int8 alone", "--model wan22_ti2v_5b or wan21_t2v_1b3, or a larger --gpu")
-    return form, rooms[form]
+def form_for(variant: Variant, card_gib: float, longest: int) -> tuple[str, bool, int]:
+    """(how the base is stored, whether it waits on the host, tokens of a clip that then fit): the first way that holds
+    the longest clip, from the fastest on, else the one that holds most.
+    """
+    ways = ("dtype", False), ("int8", False), ("int8", True)
+    rooms = {way: tokens_that_fit(variant, card_gib, *way) for way in ways}
+    best = next((way for way in ways if rooms[way] >= longest), max(ways, key=lambda way: rooms[way]))
+    if rooms[best] < variant.native_tokens // variant.num_frames:  # a still of the native size, about
+        raise UserError(f"{variant.name} does not train on a card of {card_gib:g} GiB, by arithmetic, not even in int8 "
+                        "with its blocks waiting in host memory", "--model wan21_t2v_1b3, or a larger --gpu")
+    return *best, rooms[best]
 
 
-def tokens_that_fit(variant: Variant, card_gib: float, form: str, itemsize: int = 2) -> int:
-    """Tokens of one clip for which the card has memory, where each block keeps its input alone."""
+def tokens_that_fit(variant: Variant, card_gib: float, form: str, waits: bool = False, itemsize: int = 2) -> int:
+    """Tokens of one clip for which the card has memory, where each block keeps its input alone; with `waits`, where
+    blocks and inputs wait on the host, for which that has memory as well.
+    """
     def is_too_long(tokens: int) -> bool:
         bucket = Bucket(1, variant.multiple_px, tokens * variant.multiple_px)
         job = costs.Job(variant, costs.MicroBatch(bucket), costs.Adapter(TARGETS, RANK), itemsize)
-        policy = costs.MemoryPolicy(form, ("inputs",) * job.num_blocks)
-        return costs.peak(costs.device_parts(job, policy)) > card_gib * costs.GIB
+        policy = costs.MemoryPolicy(form, ("inputs",) * job.num_blocks, waits * job.num_blocks, waits)
+        return costs.peak(costs.device_parts(job, policy)) > card_gib * costs.GIB or (
+            costs.peak(costs.host_parts(job, policy)) > costs.HOST_BYTES)
 
     return bisect.bisect_left(range(1, MOST_TOKENS), True, key=is_too_long)
 
@@ -173,8 +183,10 @@ def _about_card(made: Draft, variant: Variant, card_gib: float, longest: int) ->
         return "card       none is needed: the base is tiny"
     form = "int8" if made.base_form == "int8" else "bfloat16"
     room = f"all {longest:,}" if made.max_tokens is None else f"{made.max_tokens:,} of {longest:,}"
-    return (f"card       {card_gib:g} GiB hold the base in {form} and, by arithmetic, {room} tokens of the longest clip"
-            + ("; its picture gets smaller" if made.max_tokens else ""))
+    waits = ", blocks waiting in host memory by turns (memory.swap, memory.offload)" if made.waits else ""
+    smaller = "; its picture gets smaller" if made.max_tokens else ""
+    return (f"card       {card_gib:g} GiB hold the base in {form}{waits} and, by arithmetic, {room} tokens of the "
+            f"longest clip{smaller}")
 
 
 def _about_steps(made: Draft, num_training: int) -> str:
@@ -214,6 +226,16 @@ def prompts_for(training: Sequence[Clip], heldout: Sequence[Clip], trigger: str,
     like = list(dict.fromkeys(without(clip.caption, trigger) for clip in (*heldout, *training)))
     unrelated = free[-1] if is_tiny(variant) else UNRELATED
     return Prompts([text for text in like if text][:2], free[:2], unrelated)
+
+
+def evaluation_prompts(clips: Clips) -> list[Prompt]:
+    """What `evaluate` samples: the prompts of each kind that the config names, and where it names none these."""
+    own, config = clips.config.evaluate, clips.config
+    drafted = prompts_for([p.clip for p in clips.planned], [p.clip for p in clips.heldout], config.data.trigger,
+                          clips.variant)
+    return [Prompt(text, kind) for kind, named, chosen in zip(
+        KINDS, (own.prompts, own.combined, own.unrelated), (drafted.like, drafted.others, [drafted.unrelated]),
+        strict=True) for text in (chosen if named is None else named)]
 
 
 def without(caption: str, trigger: str) -> str:

@@ -65,6 +65,11 @@ def max_rows(config: schema.Config) -> int:
     return int(forwards / (2 * times + (times + 1 if own.unrelated else 0)))  # drift asks the base twice
 
 
+def budget_of(num_rows: int, batch_size: int, num_steps: int) -> float:
+    """The validation.budget_pct with which a training that is measured at its end alone measures so many rows a set."""
+    return (num_rows + 0.5) * 2 * 2 * 100 / (FORWARDS * batch_size * num_steps)
+
+
 @dataclass(slots=True)
 class Validation:
     """The sets of clips of one training, how much of them is measured, and what was: of the base, and after steps;
@@ -175,7 +180,8 @@ def open_validation(training: Training, source: Encode) -> Validation | None:
         sets[name].read(rows)
     key = digest_text(extent, *sigmas, *config.validation.unrelated,
                       *(f"{name} {p.found.digest} {p.start_s} {p.bucket} {p.clip.caption}"
-                        for name, own in windows.items() for p in own))
+                        for name, own in windows.items() for p in own),
+                      *([training.memory.base] if training.memory.base != "dtype" else []))
     made = kept(training, key, sets, extent) or begun(training, key, sets, extent)
     made.drift = open_drift(training, source, sets[HELDOUT], max_rows(config))
     if accelerator.is_main_process:

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,27 +21,41 @@ from wantrain import costs, engine, lora, pictures, results
 from wantrain.engine import optimizers
 from wantrain.files import digest_text
 from wantrain.models import sampling, sequence
+from wantrain.models.base import Base
 from wantrain.models.loading import let_go
-from wantrain.models.sampling import Pipeline
+from wantrain.models.sampling import Inputs, Pipeline
 from wantrain.recipe import passing
-from wantrain.recipe.records import Job
-from wantrain.recipe.sampler import inputs_of, sampler_settings
+from wantrain.recipe.grid import BASE
+from wantrain.recipe.sampler import inputs_of, open_sampling, sampler_settings
 from wantrain.recipe.samples import Encode
 from wantrain.recipe.training import Training
 from wantrain.results import Column, Prompt, Results, Video
 from wantrain.terms import UserError
 
 NAME = "live"
-BASE = Column("base", "base")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A prompt, by its place, with one seed, and what it is sampled from besides."""
+
+    number: int
+    place: int
+    prompt: str
+    seed: int
+    inputs: Inputs
 
 
 @dataclass(slots=True)
 class Live:
-    """What samples a training. `jobs` are read when they are first asked for."""
+    """What samples a training. `bases` are its transformers, with sampler.fast_lora in them where there is one; they
+    and the `jobs` are opened when they are first asked for.
+    """
 
     training: Training
     source: Encode
-    jobs: list[Job] | None = None
+    jobs: list[Job] = field(default_factory=list)
+    bases: list[Base] = field(default_factory=list)
 
     @property
     def folder(self) -> Path:
@@ -57,17 +71,20 @@ class Live:
         prompts, num_parts = recipe.config.sampler.prompts, recipe.config.train.sequence_parallel
         if not prompts:
             raise UserError("sampler.prompts is empty", "sampler.prompts='[a red house, a blue boat]'")
-        if recipe.base.expert and (divides := engine.divides(self.training.accelerator)):
-            raise UserError(f"{divides} divides the expert that trains among processes, and samples need the other one "
-                            "beside it", "sampler.every_steps=0, or train with launch/ddp.yaml or zero2.yaml")
+        fast, divides = recipe.config.sampler.fast_lora, engine.divides(self.training.accelerator)
+        if divides and (fast or recipe.base.expert):
+            what = "that with sampler.fast_lora in it" if fast else "the other expert"
+            raise UserError(f"{divides} divides the transformer that trains among processes, and samples need {what} "
+                            "whole beside it", "sampler.every_steps=0, or train with launch/ddp.yaml or zero2.yaml")
         if num_parts > 1:
             length = costs.sequence_length(recipe.variant.latent_THW(settings.bucket), False)
             sequence.check(recipe.variant, num_parts, {length})
-        if self.jobs is None:
+        if not self.jobs:
+            self.bases = open_sampling(recipe.config).base.each()
             inputs = inputs_of(recipe, len(prompts), lambda: self.training.clips)
-            pairs = [(prompt, seed, own) for prompt, own in zip(prompts, inputs, strict=True)
-                     for seed in recipe.config.sampler.seeds]
-            self.jobs = [Job(number, *pair) for number, pair in enumerate(pairs)]
+            rows = [(place, prompts[place], seed, inputs[place]) for place in range(len(prompts))
+                    for seed in recipe.config.sampler.seeds]
+            self.jobs = [Job(number, *row) for number, row in enumerate(rows)]
         return self.jobs
 
     def sample(self, step: int) -> str:
@@ -80,6 +97,7 @@ class Live:
         try:
             with torch.no_grad(), optimizers.at_average(training.accelerator, training.model, training.optimizer,
                                                         training.kind):
+                self.check()
                 done = training.rendezvous.first(self.begun() if training.accelerator.is_main_process else None)
                 wanted = [*([] if BASE in done.columns else [BASE]), column_of(training, step)]
                 found = [self.latents(column) for column in wanted]
@@ -124,16 +142,20 @@ class Live:
         return torch.cat(found).float().cpu()
 
     def transformers(self, column: Column) -> list[Callable[[], AbstractContextManager[torch.nn.Module]]]:
-        """How to come by each transformer of the variant: the one that trains, and of the other expert the base with
-        its newest LoRA.
+        """How to come by each transformer of the variant: the one that trains, or another like it where a few-step LoRA
+        is to be in it; and of the other expert the base with its newest LoRA.
         """
-        training = self.training
+        training, fast = self.training, self.training.config.sampler.fast_lora
         opened: list[Callable[[], AbstractContextManager[torch.nn.Module]]] = []
-        for base in training.recipe.base.each():
-            if base.expert == training.recipe.base.expert:
+        for base in self.bases:
+            adapter = None
+            if base.expert != training.recipe.base.expert:
+                adapter = None if column == BASE else passing.finished_adapter(training, base.expert)
+            elif fast and column != BASE:
+                adapter = passing.adapter_of(training)
+            if base.expert == training.recipe.base.expert and not fast:
                 opened.append(lambda: contextlib.nullcontext(training.model))
             else:
-                adapter = None if column == BASE else passing.finished_adapter(training, base.expert)
                 opened.append(partial(passing.loaded, training, base, adapter))
         return opened
 
@@ -151,7 +173,7 @@ class Live:
         prompts = [Prompt(prompt.replace(f"{trigger}, ", "").replace(trigger, "").strip() if trigger else prompt)
                    for prompt in config.sampler.prompts]
         key = digest_text(*config.sampler.prompts, config.sampler.seeds, config.sampler.inputs, settings, trigger,
-                          *(base.digest("transformer", recipe.memo) for base in recipe.base.each()))
+                          *(base.digest("transformer", recipe.memo) for base in self.bases))
         with contextlib.suppress(UserError):
             found = results.read(self.folder)
             if found.provenance.get("key") == key:
@@ -167,13 +189,13 @@ class Live:
         recipe, settings = self.training.recipe, sampler_settings(self.training.recipe)
         pipeline = Pipeline(recipe.variant, [], self.source.text, recipe.load_encoders(self.training.device),
                             recipe.dtype)
-        prompts, videos = recipe.config.sampler.prompts, []
+        videos = []
         for job, own in zip(jobs, latents[: len(jobs)], strict=True):
             frames_FCHW = sampling.finish(pipeline, settings, own[None])
             path = self.folder / f"{column.id}_{job.number:03d}.mp4"
             pictures.write_mp4(path, frames_FCHW, recipe.variant.fps)
             pictures.write_png(path.with_suffix(".png"), frames_FCHW[len(frames_FCHW) // 2])
-            videos.append(Video(path.name, column.id, prompts.index(job.prompt), job.seed, job.prompt))
+            videos.append(Video(path.name, column.id, job.place, job.seed, job.prompt))
         others = [one for one in done.columns if one.id != column.id]
         made = replace(done, columns=[*others, column],
                        videos=[*(one for one in done.videos if one.column != column.id), *videos])

@@ -19,6 +19,7 @@ from wantrain.models.block import BlockMemory
 from wantrain.models.loading import free_bytes, let_go
 from wantrain.models.variants import Expert
 from wantrain.recipe import folders
+from wantrain.recipe.recipe import form_of
 from wantrain.recipe.sampler import working_bytes
 from wantrain.recipe.training import Training
 
@@ -76,8 +77,8 @@ def loaded(training: Training, base: Base, adapter: AdapterState | None) -> Iter
     recipe, device, swap = training.recipe, training.device, training.memory.swap
     with aside(training):
         place = engine.loading_device(training.accelerator, through_host=swap > 0)
-        transformer = base.transformer(recipe.dtype, place, form=recipe.base_form)
-        fit.fit(transformer, device, adapter or (), memory=BlockMemory("inputs", swap) if swap else None)
+        transformer = base.transformer(recipe.dtype, place, form=form_of(training.memory.base))
+        fit.fit(transformer, device, adapter or (), memory=BlockMemory(swap=swap))
         try:
             yield transformer
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from wantrain.config import BaseForm, Config, Dtype, LoraKind, expert_config, variant_of
 from wantrain.density import Density, shift_for, unshift_sigma
 from wantrain.engine.saved import CheckpointStore, step_of
-from wantrain.models import hub, inventory
+from wantrain.models import four_bits, hub, inventory
 from wantrain.models.base import Base, expert_path, find
 from wantrain.models.variants import Variant
 from wantrain.recipe import folders
@@ -77,14 +78,28 @@ class Recipe:
         return {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}[self.config.model.dtype]
 
     @property
+    def known_form(self) -> str | None:
+        """A word of memory.base: how the Linears of the frozen transformer are stored. With memory.base=auto as the
+        run folder says, or as most are in the base's own file; None where neither knows: then a training decides.
+        """
+        own = self.config.memory.base
+        if own is not BaseForm.auto:
+            return own.name
+        folder = folders.run_dir(self.config, None)
+        headers = [path for path in (folder / "run.json", *(folder / expert / "run.json" for expert in
+                                                            self.variant.experts)) if path.is_file()]
+        said = [json.loads(path.read_text()).get("base_form") for path in headers]
+        return next(filter(None, said), None) or self.base.stored_form()
+
+    @property
     def base_form(self) -> str:
-        """How the Linears of the frozen transformer are stored; empty where they are in `dtype`."""
-        return _form(self.config.memory.base)
+        """The same as wantrain.models.base takes it: empty where they are in `dtype`, or where nobody knows yet."""
+        return form_of(self.known_form or "dtype")
 
     @property
     def encoders_form(self) -> str:
         """How the Linears of the text and image encoders are stored; empty where they are not quantised."""
-        return _form(self.config.memory.encoders)
+        return form_of(self.config.memory.encoders.name)
 
     def load_text(self, device: torch.device) -> TextPipeline:
         """The text encoder as the config says."""
@@ -160,8 +175,9 @@ class Recipe:
         return lora.adapter_state(lora.trainable_parameters(transformer), lora.scales(transformer))
 
 
-def _form(form: BaseForm) -> str:
-    return "" if form is BaseForm.dtype else form.name
+def form_of(word: str) -> str:
+    """A word of memory.base as wantrain.models.base takes it."""
+    return "" if word == "dtype" else word
 
 
 def open_recipe(config: Config, fetch: bool = True) -> Recipe:
@@ -182,6 +198,8 @@ def training_faults(recipe: Recipe) -> Iterator[UserError]:
         yield UserError(f"validation.sigmas = {config.validation.sigmas}: none is in [{low:g}, {high:g}), the sigmas "
                         f"that {'this expert' if recipe.base.expert else 'sigma.range'} leaves to train at",
                         f"add one, e.g. validation.sigmas=[{(low + high) / 2:g}], or validation.every_steps=0")
+    if fault := four_bits.fault(recipe.base_form):
+        yield fault
     yield from _faults_of_given(recipe)
     if not _is_always_expressible(recipe):
         from wantrain.models.lora_updates import refuse_unexportable

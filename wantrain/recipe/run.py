@@ -6,14 +6,17 @@ import math
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from wantrain import __version__, flow, metrics
 from wantrain import config as schema
+from wantrain.engine import saved
 from wantrain.engine.saved import Record
 from wantrain.files import write_json, write_text
+from wantrain.models import quantised
 from wantrain.pages.plots import density_svg
 from wantrain.recipe.clips import Clips, manifest_digest
 from wantrain.recipe.recipe import Recipe
@@ -24,10 +27,14 @@ NUM_PLOTTED = 20_000
 """Sigmas that the plot of the run folder draws."""
 
 
-def run_fingerprint(recipe: Recipe, clips: Clips) -> dict[str, Any]:
-    """All that fixes the training's numbers: keys of the config, the base's weights, the clips with their captions."""
-    return {**schema.resume_keys(recipe.config), "(base weights)": recipe.base_digest,
-            "(clips and captions)": manifest_digest(clips)}
+def run_fingerprint(recipe: Recipe, clips: Clips, form: str) -> dict[str, Any]:
+    """All that fixes the training's numbers: keys of the config, the base's weights, the form in which they are stored
+    and, where products are computed in that, that they are; the clips with their captions.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {**schema.resume_keys(recipe.config), "(base weights)": recipe.base_digest, saved.BASE_FORM: form,
+            "(clips and captions)": manifest_digest(clips),
+            **({saved.BASE_PRODUCTS: form} if quantised.has_products(form, device) else {})}
 
 
 def file_metadata(recipe: Recipe, clips: Clips) -> dict[str, str]:
@@ -38,7 +45,7 @@ def file_metadata(recipe: Recipe, clips: Clips) -> dict[str, str]:
         "version": __version__, "trigger": config.data.trigger, "variant": variant.name,
         "config_digest": schema.digest(config), "manifest_digest": manifest_digest(clips),
         "base_digest": recipe.base_digest,
-        "merged": " ".join(f"{path}={strength:g}" for path, strength in recipe.base.merged),
+        "merged": " ".join(f"{Path(path).name}={strength:g}" for path, strength in recipe.base.merged),
         "expert": recipe.base.expert or "", "sigmas": " ".join(f"{sigma:g}" for sigma in recipe.sigmas),
         "targets": " ".join(config.lora.targets), "num_heldout": str(len(clips.heldout)),
     }
@@ -57,9 +64,12 @@ def file_metadata(recipe: Recipe, clips: Clips) -> dict[str, str]:
     }
 
 
-def record_of(recipe: Recipe, clips: Clips, scales: Mapping[str, float]) -> Record:
-    """What each checkpoint says besides its tensors; `scales` are the factors on the adapter's products."""
-    return Record(run_fingerprint(recipe, clips), recipe.config.lora.kind.name, scales, file_metadata(recipe, clips))
+def record_of(recipe: Recipe, clips: Clips, scales: Mapping[str, float], form: str) -> Record:
+    """What each checkpoint says besides its tensors; `scales` are the factors on the adapter's products, `form` is that
+    of the base.
+    """
+    return Record(run_fingerprint(recipe, clips, form), recipe.config.lora.kind.name, scales,
+                  file_metadata(recipe, clips))
 
 
 def write_header(recipe: Recipe, clips: Clips, more: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from wantrain.config import Config, Dtype
-from wantrain.data import decode, media
+from wantrain.data import cameras, decode, media
 from wantrain.data.buckets import buckets
 from wantrain.models import conditioning, encode, fit, hub, sampling
 from wantrain.models.base import expert_path
@@ -22,17 +22,31 @@ from wantrain.models.task_media import media_of_task
 from wantrain.models.variants import Expert, Variant
 from wantrain.options import split_strengths
 from wantrain.recipe.clips import Clips
-from wantrain.recipe.recipe import Recipe
+from wantrain.recipe.recipe import Recipe, open_recipe
 from wantrain.terms import Bucket, UserError
 
 STILLS = ("first", "last", "reference")
 """Inputs of a sample that are images."""
 
+KINDS_OF_FILES = {**dict.fromkeys(STILLS, "IMAGE"), "camera": "POSES.txt"}
+"""What an input is called in examples, where it is no video."""
+
 WORKING = 12
 """Tensors of tokens x width that a block holds at its most: its feed-forward layer is nearly three widths, twice."""
 
+FAST_STEPS, FAST_GUIDANCE = 4, (1.0, 1.0)
+"""What a few-step LoRA (sampler.fast_lora) is run with, where the config says nothing else."""
+
 LoraFiles = Mapping[Expert | None, Sequence[tuple[Path, float]]]
 """The LoRA files of each adapted transformer with their strengths: by expert, or of the one under None."""
+
+
+def open_sampling(config: Config) -> Recipe:
+    """The recipe, with sampler.fast_lora folded into its base."""
+    fast, model = config.sampler.fast_lora, config.model
+    if fast is None:
+        return open_recipe(config)
+    return replace(open_recipe(replace(config, model=replace(model, merge=[*model.merge, fast]))), config=config)
 
 
 def sampler_settings(recipe: Recipe) -> sampling.Settings:
@@ -47,8 +61,9 @@ def settings_of(config: Config, variant: Variant) -> sampling.Settings:
     height, width = own.resolution or data.resolutions[0]
     bucket, = buckets([own.num_frames or max(data.num_frames)], [[height, width]], variant.multiple_px)
     return sampling.Settings(
-        num_steps=own.num_steps or variant.num_steps,
-        guidance=variant.guidance if own.guidance is None else (own.guidance, own.guidance),
+        num_steps=own.num_steps or (FAST_STEPS if own.fast_lora else variant.num_steps),
+        guidance=(own.guidance, own.guidance) if own.guidance is not None else FAST_GUIDANCE if own.fast_lora else
+        variant.guidance,
         shift=profile.shift_of(variant) if own.shift is None else own.shift,
         bucket=bucket, negative_prompt=own.negative_prompt, strength=own.strength,
         profile=own.profile.name, solver=own.solver and own.solver.name,
@@ -86,12 +101,13 @@ def lora_uses(word: str, expert: Expert | None) -> list[tuple[Path, float]]:
 def load_pipeline(recipe: Recipe, loras: LoraFiles, captions: Sequence[str] = ()) -> sampling.Pipeline:
     """The base loaded on the best device, with LoRA files of any format in its transformers, or none.
 
-    First `captions` and the negative prompt are encoded, and the text encoder is let go. Where two transformers do not
-    fit in what is left, the second waits in the memory of the host.
+    First `captions`, if there are some, and the negative prompt are encoded, and the text encoder is let go. Where two
+    transformers do not fit in what is left, the second waits in the memory of the host.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     texts = encode.Texts(lambda: recipe.load_text(device))
-    texts.prepare([*captions, recipe.config.sampler.negative_prompt])
+    if captions:
+        texts.prepare([*captions, recipe.config.sampler.negative_prompt])
     encoders = recipe.load_encoders(device)
     transformers: list[torch.nn.Module] = []
     in_turn = False
@@ -99,10 +115,37 @@ def load_pipeline(recipe: Recipe, loras: LoraFiles, captions: Sequence[str] = ()
         taken = sum(tensor.nbytes for one in transformers for tensor in one.state_dict().values())
         in_turn = bool(transformers) and taken + working_bytes(recipe) > free_bytes(device, recipe.config.memory.gib)
         place = torch.device("cpu") if in_turn else device
-        files = [fit.AdapterFile(path, base.expert, strength) for path, strength in loras.get(base.expert, ())]
         transformers.append(base.transformer(recipe.dtype, place, form=recipe.base_form))
-        fit.fit(transformers[-1], device, files)
+        fit.fit(transformers[-1], device, adapter_files(loras, base.expert))
     return sampling.Pipeline(recipe.variant, transformers, texts, encoders, recipe.dtype, in_turn)
+
+
+def adapter_files(loras: LoraFiles, expert: Expert | None) -> list[fit.AdapterFile]:
+    """The files of one transformer."""
+    return [fit.AdapterFile(path, expert, strength) for path, strength in loras.get(expert, ())]
+
+
+class Studio:
+    """The loaded pipeline: nothing is loaded before it is asked for, and LoRAs are exchanged in it.
+
+    `captions` are all texts that will be sampled: their encoder is let go before the transformers are loaded.
+    """
+
+    def __init__(self, recipe: Recipe, captions: Sequence[str]) -> None:
+        self._recipe, self._captions = recipe, captions
+        self._pipeline: sampling.Pipeline | None = None
+        self._loras: LoraFiles = {}
+
+    def pipeline(self, loras: LoraFiles | None) -> sampling.Pipeline:
+        """The pipeline with these LoRAs; None is for the base, whatever is loaded (at strength 0)."""
+        wanted = self._loras if loras is None else loras
+        if self._pipeline is None:
+            self._pipeline = load_pipeline(self._recipe, wanted, self._captions)
+        elif wanted != self._loras:
+            for base, transformer in zip(self._recipe.base.each(), self._pipeline.transformers, strict=True):
+                fit.exchange(transformer, adapter_files(wanted, base.expert))
+        self._loras = wanted
+        return self._pipeline
 
 
 def working_bytes(recipe: Recipe) -> int:
@@ -158,7 +201,7 @@ def example_of_inputs(variant: Variant) -> str:
     task = media_of_task(variant.task)
     names = task.inputs_needed or task.partners[:1] or ("video",)
     return "sampler.inputs='[{" + ", ".join(
-        f"{name}: {'IMAGE' if name in STILLS else 'VIDEO'}" for name in names) + "}]'"
+        f"{name}: {KINDS_OF_FILES.get(name, 'VIDEO')}" for name in names) + "}]'"
 
 
 def read_inputs(recipe: Recipe, given: Mapping[str, str], bucket: Bucket) -> sampling.Inputs:
@@ -186,6 +229,8 @@ def read_input(variant: Variant, name: str, path: Path, bucket: Bucket) -> torch
     """The frames of one file of sampler.inputs."""
     if not path.is_file():
         raise UserError(f"sampler.inputs: {name} = {path} does not exist", "give the path of an image or video")
+    if name == "camera":
+        return torch.from_numpy(cameras.of_sample(path, bucket))
     is_image = media.look(path).duration_s == 0
     if name in STILLS:
         if not is_image:

@@ -12,12 +12,12 @@ import torch
 
 from wantrain.config import DataMode
 from wantrain.data import decode
-from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Cache, counted, describe, missing
+from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Cache, missing
 from wantrain.engine import launch
 from wantrain.jobs import in_workers, progress
 from wantrain.models import conditioning, encode
 from wantrain.models.loading import let_go
-from wantrain.recipe.clips import Clips, num_workers
+from wantrain.recipe.clips import Clips, num_workers, refuse_missing
 from wantrain.recipe.recipe import Recipe
 from wantrain.terms import WINDOW, Encoded, PlannedClip, Sample, UserError
 
@@ -130,9 +130,7 @@ class Cached:
 
     def __init__(self, clips: Clips) -> None:
         self._cache = clips.cache
-        if lacking := missing(clips.cache.entries(clips.everything, clips.captions)):
-            raise UserError(f"the cache lacks {counted(lacking)} for this base and these settings; the first is "
-                            f"{describe(next(iter(lacking.values())))}", self._cache.build_command)
+        refuse_missing(clips)
 
     def window(self, planned: PlannedClip) -> Encoded:
         """A window's entries."""

@@ -14,7 +14,7 @@ import torch
 
 from wantrain import config as schema
 from wantrain import costs, engine, lora, objective
-from wantrain.config import Config, Keep
+from wantrain.config import Config, Keep, Resume
 from wantrain.engine import checkpoint, launch, optimizers, saved, snapshot
 from wantrain.engine.checkpoint import Checkpoint, Writer
 from wantrain.engine.ema import Ema
@@ -22,14 +22,15 @@ from wantrain.engine.rendezvous import Rendezvous
 from wantrain.engine.saved import Progress, Record
 from wantrain.files import write_json
 from wantrain.metrics import Trackers
-from wantrain.models import fit, hub, quantised, sequence
+from wantrain.models import attention, fit, hub, quantised, sequence
 from wantrain.models.base import expert_path
 from wantrain.models.block import BlockMemory
+from wantrain.models.compiled import operations_for
 from wantrain.models.loading import free_bytes
 from wantrain.models.lora_updates import read_given
 from wantrain.recipe.clips import Clips
 from wantrain.recipe.costing import Room, job_of, policy_of, told
-from wantrain.recipe.recipe import Recipe
+from wantrain.recipe.recipe import Recipe, form_of
 from wantrain.recipe.run import record_of, write_header
 from wantrain.terms import Batch, UserError
 
@@ -53,6 +54,7 @@ class Training:
     optimizer: Any
     ema: Ema | None
     modules: list[str]
+    kernels: dict[str, str]
     base_errors: dict[str, float]
     progress: Progress
     writer: Writer
@@ -77,10 +79,20 @@ class Training:
                                 unwrapped=self.accelerator.unwrap_model(self.model))
 
 
+class OutOfMemory(UserError):
+    """Memory ended while it was planned otherwise."""
+
+
+SMALLER = 0.85
+"""What is chosen after memory ended takes at most this share of what had been planned."""
+
+
 @contextlib.contextmanager
 def advised_if_memory_ends(recipe: Recipe, clips: Clips, accelerator: Accelerator, policy: costs.MemoryPolicy
                            ) -> Iterator[None]:
-    """In the block, running out of memory is a UserError that says how much was used and what needs less."""
+    """In the block, running out of memory is an OutOfMemory that says how much was planned and used, and what needs
+    less.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -91,14 +103,30 @@ def advised_if_memory_ends(recipe: Recipe, clips: Clips, accelerator: Accelerato
         job = largest_job(recipe, clips, accelerator)
         bucket, on_cpu = job.batch.bucket, accelerator.device.type == "cpu"
         offers = costs.savers(job, policy, engine.zero_stage(accelerator), not on_cpu)
-        raise UserError(
-            f"out of memory, with {peak_gib:.1f} GiB in use at the most: {why}; the largest "
-            f"clips are {bucket} ({bucket.num_tokens(px):,} tokens), {micro_batch_size} at once",
+        planned = costs.peak(costs.device_parts(job, policy))
+        raise OutOfMemory(
+            f"out of memory, with {peak_gib:.1f} GiB in use at the most, where {planned / costs.GIB:.2f} were planned: "
+            f"{why}; the largest clips are {bucket} ({bucket.num_tokens(px):,} tokens), {micro_batch_size} at once",
             "one of:\n    " + "\n    ".join(map(str, offers[:3]))) from error
 
 
-def prepare(recipe: Recipe, clips: Clips) -> Training:
-    """Load the frozen base, inject the adapter, make the optimizer, and hand all to the engine that launched us."""
+def smaller_room(training: Training) -> float | None:
+    """The bytes within which a training goes on by itself after its memory ended. None where it does not: in a group of
+    processes, which wait for each other in the middle of a step, where the user has set a budget, and where nothing
+    that is not set needs less.
+    """
+    if training.accelerator.num_processes > 1 or training.config.memory.gib is not None:
+        return None
+    job = largest_job(training.recipe, training.clips, training.accelerator)
+    planned = costs.peak(costs.device_parts(job, training.memory))
+    policy, _ = memory_policy(training.recipe, training.clips, training.accelerator, SMALLER * planned)
+    return SMALLER * planned if costs.peak(costs.device_parts(job, policy)) < planned else None
+
+
+def prepare(recipe: Recipe, clips: Clips, room: float = math.inf) -> Training:
+    """Load the frozen base, inject the adapter, make the optimizer, and hand all to the engine that launched us. What
+    saves memory is chosen for at most `room` bytes of the device.
+    """
     config, optim, num_parts = recipe.config, recipe.config.optim, recipe.config.train.sequence_parallel
     if num_parts > 1:
         lengths = {costs.sequence_length(recipe.variant.latent_THW(p.bucket), "reference" in p.partners)
@@ -106,7 +134,11 @@ def prepare(recipe: Recipe, clips: Clips) -> Training:
         sequence.check(recipe.variant, num_parts, lengths)
     accelerator = launch.start(config.data.batch_size, config.train.micro_batch_size, sequence_parallel=num_parts,
                                max_grad_norm=optim.max_grad_norm, timeout_s=config.train.stall_timeout_s)
-    policy = memory_policy(recipe, clips, accelerator)
+    policy, free = memory_policy(recipe, clips, accelerator, room)
+    if accelerator.is_main_process and math.isfinite(free):
+        planned = costs.peak(costs.device_parts(largest_job(recipe, clips, accelerator), policy))
+        print(f"memory: {told(policy)}; by the plan {planned / costs.GIB:.2f} of {free / costs.GIB:.2f} GiB"
+              + ("" if planned <= free else ": it may not fit, wantrain plan says what would"))
     with advised_if_memory_ends(recipe, clips, accelerator, policy):
         return loaded(recipe, clips, accelerator, policy)
 
@@ -117,28 +149,26 @@ def largest_job(recipe: Recipe, clips: Clips, accelerator: Accelerator) -> costs
     return job_of(recipe.config, bucket, accelerator.num_processes)
 
 
-def memory_policy(recipe: Recipe, clips: Clips, accelerator: Accelerator) -> costs.MemoryPolicy:
-    """How this process saves memory on its device; the first says what was chosen. No choice changes a number."""
+def memory_policy(recipe: Recipe, clips: Clips, accelerator: Accelerator, most: float
+                  ) -> tuple[costs.MemoryPolicy, float]:
+    """How this process saves memory on its device, and the bytes that it chose for: at the most `most`. No choice but
+    memory.base=auto changes a number.
+    """
     config, device, job = recipe.config, accelerator.device, largest_job(recipe, clips, accelerator)
-    gib = config.memory.gib
-    free = free_bytes(device, gib)
-    policy = policy_of(config, job, None)
-    if math.isfinite(free):
-        total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else free
-        card = costs.card_of(f"{total / costs.GIB:.1f}gb")
-        if device.type == "cuda":
-            with contextlib.suppress(UserError):  # one that nobody wrote down: the speed of a common card of its size
-                card = costs.card_of(torch.cuda.get_device_name(device))
-        room = Room(card, free, engine.host_bytes() / accelerator.num_processes)
-        can_move = not engine.is_deepspeed(accelerator) and not engine.is_fsdp(accelerator)
-        policy = policy_of(config, job, room, can_move)
-        if engine.divides(accelerator) and config.memory.keep is Keep.auto and set(policy.keep) != {"all"}:
-            policy = replace(policy, keep=("inputs",) * job.num_blocks)  # through diffusers' blocks: models.fit
-        if accelerator.is_main_process:
-            planned = costs.peak(costs.device_parts(job, policy))
-            print(f"memory: {told(policy)}; by the plan {planned / costs.GIB:.2f} of {free / costs.GIB:.2f} GiB"
-                  + ("" if planned <= free else ": it may not fit, wantrain plan says what would"))
-    return policy
+    free = min(free_bytes(device, config.memory.gib), most)
+    if math.isinf(free):
+        return policy_of(config, job, None, base=recipe.known_form), free
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else free
+    card = costs.card_of(f"{total / costs.GIB:.1f}gb")
+    if device.type == "cuda":
+        with contextlib.suppress(UserError):  # one that nobody wrote down: the speed of a common card of its size
+            card = costs.card_of(torch.cuda.get_device_name(device))
+    room = Room(card, free, engine.host_bytes() / accelerator.num_processes)
+    can_move = not engine.is_deepspeed(accelerator) and not engine.is_fsdp(accelerator)
+    policy = policy_of(config, job, room, can_move, recipe.known_form)
+    if engine.divides(accelerator) and config.memory.keep is Keep.auto and set(policy.keep) != {"all"}:
+        policy = replace(policy, keep=("inputs",) * job.num_blocks)  # through diffusers' blocks: models.fit
+    return policy, free
 
 
 def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator, policy: costs.MemoryPolicy) -> Training:
@@ -146,21 +176,26 @@ def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator, policy: costs
     config, optim, own = recipe.config, recipe.config.optim, recipe.config.train
     rendezvous = Rendezvous(own.stall_timeout_s)
     optimizers.check(accelerator, optim.name.name)
-    refuse_memory(accelerator, recipe.base_form, policy.swap)
+    form = form_of(policy.base)
+    refuse_memory(accelerator, form, policy.swap)
     start = None
     if config.lora.start_from:
         start = read_given(hub.local(expert_path(config.lora.start_from, recipe.base.expert)), recipe.base.expert)
     device = engine.loading_device(accelerator, through_host=policy.swap > 0)
     transformer = recipe.base.transformer(recipe.dtype, device,
-                                          engine.shard_parameter(accelerator), recipe.base_form)
+                                          engine.shard_parameter(accelerator), form)
     errors = quantised.relative_errors(transformer)
     if errors and accelerator.is_main_process:
-        print(quantised.told(errors, recipe.base_form))
+        print(quantised.told(errors, form, accelerator.device))
     modules = fit.fit(transformer, accelerator.device,
                       fit.NewAdapter(config.lora.targets, recipe.adapter_spec, own.seed, start),
                       memory=BlockMemory(policy.keep, policy.swap, policy.offload),
                       is_divided=bool(engine.divides(accelerator)), sequence_parallel=own.sequence_parallel)
-    record = record_of(recipe, clips, lora.scales(transformer))
+    kernels = {"attention": attention.name_of(transformer, accelerator.device),
+               "compiled": operations_for(accelerator.device)[1]}
+    if accelerator.is_main_process:
+        print("; ".join(f"{what}: {own}" for what, own in kernels.items()))
+    record = record_of(recipe, clips, lora.scales(transformer), policy.base)
     groups = optimizers.groups(lora.trainable_parameters(transformer),
                                lora.lr_factors(transformer, optim.lora_plus, optim.lr_factors))
     rendezvous.flags(0)  # all have their base
@@ -170,8 +205,8 @@ def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator, policy: costs
             device_placement=[False, True] if policy.swap else None)
     ema = None if optim.ema_decay is None else Ema(accelerator, model, optim.ema_decay)
     writer = Writer(recipe.checkpoints, own.stall_timeout_s / 2)  # others wait meanwhile
-    return Training(recipe, clips, accelerator, policy, rendezvous, model, optimizer, ema, modules, errors, Progress(),
-                    writer, record, Trackers())
+    return Training(recipe, clips, accelerator, policy, rendezvous, model, optimizer, ema, modules, kernels, errors,
+                    Progress(), writer, record, Trackers())
 
 
 def refuse_memory(accelerator: Accelerator, form: str, swap: int) -> None:
@@ -205,7 +240,8 @@ def resume(training: Training) -> None:
     newest: Checkpoint | UserError | None = None
     if training.accelerator.is_main_process:
         try:
-            newest = checkpoint.newest_whole(store, training.record.fingerprint, schema.defaults())
+            newest = checkpoint.newest_whole(store, training.record.fingerprint, schema.defaults(),
+                                             training.config.train.resume is Resume.any_base)
         except UserError as error:
             newest = error
     newest = rendezvous.first(newest)
@@ -237,7 +273,7 @@ def tell_memory(training: Training) -> None:
     planned, measured = costs.in_tensors(parts) / costs.GIB, engine.peak_memory_gib(device)
     path = recipe.run_dir / "run.json"
     of = "tensors of the device" if device.type == "cuda" else "the whole process"
-    write_json(path, {**json.loads(path.read_text()),
+    write_json(path, {**json.loads(path.read_text("utf-8")),
                       "memory": {"policy": asdict(training.memory), "planned_gib": planned, "peak_gib": measured,
                                  "peak_is_of": of}})
     if device.type == "cuda":
@@ -253,7 +289,9 @@ def start_run(training: Training) -> None:
             "num_processes": accelerator.num_processes, "engine": accelerator.distributed_type.value,
             "zero_stage": engine.zero_stage(accelerator), "processes": training.rendezvous.processes,
             "start_step": progress.step, "run_id": progress.run_id, "modules": training.modules,
-            "base_form": recipe.config.memory.base.name, "base_errors": training.base_errors})
+            **training.kernels,
+            "base_form": training.memory.base, "base_errors": training.base_errors,
+            "products_in_bytes": quantised.has_products(training.memory.base, training.device)})
     flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in schema.flat(config).items()}
     training.trackers.open(config.tracker.names if accelerator.is_main_process else (), recipe.run_dir,
                            config.tracker.project, run_name=config.run.name, run_id=progress.run_id,

@@ -48,7 +48,8 @@ def print_base(recipe: Recipe) -> None:
     variant, base = recipe.variant, recipe.base
     total = variant.num_parameters or sum(map(math.prod, inventory.tensors(variant.architecture).values()))
     print(f"base         {variant.name}, {total:,} parameters, {recipe.config.model.dtype.name}"
-          + (f", the Linears of its blocks in {recipe.base_form}" if recipe.base_form else ""))
+          + (f", the Linears of its blocks in {recipe.base_form}" if recipe.base_form else "")
+          + (", or in fewer bits, as the training finds room" if recipe.known_form is None else ""))
     for part, path in base.parts.items():
         print(f"  {part:13}{path}")
     for own in recipe.trainings():

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Collection
 from enum import Enum
 
-from wantrain.options import OPTION_VERBS
+from wantrain.options import OPTION_VERBS, Option
 from wantrain.terms import UserError
 
 ASK = "__complete"
@@ -26,7 +26,7 @@ complete -o default -F _wantrain wantrain
     "zsh": """# eval "$(wantrain completion zsh)"    in ~/.zshrc, after compinit
 _wantrain() {
     local -a found
-    found=("${(@f)$(wantrain __complete "$LBUFFER" 2>/dev/null)}")
+    found=("${(@f)$(wantrain __complete "${(j: :)words[1,CURRENT-1]} $PREFIX" 2>/dev/null)}")
     compadd -Q -S '' -- ${(M)found:#*[.=]}
     compadd -Q -- ${found:#*[.=]}
     [[ -n "$found" ]] || _files
@@ -53,17 +53,31 @@ def candidates(line: str, verbs: Collection[str]) -> list[str]:
     if len(words) < 2:
         return sorted(verb for verb in verbs if verb.startswith(current))
     if words[1] in OPTION_VERBS:
-        return _options(words[1], current)
+        return _options(words[1], words[-1], current)
     return _keys(current) if words[1] in verbs else []
 
 
-def _options(verb: str, current: str) -> list[str]:
-    """Of a verb without a recipe: its options, and their values."""
-    found = []
-    for option in OPTION_VERBS[verb].options:
-        found += [f"--{option.name}"] if option.is_flag else [f"{option.name}={value}" for value in
-                                                              option.values or [""] if value or not option.values]
-    return [one for one in found if one.startswith(current) and current]
+def _options(verb: str, before: str, current: str) -> list[str]:
+    """Of a verb without a recipe: its options and their values, as `--NAME VALUE` where a word begins so, else as
+    `NAME=VALUE`.
+    """
+    known = OPTION_VERBS[verb].options
+    found = [value for option in known if before == f"--{option.name}" for value in _values(option)]
+    if not found and current.startswith("--") and "=" not in current:
+        found = [f"--{option.name}" for option in known]
+    if not found:
+        dashes = "--" * current.startswith("--")
+        found = [f"{dashes}{option.name}={value}" for option in known if not option.is_flag
+                 for value in _values(option) or [""]]
+    return [one for one in found if one.startswith(current) and (current or before.startswith("--"))]
+
+
+def _values(option: Option) -> list[str]:
+    """The values that an option may have, where they can be told."""
+    from wantrain.config.known import choices
+    from wantrain.config.places import Place, configs_folder
+
+    return choices([Place(configs_folder())], "model") if option.name == "model" else [*filter(None, option.values)]
 
 
 def _keys(current: str) -> list[str]:

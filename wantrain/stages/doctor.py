@@ -35,9 +35,9 @@ LEAST_FREE_GIB = 10
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "datasets", "safetensors", "huggingface_hub",
             "hydra-core", "omegaconf", "numpy", "av", "decord", "deepspeed", "bitsandbytes", "prodigyopt",
             "schedulefree", "gguf", "wandb", "tensorboard", "modelscope")
-OPTIONAL = {"deepspeed": "ZeRO", "bitsandbytes": "optim.name=adamw_8bit", "prodigyopt": "optim.name=prodigy",
-            "schedulefree": "optim.name=schedule_free", "gguf": "GGUF files", "wandb": "tracker=wandb",
-            "tensorboard": "tracker=tensorboard", "modelscope": "model ids of ModelScope"}
+OPTIONAL = {"deepspeed": "ZeRO", "bitsandbytes": "optim.name=adamw_8bit, memory.base=nf4",
+            "prodigyopt": "optim.name=prodigy", "schedulefree": "optim.name=schedule_free", "gguf": "GGUF files",
+            "wandb": "tracker=wandb", "tensorboard": "tracker=tensorboard", "modelscope": "model ids of ModelScope"}
 """Packages that only a part of wantrain needs -> that part."""
 ATTENTION = {"FLASH_ATTENTION": "flash", "EFFICIENT_ATTENTION": "memory-efficient", "CUDNN_ATTENTION": "cuDNN",
              "MATH": "plain"}
@@ -135,7 +135,7 @@ def machine() -> Iterator[Finding]:
     yield Finding("machine", "wantrain", f"{__version__}{' of a checkout' if metrics.commit() else ''}")
     yield Finding("machine", "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     yield Finding("machine", "cores", str(jobs.cores()))
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # Windows has no sysconf
         num_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         yield Finding("machine", "memory", f"{num_bytes / 2**30:.0f} GiB")
     compiler = next(filter(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))), "")

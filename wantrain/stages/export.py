@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 
 from wantrain import config as schema
-from wantrain import lora
 from wantrain.config import Config, expert_config, experts_of, variant_of
 from wantrain.engine import checkpoint, saved
 from wantrain.engine.checkpoint import Checkpoint
-from wantrain.engine.saved import Record
-from wantrain.models.lora_formats import LoraFile, products, read_lora
+from wantrain.models.lora_formats import read_lora
 from wantrain.models.lora_loaders import told
-from wantrain.models.lora_updates import from_adapter, write_proven
 from wantrain.models.variants import Expert
 from wantrain.recipe.comfy import write_workflow
+from wantrain.recipe.exporting import write_adapter
 from wantrain.recipe.folders import checkpoints_of, export_path, workflow_path
 from wantrain.terms import UserError
 
@@ -64,34 +61,23 @@ def newest(config: Config, expert: Expert | None) -> Checkpoint | None:
         raise UserError(f"{found.path} was written by an older wantrain and does not say how its adapter is scaled",
                         "train one more step with this version, e.g. train.num_steps="
                         f"{found.progress.step + 1}: its checkpoint does")
-    of_config = {key: value for key, value in record.fingerprint.items() if not key.startswith("(")}  # not of files
+    of_config = {key: value for key, value in record.fingerprint.items()
+                 if not key.startswith("(") and key != saved.BASE_FORM}  # not of files, nor of how they were held
     saved.refuse_another_config(of_config, schema.resume_keys(config), schema.defaults())
     return found
 
 
 def export_one(config: Config, expert: Expert | None, found: Checkpoint) -> list[str]:
     """One adapter in the format asked for, and its average if one was kept; what of it was written."""
-    step, record, form = found.progress.step, saved.record_of(found.path), config.export.format.name
+    step, kind, form = found.progress.step, saved.record_of(found.path).kind, config.export.format.name
     print("".join(f"{message}; step {step} is exported\n" for message in found.passed), end="")
     written = []
     for key, what in ((checkpoint.VALUE, ""), (checkpoint.EMA, "_ema")):
-        if not (values := checkpoint.values(found.tensors, key)):
+        path = export_path(config, expert, what)
+        if (made := write_adapter(path, config, found, key)) is None:
             continue
-        path, state = export_path(config, expert, what), lora.adapter_state(values, record.scales)
-        pairs, extras = from_adapter(state)
-        about = metadata(record, step)
-        if key == checkpoint.EMA:
-            about["wantrain.ema_decay"] = str(record.fingerprint["optim.ema_decay"])
-        worst = write_proven(LoraFile(path, form, pairs, extras), form, about, config.export.dtype.name, state)
-        print(f"exported {path} ({form}): {record.kind} on {len(pairs) or len(products(extras))} modules, "
-              f"step {step}; read back against the checkpoint, largest relative error of a delta {worst:.1e}")
+        print(f"exported {path} ({form}): {kind} on {made.num_modules} modules, step {step}; read back against the "
+              f"checkpoint, largest relative error of a delta {made.worst:.1e}")
         print(told(read_lora(path), variant_of(config).task))
         written.append(what)
     return written
-
-
-def metadata(record: Record, step: int) -> dict[str, str]:
-    """What the file says of itself: what the checkpoint says, its step, and when that was saved."""
-    saved_at = datetime.fromisoformat(record.saved_at)
-    return {**record.metadata, "ss_steps": str(step), "ss_max_train_steps": str(step), "wantrain.steps": str(step),
-            "ss_training_finished_at": str(saved_at.timestamp()), "modelspec.date": record.saved_at}

@@ -13,12 +13,13 @@ from typing import cast
 from wantrain.lora import MAGNITUDE, inner_rank
 from wantrain.models import hub, lora_formats
 from wantrain.models.containers import Container, find_parts, open_container, open_raw
+from wantrain.models.detection import detect, fitting_lora
 from wantrain.models.lora_checks import product_size
 from wantrain.models.lora_formats import LoraFile, products, split_extra
 from wantrain.models.lora_loaders import told
 from wantrain.models.lora_names import PEFT_WEIGHTS, is_lora, is_run, said_expert, weights_of
 from wantrain.models.lora_updates import is_zero, pair_norm, product_norm
-from wantrain.models.variants import Expert, detect, fitting_lora
+from wantrain.models.variants import Expert
 from wantrain.models.weight_files import ContainerError
 
 PART_MARKS = {

@@ -213,7 +213,8 @@ def recipe_text(new: New, paths: Mapping[str, str]) -> str:
         f"  batch_size: {own.batch_size}", f"optim: {{lr: {own.lr:.1e}, warmup_steps: {own.warmup_steps}}}",
         f"train: {{num_steps: {made.num_steps}, micro_batch_size: {own.batch_size if tiny else 1}, save_every: "
         f"{every}}}",
-        made.base_form == "int8" and "memory: {base: int8}  # a byte a weight of the base",
+        made.base_form == "int8" and "memory: {base: int8}  # a byte a weight of the base" + made.waits * (
+            "; swap and offload follow from the card when training starts"),
         "heldout" in paths and f"validation: {{every_steps: {every}}}",
         "sampler:", not new.variant.experts and f"  every_steps: {2 * every}  # samples while it trains",
         tiny and "  num_steps: 20\n  guidance: 4.0", *sampler_size(new), *prompt_lines(new, paths)]
@@ -227,8 +228,10 @@ def prompt_lines(new: New, paths: Mapping[str, str]) -> list[str]:
     lines = ["  prompts:  # like the training, of another subject, and unrelated: without the trigger",
              *(f"    - {quoted(text)}" for text in (*triggered, prompts.unrelated))]
     if "heldout" in paths:
-        lines += ["evaluate:", "  prompts:  # each is shown by the base, with the trigger, and without it",
-                  *(f"    - {quoted(text)}" for text in (*prompts.like, *prompts.others))]
+        kinds = {"prompts": prompts.like, "combined": prompts.others, "unrelated": [prompts.unrelated]}
+        lines += ["evaluate:  # each is shown by the base, with the trigger, and without it"]
+        lines += [line for key, texts in kinds.items()
+                  for line in (f"  {key}:", *(f"    - {quoted(text)}" for text in texts))]
     return lines
 
 

@@ -8,7 +8,7 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wantrain import costs
 from wantrain.config import Config, Dtype, VaeDtype, expert_config, experts_of
@@ -16,7 +16,12 @@ from wantrain.costs import GIB, Card, Choice, Job, MemoryPolicy
 from wantrain.recipe.costing import Room, job_of, largest_bucket, policy_of
 from wantrain.terms import UserError
 
+if TYPE_CHECKING:
+    from wantrain.models.calibration import Rates
+
 BAR_WIDTH = 40
+HERE = "here"
+"""What --gpu is for this machine's own card."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +47,27 @@ def run(config: Config, arguments: Sequence[str], given: argparse.Namespace) -> 
         plans = [plan_for(config, trainings, card, given) for card in cards]
         print(json.dumps(plans, indent=1) if given.json else told_all(config, trainings, plans))
         return
-    plan = plan_for(config, trainings, costs.card_of(given.gpu), given)
+    plan = plan_for(config, trainings, card_here() if given.gpu == HERE else costs.card_of(given.gpu), given)
     print(json.dumps(plan, indent=1) if given.json else told(config, plan, arguments))
+
+
+def card_here() -> Card:
+    """This machine's card, its rates measured. Raises UserError where there is none."""
+    import torch  # the one plan that needs it
+
+    from wantrain.models.calibration import calibrate
+
+    if not torch.cuda.is_available():
+        raise UserError(f"--gpu {HERE}: there is no GPU that torch can use", "--gpu 24gb, or the name of a card")
+    device = torch.device("cuda")
+    return measured(torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1], calibrate(device))
+
+
+def measured(name: str, num_bytes: int, rates: Rates) -> Card:
+    """A card by what was measured on it."""
+    family = costs.Family(1.0, rates.attention / rates.products, rates.attention_backward / rates.products)
+    return Card(name, num_bytes / GIB, rates.products / 1e12, None, rates.memory / costs.MEMORY_SHARE / 1e9,
+                rates.slot / costs.PCIE_SHARE / 1e9, family, is_measured=True)
 
 
 def trainings_of(config: Config, num_gpus: int) -> list[Training]:
@@ -121,8 +145,8 @@ def told(config: Config, plan: Mapping[str, Any], arguments: Sequence[str]) -> s
     settings, card = plan["settings"], plan["card"]
     own = settings["as the recipe says"]
     best = settings.get("fastest that fits")
-    lines = [f"plan         {plan['variant']} on {plan['gpus']} x {card['name']} ({card['memory_gib']:g} GiB): "
-             "arithmetic, nothing was measured",
+    lines = [f"plan         {plan['variant']} on {plan['gpus']} x {card['name']} ({card['memory_gib']:.4g} GiB): "
+             + ("arithmetic at rates measured here" if card["is_measured"] else "arithmetic, nothing was measured"),
              f"largest      {plan['bucket']}: {plan['tokens']:,} tokens of {plan['rows']} rows at once; "
              f"{plan['trainable']:,} trainable numbers", "", *bars("as the recipe says", own, card["memory_gib"])]
     if best and best["overrides"] != own["overrides"]:

@@ -15,7 +15,7 @@ import torch
 
 from wantrain import pictures
 from wantrain.config import Config
-from wantrain.data import decode, plan
+from wantrain.data import cameras, decode, plan
 from wantrain.data.cache import missing
 from wantrain.data.captions import captions_of
 from wantrain.data.folders import Account
@@ -183,12 +183,13 @@ def cards(clips: Clips, shown: Sequence[PlannedClip], count: Callable[[str], int
                 "name": planned.name, "file": str(planned.clip.path), "bucket": str(planned.bucket),
                 "fault": fault, "video": "" if frames is None else media_url(frames, clips.variant.fps),
                 "partners": [(name, media_url(array, clips.variant.fps), len(array) == 1)
-                             for name, array in found.items() if name != WINDOW],
+                             for name, array in found.items() if name not in (WINDOW, cameras.KIND)],
                 "is_image": planned.bucket.num_frames == 1, "size": f"{planned.found.width}x{planned.found.height}",
                 "from_s": f"{planned.start_s:.2f}", "to_s": f"{to_s:.2f}",
                 "span": span_of(planned), "cropped": f"{plan.cropped(planned.bucket, planned.found):.0%}",
                 "captions": [(text, count(text)) for text in texts],
-                "measures": {k: f"{v:g}" for k, v in planned.clip.measures.items() if v is not None},
+                "measures": {k: f"{v:g}" for k, v in planned.clip.measures.items() if v is not None}
+                | ({cameras.KIND: cameras.told(found[cameras.KIND])} if cameras.KIND in found else {}),
             }
             bar.update()
 

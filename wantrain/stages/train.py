@@ -15,6 +15,7 @@ import torch
 from wantrain import asking, engine, lock, logs, metrics
 from wantrain import config as schema
 from wantrain.config import Config, DataMode, OnNonfinite, Resume
+from wantrain.costs import GIB
 from wantrain.data import batches
 from wantrain.data.batches import Draws, Order, Split
 from wantrain.engine import checkpoint, launch, optimizers, saved
@@ -23,6 +24,8 @@ from wantrain.engine.stopping import Stopper
 from wantrain.engine.watch import Watch, held_bytes
 from wantrain.engine.work import Work
 from wantrain.files import leftovers, write_json
+from wantrain.models.compiled import Count
+from wantrain.models.loading import let_go
 from wantrain.recipe import judgement
 from wantrain.recipe.clips import Clips, open_clips
 from wantrain.recipe.heldout import open_validation
@@ -30,7 +33,17 @@ from wantrain.recipe.live import open_live
 from wantrain.recipe.recipe import Recipe, more_steps_done, open_recipe, training_faults
 from wantrain.recipe.run import run_fingerprint
 from wantrain.recipe.samples import Cached, Encode, Encoder, Streamed, prepare_texts, sample_of
-from wantrain.recipe.training import Training, advised_if_memory_ends, prepare, resume, save, start_run, tell_memory
+from wantrain.recipe.training import (
+    OutOfMemory,
+    Training,
+    advised_if_memory_ends,
+    prepare,
+    resume,
+    save,
+    smaller_room,
+    start_run,
+    tell_memory,
+)
 from wantrain.terms import Batch, Interrupted, UserError
 
 LEFT_AFTER_S = 600.0
@@ -95,7 +108,11 @@ def is_done(recipe: Recipe, clips: Clips) -> bool:
         print(told_once, file=sys.stderr)
     if max(map(saved.step_of, there), default=-1) < own.num_steps:
         return False
-    newest = checkpoint.newest_whole(store, run_fingerprint(recipe, clips), schema.defaults())
+    form = recipe.known_form
+    if form is None:
+        return False  # what the checkpoints were trained on is for the training to decide
+    newest = checkpoint.newest_whole(store, run_fingerprint(recipe, clips, form), schema.defaults(),
+                                     own.resume is Resume.any_base)
     assert newest is not None, "there are checkpoints"
     if newest.progress.step > own.num_steps:
         raise more_steps_done(recipe.config, newest.path)
@@ -116,9 +133,33 @@ def tell_mirror(writer: Writer) -> None:
               file=sys.stderr)
 
 
-def train_one(recipe: Recipe, clips: Clips, cached: Cached | None, another_follows: bool) -> None:
-    """One adapter on one transformer. Raises Interrupted."""
-    training = prepare(recipe, clips)
+def train_one(recipe: Recipe, clips: Clips, cached: Cached | None, another_follows: bool, room: float = math.inf
+              ) -> None:
+    """One adapter on one transformer. Where its memory ends, it goes on once within less. Raises Interrupted."""
+    training = prepare(recipe, clips, room)
+    try:
+        train_to_end(training, cached)
+    except OutOfMemory as error:
+        smaller = smaller_room(training) if math.isinf(room) else None
+        if smaller is None:
+            raise
+        print(f"WARNING: {error.message}\n  it goes on by itself, this once, from the last checkpoint, within "
+              f"{smaller / GIB:.2f} GiB", file=sys.stderr)
+        training.trackers.close(STOPPED_TRACKER_S)
+        launch.end(training.accelerator, another_follows=True)
+    else:
+        if training.progress.step < recipe.config.train.num_steps:
+            raise Interrupted(f"stopped after step {training.progress.step}; saved in {recipe.run_dir / 'checkpoints'}")
+        launch.end(training.accelerator, another_follows)
+        return
+    del training
+    let_go()
+    train_one(recipe, clips, cached, another_follows, smaller)
+
+
+def train_to_end(training: Training, cached: Cached | None) -> None:
+    """From the newest checkpoint to the last step, or to where the user stops it."""
+    recipe, clips = training.recipe, training.clips
     with (training.rendezvous.guarded(), advised_if_memory_ends(recipe, clips, training.accelerator, training.memory),
           Stopper() as stopper):
         resume(training)
@@ -133,9 +174,6 @@ def train_one(recipe: Recipe, clips: Clips, cached: Cached | None, another_follo
             print(told, file=sys.stderr)
         tell_memory(training)
         training.rendezvous.flags(0)  # when another leaves, a launcher would end the first, which may still write
-    if training.progress.step < recipe.config.train.num_steps:
-        raise Interrupted(f"stopped after step {training.progress.step}; saved in {recipe.run_dir / 'checkpoints'}")
-    launch.end(training.accelerator, another_follows)
 
 
 def train(training: Training, source: Encode, stopper: Stopper) -> None:
@@ -144,7 +182,7 @@ def train(training: Training, source: Encode, stopper: Stopper) -> None:
     heldout, live, last = open_validation(training, source), open_live(training, source), config.train.num_steps
     steps = range(progress.step, last)
     ahead = batches.ahead(steps, batch_maker(training, source, progress.step))
-    work, watch, verdict = Work(training.rendezvous.waited_s), Watch(), None
+    work, watch, kernels, verdict = Work(training.rendezvous.waited_s), Watch(), Count(), None
     with metrics.Metrics(recipe.run_dir / "metrics.jsonl", training.trackers.log, progress.step, last,
                          training.accelerator.is_main_process) as board:
         for _ in steps:
@@ -164,14 +202,16 @@ def train(training: Training, source: Encode, stopper: Stopper) -> None:
                 board.say(f"step {progress.step}: validation loss {numbers['validation_loss']:.5f}")
             if progress.step % config.train.log_every == 0 or "validation_loss" in numbers:
                 board.write(progress.step, numbers)
+            compiled = kernels.news()
             board.advance({"loss": f"{numbers['loss']:.4f}", "grad": f"{numbers['grad_norm']:.3f}",
-                           "wait": f"{waited_s * 1000:.0f}ms", "mem": f"{numbers['memory_gib']:.1f}GiB"})
+                           "wait": f"{waited_s * 1000:.0f}ms", "mem": f"{numbers['memory_gib']:.1f}GiB"},
+                          is_usual=not compiled)
             asked = asked_of(training, stopper)
             if asked & {"save", "stop"} or progress.step % config.train.save_every == 0 or progress.step == last:
                 save(training)
             if "sample" in asked or live.is_due(progress.step):
                 board.say(live.sample(progress.step))
-            for news in filter(None, (training.writer.news(), training.trackers.news(), *alarms)):
+            for news in filter(None, (training.writer.news(), training.trackers.news(), compiled, *alarms)):
                 board.say(news)
             if "stop" in asked:
                 break

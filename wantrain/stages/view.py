@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from wantrain.engine.folders import run_of, trainings
+from wantrain.engine.folders import named, run_of, trainings
 from wantrain.pages.live import View
 from wantrain.terms import UserError
 
@@ -31,10 +31,7 @@ def run(given: argparse.Namespace) -> None:
 def listed(names: Sequence[str]) -> list[Path]:
     """The folders of these runs, a run's own, one above runs, or a name in `runs`; the newest first."""
     found: dict[Path, float] = {}
-    for name in names or ["runs"]:
-        folder = next((one for one in (Path(name).expanduser(), Path("runs") / name) if one.is_dir()), None)
-        if folder is None and names:
-            raise UserError(f"there is no run {name}", "wantrain runs    lists those of the folder runs")
-        for training in trainings(folder) if folder else ():
+    for folder in map(named, names) if names else [Path("runs")] * Path("runs").is_dir():
+        for training in trainings(folder):
             found[run_of(training)] = max(path.stat().st_mtime for path in training.iterdir())
     return sorted(found, key=lambda one: found[one], reverse=True)

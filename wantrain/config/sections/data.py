@@ -68,6 +68,7 @@ class Source:
 class Data(Section):
     may_change: ClassVar[tuple[str, ...]] = ("mode", "cache_dir", "heldout", "num_workers", "timeout_s",
                                              "allow_drops", "trigger")
+    entangled: ClassVar[tuple[str, ...]] = ("batch_size",)
     sources: dict[str, Source] = MISSING
     """The training sets by name; a regularisation set is one more source without the trigger in its captions."""
     heldout: str | None = None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from wantrain.config.sections.parts import MISSING, FloatAbove0, IntFrom1, Rule, Section
 from wantrain.config.values import nearest
-from wantrain.models.variants import VARIANTS, is_trainable
+from wantrain.models.variants import VARIANTS
 
 if TYPE_CHECKING:
     from wantrain.config.schema import Config
@@ -43,7 +43,7 @@ class Model(Section):
     """Storage of the frozen transformer and text encoder; bfloat16 also computes under autocast."""
 
     def rules(self, config: Config) -> Iterator[Rule]:
-        names = [own.name for own in VARIANTS.values() if is_trainable(own)]
+        names = list(VARIANTS)
         yield self.variant in names, "model.variant", self.variant, \
             ", ".join(dict.fromkeys([*nearest(self.variant, names), *names]))
         has_experts, one = bool(VARIANTS[self.variant].experts), f"{self.variant} has one transformer"

@@ -32,6 +32,7 @@ class Weighting(Enum):
     sigma_sqrt = "sigma_sqrt"
     cosmap = "cosmap"
     min_snr = "min_snr"
+    bell = "bell"
 
 
 @dataclass(slots=True)
@@ -66,7 +67,7 @@ class Loss(Section):
     delta: FloatAbove0 = 0.1
     """Error from which huber and pseudo_huber grow linearly."""
     weighting: Weighting = Weighting.none
-    """Weight by sigma: none, sigma_sqrt, cosmap or min_snr."""
+    """Weight by sigma: none, sigma_sqrt, cosmap, min_snr or bell."""
     min_snr_gamma: FloatAbove0 = 5.0
     """Where min_snr cuts the signal-to-noise ratio."""
     mask_background: Share = 0.0

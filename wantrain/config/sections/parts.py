@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ class Section:
     __slots__ = ()
     may_change: ClassVar[tuple[str, ...]] = ()
     """Fields that a resume may change, for they do not fix the training's numbers; `*` stands for all."""
+    entangled: ClassVar[tuple[str, ...]] = ()
+    """Fields whose default other settings may forbid, so that it is no advice before these are known."""
 
     def rules(self, config: Config) -> Iterator[Rule]:
         """The rules that no single field's annotation can say.
@@ -64,7 +67,13 @@ def _may_be_folder(path: str) -> bool:
         return True  # whoever makes the folder says why it cannot
 
 
+def _is_of_this_system(path: str) -> bool:
+    return os.sep == "\\" or "\\" not in path or Path(path).is_dir()
+
+
 Folder = Annotated[str, Allowed("the path of a folder", bool),
+                   Allowed("a path with / between its folders, for a \\ is a part of a name here",
+                           _is_of_this_system),
                    Allowed("a folder, or a path where one can be made; this is a file", _may_be_folder)]
 
 

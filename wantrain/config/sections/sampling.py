@@ -24,8 +24,8 @@ from wantrain.models.variants import VARIANTS
 if TYPE_CHECKING:
     from wantrain.config.schema import Config
 
-VIDEO_FORMATS = ("mp4", "webp", "png")
-SAMPLER_INPUTS = ("first", "last", "control", "control_mask", "reference", "face", "video")
+VIDEO_FORMATS = ("webp", "png")
+SAMPLER_INPUTS = ("first", "last", "control", "control_mask", "reference", "face", "camera", "video")
 
 
 class SamplerProfile(Enum):
@@ -48,7 +48,7 @@ class Sampler(Section):
     negative_prompt: str = ""
     """What guidance moves away from."""
     seeds: list[Seed] = field(default_factory=lambda: [0])
-    """One video for each prompt, seed and strength."""
+    """One video for each prompt, seed, LoRA and strength."""
     every_steps: IntFrom0 = 0
     """Steps between samples in training (docs/validation.md); 0: only when `wantrain ask` asks for them."""
     strengths: list[float] = field(default_factory=lambda: [0.0, 1.0])
@@ -67,14 +67,18 @@ class Sampler(Section):
     """Frames of a sample; null takes the largest of data.num_frames."""
     resolution: list[int] | None = None
     """[height, width] in pixels; null takes the first of data.resolutions."""
-    formats: list[str] = field(default_factory=lambda: ["mp4"])
-    """What each video is written as: mp4 (H.264, plays in browsers), webp (animated), png (a sheet of its frames)."""
+    formats: list[str] = field(default_factory=list)
+    """What each video is written as besides mp4 (H.264, plays in browsers): webp (animated), png (a frame sheet)."""
     inputs: list[dict[str, str]] = field(default_factory=list)
-    """Files each prompt works from: first, last, control, control_mask, reference, face, video; one serves all."""
+    """Files of each prompt: first, last, control, control_mask, reference, face, camera, video; one serves all."""
     strength: float = 0.7
     """Share of the schedule that a `video` of sampler.inputs goes through; 1 keeps nothing of it."""
     loras: list[str] = field(default_factory=list)
     """LoRAs to sample with: FILE, FILE=STRENGTH or FILE=HIGH/LOW; {expert}: high or low; none: the run's own export."""
+    compare: list[str] = field(default_factory=list)
+    """Columns beside that LoRA: steps of the run's checkpoints, `all` of them, other LoRA files (as in loras)."""
+    fast_lora: str | None = None
+    """A few-step LoRA, FILE or FILE=STRENGTH, under every video, the base's too; num_steps is then 4, guidance 1."""
 
     def rules(self, config: Config) -> Iterator[Rule]:
         yield from _text_and_seed_rules("sampler", self.prompts, self.seeds)
@@ -85,8 +89,8 @@ class Sampler(Section):
             yield size_rule("sampler.resolution", self.resolution)
             yield all(side % variant.multiple_px == 0 for side in self.resolution), "sampler.resolution", \
                 self.resolution, f"both must be multiples of {variant.multiple_px} for {variant.name}"
-        yield bool(self.formats) and set(self.formats) <= set(VIDEO_FORMATS), "sampler.formats", self.formats, \
-            "at least one of mp4, webp and png"
+        yield set(self.formats) <= set(VIDEO_FORMATS), "sampler.formats", self.formats, \
+            "webp and png, beside the mp4 that is always written"
         for given in self.inputs:
             yield set(given) <= set(SAMPLER_INPUTS), "sampler.inputs", given, ", ".join(SAMPLER_INPUTS)
         yield len(self.inputs) in (0, 1, len(self.prompts)), "sampler.inputs", len(self.inputs), \
@@ -111,13 +115,18 @@ def _text_and_seed_rules(section: str, prompts: list[str], seeds: list[int]) -> 
 @dataclass(slots=True)
 class Evaluate(Section):
     may_change: ClassVar[tuple[str, ...]] = ("*",)
-    prompts: list[str] = field(default_factory=list)
-    """Prompts without the trigger; each is sampled from the base, and from the LoRA with and without it."""
+    prompts: list[str] | None = None
+    """Prompts like the training, without the trigger; null takes captions of held-out clips."""
+    combined: list[str] | None = None
+    """Prompts that put other subjects to what is learnt; null takes two of a fixed list that no caption names."""
+    unrelated: list[str] | None = None
+    """Prompts that have nothing to do with the training; null takes a fixed one."""
     seeds: list[Seed] = field(default_factory=lambda: [0])
-    """One trio of videos for each prompt and seed."""
+    """Each prompt is sampled with each seed; diversity is measured from two on."""
 
     def rules(self, config: Config) -> Iterator[Rule]:
-        yield from _text_and_seed_rules("evaluate", self.prompts, self.seeds)
+        for prompts in (self.prompts, self.combined, self.unrelated):
+            yield from _text_and_seed_rules("evaluate", prompts or [], self.seeds)
 
 
 @dataclass(slots=True)

@@ -40,6 +40,7 @@ class Schedule(Enum):
 
 @dataclass(slots=True)
 class Optim(Section):
+    entangled: ClassVar[tuple[str, ...]] = ("lr", "weight_decay")
     name: Optimizer = Optimizer.adamw
     """adamw; adamw_8bit, prodigy (finds its learning rate) and schedule_free need a package: docs/optimizers.md."""
     lr: FloatAbove0 = 1e-4
@@ -99,6 +100,7 @@ class Optim(Section):
 
 class Resume(Enum):
     auto = "auto"
+    any_base = "any_base"
     never = "never"
 
 
@@ -129,7 +131,8 @@ class Train(Section):
     log_every: IntFrom1 = 1
     """Steps between metrics lines."""
     resume: Resume = Resume.auto
-    """auto: go on from the newest checkpoint of the run folder; never: refuse a folder that has one."""
+    """auto: go on from the newest checkpoint of the run folder; any_base: even where its base was stored or multiplied
+    in another form (memory.base), which changes numbers; never: refuse a folder that has one."""
     on_nonfinite: OnNonfinite = OnNonfinite.stop
     """When a loss or gradient is not finite: stop before the update, or skip it; both note clips and sigmas."""
     max_skips: IntFrom0 = 10
@@ -141,6 +144,14 @@ class Train(Section):
 
 
 class BaseForm(Enum):
+    auto = "auto"
+    dtype = "dtype"
+    int8 = "int8"
+    fp8 = "fp8"
+    nf4 = "nf4"
+
+
+class EncoderForm(Enum):
     dtype = "dtype"
     int8 = "int8"
     fp8 = "fp8"
@@ -161,9 +172,10 @@ class Keep(Enum):
 
 @dataclass(slots=True)
 class Memory(Section):
-    may_change: ClassVar[tuple[str, ...]] = ("keep", "swap", "offload", "gib")
+    may_change: ClassVar[tuple[str, ...]] = ("base", "keep", "swap", "offload", "gib")
     base: BaseForm = BaseForm.dtype
-    """How the Linears of the frozen transformer are stored: dtype (model.dtype), int8 or fp8 (a byte a weight)."""
+    """How the Linears of the frozen transformer are stored: dtype (model.dtype), int8 or fp8 (a byte a weight), nf4
+    (four bits; bitsandbytes), or auto: the file's own bytes where it has such, else the most exact that fits gib."""
     keep: Keep = Keep.auto
     """What each block keeps for the backward pass: all, attention (its answer, and the block's input) or inputs; what
     is not kept is computed again, with equal numbers. auto: with swap and offload the fastest that fits gib."""
@@ -171,7 +183,7 @@ class Memory(Section):
     """How many blocks wait in host memory and come to the device one ahead of their turn: equal numbers; null: auto."""
     offload: bool | None = None
     """Whether what blocks keep waits in host memory until their backward pass: equal numbers; null: auto."""
-    encoders: BaseForm = BaseForm.dtype
+    encoders: EncoderForm = EncoderForm.dtype
     """How the Linears of umT5 and CLIP are stored, which encode texts and images: as memory.base says."""
     vae: VaeDtype = VaeDtype.float32
     """Storage and arithmetic of the VAE: float32 as the official code, bfloat16, or float16 (nearer, may overflow)."""
