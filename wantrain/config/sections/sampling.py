@@ -11,6 +11,7 @@ from wantrain.config.sections.parts import (
     FloatAbove0,
     FloatFrom0,
     Frames,
+    IntFrom0,
     IntFrom1,
     Rule,
     Section,
@@ -48,6 +49,8 @@ class Sampler(Section):
     """What guidance moves away from."""
     seeds: list[Seed] = field(default_factory=lambda: [0])
     """One video for each prompt, seed, LoRA and strength."""
+    every_steps: IntFrom0 = 0
+    """Steps between samples in training (docs/validation.md); 0: only when `wantrain ask` asks for them."""
     strengths: list[float] = field(default_factory=lambda: [0.0, 1.0])
     """Strengths of all LoRAs together, times their own in sampler.loras; 0 is the base."""
     profile: SamplerProfile = SamplerProfile.official
