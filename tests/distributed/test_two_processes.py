@@ -76,13 +76,13 @@ def learnt(forked):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("engine", "rtol"), [("DDP", 0), ("ZeRO-3", 1e-6)])
+@pytest.mark.parametrize(("engine", "rtol"), [("DDP", 0), pytest.param("ZeRO-3", 1e-6, marks=pytest.mark.long)])
 def test_two_processes_validate_and_sample_as_one_does(forked, learnt, engine, rtol):
     """The base's numbers, and those after a step that changes nothing: to the bit, but where weights are divided.
     Drift from a LoRA with an effect, and three samples, of which one process makes two: to the bit, or nearly.
     """
     own = ["train.num_steps=1", "validation.every_steps=1", "optim.lr=1e-30", "validation.budget_pct=400",
-           "sampler.every_steps=1", "sampler.seeds=[0,1,2]", f"lora.start_from={learnt}"]
+           "sampler.every_steps=1", "sampler.seeds=[0,1,2]", "sampler.guidance=1", f"lora.start_from={learnt}"]
     forked(None, *own, verb="cache")
     runs = [forked(given, *own) for given in (None, engine)]
     one, two = (json.loads((run / "validation.json").read_text()) for run in runs)
