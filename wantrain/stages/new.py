@@ -216,7 +216,8 @@ def recipe_text(new: New, paths: Mapping[str, str]) -> str:
         made.base_form == "int8" and "memory: {base: int8}  # a byte a weight of the base" + made.waits * (
             "; swap and offload follow from the card when training starts"),
         "heldout" in paths and f"validation: {{every_steps: {every}}}",
-        "sampler:", tiny and "  num_steps: 20\n  guidance: 4.0", *sampler_size(new), *prompt_lines(new, paths)]
+        "sampler:", not new.variant.experts and f"  every_steps: {2 * every}  # samples while it trains",
+        tiny and "  num_steps: 20\n  guidance: 4.0", *sampler_size(new), *prompt_lines(new, paths)]
     return "\n".join(part for part in parts if part) + "\n"
 
 
