@@ -176,6 +176,22 @@ def test_the_data_tools_of_the_readme_run(tmp_path, monkeypatch):
     assert Path("my_train.jsonl").read_text().count("\n") + Path("my_heldout.jsonl").read_text().count("\n") >= 4
 
 
+@pytest.mark.slow
+@pytest.mark.long
+def test_the_costs_that_recipes_tell_are_those_of_the_plan(capsys):
+    """As the plan rounds them today, within a tenth."""
+    told = {path.stem: re.findall(r"(rtx4090|h100) (\d+) GiB, (\d+) s a step, (\d+) hours", path.read_text())
+            for path in sorted((ROOT / "configs" / "recipe").glob("*.yaml")) if not path.stem.startswith("demo")}
+    assert all(len(costs) == 2 for costs in told.values())
+    for name, costs in told.items():
+        for card, *numbers in costs:
+            assert cli.main(["plan", f"recipe={name}", "--gpu", card]) == 0
+            found = re.findall(r"^(?:as the recipe says|fastest that fits) +([\d.]+) GiB, fits; ([\d.]+) s a step, "
+                               r"([\d.]+) hours", capsys.readouterr().out, re.MULTILINE)
+            assert [float(number) for number in numbers] == pytest.approx(
+                [float(number) for number in found[0]], rel=0.1, abs=0.5), (name, card)
+
+
 def test_the_launch_commands_name_files_and_recipes_that_exist():
     commands = readme_commands("accelerate launch")
     assert len(commands) >= 2

@@ -2,8 +2,10 @@
 
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,12 @@ import yaml
 
 from tests.conftest import opened
 from wantrain import config as schema
+from wantrain.engine.stopping import Stopper
 from wantrain.recipe.heldout import max_rows
-from wantrain.terms import UserError
+from wantrain.terms import Interrupted, UserError
 from wantrain.tuner import search, told
 from wantrain.tuner.search import Round, Speed
-from wantrain.tuner.trainings import Arm, Outcome, Planned, Trainings, share_base, take_place
+from wantrain.tuner.trainings import Arm, Outcome, Planned, Trainings, share_base, stopping_at, take_place
 from wantrain.tuner.tune import open_arms
 from wantrain.validation import Interval
 
@@ -137,6 +140,24 @@ def test_processes_take_different_places(tmp_path, monkeypatch):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
         assert take_place(tmp_path, 2) == 1
         other.stdin.close()
+
+
+def test_a_training_is_asked_to_stop_where_the_budget_ends():
+    """Before it steps it is simply left; then Stopper hears the same signal, and it saves."""
+    with pytest.raises(Interrupted), stopping_at(time.time() - 1):
+        pytest.fail("it began")
+    with pytest.raises(Interrupted), stopping_at(time.time() + 0.05):
+        time.sleep(20)
+    before = signal.getsignal(signal.SIGTERM)
+    with stopping_at(time.time() + 0.05), Stopper() as stopper:
+        until = time.monotonic() + 20
+        while not stopper.asked and time.monotonic() < until:
+            time.sleep(0.01)
+        assert stopper.asked
+    with stopping_at(time.time() + 0.05):
+        pass
+    time.sleep(0.1)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_the_base_is_laid_where_a_training_has_not_measured_it(tmp_path):
