@@ -1,10 +1,10 @@
-"""What storing the frozen base in a byte a weight costs a step, and what it saves.
+"""What storing the frozen base in fewer bits costs a step, and what it saves.
 
     python -m benchmarks.base_forms [--tokens 1560] [--rounds 5]
 
 Two blocks of Wan 1.3B's width with a LoRA of rank 16 on attention and feed-forward, random weights, float32 (this CPU's
-bfloat16 products say nothing); forward and backward. The ratio is to `dtype` in the same run, the median over rounds in
-which all take turns.
+bfloat16 products say nothing); forward and backward. The ratio is of CPU seconds to those of `dtype` in the same run,
+the median over rounds in which all take turns. nf4 has a row where bitsandbytes is installed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from wantrain.lora import Spec
+from wantrain.models import four_bits
 from wantrain.models.fit import NewAdapter, fit
 from wantrain.models.quantised import QuantisedLinear, quantise
 from wantrain.models.variants import VARIANTS, diffusers_config
@@ -50,14 +51,15 @@ def main() -> None:
     side = round((given.tokens / 5) ** 0.5) * 2
     inputs = {"hidden_states": torch.randn(1, 16, 5, side, side), "timestep": torch.tensor([500.0]),
               "encoder_hidden_states": torch.randn(1, 512, 4096), "return_dict": False}
-    models = {name: transformer_of("" if name == "dtype" else name) for name in ("dtype", "int8", "fp8")}
+    forms = ("int8", "fp8", *(() if four_bits.fault("nf4") else ("nf4",)))
+    models = {"dtype": transformer_of(""), **{form: transformer_of(form) for form in forms}}
     times: dict[str, list[float]] = {name: [] for name in models}
     for number in range(given.rounds + 1):
         for name, model in models.items():
-            began = time.perf_counter()
+            began = time.process_time()
             model(**inputs)[0].square().mean().backward()
             if number:
-                times[name].append(time.perf_counter() - began)
+                times[name].append(time.process_time() - began)
     for name, model in models.items():
         size = sum(t.nbytes for key, t in (*model.named_parameters(), *model.named_buffers())
                    if "blocks." in key and "lora_" not in key)

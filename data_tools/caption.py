@@ -38,7 +38,7 @@ from data_tools.captioner import (
     with_trigger,
     worded,
 )
-from data_tools.command import add_job_arguments, answer, is_medium, needed, positive, shown, stamp
+from data_tools.command import Parser, add_job_arguments, answer, is_medium, needed, positive, shown, stamp
 from data_tools.rows import Entry, captions_in, folder_entries, has, is_url, moved, sidecars, sound_entries, write_rows
 from wantrain.data.tables import one_line
 from wantrain.files import digest_text
@@ -315,8 +315,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return answer(_parser(), work, arguments)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m data_tools.caption", description="Write captions into a manifest. Those that are there are "
         "kept, media are only read.",
         epilog="The same command again goes on where it was stopped: answers are remembered in FILE.journal until the "

@@ -23,6 +23,13 @@ OTHER_VIDEO_SUFFIXES = frozenset({".wmv", ".asf", ".flv", ".3gp", ".m2ts", ".mts
 SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES | OTHER_VIDEO_SUFFIXES
 
 
+class Parser(argparse.ArgumentParser):
+    """Its faults are told as all others are: the message, and the next command."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USER_ERROR, f"error: {message}\n  next: {self.prog} --help\n")
+
+
 def find_files(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     """(files to probe, files ignored for their ending) below the paths, absolute and sorted.
 
@@ -124,7 +131,7 @@ OUTPUTS = ("out", "rejected", "train", "heldout")
 """Arguments of the tools that name files to be written."""
 
 
-def _parsed(parser: argparse.ArgumentParser, given: Sequence[str]) -> argparse.Namespace:
+def _parsed(parser: Parser, given: Sequence[str]) -> argparse.Namespace:
     """The arguments. Exits with 2 for paths that cannot be, and for outputs that would overwrite media, inputs that are
     only read, or one another. Help that nobody reads to its end is no fault.
     """
@@ -169,7 +176,7 @@ def _flush() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def answer(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], str], arguments: Sequence[str] | None
+def answer(parser: Parser, work: Callable[[argparse.Namespace], str], arguments: Sequence[str] | None
            ) -> int:
     """Print what a tool's work says of its arguments (None: those of the process), and return the exit code; a fault
     that the user can mend, or Ctrl-C, is one message. `parser.prog` is the command.

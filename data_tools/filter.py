@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.command import SCENEDETECT, absolute, add_job_arguments, answer, needed, shown, stamp
+from data_tools.command import SCENEDETECT, Parser, absolute, add_job_arguments, answer, needed, shown, stamp
 from data_tools.measuring import HASH_BITS, NUM_PAIRS, Job, Measured, measure
 from data_tools.rows import Entry, moved, new_ids, read_entries, refuse
 from wantrain.files import digest_text, json_line, write_text
@@ -191,7 +191,7 @@ def _extremes(column: str, entries: Sequence[Entry]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code: 0 (also where clips are faulty: they are named), 2, 130."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data_tools.filter", description="Measure every clip of a manifest and write the measurements "
         f"as columns: {', '.join(SUGGESTED)}. Nothing is dropped: the recipe's data.limits do that, and this tool ends "
         "with limits to paste there. Media are only read.",

@@ -24,6 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from data_tools.command import (
+    Parser,
     absolute,
     add_job_arguments,
     answer,
@@ -412,9 +413,9 @@ def _share(text: str) -> float:
     return value
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command's arguments."""
-    top = argparse.ArgumentParser(prog="python -m data_tools.manifest", description="Make, check, merge, divide and "
+    top = Parser(prog="python -m data_tools.manifest", description="Make, check, merge, divide and "
                                   "describe manifests. Read are .jsonl, .csv and .parquet; written is .jsonl.",
                                   epilog="VERB --help tells more. Exit codes: 0; 2 where something is to be mended.")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="build|check|merge|split|stats")

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_tools.command import answer
+from data_tools.command import Parser, answer
 
 SHARE = 0.1
 MOST = {"file": 0.25, "shot": 0.5}
@@ -76,9 +76,9 @@ def division(rows: str) -> list[str]:
     return []
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command's arguments."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="wantrain prepare", description="From films to clips for wantrain new: probe, split, caption, filter, "
         "check, hold out. Films are only read.", epilog="The same command goes on where it was stopped. Each tool "
         "stands alone as well, with more to set: wantrain-split --help, and so on (docs/data.md).")

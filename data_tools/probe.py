@@ -10,7 +10,6 @@ found = probed + faulty + ignored. Times and sizes are those of `wantrain.data.m
 
 from __future__ import annotations
 
-import argparse
 import collections
 import dataclasses
 import sys
@@ -18,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_tools.command import SUFFIXES, absolute, add_job_arguments, answer, find_files, relative, stamp
+from data_tools.command import SUFFIXES, Parser, absolute, add_job_arguments, answer, find_files, relative, stamp
 from wantrain.files import json_line
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ def _counts(values: Iterable[str]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code: 0 (also where files are faulty: they are the finding), 2, 130."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data_tools.probe", description="What every video and image is, and what is wrong with it: "
         "decodes each file to its end, writes one JSON line a file and prints a summary. Sources are only read.",
         epilog="The same command again goes on where it was stopped, and looks only at files that are new or changed.")

@@ -28,7 +28,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from data_tools.command import absolute, add_job_arguments, answer, check_openable, positive, shown, stamp
+from data_tools.command import Parser, absolute, add_job_arguments, answer, check_openable, positive, shown, stamp
 from data_tools.editing import Conflict, Edit, Manifest, Piece, remedy
 from data_tools.faults import UNREADABLE, fault_of
 from wantrain import serving
@@ -224,7 +224,7 @@ def serve(args: argparse.Namespace) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code: 0 (after Ctrl-C, which is how it ends) or 2."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data_tools.review", description="Read captions beside the playing clips in a browser on this "
         "machine, edit them, mark clips as kept or dropped. Sources are only read, and nothing is sent elsewhere.",
         epilog="Every edit is saved at once. On another machine, forward the port (ssh -L 8000:127.0.0.1:8000 ...) and "

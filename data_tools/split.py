@@ -31,6 +31,7 @@ import av
 from data_tools import transnet
 from data_tools.command import (
     SCENEDETECT,
+    Parser,
     add_job_arguments,
     answer,
     find_files,
@@ -238,7 +239,7 @@ def summary(found: Sequence[Split], ignored: Sequence[Path], rules: Rules) -> st
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code: 0 (also where films are faulty: they are named), 2, 130."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data_tools.split", description="Find the shots of films and write them into a manifest as "
         "spans (captions are left empty for a later tool). Films are only read. Hard cuts are found; dissolves and "
         "fades only by --detector transnetv2, most of them, and their frames are left out: look at the report.",

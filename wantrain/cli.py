@@ -54,6 +54,9 @@ TOOLS = {"prepare": "films into captioned clips: probe, split, caption, filter, 
 READERS = ("run", "check", "report", "cache", "train")
 """What reads the clips; the others work from what these left."""
 
+READ_FILES = {"FILE", "IN", "BASE", "TUNED"}
+"""Arguments of the file verbs that are a path or a model id."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, 2 for a fault the user can mend, 75 where a process was lost, 130 when
@@ -164,14 +167,10 @@ def _run(verb: str, rest: list[str]) -> int:
     if verb in TOOLS:
         return subprocess.run([sys.executable, "-m", f"data_tools.{verb}", *rest], check=False).returncode
     if verb in OPTION_VERBS:
-        given = parse(verb, rest)  # before the libraries behind the verb, which take seconds to import
-        importlib.import_module(f"wantrain.stages.{verb}").run(given)
+        _run_without_recipe(verb, rest)
         return 0
     if verb == "sample" and "--like" in rest:
-        if len(rest) != 2 or rest[0] != "--like":
-            raise UserError("--like takes one video and nothing else, for all is as it was",
-                            "wantrain sample --like VIDEO.mp4")
-        importlib.import_module("wantrain.stages.sample").repeat(Path(rest[1]).expanduser())
+        _repeat(rest)
         return 0
     if verb == "tune":
         return _tune(rest)
@@ -196,6 +195,27 @@ def _run(verb: str, rest: list[str]) -> int:
         room = "wantrain.runner" if verb == "run" else f"wantrain.stages.{verb}"
         importlib.import_module(room).run(config, words, *options)
     return 0
+
+
+def _run_without_recipe(verb: str, rest: Sequence[str]) -> None:
+    """A verb of files or of the machine. Its arguments, and whether its files are there, come before the libraries
+    behind it, which take seconds to import.
+    """
+    given = parse(verb, rest)
+    for name in READ_FILES & vars(given).keys():
+        importlib.import_module("wantrain.models.hub").here(getattr(given, name))
+    importlib.import_module(f"wantrain.stages.{verb}").run(given)
+
+
+def _repeat(rest: Sequence[str]) -> None:
+    """`sample --like VIDEO`."""
+    if len(rest) != 2 or rest[0] != "--like":
+        raise UserError("--like takes one video and nothing else, for all is as it was",
+                        "wantrain sample --like VIDEO.mp4")
+    video = Path(rest[1]).expanduser()
+    if not video.exists():
+        raise UserError(f"--like {video}: there is no such file", "wantrain sample --like VIDEO.mp4")
+    importlib.import_module("wantrain.stages.sample").repeat(video)
 
 
 def _tune(rest: Sequence[str]) -> int:

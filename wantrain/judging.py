@@ -52,6 +52,11 @@ METRICS = {
     "memorised": About("nearest training frame", "Correlation of small grey pictures with the training frame that is "
                        "most alike, a mean over the video: 1 is a copy; simple scenes are alike without one, so "
                        "compare with the held-out clips.", "lower"),
+    "adherence": About("prompt adherence", "How well the prompt without the trigger fits what is seen, as the encoder "
+                       "says: for CLIP a cosine, for the tiny base the probability of the prompt's words; it cannot "
+                       "count, and a style that the encoder does not know scores lower.", "higher"),
+    "likeness": About("likeness", "Cosine of the encoder's features with those of the training clips that hold the "
+                      "trigger; it sees the same subject and the same look alike, and cannot part them.", "higher"),
     "diversity": About("diversity over seeds", "Mean difference of the middle frames of one prompt's seeds, as a share "
                        "of white; it cannot tell rich from random.", "higher"),
 }

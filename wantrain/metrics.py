@@ -92,7 +92,7 @@ def read(path: Path) -> list[dict[str, float]]:
     return [{name: math.nan if value is None else value for name, value in line.items()} for line in _lines(path)]
 
 
-_OF_A_SIGMA = re.compile(r"validation_sigma_([\d.]+)(\w*)")
+_OF_A_SIGMA = re.compile(r"validation_(drift_)?sigma_([\d.]+)(\w*)")
 
 
 def tracked(name: str) -> str:
@@ -100,7 +100,7 @@ def tracked(name: str) -> str:
     validation/gap, validation_by_sigma/0.7500, validation_by_sigma_minus_base/0.7500.
     """
     if found := _OF_A_SIGMA.fullmatch(name):
-        return f"validation_by_sigma{found[2]}/{found[1]}"
+        return f"validation_{found[1] or ''}by_sigma{found[3]}/{found[2]}"
     kind, _, rest = name.partition("_")
     return f"validation/{rest}" if kind == "validation" else f"train/{name}"
 

@@ -214,7 +214,7 @@ def parse(verb: str, arguments: Sequence[str]) -> argparse.Namespace:
             options.append(f"--{key}={value}")
         elif word.startswith("--") or (equals and not _is_file(word)):
             close = difflib.get_close_matches(key, known, 1)
-            meant = shlex.quote(f"{close[0]}={value}") + "    or " if close and equals else ""
+            meant = f"{shlex.quote(f'{close[0]}={value}' if equals else f'--{close[0]}')}    or " if close else ""
             options_there = f"are {', '.join(known)}" if known else "is no option"
             raise UserError(f"{word} is not known; there {options_there}", f"{meant}wantrain {verb} --help")
         else:
@@ -289,5 +289,5 @@ def processes(arguments: Sequence[str]) -> tuple[int, list[str]]:
         else:
             others.append(word)
     if not text.isdecimal() or not int(text):
-        raise UserError(f"--gpus {text} is not allowed: a whole number from 1", "wantrain run NAME --gpus 2")
+        raise UserError(f"--gpus {text!r} is not allowed: a whole number from 1", "wantrain run NAME --gpus 2")
     return int(text), others

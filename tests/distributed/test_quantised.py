@@ -1,4 +1,4 @@
-"""A base that is stored in a byte a weight, under engines of two processes that each hold the whole of it."""
+"""A base that is stored in a byte a weight, under engines that let each process hold it whole, and that divide it."""
 
 import pytest
 
@@ -16,5 +16,5 @@ def test_two_processes_train_on_it_as_one_does(forker, clips, cache_dir, cached,
         return folder
 
     alone = run("alone", None, 1)
-    for engine in ("DDP", "ZeRO-2"):
+    for engine in ("DDP", "ZeRO-2", "ZeRO-3", "FSDP2"):
         assert_same_training(alone, run(engine, engine, 2), rtol=2e-5)

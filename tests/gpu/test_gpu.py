@@ -9,8 +9,15 @@ import sys
 import pytest
 import torch
 
+from tests.conftest import opened
 from tests.runs import LAUNCH
+from tests.tiny_tasks import write_a14b
 from wantrain.engine import checkpoint, saved
+from wantrain.models import fit
+from wantrain.recipe import passing
+from wantrain.recipe.live import open_live
+from wantrain.recipe.samples import Cached, prepare_texts
+from wantrain.recipe.training import prepare
 
 pytestmark = pytest.mark.gpu
 
@@ -66,3 +73,25 @@ def test_two_gpus_train_as_one_does_and_resume_bitwise(arguments, cached, tmp_pa
     parts = train("parts", launch=launch)
     assert (whole[0], whole[1]) == (parts[0], parts[1])
     assert all(torch.equal(tensor, parts[2][name]) for name, tensor in whole[2].items())
+
+
+def test_an_expert_that_waits_in_host_memory_for_the_other_comes_back_to_the_same_memory(
+        arguments, cached, tmp_path, monkeypatch):
+    """Where the device has no room for both: its bits, and the bytes that the device holds, are as before."""
+    own = [*arguments, "model.variant=tiny_wan_a14b", f"model.path={write_a14b(tmp_path / 'a14b')}"]
+    recipe, clips = opened(own)
+    prepare_texts(recipe, clips, torch.device("cuda"))
+    training = prepare(recipe.trainings()[0], clips)
+    sampling = open_live(training, Cached(clips))
+    before = {name: p.detach().cpu().clone() for name, p in training.model.named_parameters()}
+    seen = []
+    monkeypatch.setattr(passing, "free_bytes", lambda *_: 0.0)
+    monkeypatch.setattr(passing.fit, "fit", lambda *given, fit=fit.fit, **more: (
+        seen.append({p.device.type for p in training.model.parameters() if not p.requires_grad}), fit(*given, **more)))
+    sampling.sample(1)
+    held = torch.cuda.memory_allocated()
+    assert "no samples" not in sampling.sample(2)
+    assert seen == [{"cpu"}] * 3  # base and step 1, and step 2
+    assert torch.cuda.memory_allocated() == held
+    assert all(torch.equal(p.detach().cpu(), before[name]) and p.is_cuda
+               for name, p in training.model.named_parameters())

@@ -218,7 +218,7 @@ def test_what_diffusers_has_no_pipeline_for_trains_resumes_and_samples_as_the_me
         if kind in given:
             given[kind] = moving_square(8, 1, height, width) if kind == "reference" else given[kind] * 1.5
             other = sampling.sample(folded, "a square", 1, settings, sampling.Inputs(given))
-            assert (other - want).abs().mean() > 1, f"the {kind} is not heard"
+            assert (other - want).abs().mean() > 0.3, f"the {kind} is not heard"
 
 
 def own_inputs_of(task: str, height: int, width: int):
@@ -292,4 +292,4 @@ if __name__ == "__main__":
             one = write_twin(Path(folder), task)
             one.run("train", Path(folder) / "golden", "train.num_steps=20")
             found[task] = {key: numbers(Path(folder) / "golden", key) for key in ("loss", "grad_norm")}
-    GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
+        GOLDEN.write_text(json.dumps(found, indent=1) + "\n")

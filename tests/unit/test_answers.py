@@ -50,7 +50,8 @@ def imported(arguments, folder, code=0):
     (["--help"], 0), (["train", "--help"], 0), (["check", "--help", "all"], 0), (["chek"], 2),
     (["completion", "zsh"], 0), (["__complete", "wantrain train optim.na"], 0), (["train", "recipe=demo_anmie"], 2),
     (["train", "recipe=demo_anime", "lora.rnak=4"], 2), (["inspect"], 2),
-    (["train", "recipe=demo_anime", "lora.rank=0"], 2), (["prune", "none"], 2)])
+    (["train", "recipe=demo_anime", "lora.rank=0"], 2), (["sample", "--like", "none.mp4"], 2),
+    (["doctor", "--jsn"], 2), (["prune", "none"], 2)])
 def test_help_faults_and_completion_import_nothing_heavy(tmp_path, arguments, code):
     assert imported(arguments, tmp_path, code) == set()
 
@@ -63,9 +64,17 @@ def test_check_imports_neither_torch_nor_a_library_of_models(arguments, tmp_path
     assert imported(["check", *arguments], tmp_path) == {"hydra", "omegaconf"}
 
 
+@pytest.mark.parametrize("words", [
+    ["inspect", "no.safetensors"], ["merge", "no", "lora.safetensors", "out"],
+    ["new", "x", "--clips", "no", "--model", "tiny_wan", "--trigger", "a", "--gpu", "24gb"]])
+def test_files_that_are_not_there_are_told_without_torch(words, tmp_path):
+    assert imported(words, tmp_path, 2) == set()
+
+
 def test_a_cache_that_lacks_entries_is_told_without_torch(arguments, tmp_path):
     empty = f"data.cache_dir={tmp_path / 'empty'}"
     assert imported(["train", *arguments, empty], tmp_path, 2) == {"hydra", "omegaconf"}
+    assert imported(["train", *arguments, "lora.targets=nosuch"], tmp_path, 2) == {"hydra", "omegaconf"}
 
 
 @pytest.mark.slow

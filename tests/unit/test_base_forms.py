@@ -180,3 +180,20 @@ def test_auto_is_the_most_exact_that_fits() -> None:
     assert costing.policy_of(own, job, None).base == "dtype"
     with pytest.raises(UserError, match=r"lora\.kind = 'dora'.*memory\.base=dtype"):
         config.load(["recipe=demo_anime", "memory.base=auto", "lora.kind=dora"])
+
+
+@pytest.mark.slow
+def test_a_lora_to_start_from_or_merged_in_counts_over_a_quantised_base(wantrain, tmp_path: Path) -> None:
+    """The first loss over int8 with a LoRA as the start is about that with it merged in before the base is stored."""
+    def first_loss(name: str, *more: str) -> float:
+        run = tmp_path / name
+        assert wantrain("train", f"run.dir={run}", "memory.base=int8", "optim.lr=0.01", *more) == 0
+        return float(json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["loss"])
+
+    alone = first_loss("alone", "train.num_steps=6")
+    assert wantrain("export", "train.num_steps=6", f"run.dir={tmp_path / 'alone'}", "optim.lr=0.01") == 0
+    file = next((tmp_path / "alone" / "export").glob("*.safetensors"))
+    started = first_loss("started", "train.num_steps=1", f"lora.start_from={file}")
+    merged = first_loss("merged", "train.num_steps=1", f"model.merge=[{file}]")
+    assert started == pytest.approx(merged, rel=0.01)
+    assert abs(started - merged) < abs(started - alone) / 5

@@ -217,9 +217,9 @@ def test_swapped_are_blocks_at_equal_distances() -> None:
     assert [len(spread(40, number)) for number in range(41)] == list(range(41))
 
 
-def three_blocks() -> tuple[list[list[torch.Tensor]], Swap]:
+def three_blocks(*, mapped: bool = False) -> tuple[list[list[torch.Tensor]], Swap]:
     weights = [[torch.full((3, 5), float(i)), torch.full((2,), -float(i))] for i in range(4)]
-    return weights, Swap(weights, CPU)
+    return weights, Swap(weights, CPU, mapped=mapped)
 
 
 def test_a_weight_that_is_read_before_its_copy_has_landed_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,8 +229,12 @@ def test_a_weight_that_is_read_before_its_copy_has_landed_is_no_number(monkeypat
     assert weights[1][0].isnan().all()
 
 
-def test_the_ring_brings_each_block_in_time_forward_and_backward() -> None:
-    weights, swap = three_blocks()
+@pytest.mark.parametrize("mapped", [False, True])
+def test_the_ring_brings_each_block_in_time_forward_and_backward(mapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, swap = three_blocks(mapped=mapped)
+    finished: list[object] = []
+    finish = swap.copies.finish
+    monkeypatch.setattr(swap.copies, "finish", lambda ticket: (finished.append(ticket), finish(ticket)))
     for number, step in [*((i, 1) for i in range(4)), *((i, -1) for i in range(3, -1, -1)), (0, 1), (1, 1), (2, -1)]:
         swap.acquire(number, step)
         assert weights[number][0].eq(number).all()
@@ -240,6 +244,7 @@ def test_the_ring_brings_each_block_in_time_forward_and_backward() -> None:
         assert sum(own[0].untyped_storage()._cdata in on_device for own in weights) <= 2
     assert swap.most_resident == len(swap.slots) == 2
     assert swap.num_copies == 4 + 2 + 0 + 1  # forward all, backward what has left, then 0 and 1 are there
+    assert len(finished) == (7 - 2 if mapped else 0)  # before the memory that they came through is written anew
 
 
 @pytest.mark.parametrize("kind", ["t2v", "vace"])

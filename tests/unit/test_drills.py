@@ -23,6 +23,10 @@ MISTAKES = {
     "optim.lr=1e-4x": ["optim.lr = '1e-4x'", "a number such as 1e-4"],
     "optim.lr=0,0001": ["optim.lr", "comma", "0.0001"],
     "optim.lr=": ["optim.lr", "a number"],
+    "memory.gib=24gb": ["memory.gib = '24gb'", "next: memory.gib=24"],
+    "optim.lr=0.001f": ["optim.lr", "next: optim.lr=0.001"],
+    "WANDB_MODE=offline": ["unknown config key WANDB_MODE", "next: WANDB_MODE=offline wantrain"],
+    "demo_architecture": ["two recipes are named, demo_anime and demo_architecture"],
     "optim.lr=nan": ["optim.lr", "finite"],
     "optim.lr=-1e-4": ["optim.lr", "above 0"],
     "optim.betas=0.9": ["optim.betas", "two numbers"],
@@ -253,7 +257,9 @@ def test_a_bare_recipe_name_is_understood_and_other_words_are_told():
     assert config.load(["demo_anime", "lora.rank=4"]).run.name == "demo_anime"
     for typed, said in ((["recipe", "demo_anime"], "did you mean recipe=demo_anime?"),
                         (["--recipe=demo_anime"], "this one is recipe=demo_anime"),
-                        (["--recipe", "demo_anime"], "recipe=demo_anime"), ([], "recipe=")):
+                        (["--recipe", "demo_anime"], "recipe=demo_anime"), ([], "recipe="),
+                        (["recipe:", "demo_anime"], "did you mean recipe=demo_anime?"),
+                        (["recipe", "=demo_anime"], "did you mean recipe=demo_anime?")):
         with pytest.raises(UserError, match="recipe") as caught:
             config.load(typed)
         assert said in str(caught.value)

@@ -7,8 +7,8 @@ PACKAGE = Path(__file__).parents[2] / "wantrain"
 TESTS = PACKAGE.parent / "tests"
 FLOORS = {
     "terms": 0, "files": 0.5, "lock": 0.5, "logs": 0.5, "outside": 0.5, "targets": 0.5, "density": 0.5,
-    "flow": 1, "lora": 1, "style": 1, "judging": 1, "options": 1, "jobs": 1, "results": 1, "asking": 1, "serving": 1,
-    "tensors": 1, "journal": 1.5, "pictures": 1.5, "models": 2, "data": 2, "costs": 2.5,
+    "flow": 1, "lora": 1, "style": 1, "judging": 1, "verdict": 1, "options": 1, "jobs": 1, "results": 1, "asking": 1,
+    "serving": 1, "tensors": 1, "journal": 1.5, "pictures": 1.5, "models": 2, "data": 2, "costs": 2.5,
     "config": 3, "engine": 3, "metrics": 3, "objective": 3,
     "validation": 4, "pages": 4, "recipe": 5, "stages": 6, "runner": 6.5, "tuner": 6.5, "cli": 7, "__main__": 8,
 }

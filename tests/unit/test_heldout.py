@@ -13,9 +13,10 @@ import torch
 from tests.conftest import opened
 from wantrain import flow, lora, validation
 from wantrain.config import load
+from wantrain.models.encode import pad_text
 from wantrain.recipe import heldout
 from wantrain.recipe.recipe import open_recipe
-from wantrain.recipe.samples import Cached, samples_of
+from wantrain.recipe.samples import Cached, prepare_texts, samples_of
 from wantrain.recipe.training import prepare
 
 CPU = torch.device("cpu")
@@ -67,10 +68,58 @@ def test_the_numbers_are_those_of_the_base_and_of_the_adapter_row_by_row(trained
     at_sigma = [i for i, (_, s) in enumerate(rows) if s == 0]  # the first clip's first pass, the second's last
     assert last["validation_sigma_0.2500"] == pytest.approx(float(now[at_sigma].mean()), rel=1e-6)
     assert list(measures(last)) == sorted(measures(last))
+    assert_judged(run, lines)
+
+
+def assert_judged(run: Path, lines: list[dict[str, float]]) -> None:
+    """judgement.json says what the metrics say, and each clip's own losses."""
+    found = json.loads((run / "judgement.json").read_text())
+    assert found["steps"] == [line["step"] for line in lines]
+    for name, key in (("heldout", "validation_loss"), ("trained", "validation_trained_loss")):
+        assert found[name]["loss"] == pytest.approx([line[key] for line in lines])
+        own = [clip for clip in found["clips"] if clip["set"] == name]
+        for number, line in enumerate(lines):
+            assert sum(clip["loss"][number] for clip in own) / len(own) == pytest.approx(line[key])
+        assert all(Path(clip["file"]).is_file() and clip["end_s"] > clip["start_s"] for clip in own)
+    assert [mean for mean, _ in found["gap"]] == pytest.approx([line["validation_gap"] for line in lines])
+    assert found["by_sigma"]["0.2500"]["loss"] == pytest.approx([line["validation_sigma_0.2500"] for line in lines])
+    assert found["drift"]["mean"] == pytest.approx([line["validation_drift"] for line in lines])
+    assert found["verdict"]["best"] in found["steps"]
+
+
+def test_drift_is_what_the_lora_changes_on_the_bases_own_way_over_what_the_caption_changes(arguments, cached) -> None:
+    own = [*arguments, "validation.every_steps=4", "validation.sigmas=[0.9,0.5]", "validation.unrelated=[a, b, c]",
+           "validation.budget_pct=400"]
+    recipe, clips = opened(own)
+    prepare_texts(recipe, clips, CPU)
+    training, base = prepare(recipe, clips), recipe.base.transformer(torch.float32, CPU)
+    source = Cached(clips)
+    made = heldout.open_validation(training, source)
+    assert made is not None
+    assert made.drift is not None
+    assert made.drift.num_captions == 3
+    for parameter in lora.trainable_parameters(training.model).values():
+        parameter.data = 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    numbers = made.numbers(4)
+    changed, whole = torch.zeros(2, 3), torch.zeros(2, 3)
+    for place, caption in enumerate("abc"):
+        text, empty = (pad_text(source.text(words))[None] for words in (caption, ""))
+        x = 0.9 * torch.randn(1, 16, 2, 4, 6, generator=flow.generator_for("validation", "drift", caption))
+        for number, (sigma, following) in enumerate(((0.9, 0.5), (0.5, 0.0))):
+            with torch.no_grad():
+                at = {"timestep": torch.tensor([1000 * sigma]), "return_dict": False}
+                plain, other = (base(x, encoder_hidden_states=words, **at)[0] for words in (text, empty))
+                adapted = training.model(hidden_states=x, encoder_hidden_states=text, **at)[0]
+            changed[number, place], whole[number, place] = ((v - plain).square().mean() for v in (adapted, other))
+            x = x + (following - sigma) * plain
+    for number, name in enumerate(("0.9000", "0.5000")):
+        wanted = (changed[number].sum() / whole[number].sum()).sqrt()
+        assert numbers[f"validation_drift_sigma_{name}"] == pytest.approx(float(wanted), rel=1e-3)
+    assert numbers["validation_drift"] == pytest.approx(float((changed.sum() / whole.sum()).sqrt()), rel=1e-3)
 
 
 def test_the_base_is_measured_without_the_adapter_whatever_that_has_learnt(arguments, cached) -> None:
-    own = [*arguments, "validation.every_steps=4", "validation.sigmas=[0.5]"]
+    own = [*arguments, "validation.every_steps=4", "validation.sigmas=[0.5]", "validation.unrelated=[]"]
     training = prepare(*opened(own))
     source = Cached(training.clips)
     fresh = heldout.open_validation(training, source)
@@ -79,7 +128,7 @@ def test_the_base_is_measured_without_the_adapter_whatever_that_has_learnt(argum
         parameter.data = 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     learnt = heldout.begun(training, "", fresh.sets, fresh.extent)
     assert learnt.base == fresh.base
-    now = heldout.measured(training, fresh.sets, fresh.extent.rows)
+    now = heldout.measured(training, fresh.sets, fresh.rows)
     assert all(a != b for name in now for a, b in zip(now[name], fresh.base[name], strict=True))
 
 
@@ -113,8 +162,10 @@ def test_a_budget_is_a_share_of_the_runs_forward_passes() -> None:
     config = load(["recipe=demo_anime", "train.num_steps=1000", "data.batch_size=8", "train.micro_batch_size=8",
                    "validation.every_steps=100", "validation.budget_pct=5"])
     rows = heldout.max_rows(config)
-    assert rows == 36  # 2 * 8 * 1000 forward passes, 5 % of them 800, for ten validations and the base, of two sets
-    assert 11 * 2 * rows <= 0.05 * 2 * 8 * 1000
+    assert rows == 23  # 5 % of 2 * 8 * 1000 forward passes: 11 times two sets, and drift, whose base counts twice
+    assert (11 * 2 + 12) * rows <= 0.05 * 2 * 8 * 1000
+    config.validation.unrelated = []
+    assert heldout.max_rows(config) == 36
 
 
 @pytest.mark.parametrize(("scatter", "wanted"), [(1e-4, {2}), (0.01, {3, 4, 5, 6, 7}), (10.0, {8})])
@@ -123,8 +174,8 @@ def test_draws_are_added_until_they_are_enough_or_the_budget_ends(monkeypatch, s
 
     def measured(_training, sets, rows, with_adapter):
         assert not with_adapter
-        asked.append(len(rows))
-        return {name: (1 + scatter * torch.randn(len(rows), generator=generator)).tolist() for name in sets}
+        asked.extend(len(own) for own in rows.values())
+        return {name: (1 + scatter * torch.randn(len(own), generator=generator)).tolist() for name, own in rows.items()}
 
     monkeypatch.setattr(heldout, "measured", measured)
     monkeypatch.setattr(heldout, "keep", lambda _: None)
@@ -148,6 +199,7 @@ def test_each_expert_is_measured_at_the_deciles_of_its_own_part_of_the_schedule(
 
 
 def test_a_loss_that_is_not_finite_is_told_and_kept(monkeypatch) -> None:
-    found = heldout.compared([(0, 0, 0), (1, 0, 0)], {"heldout": [math.nan, 1.0]}, {"heldout": [1.0, 1.0]}, [])
+    rows = {"heldout": [(0, 0, 0), (1, 0, 0)]}
+    found = heldout.compared(rows, {"heldout": [math.nan, 1.0]}, {"heldout": [1.0, 1.0]}, [])
     assert math.isnan(found["validation_loss"])
     assert found["validation_base"] == 1.0

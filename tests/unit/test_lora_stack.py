@@ -13,11 +13,11 @@ from tests import tiny_models
 from wantrain import lora
 from wantrain.config import load
 from wantrain.models import base
-from wantrain.models.fit import AdapterFile, fit
+from wantrain.models.fit import AdapterFile, exchange, fit
 from wantrain.models.variants import VARIANTS
 from wantrain.options import split_strengths
 from wantrain.recipe.recipe import Recipe
-from wantrain.recipe.sampler import lora_files
+from wantrain.recipe.sampler import lora_files, open_sampling, sampler_settings
 from wantrain.terms import UserError
 
 CPU = torch.device("cpu")
@@ -126,3 +126,39 @@ def test_an_expert_has_strengths_of_its_own(tmp_path: Path) -> None:
     ("epoch=1-step=500.ckpt", "epoch=1-step=500.ckpt", [1.0]), ("a=1/2/3", "a=1/2/3", [1.0])])
 def test_a_strength_stands_behind_the_last_equals_sign(word: str, file: str, strengths: list[float]) -> None:
     assert split_strengths(word) == (file, strengths)
+
+
+@torch.no_grad()
+def test_loras_are_exchanged_as_if_the_others_had_never_been_there(tmp_path: Path) -> None:
+    """To the bit, also for another kind, and for none."""
+    write(tmp_path / "a.safetensors", ["blocks.0.self_attn.q", "blocks.1.ffn.2"], 2, 3.0, 0)
+    write(tmp_path / "b.safetensors", ["blocks.1.ffn.2", "blocks.1.cross_attn.v"], 3, 1.0, 1)
+    first, second = ([AdapterFile(tmp_path / f"{name}.safetensors", None, 0.7)] for name in "ab")
+    fresh = transformer()
+    fit(fresh, CPU, second)
+    wanted = fresh(**inputs())[0]
+    module = transformer()
+    fit(module, CPU, first)
+    lora.set_strength(module, 0.5)
+    assert not torch.equal(module(**inputs())[0], wanted)
+    exchange(module, second)
+    assert torch.equal(module(**inputs())[0], wanted)
+    assert [name for name, _ in module.named_modules()] == [name for name, _ in fresh.named_modules()]
+    exchange(module, [])
+    assert torch.equal(module(**inputs())[0], plain_of_fit())
+    assert not any("lora" in name for name, _ in module.named_modules())
+
+
+def test_a_few_step_lora_lies_under_everything_and_sets_steps_and_guidance(tmp_path: Path) -> None:
+    write(tmp_path / "fast.safetensors", ["blocks.1.ffn.2"], 2, 2.0, 0)
+    own = ["recipe=demo_anime", f"sampler.fast_lora={tmp_path / 'fast.safetensors'}=0.5"]
+    config = load([*own, "sampler.num_steps=null", "sampler.guidance=null"])
+    recipe = open_sampling(config)
+    assert recipe.base.each()[0].merged == [(tmp_path / "fast.safetensors", 0.5)]
+    assert recipe.config == config, "what a video says of itself is what was asked for"
+    settings = sampler_settings(recipe)
+    assert (settings.num_steps, settings.guidance) == (4, (1.0, 1.0))
+    asked = sampler_settings(open_sampling(load([*own, "sampler.num_steps=6", "sampler.guidance=2"])))
+    assert (asked.num_steps, asked.guidance) == (6, (2.0, 2.0))
+    plain = sampler_settings(open_sampling(load(["recipe=demo_anime", "sampler.num_steps=null"])))
+    assert plain.num_steps == recipe.variant.num_steps

@@ -188,10 +188,10 @@ def test_wandb_goes_on_offline_where_its_server_cannot_be_had(monkeypatch, tmp_p
 
 def test_trackers_sort_numbers_by_kind_and_losses_by_sigma():
     names = ["validation_sigma_0.7500", "loss", "validation_sigma_0.2500", "validation_minus_base_ci95",
-             "validation_sigma_0.7500_minus_base", "step_s"]
+             "validation_sigma_0.7500_minus_base", "step_s", "validation_drift_sigma_0.7500"]
     assert sorted(map(metrics.tracked, names)) == [
         "train/loss", "train/step_s", "validation/minus_base_ci95", "validation_by_sigma/0.2500",
-        "validation_by_sigma/0.7500", "validation_by_sigma_minus_base/0.7500"]
+        "validation_by_sigma/0.7500", "validation_by_sigma_minus_base/0.7500", "validation_drift_by_sigma/0.7500"]
 
 
 def test_a_login_that_cannot_be_read_is_none(monkeypatch, tmp_path):

@@ -66,6 +66,8 @@ def test_every_state_with_what_to_do_next(told, tmp_path):
     assert "4 of 10 steps" in found["stopped"][0]
     assert found["stopped"][0].endswith("held-out loss 0.2500"), "the last whole line that has one"
     assert "held-out" not in found["done"][0]
+    (runs / "stopped" / "judgement.json").write_text('{"verdict": {"best": 3, "from": 2, "to": null}}')
+    assert told()["stopped"][0].endswith("held-out loss 0.2500, usable from step 2 to now, best 3")
     assert "1.0 MiB" in found["done"][0]
 
 

@@ -232,9 +232,9 @@ def test_what_the_config_states_must_fit_the_tensors() -> None:
 
 @pytest.mark.parametrize(("mark", "family"), [
     ("casual_audio_encoder.encoder.final_linear.weight", "Wan2.2-S2V"),
-    ("face_adapter.fuser_blocks.0.k_norm.weight", "Wan2.2-Animate"),
-    ("motion_encoder.enc.fc.0.weight", "Wan2.2-Animate"),
     ("audio_proj.audio_proj_glob_1.layer.bias", "HuMo"),
+    ("fps_embedding.weight", "SkyReels-V2"),
+    ("blocks.0.to_gate_compress.weight", "FastWan"),
 ])
 def test_unsupported_families_are_recognised(mark: str, family: str) -> None:
     found = detect({**T2V_14B, mark: (1,)}, None)
@@ -242,6 +242,26 @@ def test_unsupported_families_are_recognised(mark: str, family: str) -> None:
     with pytest.raises(UserError, match="recognises but does not support") as caught:
         found.resolve("wan21_t2v_14b")
     assert "wan22_ti2v_5b" in caught.value.next_step
+
+
+@pytest.mark.parametrize("name", [
+    "lightx2v/Wan2.1-T2V-14B-StepDistill-CfgDistill/distill_model.safetensors", "FastWan2.1-T2V-14B-Diffusers",
+    "models/Wan2.1-T2V-14B-CausVid/model.safetensors", "wan2.1_t2v_14B_4steps_fp8.safetensors",
+    "Wan2.1-T2V-14B-AnyFlow/transformer"])
+def test_a_distilled_base_is_refused_with_what_to_train_on(name: str) -> None:
+    with pytest.raises(UserError, match="train on wan21_t2v_14b or wan22_t2v_a14b, and sample with the few-step LoRA"):
+        detect(T2V_14B, name).resolve("wan21_t2v_14b")
+
+
+def test_skyreels_is_refused_with_what_to_train_on() -> None:
+    with pytest.raises(UserError, match=r"SkyReels-V2, of 24 frames a second .*: train on wan21_t2v_14b or wan22_"):
+        detect(T2V_14B, "SkyReels-V2-T2V-14B-540P").resolve("wan21_t2v_14b")
+
+
+@pytest.mark.parametrize("name", ["lightning_tests/Wan2.1-T2V-14B/diffusion_pytorch_model.safetensors",
+                                  "lightx2v/Wan2.1-T2V-14B", "wan2.1_t2v_14B_1000_steps.safetensors"])
+def test_what_is_no_distilled_base_is_none(name: str) -> None:
+    assert detect(T2V_14B, name).resolve().name == "wan21_t2v_14b"
 
 
 def test_sizes_of_no_variant() -> None:

@@ -13,7 +13,7 @@ def test_the_page_is_up_to_date() -> None:
 
 
 def test_every_variant_has_one_column() -> None:
-    """But Animate, which loads from diffusers folders alone, and the random twins of the tests."""
+    """But Animate, whose own names test_animate_names.py has, and the random twins of the tests."""
     published = sorted(name for name, v in VARIANTS.items() if not (v.architecture.animate or "tiny_wan_" in name))
     assert sorted(name for kind in tiny.TRANSFORMERS for name in weight_table.variants_of(kind)) == published
 

@@ -1,6 +1,8 @@
 """Measures the tiny base: reconstruction by style, and whether samples show what the prompt says.
 
     python -m tools.tiny_world.measure --base wantrain/assets/tiny_wan --work tiny
+    python -m tools.tiny_world.measure --base wantrain/assets/tiny_wan --work tiny --num-probe 3000 \
+        --write-probe wantrain/assets/tiny_probe.safetensors
 
 Writes a table to the console and contact sheets of samples (first, middle, last frame) into the work folder.
 """
@@ -15,34 +17,18 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 from diffusers.utils import logging
 from PIL import Image, ImageDraw
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from tools.tiny_world import fast_vae
 from tools.tiny_world.clips import HEIGHT, HELD_OUT_SEED, NUM_FRAMES, WIDTH
 from tools.tiny_world.world import BACKGROUNDS, COLOURS, OBJECTS, STYLES, Scene, caption, draw_scene, render
+from wantrain.models.probe import Probe, write
 
 LABELS = {"object": OBJECTS, "colour": tuple(COLOURS), "background": BACKGROUNDS}
 GOALS = {"background": 0.90, "colour": 0.85, "object": 0.70}
 PSNR_GOAL_DB = 26.0
 PROBE_SEED = 3_000_000
-
-
-class Probe(nn.Module):
-    """A small convolutional classifier with one head for each of `LABELS`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for c_in, c_out in ((3, 24), (24, 48), (48, 96), (96, 96)):
-            layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.GroupNorm(8, c_out), nn.SiLU()]
-        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d((2, 3)), nn.Flatten())
-        self.heads = nn.ModuleDict({name: nn.Linear(96 * 6, len(values)) for name, values in LABELS.items()})
-
-    def forward(self, pixels_BCHW: Tensor) -> dict[str, Tensor]:
-        """Logits (B, classes) by label name."""
-        features = self.body(pixels_BCHW)
-        return {name: head(features) for name, head in self.heads.items()}
 
 
 def labels_of(scenes: list[Scene]) -> dict[str, Tensor]:
@@ -69,15 +55,17 @@ def measure_vae(vae: AutoencoderKLWan, num_clips: int) -> dict[str, float]:
     return {style: float(np.mean(values)) for style, values in psnr.items()}
 
 
-def train_probe(vae: AutoencoderKLWan, num_scenes: int, seed: int) -> tuple[Probe, dict[str, float]]:
-    """A probe trained on reconstructed natural frames, and its accuracy on the last eighth of the scenes."""
+def train_probe(vae: AutoencoderKLWan, num_scenes: int, seed: int, styles: tuple[str, ...] = ("natural",)
+                ) -> tuple[Probe, dict[str, float]]:
+    """A probe trained on reconstructed frames, of the styles in turn, and its accuracy on the last eighth of them."""
     torch.manual_seed(seed)
     scenes = [draw_scene(PROBE_SEED + i) for i in range(num_scenes)]
-    frames = [render(scene, "natural", HEIGHT, WIDTH, NUM_FRAMES)[i % NUM_FRAMES] for i, scene in enumerate(scenes)]
+    frames = [render(scene, styles[i % len(styles)], HEIGHT, WIDTH, NUM_FRAMES)[i % NUM_FRAMES]
+              for i, scene in enumerate(scenes)]
     stacked = np.stack(frames)[:, None]
     pixels = torch.cat([reconstruct(vae, stacked[i : i + 32])[1][:, :, 0] for i in range(0, num_scenes, 32)])
     labels, split = labels_of(scenes), num_scenes * 7 // 8
-    probe, batch, epochs = Probe(), 64, 8
+    probe, batch, epochs = Probe(LABELS), 64, 8
     opt = torch.optim.AdamW(probe.parameters(), 2e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, total_steps=epochs * (split // batch))
     for _ in range(epochs):
@@ -147,10 +135,16 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--prefix", default="", help='put before every prompt, such as "celanime style, "')
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--write-probe", type=Path, help="train a probe of all styles, write it there, and stop")
     args = parser.parse_args()
     logging.disable_progress_bar()
     pipeline = WanPipeline.from_pretrained(args.base, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
+    if args.write_probe:
+        probe, found = train_probe(pipeline.vae, args.num_probe, args.seed, STYLES)
+        write(args.write_probe, probe)
+        print(f"wrote {args.write_probe}: " + ", ".join(f"{name} {share:.1%}" for name, share in found.items()))
+        return
     for style, value in measure_vae(pipeline.vae, args.num_held_out).items():
         print(f"VAE PSNR {style:10} {value:6.2f} dB  goal {PSNR_GOAL_DB:.0f}  {verdict(value >= PSNR_GOAL_DB)}")
     probe, ceiling = train_probe(pipeline.vae, args.num_probe, args.seed)

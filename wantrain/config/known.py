@@ -113,6 +113,9 @@ def _fits(text: str, key: str) -> bool:
 def known_key(key: str, groups: Sequence[str], text: str = "") -> str:
     """Return the key if it is known. Raises UserError with the nearest keys otherwise; `text` is the value typed."""
     if annotation(key) is None:
+        if key.isupper():
+            raise UserError(f"unknown config key {key}; a variable of the environment stands before the command",
+                            f"{key}={shlex.quote(text)} wantrain ...")
         close = nearest_keys(key, groups)
         meant = f"{shlex.quote(f'{close[0]}={text}')}    or {HELP}" if close and _fits(text, close[0]) else HELP
         raise UserError(f"unknown config key {key}" + (f"; did you mean {' or '.join(close)}?" if close else ""), meant)

@@ -108,11 +108,13 @@ def _asked(arguments: Sequence[str], places: Sequence[Place]) -> CommandLine:
 def _bare_recipe(argument: str, following: Sequence[str], asked: CommandLine, places: Sequence[Place]) -> str:
     """The recipe that a word alone names. Raises UserError, with what is likely meant, for any other word."""
     known, groups = choices(places, "recipe"), groups_of(places)
-    if argument in known and "recipe" not in asked.groups:
+    if argument in known:
+        if chosen := asked.groups.get("recipe"):
+            raise UserError(f"two recipes are named, {chosen} and {argument}", f"recipe={argument}    alone")
         return argument
-    key, sign, text = re.fullmatch(r"-*([^=:\s]*)([=:\s]?)(.*)", argument, re.DOTALL).groups()  # type: ignore[union-attr]
-    value = text if sign else next((word for word in following if word != "="), "...")
-    value = value if sign or value == "..." or "=" not in value else "..."
+    key, text = re.fullmatch(r"-*([^=:\s]*)[=:\s]?(.*)", argument, re.DOTALL).groups()  # type: ignore[union-attr]
+    after = next((word.removeprefix("=") for word in following if word != "="), "")
+    value = text or (after if after and "=" not in after else "...")
     close = [key] if annotation(key) is not None or key in groups else nearest_keys(key, groups)
     if argument.startswith("-"):
         if not close:

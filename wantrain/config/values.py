@@ -262,7 +262,13 @@ def _as_float(text: str) -> float:
     except ValueError as error:
         if number := _with_point(text):
             raise Unfit(f"a number; a comma makes a list, the decimal sign is a point: {number}", number) from error
-        raise Unfit("a number such as 1e-4") from error
+        raise Unfit("a number such as 1e-4", _without_unit(text)) from error
+
+
+def _without_unit(text: str) -> str:
+    """The number before letters, as in 24gb or 30 s; '' for other text."""
+    number = re.fullmatch(r"([+-]?\d+(?:\.\d+)?)\s*[a-zA-Z%]+", text)
+    return number[1] if number else ""
 
 
 def _with_point(text: str) -> str:

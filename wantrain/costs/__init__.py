@@ -31,6 +31,7 @@ from wantrain.costs.memory import encoding_phases as encoding_phases
 from wantrain.costs.memory import host_parts as host_parts
 from wantrain.costs.memory import in_tensors as in_tensors
 from wantrain.costs.memory import peak as peak
+from wantrain.costs.memory import stays_mapped as stays_mapped
 from wantrain.costs.savers import savers as savers
 from wantrain.costs.seconds import Step as Step
 from wantrain.costs.seconds import step as step

@@ -84,7 +84,7 @@ def text_bytes(own: Sizes) -> float:
 def working_bytes(own: Sizes, keep: str, form: str) -> float:
     """The most beyond that while it goes backward; what is computed again is there whole.
 
-    A product in int8 takes its sums and its answer a slice of tokens at a time. Weights of other forms are cast for
+    A product in int8 takes its weight turned round, and its sums and answer a slice of tokens at a time. Weights of other forms are cast for
     each product (fp8 on any card, as this does not know which can do without), and both moments count: while the
     largest is cast, by way of a float32 tensor, and after it, with a tensor of the feed-forward's width more.
     """
@@ -92,7 +92,7 @@ def working_bytes(own: Sizes, keep: str, form: str) -> float:
         return own.nbytes(OTHER_WORKING[keep])
     most = own.nbytes(BACKWARD[own.itemsize])
     if form == "int8":
-        most += INT8_SLICE_BYTES * own.ffn_dim * min(SLICE, own.tokens)
+        most += own.dim * own.ffn_dim + INT8_SLICE_BYTES * own.ffn_dim * min(SLICE, own.tokens)
     elif form != "dtype":
         weight, casting = own.dim * own.ffn_dim, CASTING[own.itemsize] if form == "fp8" else 0
         most = max(most + own.itemsize * weight, most - own.nbytes(Tensors(0, 1)) + casting * weight)

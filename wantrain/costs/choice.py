@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from wantrain.costs.devices import Card
-from wantrain.costs.memory import BASES, Job, MemoryPolicy, device_parts, host_parts, peak
+from wantrain.costs.memory import BASES, Job, MemoryPolicy, device_parts, host_peak, peak
 from wantrain.costs.savers import shrunk
 from wantrain.costs.seconds import micro_step_s
 
@@ -65,7 +65,7 @@ def policies(job: Job, fixed: Fixed) -> Iterator[MemoryPolicy]:
 def frontier(job: Job, card: Card, host_bytes: float, fixed: Fixed) -> list[Candidate]:
     """The policies within the host's memory of which no other is as fast and as small, the fastest first."""
     every = [Candidate(policy, peak(device_parts(job, policy)), micro_step_s(job, policy, card))
-             for policy in policies(job, fixed) if peak(host_parts(job, policy)) <= host_bytes]
+             for policy in policies(job, fixed) if host_peak(job, policy, host_bytes) <= host_bytes]
     kept: list[Candidate] = []
     for one in sorted(every, key=lambda candidate: (candidate.seconds, candidate.nbytes)):
         if not kept or one.nbytes < kept[-1].nbytes:

@@ -284,11 +284,26 @@ LIBRARIES_BYTES = 3 * 2**30
 """What Python, torch and its CUDA libraries take of host memory: assumed, not measured."""
 
 
-def host_parts(job: Job, policy: MemoryPolicy) -> dict[str, int]:
-    """The parts of the peak of one process's memory outside the device."""
+def host_parts(job: Job, policy: MemoryPolicy, *, mapped: bool = False) -> dict[str, int]:
+    """The parts of the peak of one process's memory outside the device. Where the base stays in the file, `mapped`, the
+    system can have back what it takes, and blocks on their way are staged.
+    """
     kept = kept_in_all(job, policy) if policy.offload else 0.0
+    block, whole = streamed_bytes(job.variant, job.itemsize, policy.base), policy.swap and not mapped
     return {"libraries": LIBRARIES_BYTES, "a tensor being loaded": 2 * 4 * _largest_tensor(job.variant),
             "a checkpoint being written": checkpoint_bytes(job),
-            "base while it is read": base_bytes(job.variant, job.itemsize, policy.base) if policy.swap else 0,
-            "streamed blocks": policy.swap * streamed_bytes(job.variant, job.itemsize, policy.base),
+            "base while it is read": base_bytes(job.variant, job.itemsize, policy.base) if whole else 0,
+            "streamed blocks": block * (min(policy.swap, NUM_BUFFERS) if mapped else policy.swap),
             "offloaded activations": round(kept)}
+
+
+def stays_mapped(job: Job, policy: MemoryPolicy, host_bytes: float) -> bool:
+    """Whether blocks that wait on the host do so in the file: their copies take more memory than there is, and the file
+    may hold them as they are trained.
+    """
+    return policy.swap > 0 and policy.base == "dtype" and peak(host_parts(job, policy)) > host_bytes
+
+
+def host_peak(job: Job, policy: MemoryPolicy, host_bytes: float) -> int:
+    """The peak of host memory where there is so much."""
+    return peak(host_parts(job, policy, mapped=stays_mapped(job, policy, host_bytes)))

@@ -108,18 +108,19 @@ class Base:
         return f"{detection.message}; {container.kind}, {detection.layout} names, {', '.join(kinds)}"
 
     def transformer(self, dtype: torch.dtype, device: torch.device,
-                    placed: Callable[[torch.nn.Parameter], None] | None = None, form: str = ""
-                    ) -> WanTransformer3DModel:
+                    placed: Callable[[torch.nn.Parameter], None] | None = None, form: str = "", *,
+                    mapped: bool = False) -> WanTransformer3DModel:
         """The transformer in `dtype` (time embedding, norms and modulation tables in float32), frozen, eval mode. With
         a `form` (wantrain.models.quantised.LARGEST) the Linears of its blocks are stored in that, and products are
         computed in it where the device can.
 
-        `placed` gets each parameter as soon as it is there (wantrain.models.loading.load_into).
+        `placed` gets each parameter as soon as it is there (wantrain.models.loading.load_into). `mapped`: what the file
+        stores in the dtype that it has here stays in the file, which is mapped.
         """
         from wantrain.models.loading import empty_weights, load_into
         from wantrain.models.quantised import quantise
 
-        container = open_container(self.parts["transformer"])
+        container = replace(open_container(self.parts["transformer"]), is_mapped=mapped)
         self._detected(container)
         with empty_weights():
             module = self._transformer_class.from_config(self._transformer_config())

@@ -428,12 +428,14 @@ def blocks_of(transformer: Any) -> list[Any]:
 @dataclass(frozen=True, slots=True)
 class BlockMemory:
     """How the blocks of a transformer save memory: what each keeps for its backward pass (of KEEPS; one for all, or one
-    a block in the order of blocks_of), of how many the weights wait in host memory, and whether what is kept does too.
+    a block in the order of blocks_of), of how many the weights wait in host memory, whether what is kept does too, and
+    whether the weights on the host are the mapped file's.
     """
 
     keep: str | tuple[str, ...] = "all"
     swap: int = 0
     offload: bool = False
+    mapped: bool = False
 
 
 def train_blocks(transformer: Any, memory: BlockMemory, device: torch.device, operations: Operations = EAGER
@@ -443,7 +445,7 @@ def train_blocks(transformer: Any, memory: BlockMemory, device: torch.device, op
     """
     turns, blocks = Turns(), blocks_of(transformer)
     swapped = spread(len(blocks), memory.swap)
-    swap = swap_weights(transformer, [blocks[i] for i in swapped], device) if swapped else None
+    swap = swap_weights(transformer, [blocks[i] for i in swapped], device, memory.mapped) if swapped else None
     offload = Offload(device) if memory.offload else None
     keeps = (memory.keep,) * len(blocks) if isinstance(memory.keep, str) else memory.keep
     policies = {id(block): Policy(keep, operations, offload, *((swap, swapped.index(i)) if i in swapped else ()))
@@ -467,11 +469,11 @@ def train_blocks(transformer: Any, memory: BlockMemory, device: torch.device, op
     return swap
 
 
-def swap_weights(transformer: Any, blocks: Sequence[Any], device: torch.device) -> Swap:
-    """Put the large weights of these blocks into host memory, and all others on the device."""
+def swap_weights(transformer: Any, blocks: Sequence[Any], device: torch.device, mapped: bool) -> Swap:
+    """Put the large weights of these blocks into host memory, unless they stay mapped, and all others on the device."""
     weights = [frozen_weights(block) for block in blocks]
     swapped = {id(tensor) for own in weights for tensor in own}
-    swap = Swap(weights, device)
+    swap = Swap(weights, device, mapped=mapped)
     tensors = dict(itertools.chain(transformer.named_parameters(), transformer.named_buffers()))
     for tensor in tensors.values():
         if id(tensor) not in swapped:

@@ -45,6 +45,7 @@ class Container:
     prefix: str
     _entries: dict[str, Entry] = field(repr=False)
     _scales: dict[str, str] = field(repr=False)
+    is_mapped: bool = False
 
     def names(self) -> list[str]:
         """Bare names, in the order of the file."""
@@ -64,7 +65,8 @@ class Container:
 
     def read(self, name: str, dtype: torch.dtype | None = None,
              device: torch.device | str = "cpu") -> torch.Tensor:
-        """One tensor, dequantised, in memory of its own.
+        """One tensor, dequantised, in memory of its own; where the container `is_mapped`, that of the file as it is
+        mapped, for the CPU and the stored dtype.
 
         `dtype` None keeps the stored dtype, and gives float32 for a quantised tensor. Raises ContainerError for an
         unreadable tensor, a scale that is missing, not finite or of a shape that does not fit.
@@ -75,7 +77,7 @@ class Container:
         if scale is not None:
             tensor, scale = tensor.to(device, torch.float32), scale.to(device, torch.float32)
             tensor = tensor * self._expanded(name, tensor, scale)
-        return tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
+        return tensor.to(device=device, dtype=dtype or tensor.dtype, copy=not self.is_mapped)
 
     def stored(self, name: str, dtypes: Collection[torch.dtype], device: torch.device | str = "cpu"
                ) -> tuple[torch.Tensor, torch.Tensor] | None:

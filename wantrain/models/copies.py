@@ -23,6 +23,9 @@ class Copies(Protocol):
     def wait(self, ticket: object) -> None:
         """All computation that is asked for from now on comes after this copy."""
 
+    def finish(self, ticket: object) -> None:
+        """Return when this copy has left the host, whose memory may then be written anew."""
+
 
 class CudaCopies:
     """Copies on a stream of their own."""
@@ -48,6 +51,9 @@ class CudaCopies:
     def wait(self, ticket: Any) -> None:
         torch.accelerator.current_stream(self.device).wait_event(ticket)
 
+    def finish(self, ticket: Any) -> None:
+        ticket.synchronize()
+
 
 class LateCopies:
     """The stand-in: each copy arrives when it is waited for, and not before."""
@@ -55,13 +61,18 @@ class LateCopies:
     def host(self, num_bytes: int) -> torch.Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8)
 
-    def start(self, target: torch.Tensor, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def start(self, target: torch.Tensor, source: torch.Tensor) -> list[torch.Tensor]:
         target.fill_(255)  # in every float format no number
-        return target, source
+        return [target, source]
 
     def wait(self, ticket: Any) -> None:
-        target, source = ticket
-        target.copy_(source)
+        if ticket:
+            target, source = ticket
+            target.copy_(source)
+            ticket.clear()
+
+    def finish(self, ticket: Any) -> None:
+        self.wait(ticket)
 
 
 def copies_of(device: torch.device) -> Copies:

@@ -18,14 +18,20 @@ from wantrain.terms import UserError
 Layout = Literal["official", "diffusers"]
 Shapes = Mapping[str, tuple[int, ...]]
 
-ANIMATE = "Wan2.2-Animate (under official names)"
+_DERIVED = (
+    (re.compile(r"distill|fastwan|causvid|anyflow|self[-_ ]?forcing|lightning|(?<![0-9])[1248][-_ ]?steps?(?![a-z])"),
+     "a distilled base, and training would undo what lets it sample in few steps: train on {}, and sample with the "
+     "few-step LoRA beside yours (sampler.loras)"),
+    (re.compile(r"sky[-_ ]?reels"),
+     "SkyReels-V2, of 24 frames a second and a schedule of its own: train on {}, whose tensors have the same names"))
+"""Bases made of another one whose tensors they have: what their names say, and what to do instead, on which."""
 
 # Tensors that only a family we do not support has, in ComfyUI's order of detection (docs/facts.md, "Detection").
 _UNSUPPORTED: dict[str, str] = {
+    "fps_embedding.": "SkyReels-V2 (diffusion forcing)",
+    "blocks.0.to_gate_compress.": "FastWan (distilled, with sparse attention)",
     "casual_audio_encoder.": "Wan2.2-S2V",
     "audio_proj.audio_proj_glob_1.": "HuMo",
-    "face_adapter.": ANIMATE,
-    "motion_encoder.": ANIMATE,
     "patch_embedding_mask.": "SCAIL-2",
     "patch_embedding_pose.": "SCAIL",
     "patch_embedding_global.": "WanDancer",
@@ -73,7 +79,7 @@ def detect(shapes: Shapes, file_name: str | None, config: Mapping[str, Any] | No
     """
     layout: Layout = "official" if "head.modulation" in shapes else "diffusers"
     for mark, family in _UNSUPPORTED.items():
-        if not (family == ANIMATE and layout == "diffusers") and any(name.startswith(mark) for name in shapes):
+        if any(name.startswith(mark) for name in shapes):
             return Detection(layout, (), (), False, None, f"this is a {family} transformer (it has {mark}*), which "
                              "wantrain recognises but does not support")
     architecture = read_architecture(shapes, layout)
@@ -84,10 +90,15 @@ def detect(shapes: Shapes, file_name: str | None, config: Mapping[str, Any] | No
     # The number of heads is a size that shapes do not show; those of Animate's encoders are taken on trust, and so is
     # where VACE's blocks attach, if the config states it.
     fitting = tuple(name for name, variant in VARIANTS.items()
-                    if variant.architecture == replace(
+                    if bool(variant.architecture.animate) == bool(architecture.animate)
+                    and variant.architecture == replace(
                         architecture, num_heads=variant.architecture.num_heads,
                         vace_layers=variant.architecture.vace_layers if stated else architecture.vace_layers,
-                        animate=variant.architecture.animate if architecture.animate else None))
+                        animate=variant.architecture.animate))
+    part, advice = _derived(file_name)
+    if part and fitting:
+        return Detection(layout, (), (), False, None, f"{part!r} names {advice.format(' or '.join(fitting))}. If it is "
+                         "none, give it another name")
     if not fitting:
         return Detection(layout, (), (), False, None, f"a Wan transformer of no known variant's sizes: {architecture}")
     return _narrow(layout, fitting, file_name)
@@ -241,6 +252,19 @@ def _said(file_name: str | None) -> _Said:
 
     return _Said(nearest(p.generation for p in parts), nearest(p.resolution for p in parts),
                  nearest(p.kind for p in parts), nearest(p.expert for p in parts))
+
+
+def _derived(file_name: str | None) -> tuple[str, str]:
+    """(part, advice) of the innermost part of the path that says which model it is, where that is one of _DERIVED;
+    else ('', '').
+    """
+    for part in reversed(re.split(r"[/\\]", file_name or "")[-_PATH_PARTS:]):
+        if advice := next((advice for name, advice in _DERIVED if name.search(part.lower())), ""):
+            return part, advice
+        said = _said_by(part)
+        if said.generation or said.kind:
+            break
+    return "", ""
 
 
 def _agrees(variant: Variant, said: _Said) -> bool:

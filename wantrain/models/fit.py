@@ -16,7 +16,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from wantrain import lora
-from wantrain.lora import Spec
+from wantrain.lora import AdapterState, Spec
 from wantrain.models import attention, block, compiled, sequence
 from wantrain.models.block import BlockMemory
 from wantrain.models.lora_formats import LoraFile
@@ -48,14 +48,15 @@ class AdapterFile:
     strength: float = 1.0
 
 
-def fit(transformer: WanTransformer3DModel, device: torch.device, adapter: NewAdapter | Sequence[AdapterFile] = (), *,
-        memory: BlockMemory | None = None, is_divided: bool = False, sequence_parallel: int = 1) -> list[str]:
+def fit(transformer: WanTransformer3DModel, device: torch.device,
+        adapter: NewAdapter | AdapterState | Sequence[AdapterFile] = (), *, memory: BlockMemory | None = None,
+        is_divided: bool = False, sequence_parallel: int = 1) -> list[str]:
     """Make a loaded transformer ready to be trained or sampled on `device`; the names of its adapted modules.
 
-    A new adapter is trained, and its blocks save memory as `memory` says. `is_divided` says that the engine divides the
-    weights of a block among processes. To be called once. Raises UserError where the adapter does not fit
-    the transformer, or its file is damaged, of another variant or expert, or more than an adapter; and where blocks
-    cannot keep so.
+    A new adapter is trained. Its blocks, and those of others, save memory as `memory` says. `is_divided` says that the
+    engine divides the weights of a block among processes. To be called once. Raises UserError where the adapter does
+    not fit the transformer, or its file is damaged, of another variant or expert, or more than an adapter; and where
+    blocks cannot keep so.
     """
     if device.type == "cpu" and not transformer.config.image_dim:
         shorten_text(transformer)
@@ -71,9 +72,9 @@ def fit(transformer: WanTransformer3DModel, device: torch.device, adapter: NewAd
         else:
             _checkpoint(transformer, memory or BlockMemory())
     else:
-        modules = _attach(transformer, adapter) if adapter else []
+        modules = _attach(transformer, adapter)
         if block.can_train(transformer):  # whose forward pass saves what a LoRA costs; without one, for equal numbers
-            block.train_blocks(transformer, BlockMemory(), device)
+            block.train_blocks(transformer, memory or BlockMemory(), device)
     if sequence_parallel > 1:
         sequence.share_tokens(transformer, sequence_parallel)
     return modules
@@ -82,8 +83,7 @@ def fit(transformer: WanTransformer3DModel, device: torch.device, adapter: NewAd
 def exchange(transformer: WanTransformer3DModel, adapter: Sequence[AdapterFile]) -> None:
     """Give a transformer that is fitted for sampling these LoRA files in place of those that it has."""
     lora.detach(transformer)
-    if adapter:
-        _attach(transformer, adapter)
+    _attach(transformer, adapter)
 
 
 def _checkpoint(transformer: WanTransformer3DModel, memory: BlockMemory) -> None:
@@ -102,7 +102,12 @@ def _checkpoint(transformer: WanTransformer3DModel, memory: BlockMemory) -> None
                         "set memory.keep=inputs, or memory.keep=all")
 
 
-def _attach(transformer: torch.nn.Module, files: Sequence[AdapterFile]) -> list[str]:
+def _attach(transformer: torch.nn.Module, files: AdapterState | Sequence[AdapterFile]) -> list[str]:
+    if isinstance(files, AdapterState):
+        lora.attach(transformer, files)
+        return list(files.tensors)
+    if not files:
+        return []
     states = [(read_adapter(file.path, transformer, file.expert), file.strength) for file in files]
     about, path = " and ".join(str(file.path) for file in files), files[0].path
     try:

@@ -75,9 +75,9 @@ def load_into(module: torch.nn.Module, container: Container, rename: Rename, *, 
     the file's name as it is stored, before it is cast. `placed` gets each parameter as soon as the module has it, e.g.
     to keep only a part of it: no more than one tensor is whole then. Tensors with a name part in `keep_float32`
     (diffusers' `_keep_in_fp32_modules`) become float32, the others `dtype`; a QuantisedLinear stores its weight in its
-    own form, or takes what the file holds where that is in this form already and `edit` is not given. Leading axes of
-    length 1 do not count in a shape. Raises ContainerError, before reading anything, when a tensor is missing,
-    unexpected, given twice or of another shape; and when anything would stay on meta.
+    own form, or takes what the file holds where that is in this form already and `edit` is not given. Axes of length 1
+    do not count in a shape. Raises ContainerError, before reading anything, when a tensor is missing, unexpected, given
+    twice or of another shape; and when anything would stay on meta.
     """
     targets = module.state_dict(keep_vars=True)
     groups = _tied(targets)
@@ -170,8 +170,7 @@ def _plan(container: Container, rename: Rename, targets: Mapping[str, tuple[int,
 
 
 def _significant(shape: Sequence[int]) -> tuple[int, ...]:
-    first = next((i for i, size in enumerate(shape) if size != 1), len(shape))
-    return tuple(shape[first:])
+    return tuple(size for size in shape if size != 1)
 
 
 def _misfit(missing: Sequence[str], unexpected: Sequence[str], faults: Sequence[str]) -> str:

@@ -282,7 +282,8 @@ def adapter_for(lora: LoraFile, transformer: torch.nn.Module) -> AdapterState:
 
     Raises ContainerError for one of another variant, or that is more than an adapter.
     """
-    own = {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
+    own = {name: tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves parameters empty
+           for name, parameter in transformer.named_parameters()}
     shapes = {official: own[name] for name, official in official_names(own).items()}
     lora = without_image_parts(lora, shapes)
     check_fit(lora, shapes)

@@ -297,9 +297,48 @@ def clip_to_official(name: str) -> tuple[str, int | None]:
 def transformer_rename(names: Collection[str]) -> Rename:
     """From a transformer file's names (official or diffusers, bare) to the diffusers module's."""
     if "head.modulation" in names:
-        return lambda name: (transformer_to_diffusers(name),)
-    return lambda name: (transformer_to_diffusers(transformer_to_official(name)),)
+        return lambda name: animate_to_diffusers(name) if name.startswith(ANIMATE_ONLY) else (
+            transformer_to_diffusers(name),)
+    return lambda name: (name if name.startswith(ANIMATE_ONLY) else transformer_to_diffusers(
+        transformer_to_official(name)),)
 
+
+def animate_to_diffusers(name: str) -> tuple[str, ...]:
+    """Official name of one of Wan-Animate's own tensors -> those that it fills: two where its rows are k and v; none
+    for a kernel of blur, which diffusers' class makes itself. Raises UnknownName.
+    """
+    for pattern, twins in _ANIMATE_OFFICIAL:
+        if found := re.fullmatch(pattern, name):
+            first, second = (*found.groups(), "", "")[:2]
+            return tuple(twin.format(first, second, int(first) - 1 if first.isdigit() else 0) for twin in twins)
+    raise UnknownName(name, "not a name of the official Wan-Animate transformer")
+
+
+_CONVS = r"motion_encoder\.enc\.net_app\.convs\."
+_ANIMATE_OFFICIAL: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (r"(pose_patch_embedding)\.(\w+)", ("{}.{}",)),
+    (r"motion_encoder\.dec\.direction\.weight", ("motion_encoder.motion_synthesis_weight",)),
+    (r"motion_encoder\.enc\.fc\.(\d+)\.(\w+)", ("motion_encoder.motion_network.{}.{}",)),
+    (_CONVS + r"0\.0\.weight", ("motion_encoder.conv_in.weight",)),
+    (_CONVS + r"0\.1\.bias", ("motion_encoder.conv_in.act_fn.bias",)),
+    (_CONVS + r"\d+\.weight", ("motion_encoder.conv_out.weight",)),
+    (_CONVS + r"\d+\.(?:conv2|skip)\.0\.kernel", ()),
+    (_CONVS + r"(\d+)\.(conv1)\.0\.weight", ("motion_encoder.res_blocks.{2}.{1}.weight",)),
+    (_CONVS + r"(\d+)\.(conv1)\.1\.bias", ("motion_encoder.res_blocks.{2}.{1}.act_fn.bias",)),
+    (_CONVS + r"(\d+)\.(conv2)\.1\.weight", ("motion_encoder.res_blocks.{2}.{1}.weight",)),
+    (_CONVS + r"(\d+)\.(conv2)\.2\.bias", ("motion_encoder.res_blocks.{2}.{1}.act_fn.bias",)),
+    (_CONVS + r"(\d+)\.skip\.1\.weight", ("motion_encoder.res_blocks.{2}.conv_skip.weight",)),
+    (r"face_encoder\.(conv\w+)\.conv\.(\w+)", ("face_encoder.{}.{}",)),
+    (r"face_encoder\.(out_proj)\.(\w+)", ("face_encoder.{}.{}",)),
+    (r"face_encoder\.padding_tokens", ("face_encoder.padding_tokens",)),
+    (r"face_adapter\.fuser_blocks\.(\d+)\.linear1_kv\.(\w+)",
+     ("face_adapter.{}.to_k.{}", "face_adapter.{}.to_v.{}")),
+    (r"face_adapter\.fuser_blocks\.(\d+)\.linear1_q\.(\w+)", ("face_adapter.{}.to_q.{}",)),
+    (r"face_adapter\.fuser_blocks\.(\d+)\.linear2\.(\w+)", ("face_adapter.{}.to_out.{}",)),
+    (r"face_adapter\.fuser_blocks\.(\d+)\.q_norm\.(\w+)", ("face_adapter.{}.norm_q.{}",)),
+    (r"face_adapter\.fuser_blocks\.(\d+)\.k_norm\.(\w+)", ("face_adapter.{}.norm_k.{}",)),
+)
+"""Official names -> diffusers': {} are the groups, {2} the first as a number less one."""
 
 FUN_ONLY = ("ref_conv", "control_adapter.")
 """Wan-Fun's own modules, which diffusers' classes do not have."""

@@ -157,8 +157,8 @@ def input_gradient(gradients: Sequence[torch.Tensor], linears: Sequence[torch.nn
         return total.view(shape)
     layers = cast("Sequence[QuantisedLinear]", linears)
     total = flat[0].new_empty(len(flat[0]), layers[0].in_features)
-    # fp8 kernels take the second matrix column by column, and these are not stored so.
-    weights = [layer.numbers if layer.form == "int8" else layer.numbers.T.contiguous().T for layer in layers]
+    # CUDA's kernels take the second matrix column by column, and these are not stored so.
+    weights = [layer.numbers.T.contiguous().T for layer in layers]
     one = torch.ones(1, layers[0].in_features, device=total.device)
     for rows in _slices(len(total)):
         parts = [_multiplied(*by_rows(gradient[rows] * layer.scale.T, layer.form), weight, one)

@@ -7,7 +7,7 @@ tests/parity/test_tasks.py holds it against diffusers' pipeline of every task th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -114,7 +114,13 @@ def sample(pipeline: Pipeline, prompt: str, seed: int, settings: Settings, input
 
     FloatingPointError where the latents, or what the VAE makes of them, are not finite.
     """
-    inputs = inputs or Inputs()
+    noise, given = begin(pipeline, prompt, seed, settings, inputs or Inputs())
+    return finish(pipeline, settings, denoise(pipeline, settings, noise, given))
+
+
+def begin(pipeline: Pipeline, prompt: str, seed: int, settings: Settings, inputs: Inputs
+          ) -> tuple[torch.Tensor, DenoisingInputs]:
+    """The noise of a seed, and all that denoising works from."""
     device = pipeline.device
     bucket, variant = settings.bucket, pipeline.variant
     shape = (variant.architecture.out_channels, *variant.latent_THW(bucket))
@@ -126,14 +132,17 @@ def sample(pipeline: Pipeline, prompt: str, seed: int, settings: Settings, input
     condition, clean, known_T = conditioning.arrange(variant, encoded, clean, first is not None)
     drawn_on = device if PROFILES[settings.profile].draws_on_device else torch.device("cpu")
     noise = torch.randn(1, *clean.shape, device=drawn_on, generator=torch.Generator(drawn_on).manual_seed(seed))
-    given = DenoisingInputs(
+    return noise.to(device), DenoisingInputs(
         clean.to(device)[None], known_T.to(device)[None] if known_T is not None else None,
         {name: tensor.to(device)[None] for name, tensor in condition.items()},
         [pad_text(pipeline.text(text)).to(device, pipeline.dtype)[None]
          for text in (prompt, settings.negative_prompt)], inputs.video is not None)
-    latents = denoise(pipeline, settings, noise.to(device), given)
-    num_before = clean.shape[1] - shape[1]
-    return pipeline.encoders.frames(latents[0, :, num_before:])
+
+
+def finish(pipeline: Pipeline, settings: Settings, latents_BCTHW: torch.Tensor) -> torch.Tensor:
+    """The frames_FCHW of the first denoised latents, without what stands before them."""
+    num_before = latents_BCTHW.shape[2] - pipeline.variant.latent_THW(settings.bucket)[0]
+    return pipeline.encoders.frames(latents_BCTHW[0, :, num_before:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,18 +166,27 @@ class DenoisingInputs:
 
 def denoise(pipeline: Pipeline, settings: Settings, noise_BCTHW: torch.Tensor, given: DenoisingInputs) -> torch.Tensor:
     """Latents from noise, or from a video at the settings' strength; known frames stay as they are."""
+    latents = noise_BCTHW
+    for after_a_step in denoising(pipeline, settings, noise_BCTHW, given):
+        latents = after_a_step
+    return latents
+
+
+def denoising(pipeline: Pipeline, settings: Settings, noise_BCTHW: torch.Tensor, given: DenoisingInputs
+              ) -> Iterator[torch.Tensor]:
+    """The latents of `denoise` after each step, so that several samples can be denoised in turn."""
     sigmas, latents = settings.sigmas, noise_BCTHW
     if given.from_video:
         sigmas = sigmas[settings.num_steps - settings.num_steps_from_video :]
         latents = flow.mix(given.clean_BCTHW, noise_BCTHW, torch.tensor(sigmas[:1], device=latents.device).float())
+    latents = given.keep(latents)
     for steps in parts(pipeline.variant, settings, sigmas):
         for i, timestep in enumerate(steps.timesteps):
-            latents = given.keep(latents)
             velocity = velocity_at(pipeline, settings, timestep, latents, given)
-            latents = steps.step(velocity, i, latents)
+            latents = given.keep(steps.step(velocity, i, latents))
             if not latents.isfinite().all():
                 raise FloatingPointError(f"the latents are not finite at timestep {int(timestep)} of 1000")
-    return given.keep(latents)
+            yield latents
 
 
 def parts(variant: Variant, settings: Settings, sigmas: np.ndarray) -> list[Steps]:

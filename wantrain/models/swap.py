@@ -1,6 +1,7 @@
 """Blocks whose frozen weights wait in host memory, and come to the device one ahead of their turn.
 
-The weights of the Linears of `num_swapped` blocks lie in one host arena. Two slots of the device take turns: while one
+The weights of the Linears of `num_swapped` blocks lie in one host arena, or stay in the memory-mapped file that they
+were read from, which takes no memory that the system could not have back. Two slots of the device take turns: while one
 block computes from its slot, the next one's weights are copied into the other, forward and backward. Only the weights
 go, and only towards the device, for they never change. With `wantrain.models.block`, which says when a block begins.
 """
@@ -21,25 +22,39 @@ _ALIGNMENT = 256
 
 @dataclass(slots=True)
 class Tensors:
-    """The weights of one block: where each belongs, and its place among the block's bytes."""
+    """The weights of one block: where each belongs, its place among the block's bytes, and where it is on the host."""
 
-    host: torch.Tensor
-    owners: list[tuple[torch.Tensor, int]] = field(default_factory=list)
+    num_bytes: int
+    owners: list[tuple[torch.Tensor, int, torch.Tensor]] = field(default_factory=list)
 
     def point_into(self, memory: torch.Tensor) -> None:
         """From now on the weights are read from these bytes."""
-        for tensor, offset in self.owners:
-            here = memory[offset: offset + tensor.nbytes]
-            tensor.data = here.view(tensor.dtype).view(tensor.shape)
+        for tensor, offset, _ in self.owners:
+            tensor.data = _placed(tensor, memory, offset)
+
+    def point_home(self) -> None:
+        """From now on the weights are read from the host."""
+        for tensor, _, home in self.owners:
+            tensor.data = home
+
+    def copy_into(self, memory: torch.Tensor) -> torch.Tensor:
+        """The weights' bytes in this memory."""
+        for tensor, offset, home in self.owners:
+            _placed(tensor, memory, offset).copy_(home)
+        return memory[: self.num_bytes]
 
 
 @dataclass(slots=True)
 class Slot:
-    """Memory of the device for one block: whose weights it holds, and the copy on its way."""
+    """Memory of the device for one block: whose weights it holds, and the copy on its way. Where they come from a file,
+    `staged` is the host memory that they come through.
+    """
 
     memory: torch.Tensor
+    staged: torch.Tensor | None = None
     block: int | None = None
     ticket: object = None
+    last: object = None
 
 
 def spread(num_blocks: int, num_swapped: int) -> list[int]:
@@ -48,27 +63,33 @@ def spread(num_blocks: int, num_swapped: int) -> list[int]:
 
 
 class Swap:
-    """The swapped blocks of a transformer. `weights` are, for each, the tensors that are to lie in host memory.
+    """The swapped blocks of a transformer. `weights` are, for each, the tensors that are to lie in host memory; where
+    they are `mapped`, they stay where they are.
 
     `num_copies` counts the copies, `most_resident` the most blocks that were on the device at once.
     """
 
-    def __init__(self, weights: Sequence[Sequence[torch.Tensor]], device: torch.device) -> None:
+    def __init__(self, weights: Sequence[Sequence[torch.Tensor]], device: torch.device, *, mapped: bool = False
+                 ) -> None:
         self.copies = copies_of(device)
         self.num_copies = self.most_resident = 0
         sizes = [sum(_aligned(tensor.nbytes) for tensor in own) for own in weights]
-        arena = self.copies.host(sum(sizes))
+        self.arena = None if mapped else self.copies.host(sum(sizes))
         self.blocks: list[Tensors] = []
         for own, end, size in zip(weights, itertools.accumulate(sizes), sizes, strict=True):
-            block, offset = Tensors(arena[end - size: end]), 0
+            block, offset = Tensors(size), 0
             for tensor in own:
-                place = block.host[offset: offset + tensor.nbytes]
-                place.copy_(tensor.detach().contiguous().view(-1).view(torch.uint8))
-                block.owners.append((tensor, offset))
+                home = tensor.detach()
+                if self.arena is not None:
+                    home = _placed(tensor, self.arena, end - size + offset)
+                    home.copy_(tensor.detach())
+                block.owners.append((tensor, offset, home))
                 offset += _aligned(tensor.nbytes)
-            block.point_into(block.host)
+            block.point_home()
             self.blocks.append(block)
-        self.slots = [Slot(torch.empty(max(sizes), dtype=torch.uint8, device=device))
+        self.starts = [end - size for end, size in zip(itertools.accumulate(sizes), sizes, strict=True)]
+        self.slots = [Slot(torch.empty(max(sizes), dtype=torch.uint8, device=device),
+                           self.copies.host(max(sizes)) if mapped else None)
                       for _ in range(min(NUM_SLOTS, len(sizes)))]
 
     def acquire(self, number: int, step: int) -> None:
@@ -91,13 +112,29 @@ class Swap:
         """Begin to copy a block into a slot that is not in use, whose weights are then read from the host again."""
         slot = next(slot for slot in self.slots if slot is not in_use)
         if slot.block is not None:
-            self.blocks[slot.block].point_into(self.blocks[slot.block].host)
+            self.blocks[slot.block].point_home()
         if slot.ticket is not None:
             self.copies.wait(slot.ticket)
-        host = self.blocks[number].host
+        host = self._host(number, slot)
         slot.block, slot.ticket = number, self.copies.start(slot.memory[: len(host)], host)
+        slot.last = slot.ticket
         self.num_copies += 1
         return slot
+
+    def _host(self, number: int, slot: Slot) -> torch.Tensor:
+        """The bytes of a block, ready to be copied beside the computation."""
+        block = self.blocks[number]
+        if self.arena is not None:
+            return self.arena[self.starts[number]: self.starts[number] + block.num_bytes]
+        assert slot.staged is not None, "what is mapped comes through staged memory"
+        if slot.last is not None:
+            self.copies.finish(slot.last)  # else it would be overwritten while it is copied
+        return block.copy_into(slot.staged)
+
+
+def _placed(tensor: torch.Tensor, memory: torch.Tensor, offset: int) -> torch.Tensor:
+    """A tensor like this one in these bytes."""
+    return memory[offset: offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
 
 def _aligned(num_bytes: int) -> int:

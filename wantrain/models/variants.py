@@ -199,7 +199,6 @@ VARIANTS: dict[str, Variant] = {variant.name: variant for variant in (
             None, None, 5.0, 50, _FUN, **_2_2),
     Variant("wan22_fun_5b_camera", "camera_inpaint", replace(_5B, in_channels=100, control_adapter=True),
             None, None, 5.0, 50, _FUN, **_2_2),
-    # Its tensors have no official names here: a diffusers folder is what loads.
     Variant("wan22_animate_14b", "animate", replace(_14B_I2V, animate=AnimateSizes()), None, None, 5.0, 20, (1.0, 1.0),
             fps=30, num_frames=77),
     Variant("tiny_wan", "t2v", _TINY, None, None, 3.0, 50, num_frames=9),

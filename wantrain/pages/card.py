@@ -12,8 +12,9 @@ from wantrain.models.variants import Task
 from wantrain.results import Column, Results, Video
 
 KIND: dict[Task, str] = {
-    "t2v": "text-to-video", "ti2v": "text-to-video", "i2v": "image-to-video", "flf2v": "image-to-video",
-    "vace": "video-to-video", "control": "video-to-video", "camera": "image-to-video", "animate": "video-to-video"}
+    **dict.fromkeys(("t2v", "ti2v"), "text-to-video"),
+    **dict.fromkeys(("i2v", "flf2v", "camera", "camera_inpaint"), "image-to-video"),
+    **dict.fromkeys(("vace", "control", "control_reference", "control_inpaint", "animate"), "video-to-video")}
 """The hub's word for each task."""
 
 

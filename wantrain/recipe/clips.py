@@ -23,7 +23,7 @@ from wantrain.models import inventory
 from wantrain.models.base import Base
 from wantrain.models.task_media import media_of_task
 from wantrain.models.variants import Variant
-from wantrain.recipe.recipe import Recipe, open_recipe
+from wantrain.recipe.recipe import Recipe, open_recipe, outline
 from wantrain.terms import PARTNERS, TEXT_LEN, Bucket, Clip, Dropped, PlannedClip, UserError
 
 HELDOUT = "held out"
@@ -71,9 +71,16 @@ class Clips:
         return [*texts, *(words for text in dict.fromkeys(texts) if (words := self.class_caption(text)) is not None)]
 
     @property
+    def shown(self) -> list[str]:
+        """Every text that a training samples or measures with, and does not draw."""
+        own, validation = self.config.sampler, self.config.validation
+        return [*([*own.prompts, own.negative_prompt] if own.prompts else []),
+                *(validation.unrelated if validation.every_steps and self.heldout else [])]
+
+    @property
     def entries(self) -> dict[Path, Entry]:
         """All that the cache must hold for these clips."""
-        return self.cache.entries(self.everything, self.captions)
+        return self.cache.entries(self.everything, [*self.captions, *self.shown])
 
     def class_caption(self, caption: str) -> str | None:
         """The caption with the class words in place of the trigger, where training preserves those."""
@@ -137,14 +144,17 @@ def open_clips(recipe: Recipe, arguments: Sequence[str], refuse: bool = True) ->
 
 def refuse_unready(config: Config, arguments: Sequence[str]) -> None:
     """Raise what would keep a training from its start, before the libraries are imported that compute."""
-    clips = open_clips(open_recipe(config), arguments)
+    recipe = open_recipe(config)
+    clips = open_clips(recipe, arguments)
+    for own in recipe.trainings():
+        outline(own)  # which refuses targets that match nothing
     if config.data.mode is DataMode.cache:
         refuse_missing(clips)
 
 
 def refuse_missing(clips: Clips) -> None:
-    """Raise UserError, with the command that makes them, where the cache lacks entries."""
-    if lacking := missing(clips.entries):
+    """Raise UserError, with the command that makes them, where the cache lacks what training draws."""
+    if lacking := missing(clips.cache.entries(clips.everything, clips.captions)):
         raise UserError(f"the cache lacks {counted(lacking)} for this base and these settings; the first is "
                         f"{describe(next(iter(lacking.values())))}", clips.cache.build_command)
 

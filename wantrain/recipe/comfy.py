@@ -45,8 +45,9 @@ def write_workflow(config: Config, path: Path, exports: Mapping[Expert | None, P
 
 
 def merged(config: Config, expert: Expert | None) -> list[tuple[str, float]]:
-    """The LoRAs that are folded into the base, which ComfyUI loads one after the other."""
-    given = [split_strength(expert_path(word, expert)) for word in config.model.merge]
+    """The LoRAs that are folded into the base, a few-step one last, which ComfyUI loads one after the other."""
+    words = [*config.model.merge, *filter(None, [config.sampler.fast_lora])]
+    given = [split_strength(expert_path(word, expert)) for word in words]
     return [(Path(file).name, 1.0 if strength is None else strength) for file, strength in given]
 
 

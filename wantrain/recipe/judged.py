@@ -10,10 +10,13 @@ from pathlib import Path
 import torch
 
 from wantrain import judging, objective, pictures, style, validation
+from wantrain.config import Config, variant_of
 from wantrain.data import decode
 from wantrain.judging import About
-from wantrain.models import sampling
+from wantrain.models import hub, sampling
+from wantrain.models.seeing import ClipSeer, Seer, TinySeer
 from wantrain.recipe.clips import Clips, holding_trigger
+from wantrain.recipe.draft import is_tiny, without
 from wantrain.recipe.records import Shot
 from wantrain.recipe.sampler import LoraFiles, Studio
 from wantrain.results import Column, Metric
@@ -44,24 +47,30 @@ class Judged:
 
 
 class Judge:
-    """Measures videos against the clips: the training clips with the trigger, and the held-out ones."""
+    """Measures videos against the training clips: those with the trigger, and for copies all of them."""
 
     def __init__(self, clips: Clips, fps: float) -> None:
-        self._fps = fps
-        wanted, thumbs = [], []
+        self._fps, self._seer = fps, seer_of(clips.config)
+        wanted, thumbs, seen = [], [], []
         holding = {id(p) for p in holding_trigger(clips)}
         for planned in clips.planned:
             frames_FCHW = decode.read_window(planned)
             thumbs.append(judging.thumbs(frames_FCHW))
             if id(planned) in holding:
                 wanted.append(style.describe([frames_FCHW]))
+                seen += [self._seer.features(frames_FCHW)] if self._seer else []
+        self._seen_D = torch.stack(seen).mean(0) if seen else None
         self._wanted, self._trained_NK = style.mean(wanted), torch.cat(thumbs)
 
-    def video(self, frames_FCHW: torch.Tensor) -> Judged:
-        """Everything that one video tells alone."""
+    def video(self, frames_FCHW: torch.Tensor, prompt: str) -> Judged:
+        """Everything that one video tells alone; `prompt` is its own, without the trigger."""
         described = style.describe([frames_FCHW])
         numbers = {"style": style.distance(described, self._wanted)["style"], **judging.measure(frames_FCHW, self._fps),
                    "memorised": judging.memorised(frames_FCHW, self._trained_NK)}
+        if self._seer and self._seen_D is not None:
+            adherence = self._seer.adherence(prompt, frames_FCHW)
+            numbers |= {"likeness": float(self._seer.features(frames_FCHW) @ self._seen_D)}
+            numbers |= {} if adherence is None else {"adherence": adherence}
         return Judged(numbers, described, frames_FCHW[len(frames_FCHW) // 2])
 
     def style_parts(self, videos: Sequence[Judged]) -> dict[str, float]:
@@ -69,11 +78,20 @@ class Judge:
         return style.distance(style.mean([one.style for one in videos]), self._wanted)
 
 
+def seer_of(config: Config) -> Seer | None:
+    """The encoder that the config names; the tiny base has its own."""
+    if config.evaluate.encoder is not None:
+        return ClipSeer(hub.local(config.evaluate.encoder))
+    return TinySeer() if is_tiny(variant_of(config)) else None
+
+
 def judge(clips: Clips, shots: Sequence[Shot], folder: Path, fps: float) -> tuple[dict[str, Judged], list[Metric]]:
     """(every video by its shot's name, the metrics of the columns)."""
-    own = Judge(clips, fps)
-    judged = {shot.name: own.video(pictures.read_mp4(folder / f"{shot.name}.mp4")) for shot in shots}
-    heldout = [own.video(decode.read_window(planned)) for planned in clips.heldout]
+    own, trigger = Judge(clips, fps), clips.config.data.trigger
+    judged = {shot.name: own.video(pictures.read_mp4(folder / f"{shot.name}.mp4"), without(shot.caption, trigger))
+              for shot in shots}
+    heldout = [own.video(decode.read_window(planned), without(planned.clip.caption, trigger))
+               for planned in clips.heldout]
     columns = {shot.column.id: [(other, judged[other.name]) for other in shots if other.column.id == shot.column.id]
                for shot in shots}
     videos = {column: [one for _, one in rows] for column, rows in columns.items()}
@@ -119,11 +137,11 @@ def selectivity(columns: Mapping[str, Column], videos: Mapping[str, Sequence[Jud
     """Of each LoRA that is there with and without the trigger."""
     described = {column: style.mean([one.style for one in of_column]) for column, of_column in videos.items()}
     found = {}
-    for without in columns.values():
+    for plain in columns.values():
         for column in columns.values():
-            if without.lora and not without.trigger and column.trigger and (column.lora, column.strength) == (
-                    without.lora, without.strength):
-                far, near = (style.distance(described[one.id], described["base"])["style"] for one in (column, without))
+            if plain.lora and not plain.trigger and column.trigger and (column.lora, column.strength) == (
+                    plain.lora, plain.strength):
+                far, near = (style.distance(described[one.id], described["base"])["style"] for one in (column, plain))
                 found[column.id] = (1 - near / far if far else 0.0, None)
     about = SELECTIVITY
     return [Metric("selectivity", about.label, about.tells, about.better, dict(found))] if found else []

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from wantrain.config import DataMode
 from wantrain.data import decode
 from wantrain.data.cache import CONDITION, LATENTS, MASK, TEXT, Cache, missing
 from wantrain.engine import launch
@@ -45,16 +46,18 @@ def write_texts(recipe: Recipe, cache: Cache, captions: Sequence[str], device: t
 
 
 def prepare_texts(recipe: Recipe, clips: Clips, device: torch.device) -> None:
-    """Write every text that a streamed training may draw, before anything else is loaded.
+    """Write every text of a training that is not there yet, before anything else is loaded.
 
     Each process begins elsewhere in the list and leaves out what others have written, so that they share the work
     without waiting for each other; on machines without a folder in common each writes all.
     """
-    first = len(clips.captions) * launch.rank() // launch.world_size()
-    captions = [*clips.captions[first:], *clips.captions[:first]]
-    write_texts(recipe, clips.cache, captions, device, launch.is_first())
+    texts = [*clips.captions, *clips.shown]
+    first = len(texts) * launch.rank() // launch.world_size()
+    write_texts(recipe, clips.cache, [*texts[first:], *texts[:first]], device, launch.is_first())
     if launch.is_first():
-        clips.cache.claim(Path(clips.config.run.dir), clips.config.run.name, clips.cache.entries([], captions))
+        streamed = clips.config.data.mode is DataMode.stream
+        needed = clips.cache.entries([], texts) if streamed else clips.entries
+        clips.cache.claim(Path(clips.config.run.dir), clips.config.run.name, needed)
 
 
 class Encoder:

@@ -177,19 +177,20 @@ def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator, policy: costs
     rendezvous = Rendezvous(own.stall_timeout_s)
     optimizers.check(accelerator, optim.name.name)
     form = form_of(policy.base)
-    refuse_memory(accelerator, form, policy.swap)
+    refuse_swap(accelerator, policy.swap)
     start = None
     if config.lora.start_from:
         start = read_given(hub.local(expert_path(config.lora.start_from, recipe.base.expert)), recipe.base.expert)
     device = engine.loading_device(accelerator, through_host=policy.swap > 0)
-    transformer = recipe.base.transformer(recipe.dtype, device,
-                                          engine.shard_parameter(accelerator), form)
+    mapped = costs.stays_mapped(largest_job(recipe, clips, accelerator), policy,
+                                engine.host_bytes() / accelerator.num_processes)
+    transformer = recipe.base.transformer(recipe.dtype, device, engine.shard_parameter(accelerator), form, mapped=mapped)
     errors = quantised.relative_errors(transformer)
     if errors and accelerator.is_main_process:
         print(quantised.told(errors, form, accelerator.device))
     modules = fit.fit(transformer, accelerator.device,
                       fit.NewAdapter(config.lora.targets, recipe.adapter_spec, own.seed, start),
-                      memory=BlockMemory(policy.keep, policy.swap, policy.offload),
+                      memory=BlockMemory(policy.keep, policy.swap, policy.offload, mapped),
                       is_divided=bool(engine.divides(accelerator)), sequence_parallel=own.sequence_parallel)
     kernels = {"attention": attention.name_of(transformer, accelerator.device),
                "compiled": operations_for(accelerator.device)[1]}
@@ -209,15 +210,11 @@ def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator, policy: costs
                     Progress(), writer, record, Trackers())
 
 
-def refuse_memory(accelerator: Accelerator, form: str, swap: int) -> None:
-    """Raise UserError where the engine would not do with the base what section memory asks for."""
+def refuse_swap(accelerator: Accelerator, swap: int) -> None:
+    """Raise UserError where the engine does not let blocks wait in host memory."""
     if swap and (engine.is_deepspeed(accelerator) or engine.is_fsdp(accelerator)):
         raise UserError(f"memory.swap = {swap}: DeepSpeed and FSDP2 put all weights on the device. Allowed there: 0",
                         "launch with launch/ddp.yaml or launch/one_gpu.yaml, or set memory.swap=0")
-    if form and (divides := engine.divides(accelerator)):
-        raise UserError(f"memory.base = {form}: {divides} divides the base among processes, which was tried with "
-                        "memory.base=dtype alone", "launch with launch/ddp.yaml or zero2.yaml, under which each "
-                        "process holds the whole base, or set memory.base=dtype")
 
 
 def agree(training: Training) -> None:

@@ -16,7 +16,7 @@ from wantrain.models.containers import Container
 from wantrain.models.detection import detect, expert_named, stated_vace_layers
 from wantrain.models.lora_names import lora_argument, weights_of
 from wantrain.models.lora_updates import STORAGE, Update, merged_tensor, plan_merge, read_given
-from wantrain.models.names import FUN_ONLY, official_names, transformer_to_diffusers
+from wantrain.models.names import ANIMATE_ONLY, FUN_ONLY, official_names, transformer_to_diffusers
 from wantrain.models.outputs import check_file, check_folder
 from wantrain.models.variants import Expert, diffusers_config, is_diffusers_config
 from wantrain.tensors import stream_tensors
@@ -38,9 +38,11 @@ def run(given: argparse.Namespace) -> None:
     target = check_folder(out, DIFFUSERS_FILE, "transformer", inputs, usage) if in_folder \
         else check_file(out, "transformer", inputs, usage)
     own = official_names(container.names())
+    refuse_other_layout_of_animate(container, given.layout)
     if in_folder:
         config = diffusers_folder_config(container)  # refuses what diffusers has no class for
-        own = {name: transformer_to_diffusers(official) for name, official in own.items()}
+        own = {name: name if name.startswith(ANIMATE_ONLY) else transformer_to_diffusers(official)
+               for name, official in own.items()}
     named = expert_named(container.path)
     expert = cast("Expert | None", given.expert or None) or named
     if named and expert != named:
@@ -54,6 +56,14 @@ def run(given: argparse.Namespace) -> None:
         write_json(out / "config.json", config)
     print(f"{target}: {len(plan)} of {len(shapes)} tensors changed, {given.layout} names, {given.dtype}; "
           "read back equal")
+
+
+def refuse_other_layout_of_animate(container: Container, layout: str) -> None:
+    """Raise UserError where Wan-Animate's own tensors would have to be cut otherwise."""
+    own = "official" if "head.modulation" in container.names() else "diffusers"
+    if own != layout and any(name.startswith(ANIMATE_ONLY) for name in container.names()):
+        raise UserError(f"{container.path} is Wan-Animate under {own} names, whose own tensors are cut otherwise under "
+                        f"{layout} ones", f"layout={own}")
 
 
 def merged(container: Container, plan: dict[str, list[Update]], dtype: torch.dtype) -> Iterator[torch.Tensor]:

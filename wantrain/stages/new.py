@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from wantrain import costs
 from wantrain.config import configs_folder, recipes
 from wantrain.data import manifest, media, plan
@@ -128,6 +126,8 @@ def card(text: str) -> tuple[float, str]:
     """(GiB of the card's memory, where that is from); the text is a card's name or a size, as for `wantrain plan`."""
     if text:
         return costs.card_of(text).memory_gib, "as given"
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory / costs.GIB, "the card here"
     return CARD_GIB, "no card here, so one of 24 GiB; --gpu says another"
@@ -216,7 +216,8 @@ def recipe_text(new: New, paths: Mapping[str, str]) -> str:
         made.base_form == "int8" and "memory: {base: int8}  # a byte a weight of the base" + made.waits * (
             "; swap and offload follow from the card when training starts"),
         "heldout" in paths and f"validation: {{every_steps: {every}}}",
-        "sampler:", tiny and "  num_steps: 20\n  guidance: 4.0", *sampler_size(new), *prompt_lines(new, paths)]
+        "sampler:", not new.variant.experts and f"  every_steps: {2 * every}  # samples while it trains",
+        tiny and "  num_steps: 20\n  guidance: 4.0", *sampler_size(new), *prompt_lines(new, paths)]
     return "\n".join(part for part in parts if part) + "\n"
 
 

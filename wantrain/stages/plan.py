@@ -132,8 +132,9 @@ def setting(policy: MemoryPolicy, trainings: Sequence[Training], job: Job, card:
     parts = costs.device_parts(job, policy)
     hours = sum(one.hours(policy, card) for one in trainings)
     one = costs.step(job, policy, card, trainings[0].num_micro_steps)
+    mapped = costs.stays_mapped(job, policy, given.ram * GIB)
     return {"overrides": costs.overrides(policy), "parts": parts, "peak": costs.peak(parts),
-            "host": costs.host_parts(job, policy), "step": asdict(one),
+            "host": costs.host_parts(job, policy, mapped=mapped), "step": asdict(one),
             "hours": hours, "price": None if given.price is None else hours * given.price * given.gpus}
 
 

@@ -27,6 +27,7 @@ class Run:
     heldout_loss: float | None
     num_bytes: int
     next_command: str
+    verdict: str = ""
 
 
 def run(given: argparse.Namespace) -> None:
@@ -41,7 +42,7 @@ def run(given: argparse.Namespace) -> None:
     widths = [max(len(getattr(one, column)) for one in found) for column in ("name", "recipe", "steps", "state")]
     for one in found:
         cells = zip((one.name, one.recipe, one.steps, one.state), widths, strict=True)
-        loss = "" if one.heldout_loss is None else f"  held-out loss {one.heldout_loss:.4f}"
+        loss = "" if one.heldout_loss is None else f"  held-out loss {one.heldout_loss:.4f}{one.verdict}"
         print(f"{'  '.join(f'{text:{width}}' for text, width in cells)}  {_size(one.num_bytes)}{loss}\n"
               f"    next: {one.next_command}")
 
@@ -61,7 +62,8 @@ def told(training: Path, above: Path) -> Run:
         next_command = f"look at {page}, or into more samples: {shlex.join(['wantrain', 'sample', *arguments])}"
     name = str(training.relative_to(above)) if training != above else training.name
     return Run(name, _recipe(words), f"{step} of {wanted} steps", state, _heldout_loss(training / "metrics.jsonl"),
-               sum(path.stat().st_size for path in training.rglob("*") if path.is_file()), next_command)
+               sum(path.stat().st_size for path in training.rglob("*") if path.is_file()), next_command,
+               _verdict(training / "judgement.json"))
 
 
 def _state(training: Path, run_dir: Path, checkpoints: Sequence[Path], step: int, wanted: Any) -> tuple[str, str]:
@@ -96,6 +98,15 @@ def _heldout_loss(path: Path) -> float | None:
             except (ValueError, TypeError):
                 continue  # a line that a kill cut off
     return None
+
+
+def _verdict(path: Path) -> str:
+    """The range of usable steps that validation found; empty where it has not."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["verdict"]
+        return f", usable from step {found['from']} to {found['to'] or 'now'}, best {found['best']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _size(num_bytes: int) -> str:

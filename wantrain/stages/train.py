@@ -26,8 +26,10 @@ from wantrain.engine.work import Work
 from wantrain.files import leftovers, write_json
 from wantrain.models.compiled import Count
 from wantrain.models.loading import let_go
+from wantrain.recipe import judgement
 from wantrain.recipe.clips import Clips, open_clips
 from wantrain.recipe.heldout import open_validation
+from wantrain.recipe.live import open_live
 from wantrain.recipe.recipe import Recipe, more_steps_done, open_recipe, training_faults
 from wantrain.recipe.run import run_fingerprint
 from wantrain.recipe.samples import Cached, Encode, Encoder, Streamed, prepare_texts, sample_of
@@ -59,8 +61,7 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     recipe = open_recipe(config)
     clips = open_clips(recipe, arguments)
     cached = Cached(clips) if config.data.mode is DataMode.cache else None  # says at once if entries are missing
-    if cached is None:
-        prepare_texts(recipe, clips, launch.device())
+    prepare_texts(recipe, clips, launch.device())
     trainings = recipe.trainings()
     for fault in (fault for own in trainings for fault in training_faults(own)):
         raise fault
@@ -178,23 +179,16 @@ def train_to_end(training: Training, cached: Cached | None) -> None:
 def train(training: Training, source: Encode, stopper: Stopper) -> None:
     """The loop, to the last step or to where the user stops it; both are saved."""
     config, recipe, progress = training.config, training.recipe, training.progress
-    heldout = open_validation(training, source)
-    last, saved = config.train.num_steps, progress.step
+    heldout, live, last = open_validation(training, source), open_live(training, source), config.train.num_steps
     steps = range(progress.step, last)
     ahead = batches.ahead(steps, batch_maker(training, source, progress.step))
-    work, watch, kernels = Work(training.rendezvous.waited_s), Watch(), Count()
+    work, watch, kernels, verdict = Work(training.rendezvous.waited_s), Watch(), Count(), None
     with metrics.Metrics(recipe.run_dir / "metrics.jsonl", training.trackers.log, progress.step, last,
                          training.accelerator.is_main_process) as board:
         for _ in steps:
             began = time.perf_counter()
             micro_batches = next(ahead)
             waited_s = time.perf_counter() - began
-            asked = asked_of(training, stopper)
-            if "save" in asked and saved < progress.step:
-                save(training)
-                saved = progress.step
-            if "stop" in asked:
-                break
             numbers = train_step(training, progress.step, micro_batches)
             progress.step += 1
             numbers |= {"step_s": time.perf_counter() - began, "data_wait_s": waited_s,
@@ -204,6 +198,7 @@ def train(training: Training, source: Encode, stopper: Stopper) -> None:
             alarms = watch.alarms(tokens, numbers["step_s"], waited_s, held_bytes(training.device))
             if heldout and (progress.step % config.validation.every_steps == 0 or progress.step == last):
                 numbers |= heldout.numbers(progress.step)
+                verdict = judgement.write(heldout)
                 board.say(f"step {progress.step}: validation loss {numbers['validation_loss']:.5f}")
             if progress.step % config.train.log_every == 0 or "validation_loss" in numbers:
                 board.write(progress.step, numbers)
@@ -211,13 +206,17 @@ def train(training: Training, source: Encode, stopper: Stopper) -> None:
             board.advance({"loss": f"{numbers['loss']:.4f}", "grad": f"{numbers['grad_norm']:.3f}",
                            "wait": f"{waited_s * 1000:.0f}ms", "mem": f"{numbers['memory_gib']:.1f}GiB"},
                           is_usual=not compiled)
-            if progress.step % config.train.save_every == 0 or progress.step == last:
+            asked = asked_of(training, stopper)
+            if asked & {"save", "stop"} or progress.step % config.train.save_every == 0 or progress.step == last:
                 save(training)
-                saved = progress.step
+            if "sample" in asked or live.is_due(progress.step):
+                board.say(live.sample(progress.step))
             for news in filter(None, (training.writer.news(), training.trackers.news(), compiled, *alarms)):
                 board.say(news)
-    if saved < progress.step:
-        save(training)
+            if "stop" in asked:
+                break
+    if verdict and training.accelerator.is_main_process:
+        print("\n".join(verdict.sentences))
     work.report(training.rendezvous, recipe.run_dir / "processes.json", training.device,
                 training.accelerator.is_main_process)
 

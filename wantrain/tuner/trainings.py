@@ -119,11 +119,12 @@ class Trainings:
         return {one: found[key] for one, key in keys.items()}
 
     def config(self, one: Planned) -> Config:
-        """The arm's config for one training: its own folder, steps and seed, no tracker, measured at its end."""
+        """The arm's config for one training: its own folder, steps and seed, no tracker, measured at its end alone."""
         own = self.arms[one.arm].recipe.config
         own = of_length(replace(own, run=replace(own.run, dir=str(self.run_dir(one)))), one.num_steps, one.seed)
         pct = heldout.budget_of(self.num_rows(one), own.data.batch_size, one.num_steps)
-        return replace(own, validation=replace(own.validation, every_steps=one.num_steps, budget_pct=pct))
+        return replace(own, sampler=replace(own.sampler, every_steps=0), validation=replace(
+            own.validation, every_steps=one.num_steps, budget_pct=pct, unrelated=[]))
 
     def num_rows(self, one: Planned) -> int:
         """Rows of held-out clips that the training is measured by."""

@@ -84,6 +84,10 @@ class Loss(Section):
             "only with data.trigger, in whose place they stand"
 
 
+UNRELATED = ("a bowl of oranges on a wooden table", "waves breaking on a rocky shore", "a city street in the rain",
+             "a person reading a newspaper")
+
+
 @dataclass(slots=True)
 class Validation(Section):
     may_change: ClassVar[tuple[str, ...]] = ("*",)
@@ -91,6 +95,8 @@ class Validation(Section):
     """Steps between validation losses on data.heldout; 0 turns them off."""
     sigmas: list[float] | None = None
     """The fixed noise levels; null: the nine deciles of the sigmas that the task samples at (of each expert)."""
+    unrelated: list[str] = field(default_factory=lambda: list(UNRELATED))
+    """Captions that have nothing to do with the training, to measure how far it moves them; [] measures no drift."""
     budget_pct: FloatAbove0 = 5.0
     """Share of the run's forward passes to spend on it, in percent; the least is two clips and each sigma once."""
 
@@ -101,3 +107,5 @@ class Validation(Section):
             yield len(set(self.sigmas)) == len(self.sigmas), "validation.sigmas", self.sigmas, "each once"
         yield self.every_steps == 0 or config.data.heldout is not None, "validation.every_steps", self.every_steps, \
             "0 when data.heldout is not set"
+        yield all(text.strip() for text in self.unrelated), "validation.unrelated", self.unrelated, \
+            "captions that are not empty"

@@ -11,6 +11,7 @@ from wantrain.config.sections.parts import (
     FloatAbove0,
     FloatFrom0,
     Frames,
+    IntFrom0,
     IntFrom1,
     Rule,
     Section,
@@ -48,6 +49,8 @@ class Sampler(Section):
     """What guidance moves away from."""
     seeds: list[Seed] = field(default_factory=lambda: [0])
     """One video for each prompt, seed, LoRA and strength."""
+    every_steps: IntFrom0 = 0
+    """Steps between samples in training (docs/validation.md); 0: only when `wantrain ask` asks for them."""
     strengths: list[float] = field(default_factory=lambda: [0.0, 1.0])
     """Strengths of all LoRAs together, times their own in sampler.loras; 0 is the base."""
     profile: SamplerProfile = SamplerProfile.official
@@ -120,6 +123,8 @@ class Evaluate(Section):
     """Prompts that have nothing to do with the training; null takes a fixed one."""
     seeds: list[Seed] = field(default_factory=lambda: [0])
     """Each prompt is sampled with each seed; diversity is measured from two on."""
+    encoder: str | None = None
+    """A CLIP model (folder or model id) that measures prompt adherence and likeness; null: none but the tiny base's."""
 
     def rules(self, config: Config) -> Iterator[Rule]:
         for prompts in (self.prompts, self.combined, self.unrelated):
