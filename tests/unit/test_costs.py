@@ -113,7 +113,8 @@ def test_what_is_chosen_fits_is_the_fastest_of_those_and_has_its_neighbours():
 
 def test_a_product_in_bytes_takes_a_slice_at_a_time():
     assert block.SLICE == quantised.SLICE
-    own = job("wan21_t2v_14b").block  # two numbers of four bytes and one of one, of 2,048 tokens at the widest; a weight
+    # Two numbers of four bytes and one of one, of 2,048 tokens at the widest; a weight.
+    own = job("wan21_t2v_14b").block
     assert block.working_bytes(own, "all", "int8") - block.working_bytes(own, "all", "dtype") == \
         2048 * 13_824 * 9 + 5120 * 13_824
 

@@ -84,9 +84,10 @@ def text_bytes(own: Sizes) -> float:
 def working_bytes(own: Sizes, keep: str, form: str) -> float:
     """The most beyond that while it goes backward; what is computed again is there whole.
 
-    A product in int8 takes its weight turned round, and its sums and answer a slice of tokens at a time. Weights of other forms are cast for
-    each product (fp8 on any card, as this does not know which can do without), and both moments count: while the
-    largest is cast, by way of a float32 tensor, and after it, with a tensor of the feed-forward's width more.
+    A product in int8 takes its weight turned round, and its sums and answer a slice of tokens at a time. Weights of
+    other forms are cast for each product (fp8 on any card, as this does not know which can do without), and both
+    moments count: while the largest is cast, by way of a float32 tensor, and after it, with a tensor of the
+    feed-forward's width more.
     """
     if not own.is_lora:
         return own.nbytes(OTHER_WORKING[keep])

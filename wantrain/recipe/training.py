@@ -184,7 +184,8 @@ def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator, policy: costs
     device = engine.loading_device(accelerator, through_host=policy.swap > 0)
     mapped = costs.stays_mapped(largest_job(recipe, clips, accelerator), policy,
                                 engine.host_bytes() / accelerator.num_processes)
-    transformer = recipe.base.transformer(recipe.dtype, device, engine.shard_parameter(accelerator), form, mapped=mapped)
+    transformer = recipe.base.transformer(recipe.dtype, device, engine.shard_parameter(accelerator), form,
+                                          mapped=mapped)
     errors = quantised.relative_errors(transformer)
     if errors and accelerator.is_main_process:
         print(quantised.told(errors, form, accelerator.device))
