@@ -43,6 +43,9 @@ def test_a_window_has_the_poses_of_its_own_frames(tmp_path: Path) -> None:
     np.testing.assert_allclose(found[:, :4], np.tile([0.6, 0.9, 0.5, 0.4], (5, 1)), atol=1e-6)
     for row, k in zip(found, (5, 7, 9, 11, 13), strict=True):
         np.testing.assert_allclose(row[4:].reshape(3, 4)[:, :3], turn(0.05 * 5) @ turn(-0.05 * k), atol=1e-5)
+        seen = turn(-0.05 * k) @ (np.array([1.0, 2.0, 3.0]) - [0.1 * k, 0.2, 0.3])  # in the world
+        np.testing.assert_allclose(row[4:].reshape(3, 4) @ [1, 2, 3, 1], turn(0.05 * 5) @ seen + [0.5, 0.2, 0.3],
+                                   atol=1e-5)
     assert found[0, 4:].tolist() == [1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0]
 
 

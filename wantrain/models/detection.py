@@ -29,7 +29,7 @@ _DERIVED = (
 # Tensors that only a family we do not support has, in ComfyUI's order of detection (docs/facts.md, "Detection").
 _UNSUPPORTED: dict[str, str] = {
     "fps_embedding.": "SkyReels-V2 (diffusion forcing)",
-    "blocks.0.to_gate_compress.": "FastWan (distilled, with sparse attention)",
+    "blocks.0.to_gate_compress.": "FastWan (distilled)",
     "casual_audio_encoder.": "Wan2.2-S2V",
     "audio_proj.audio_proj_glob_1.": "HuMo",
     "patch_embedding_mask.": "SCAIL-2",
