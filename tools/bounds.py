@@ -25,8 +25,6 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 CONSTRAINTS = ROOT / "launch" / "constraints.txt"
-UNTESTED = ("modelscope", "adamw_8bit")
-"""Extras that no test installs."""
 FREE = ("certifi",)
 """Certificates: the newest are the right ones."""
 
@@ -34,8 +32,7 @@ FREE = ("certifi",)
 def asked() -> list[Requirement]:
     """What pyproject.toml asks for here, all that tests use."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [lines for extra, lines in project["optional-dependencies"].items() if extra not in UNTESTED]
-    found = {Requirement(line) for lines in (project["dependencies"], *extras) for line in lines}
+    found = {Requirement(line) for line in (*project["dependencies"], *project["optional-dependencies"]["dev"])}
     return sorted((one for one in found if one.marker is None or one.marker.evaluate()), key=str)
 
 

@@ -6,8 +6,9 @@ from wantrain import cli, results
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 OTHER = {"anime": "architecture", "architecture": "anime"}
-FEW = ["tracker=none", "train.num_steps=100", "train.save_every=100", "validation.every_steps=0",
-       "~data.sources.regularisation", "sampler.num_steps=10", "evaluate.combined=[]", "evaluate.unrelated=[]",
+FEW = ["tracker=none", "train.num_steps=60", "train.save_every=60", "validation.every_steps=0",
+       "~data.sources.regularisation", "data.num_frames=[5]", "data.resolutions=[[32,48]]", "data.batch_size=4",
+       "train.micro_batch_size=4", "sampler.num_steps=8", "evaluate.combined=[]", "evaluate.unrelated=[]",
        "evaluate.prompts=['a red house on a meadow', 'a yellow tower at night', 'a blue boat by the sea']"]
 
 

@@ -16,7 +16,7 @@ from tests import tiny_models as tiny
 from tests.cuda_autocast import CudaAutocast
 from wantrain import lora
 from wantrain.lora import Spec
-from wantrain.models import block, compiled, fit
+from wantrain.models import block, fit
 from wantrain.models.block import BlockMemory
 from wantrain.models.block_operations import Attention
 from wantrain.models.encode import autocast, predict_velocity
@@ -101,19 +101,6 @@ def test_answers_and_gradients_are_those_of_diffusers_and_peft(kind: str, target
         spared = passed(ours(transformer, keep), kind, by_token=by_token)
         assert torch.equal(spared[0], whole[0])
         assert all(torch.equal(gradient, whole[1][name]) for name, gradient in spared[1].items())
-
-
-@pytest.mark.slow
-@pytest.mark.long
-def test_compiled_blocks_give_the_same_answers_and_equal_ones_whatever_they_keep() -> None:
-    transformer = adapted("t2v", ALL)
-    plain, outcomes = passed(transformer, "t2v"), []
-    for keep in block.KEEPS:
-        block.train_blocks(transformer, BlockMemory(keep), CPU, compiled.compiled())
-        outcomes.append(passed(transformer, "t2v"))
-        assert_near(outcomes[-1], plain, 1e-5, 2e-7)
-        assert torch.equal(outcomes[-1][0], outcomes[0][0])
-        assert all(torch.equal(gradient, outcomes[0][1][name]) for name, gradient in outcomes[-1][1].items())
 
 
 @pytest.mark.parametrize(("kind", "lists"), [("t2v", nullcontext), ("i2v", nullcontext), ("t2v", CudaAutocast)])

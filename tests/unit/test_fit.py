@@ -27,7 +27,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     inject = lora.inject
     monkeypatch.setattr(fit, "shorten_text", lambda _: done.append("short text"))
     monkeypatch.setattr(lora, "inject", lambda *given: (done.append("adapter"), inject(*given))[1])
-    monkeypatch.setattr(fit.block, "train_blocks", lambda _, memory, __: done.append(
+    monkeypatch.setattr(fit.block, "train_blocks", lambda _, memory, *__: done.append(
         f"blocks keep {memory.keep}, {memory.swap} swapped"))
     monkeypatch.setattr(WanTransformer3DModel, "enable_gradient_checkpointing",
                         lambda self: done.append("checkpointing"))

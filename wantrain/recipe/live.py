@@ -200,6 +200,9 @@ class Live:
         made = replace(done, columns=[*others, column],
                        videos=[*(one for one in done.videos if one.column != column.id), *videos])
         results.write(self.folder, made)
+        name = "samples_base" if column == BASE else "samples"
+        self.training.trackers.show({f"{name}/{job.number:03d}": self.folder / video.file
+                                     for job, video in zip(jobs, videos, strict=True)}, self.training.progress.step)
         return made
 
 

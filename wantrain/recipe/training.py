@@ -182,8 +182,8 @@ def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator, policy: costs
     if config.lora.start_from:
         start = read_given(hub.local(expert_path(config.lora.start_from, recipe.base.expert)), recipe.base.expert)
     device = engine.loading_device(accelerator, through_host=policy.swap > 0)
-    mapped = costs.stays_mapped(largest_job(recipe, clips, accelerator), policy,
-                                engine.host_bytes() / accelerator.num_processes)
+    host_bytes = engine.host_bytes() / accelerator.num_processes
+    mapped = costs.stays_mapped(largest_job(recipe, clips, accelerator), policy, host_bytes)
     transformer = recipe.base.transformer(recipe.dtype, device, engine.shard_parameter(accelerator), form,
                                           mapped=mapped)
     errors = quantised.relative_errors(transformer)

@@ -45,6 +45,7 @@ from wantrain.recipe.training import (
     tell_memory,
 )
 from wantrain.terms import Batch, Interrupted, UserError
+from wantrain.verdict import Verdict
 
 LEFT_AFTER_S = 600.0
 """A temporary file of the run folder this old is a killed process's."""
@@ -199,6 +200,7 @@ def train(training: Training, source: Encode, stopper: Stopper) -> None:
             if heldout and (progress.step % config.validation.every_steps == 0 or progress.step == last):
                 numbers |= heldout.numbers(progress.step)
                 verdict = judgement.write(heldout)
+                track_verdict(training, verdict)
                 board.say(f"step {progress.step}: validation loss {numbers['validation_loss']:.5f}")
             if progress.step % config.train.log_every == 0 or "validation_loss" in numbers:
                 board.write(progress.step, numbers)
@@ -219,6 +221,17 @@ def train(training: Training, source: Encode, stopper: Stopper) -> None:
         print("\n".join(verdict.sentences))
     work.report(training.rendezvous, recipe.run_dir / "processes.json", training.device,
                 training.accelerator.is_main_process)
+
+
+def track_verdict(training: Training, verdict: Verdict | None) -> None:
+    """Hand the range of usable steps to the trackers, as numbers and in words."""
+    if verdict is None:
+        return
+    found = {"best": verdict.best, "from": verdict.first, "to": verdict.last}
+    step = training.progress.step
+    training.trackers.log({f"validation_verdict_{name}": value for name, value in found.items() if value is not None},
+                          step)
+    training.trackers.tell("verdict", "\n\n".join(verdict.sentences), step)
 
 
 def num_tokens(training: Training, micro_batches: Sequence[Batch]) -> int:
