@@ -94,7 +94,7 @@ def test_a_million_draws_stay_on_the_experts_side_and_are_its_part_of_the_schedu
 @pytest.mark.parametrize("variant", [name for name in PUBLISHED if VARIANTS[name].experts])
 def test_draws_over_the_whole_range_are_shared_as_inference_shares_its_schedule(variant):
     row = VARIANTS[variant]
-    boundary, share = BOUNDARIES["wan22_i2v_a14b" if "fun" in variant else variant]
+    boundary, share = BOUNDARIES["wan22_t2v_a14b" if row.task in ("t2v", "vace") else "wan22_i2v_a14b"]
     assert [row.sigmas_of(expert) for expert in row.experts] == [(boundary, 1), (0, boundary)]
     u = (torch.arange(MILLION, dtype=torch.float64) + 0.5) / MILLION
     whole = replace(density_of(variant, "high"), within=(0.0, 1.0))

@@ -458,7 +458,7 @@ def done(place: CheckpointStore, step: int) -> None:
 @pytest.fixture
 def light(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any checkpoint's fingerprint fits, and nothing heavy may be loaded."""
-    monkeypatch.setattr(train, "run_fingerprint", lambda recipe, clips: {})
+    monkeypatch.setattr(train, "run_fingerprint", lambda recipe, clips, form: {})
     monkeypatch.setattr(train, "prepare", lambda *_: pytest.fail("the base is loaded"))
 
 

@@ -21,7 +21,7 @@ def refuse_typed(values: Sequence[tuple[str, Any]]) -> None:
     """
     for key, value in values:
         room, _, name = key.rpartition(".")
-        schema = Source if room.startswith("data.sources.") else sections().get(room)
+        schema = Source if room.startswith("data.sources.") and room.count(".") == 2 else sections().get(room)
         if schema is None or "${" in str(value) or name in getattr(schema, "entangled", ()):
             continue
         own = tuple(_allowed(typing.get_type_hints(schema, include_extras=True)[name]))

@@ -5,7 +5,8 @@ multiplies either by what the stored numbers stand for, cast to the dtype of its
 input is put into bytes by rows as the weights are, the product is that of the bytes, and both scales multiply what
 comes out. The gradient for the input is computed in the same way: the scales of the weight's rows, over which that
 product sums, first go into the gradient. Autograd keeps the stored numbers, which are there anyway, and nothing else.
-Embeddings, norms, modulation and the head stay as they are.
+Embeddings, norms, modulation and the head stay as they are. What the kernels ask for: docs/facts.md, "Products in few
+bits".
 """
 
 from __future__ import annotations
