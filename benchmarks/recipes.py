@@ -55,7 +55,7 @@ def scaled(divisor: float) -> tuple[float, ...]:
 PEERS = {
     "musubi": Kind((
         "lora.alpha=1", "sigma.distribution=logit_normal", "sigma.shift=3", "optim.betas=[0.9,0.999]",
-        "optim.warmup_steps=0"), scaled(32), "musubi-tuner parser_common.py, its page on Wan: rank 32, alpha 1, shift 3"),
+        "optim.warmup_steps=0"), scaled(32), "musubi-tuner, its page on Wan: rank 32, alpha 1, shift 3"),
     "diffusion_pipe": Kind(
         ("sigma.distribution=logit_normal", "sigma.shift=1"),
         source="diffusion-pipe examples/main_example.toml: alpha = rank 32, logit-normal without a shift, warm-up"),
