@@ -14,7 +14,8 @@ DRIFT_BAND = 1.0
 
 MEMORISED_PASSES = 20
 """Passes over each clip after which the clips trained on have half the loss of held-out ones, as shares of the base's:
-of the tiny base, at the demo's learning rate (benchmarks/memorising.py: 18 to 26 over 2, 4 and 8 clips).
+of the tiny base, at the demo's learning rate. A rough fit: 25, 26 and 18 passes over 2, 4 and 8 clips, one seed each
+(benchmarks/memorising.py).
 """
 
 Mean = tuple[float, float | None]
@@ -115,4 +116,4 @@ def _of_memorising(memorised: int | None) -> list[str]:
     if memorised is None:
         return []
     return [f"Clips would be known by heart from about step {memorised} ({MEMORISED_PASSES} passes over each), as "
-            "the tiny base knew them at the demo's learning rate; of other bases it was not measured."]
+            "the tiny base roughly did at the demo's learning rate; of other bases it was not measured."]

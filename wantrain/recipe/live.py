@@ -109,10 +109,14 @@ class Live:
         jobs = self.check()
         for column, own in zip(wanted, found, strict=True):
             gathered = self.gathered(own)
-            if training.accelerator.is_main_process:
-                done = self.written(done, column, jobs, gathered)
+            if training.accelerator.is_main_process and not fault:
+                try:
+                    done = self.written(done, column, jobs, gathered)
+                except (UserError, OSError) as error:  # a full disk, such as the next checkpoint may find as well
+                    fault = str(error)
         let_go()
-        return f"step {step}: {len(jobs)} samples in {self.folder} ({time.perf_counter() - began:.1f} s)"
+        return f"step {step}: no samples: {fault}" if fault else \
+            f"step {step}: {len(jobs)} samples in {self.folder} ({time.perf_counter() - began:.1f} s)"
 
     def shares(self) -> tuple[int, int]:
         """(how many share the samples, which of them this is): processes, or groups that compute a sample together."""
