@@ -29,7 +29,7 @@ from wantrain import cli
 from wantrain.data.cache import LATENTS, describe
 from wantrain.terms import UserError
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 NUM_CLIPS, NUM_KILLS, SEED = 12, 50, 20
 NUM_PROCESSES = 2

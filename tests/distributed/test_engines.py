@@ -38,6 +38,7 @@ def test_the_page_says_what_is_found(bench, row):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_may_change_its_engine_at_every_step(bench):
     found = engine_table.travelled(bench)
     assert "NOT" not in found

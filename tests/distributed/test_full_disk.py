@@ -46,7 +46,9 @@ def whole(forker, tmp_path_factory) -> tuple[Bench, Path]:
     return bench, bench.train(ROWS[0])
 
 
-@pytest.mark.parametrize(("share_of_rest", "num_checkpoints"), [(0, 0), (0.3, 0), (0.7, 0), (1, 0), (1, 1), (1, 2.5)])
+@pytest.mark.parametrize(("share_of_rest", "num_checkpoints"), [
+    *(pytest.param(share, 0, marks=pytest.mark.long) for share in (0, 0.3, 0.7, 1)), (1, 1),
+    pytest.param(1, 2.5, marks=pytest.mark.long)])
 def test_a_disk_with_room_for_so_much(whole, disk, tmp_path, share_of_rest, num_checkpoints):
     """So many checkpoints, beside all of the run's other files or some of them."""
     bench, undisturbed = whole

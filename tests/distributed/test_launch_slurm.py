@@ -131,6 +131,7 @@ def wait_until(condition: Callable[[], object], process: subprocess.Popen[bytes]
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_tasks_train_as_one_process_does(undisturbed, launched):
     run, alone = undisturbed.folder / "run", launched(None)
     assert json.loads((run / "run.json").read_text())["num_processes"] == 2
@@ -141,6 +142,7 @@ def test_two_tasks_train_as_one_process_does(undisturbed, launched):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_warning_saves_and_requeues_and_the_next_run_ends_bitwise(undisturbed, training):
     job = training()
     process = job.start()
@@ -161,6 +163,7 @@ def test_the_warning_saves_and_requeues_and_the_next_run_ends_bitwise(undisturbe
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_last_checkpoint_is_whole_before_any_process_leaves(training, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(SLOW_FSYNC)
     job = training("train.num_steps=1000000", "train.save_every=1000000",

@@ -5,7 +5,7 @@ import pytest
 from tests.conftest import arguments_for
 from tests.runs import assert_same_training
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 def test_two_processes_train_on_it_as_one_does(forker, clips, cache_dir, cached, tmp_path):

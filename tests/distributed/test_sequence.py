@@ -144,6 +144,7 @@ def alone(launched):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_training_that_shares_tokens_is_that_of_one_process_and_goes_on_in_one(launched, alone):
     """Steps 1 and 2 by two processes together, 3 and 4 by one alone."""
     parts = launched("DDP", 2, "train.sequence_parallel=2", "train.num_steps=2")
@@ -152,6 +153,7 @@ def test_a_training_that_shares_tokens_is_that_of_one_process_and_goes_on_in_one
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("launch", "num_parts", "rtol"), [
     (("DDP", 4), 2, 2e-5), pytest.param(("DDP", 3), 3, 2e-5, marks=pytest.mark.long),
     pytest.param(("ZeRO-2", 4), 2, 2e-5, marks=pytest.mark.long), (("ZeRO-3", 2), 2, 2e-4)])
@@ -161,6 +163,7 @@ def test_sharing_tokens_goes_with_data_parallel_and_zero(launched, alone, launch
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_base_answers_and_validates_with_shared_tokens(launched):
     own = ["data.sources.regularisation.preserve=true", "validation.every_steps=2", "optim.lr=0.02"]
     one = launched(None, 1, *own)
@@ -168,6 +171,7 @@ def test_the_base_answers_and_validates_with_shared_tokens(launched):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_both_experts_share_tokens_one_after_the_other(launched, tmp_path):
     own = ["model.variant=tiny_wan_a14b", f"model.path={write_a14b(tmp_path)}"]
     one, three = launched(None, 1, *own), launched("DDP", 3, *own, "train.sequence_parallel=3")
@@ -176,6 +180,7 @@ def test_both_experts_share_tokens_one_after_the_other(launched, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_more_parts_than_processes_are_refused(launched):
     with pytest.raises(RuntimeError, match=r"train.sequence_parallel = 2 does not divide 1 process\(es\)"):
         launched(None, 1, "train.sequence_parallel=2")

@@ -111,6 +111,7 @@ def sequence(given: list[dict]) -> list[tuple]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_over_an_epoch_every_sample_is_seen_once_and_both_processes_are_at_one_bucket(whole):
     _, given = whole
     assert [(step, index) for step, index, _, _ in sequence(given)] == [(s, i) for s in range(STEPS)
@@ -131,6 +132,7 @@ def test_over_an_epoch_every_sample_is_seen_once_and_both_processes_are_at_one_b
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("num_processes", [2, 1])
 def test_a_training_that_goes_on_sees_what_an_undisturbed_one_sees(stream, whole, stopped, num_processes):
     run = shutil.copytree(stopped[0], stopped[0].with_name(f"resumed_by_{num_processes}"))
@@ -161,6 +163,7 @@ def masked_set(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_streamed_losses_are_those_from_the_cache_with_masks_captions_and_tags(masked_set, tmp_path):
     own = ["data.tag_orders=2", "data.caption_dropout=0.2", "loss.mask_background=0.1", "train.num_steps=6",
            "train.micro_batch_size=2"]

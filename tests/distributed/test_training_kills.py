@@ -23,7 +23,7 @@ from tests.distributed.forked import Forker, kill_session, left_over
 from wantrain.engine import checkpoint
 from wantrain.engine.saved import CheckpointStore
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 NUM_KILLS, SEED, STEPS = int(os.environ.get("WANTRAIN_KILLS", "10")), 20, 6
 """Kills under each engine; 50 take three to four minutes (docs/LOG.md)."""

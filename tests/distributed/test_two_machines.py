@@ -21,7 +21,7 @@ from tests.conftest import arguments_for
 from tests.runs import LAUNCH, numbers, state
 from wantrain.engine import checkpoint, saved
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 STEPS, UNDISTURBED = 4, 24
 STALL_S, ENDED_S = 10, 60

@@ -52,6 +52,7 @@ def test_its_recipes_can_be_written_and_its_overrides_are_known(folder, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_its_commands_run_in_their_order(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     path = tiny_tasks.write_checkpoint(folder / "a14b", "tiny_wan_a14b")

@@ -14,7 +14,7 @@ from wantrain.config import asset
 from wantrain.data import decode
 from wantrain.recipe.samples import Cached
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 NUM_FRAMES = 5
 

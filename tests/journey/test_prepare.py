@@ -68,6 +68,7 @@ def test_from_one_film_to_a_lora(film, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs" / "bunny" / "report" / "report.html").is_file()
 
 
+@pytest.mark.long
 def test_with_a_captioner_one_command_leads_to_the_next(film, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_model(tmp_path / "model")

@@ -13,7 +13,7 @@ import pytest
 
 from wantrain import config as schema
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 COMMAND = "wantrain tune recipe=anime_1b3 --over optim.lr=1e-4,3e-4 --over lora.rank=16,32 --minutes 600"
 OVER = [*shlex.split(COMMAND)[3:], "--steps", "6", "--seeds", "2"]

@@ -84,20 +84,18 @@ def numbers(run: Path, key: str = "loss") -> dict[str, list[float]]:
             for file in sorted(run.rglob("metrics.jsonl"))}
 
 
-LATER = tuple(name for name in TASKS if name.startswith("tiny_wan_camera") or name in (
-    "tiny_wan_vace_a14b", "tiny_wan_inp_5b", "tiny_wan_control_v11", "tiny_wan_control_a14b", "tiny_wan_control_5b"))
-"""Those whose tests are in the long tier: their twins are like others."""
-
 WITH_PIPELINE = [name for name in TASKS if VARIANTS[name].task in PIPELINES and name != "tiny_wan_inp_5b"]
 
 
-def tasks(quick, names=TASKS):
-    """Every name as a parameter; those not `quick` in the slow tier."""
-    return [pytest.param(name, marks=() if name in quick else (pytest.mark.slow, *[pytest.mark.long] * (name in LATER)))
-            for name in names]
+def tasks(quick, in_ci, names=TASKS):
+    """Every name as a parameter: the `quick` in the default tier, those `in_ci` in the slow one, the others in the long
+    one.
+    """
+    marks = {name: [pytest.mark.slow, *[pytest.mark.long] * (name not in in_ci)] for name in names}
+    return [pytest.param(name, marks=[] if name in quick else marks[name]) for name in names]
 
 
-@pytest.mark.parametrize("name", tasks(()))
+@pytest.mark.parametrize("name", tasks((), ("tiny_wan_i2v",)))
 def test_cached_is_streamed_and_four_at_once_are_four_times_one_in_mixed_buckets(twins, tmp_path, name):
     """Nine steps are seven of clips and two of the picture."""
     twin = twins(name)
@@ -152,7 +150,7 @@ def inputs_of(task: str, height: int, width: int):
     return {}, {}
 
 
-@pytest.mark.parametrize("name", tasks(("tiny_wan_i2v", "tiny_wan_ti2v", "tiny_wan_vace"),
+@pytest.mark.parametrize("name", tasks(("tiny_wan_vace",), ("tiny_wan_i2v", "tiny_wan_ti2v"),
                                        WITH_PIPELINE))
 def test_twenty_steps_are_as_they_were_and_diffusers_samples_the_export_as_we_do(twins, tmp_path, name):
     twin = twins(name)
@@ -189,7 +187,8 @@ def trained(twin: Twin, run: Path) -> dict[str | None, Path]:
             for expert in twin.variant.experts or (None,)}
 
 
-@pytest.mark.parametrize("name", tasks((), [name for name in TASKS if name not in WITH_PIPELINE]))
+@pytest.mark.parametrize("name", tasks((), ("tiny_wan_control",),
+                                       [name for name in TASKS if name not in WITH_PIPELINE]))
 def test_what_diffusers_has_no_pipeline_for_trains_resumes_and_samples_as_the_merged_official_file(
         twins, tmp_path, name):
     """The export is folded into the base by `merge`, under official names; that base samples what base and LoRA do."""
@@ -271,7 +270,7 @@ def test_an_expert_may_have_its_own_rank_rate_and_steps(twins, tmp_path, capsys)
     assert ranks == [2, 4]
 
 
-@pytest.mark.parametrize("name", tasks((), ["tiny_wan_i2v_a14b", "tiny_wan_control"]))
+@pytest.mark.parametrize("name", tasks((), ("tiny_wan_control",), ["tiny_wan_i2v_a14b", "tiny_wan_control"]))
 def test_samples_and_reports_take_their_inputs_from_held_out_clips_or_from_files(twins, tmp_path, name):
     twin = twins(name)
     twin.run("train", tmp_path, "train.num_steps=1", "validation.every_steps=1")

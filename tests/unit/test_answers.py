@@ -89,8 +89,9 @@ def recipe_of(variant, *overrides):
     return Recipe(config.load(["recipe=demo_anime", *overrides]), Base(VARIANTS[variant], {}))
 
 
-@pytest.mark.parametrize("variant", ["tiny_wan_vace", *(pytest.param(name, marks=pytest.mark.slow) for name in (
-    "tiny_wan", "tiny_wan_i2v", "tiny_wan_flf2v"))])
+@pytest.mark.parametrize("variant", ["tiny_wan_vace", *(
+    pytest.param(name, marks=[pytest.mark.slow, pytest.mark.long]) for name in (
+        "tiny_wan", "tiny_wan_i2v", "tiny_wan_flf2v"))])
 @pytest.mark.parametrize("overrides", [
     (), ("lora.kind=rslora", "lora.targets=[all_linear]"), ("lora.rank_pattern={attn: 3, '.*to_q': 5}",),
     ("optim.lora_plus=16", "optim.lr_factors={attn: 0.5}"), ("lora.targets=[attn, 'proj_out']", "lora.rank=7")])
