@@ -21,7 +21,7 @@ test: .venv/installed-dev
 	.venv/bin/pytest
 
 slow: .venv/installed-dev
-	.venv/bin/pytest -m "slow and not long" --dist loadfile
+	.venv/bin/pytest -m "slow and not long" --dist loadfile --durations 40
 
 long: .venv/installed-dev
 	.venv/bin/pytest -m long --dist loadfile

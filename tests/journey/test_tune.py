@@ -59,7 +59,8 @@ def test_a_killed_search_goes_on_and_its_trainings_are_those_of_train(wantrain, 
     for seed in (0, 1):
         run_dir = tmp_path / f"alone_{seed}"
         assert wantrain("train", *one, "train.num_steps=6", f"train.seed={seed}", f"run.dir={run_dir}",
-                        "validation.every_steps=6", "validation.budget_pct=155", base=own) == 0
+                        "validation.every_steps=6", "validation.budget_pct=155", "validation.unrelated=[]",
+                        base=own) == 0
         losses.append(json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["validation_loss"])
     assert rows["optim.lr=3e-4 lora.rank=16"]["loss"] == pytest.approx(sum(losses) / 2, rel=1e-4)
     tuned = schema.load(["recipe=demo_anime_tuned"])

@@ -56,7 +56,7 @@ def save(store: CheckpointStore, progress: Progress, tensors: Mapping[str, torch
     """
     final = store.folder / f"step_{progress.step:06d}"
     temporary = temporary_for(final)
-    for leftover in (*store.folder.glob(".step_*.tmp"), final):
+    for leftover in (*store.folder.glob(".step*.tmp"), final):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import gc
 import json
 import os
@@ -193,6 +192,8 @@ def take_place(folder: Path, number: int) -> int:
     """Which of so many processes this one is, for its whole life; the place of one that died is free. With GPUs, it
     gets the one of that number, before CUDA begins.
     """
+    import fcntl  # not on Windows, where nothing may fail before it is needed
+
     folder.mkdir(parents=True, exist_ok=True)
     while not _places:
         for place in range(number):
