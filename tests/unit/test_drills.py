@@ -382,7 +382,8 @@ def test_the_recipes_for_real_wan_take_the_samplers_numbers_from_the_variants_ta
         assert "xpect" in " ".join(head), name
         if name.startswith("demo_"):
             continue
-        assert "# Hardware, memory and time: " in text, name
+        assert "# Cost by `wantrain plan`, largest clips: rtx4090 " in text, name
+        assert "docs/recipes.md" in " ".join(head), name
         assert (own.num_steps, own.guidance, own.shift, own.num_frames, own.resolution) == (None,) * 5, name
         assert "celanime" not in text
         assert "blueprnt" not in text

@@ -382,7 +382,8 @@ def test_every_kind_of_drop_is_made_counted_and_named(every_kind):
         assert f"dropped    style/{name}: " in printed
     code, printed = said("cache", *every_kind, "data.allow_drops=true")
     assert code == 0
-    assert "3 clips, 2 masks and 2 captions ready" in printed  # of four windows two show the same
+    # Of four windows two show the same; two captions are prompts that a training may sample.
+    assert "3 clips, 2 masks and 4 captions ready" in printed
 
 
 def test_without_leave_all_drops_are_named_but_those_that_limits_ask_for(every_kind):
