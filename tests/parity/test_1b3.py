@@ -71,4 +71,4 @@ def test_check_tells_what_the_recipe_would_do(folder, tmp_path, capsys, recipe):
     assert f"{TRAINABLE:,} trainable parameters" in shown
     assert "wan21_t2v_1b3: from the tensors; safetensors, diffusers names, bfloat16" in shown
     assert re.search(r"bucket +9f 480x832: 4 clips, 4680 tokens", shown)
-    assert "6 clips and 8 captions still to encode" in shown  # two of them, two prompts, four that drift is measured with
+    assert "6 clips and 8 captions still to encode" in shown  # with two prompts, and four of drift

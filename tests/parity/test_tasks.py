@@ -232,6 +232,7 @@ def own_inputs_of(task: str, height: int, width: int):
     return wanted | ({"reference": moving_square(4, 1, height, width)} if task.startswith("control_") else {})
 
 
+@pytest.mark.slow
 def test_video_to_video_is_what_diffusers_pipeline_gives(twins):
     twin = twins("tiny_wan")
     found = base.find(twin.variant, str(twin.path), {})
@@ -253,6 +254,7 @@ def test_video_to_video_is_what_diffusers_pipeline_gives(twins):
         assert abs(video.float() - film).mean() > 1
 
 
+@pytest.mark.slow
 def test_an_expert_may_have_its_own_rank_rate_and_steps(twins, tmp_path, capsys):
     twin = twins("tiny_wan_i2v_a14b")
     own = ["high.rank=2", "high.num_steps=1", "low.lr=0.001", "train.num_steps=3"]

@@ -59,6 +59,7 @@ def flips(content: bytes) -> Iterator[tuple[int, bytes]]:
             yield bit, content[:place] + bytes([content[place] ^ 1 << bit % 8]) + content[place + 1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_a_flipped_bit_anywhere_is_noticed(place: CheckpointStore, name: str) -> None:
     path = place.folder / "step_000003" / name

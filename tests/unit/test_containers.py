@@ -29,7 +29,11 @@ from wantrain.models.loading import load_into
 
 Weights = tiny.Tensors
 KEEP = ("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
-CELLS = [*itertools.product(tiny.TRANSFORMERS, tiny.CONTAINERS),
+LATER = ("fun_v11_camera", "fun_a14b_control", "fun_a14b_camera", "vace_a14b", "fun_5b_inp", "fun_5b_control",
+         "fun_5b_camera")
+"""Kinds that are in the long tier: their modules are those of others, at other sizes."""
+CELLS = [*(pytest.param(*cell, marks=[pytest.mark.slow, pytest.mark.long] if cell[0] in LATER else [])
+           for cell in itertools.product(tiny.TRANSFORMERS, tiny.CONTAINERS)),
          *itertools.product(weight_table.OTHERS, tiny.OTHER_CONTAINERS)]
 STORAGE_COSTS = {"e5m2": 0.06, "fp8": 0.03, "int8": 6e-3, "q8_0": 6e-3, "bf16": 2e-3, "fp16": 3e-4, "f16": 3e-4}
 """By a word of the container's name: the largest relative error of the Linear weights (docs/facts.md, "Containers")."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests import tiny_models as tiny
 from tests import weight_table
 from wantrain.models.fun import OWN
 from wantrain.models.variants import VARIANTS
 
 
+@pytest.mark.slow
 def test_the_page_is_up_to_date() -> None:
     assert weight_table.PAGE.read_text() == weight_table.page(), f"{weight_table.COMMAND} writes it anew"
 

@@ -187,7 +187,7 @@ def open_validation(training: Training, source: Encode) -> Validation | None:
     if accelerator.is_main_process:
         print(f"validation: {made.extent.num_clips} of {len(clips.heldout)} held-out clips"
               + (f" and {len(sets[TRAINED].clips)} of those trained on" if TRAINED in sets else "")
-              + f", {len(made.extent.rows)} rows each, over {len(sigmas)} sigmas "
+              + f", {len(made.extent.rows)} rows each, over {len(sigmas)} sigmas"
               f"{f', drift with {made.drift.num_captions} captions' if made.drift else ''} "
               f"(validation.budget_pct={config.validation.budget_pct:g})")
     return made
