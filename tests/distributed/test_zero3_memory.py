@@ -21,7 +21,7 @@ from wantrain.models.base import EMBEDDED
 from wantrain.models.loading import empty_weights
 from wantrain.models.variants import VARIANTS, diffusers_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 DRIVER = """
 import dataclasses, sys

@@ -69,6 +69,7 @@ def test_two_commands_lead_to_a_lora_and_a_page(whole):
     assert "train     not known yet" in said
 
 
+@pytest.mark.long
 def test_a_second_time_only_what_is_no_longer_right_is_made_again(whole, folder):
     _, run = whole
     shutil.copytree(run, folder / "runs" / "kept")
