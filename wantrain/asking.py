@@ -27,10 +27,9 @@ def ask(run_dir: Path, what: str) -> list[Path]:
     places = [run_dir / expert for expert in EXPERTS]
     at_work = [place for place in places if lock.holder(place)]
     if not at_work:
-        words = next((words for place in places if (words := lock.last_command(place)[2:])), ["recipe=NAME"])
-        verb = "sample" if what == "sample" else "train"
+        command = ["wantrain", "sample" if what == "sample" else "train", *lock.last_words(places)]
         raise UserError(f"nothing trains in {run_dir}, so nobody would hear it",
-                        f"{shlex.join(['wantrain', verb, *words])}    or wantrain runs, which lists what trains")
+                        f"{shlex.join(command)}    or wantrain runs, which lists what trains")
     for place in at_work:
         write_json(place / FOLDER / what, {})
     return at_work

@@ -64,6 +64,15 @@ def set_in_place(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a file; empty where there is none, or it is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def temporary_for(path: Path) -> Path:
     """A hidden name beside `path` that no other process has, on no machine, and that is short enough."""
     own = f".{secrets.token_hex(6)}.tmp"

@@ -135,7 +135,7 @@ class TensorBoard:
         from wantrain import pictures
 
         for name, path in videos.items():
-            self._writer.add_image(name, pictures.middle_frame(path), step, dataformats="HWC")
+            self._writer.add_image(name, pictures.middle_frame(path), step)
         self._writer.flush()
 
     def tell(self, name: str, text: str, step: int) -> None:

@@ -49,11 +49,10 @@ def read_comment(path: Path) -> str:
         return str(container.metadata.get("comment", ""))
 
 
-def middle_frame(path: Path) -> np.ndarray:
-    """The frame in the middle of a video, frame_HWC uint8."""
-    with av.open(str(path)) as container:
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    return frames[len(frames) // 2]
+def middle_frame(path: Path) -> torch.Tensor:
+    """The frame in the middle of such a video, frame_CHW uint8. ValueError where it is damaged."""
+    frames_FCHW = read_mp4(path)
+    return frames_FCHW[len(frames_FCHW) // 2]
 
 
 def copy_bare(source: Path, target: Path) -> None:

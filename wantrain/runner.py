@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import json
 import os
 import shlex
 import statistics
@@ -17,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
@@ -28,7 +27,7 @@ from wantrain.data import cache
 from wantrain.engine import launch
 from wantrain.engine.rendezvous import LONGEST_S, Rendezvous
 from wantrain.engine.saved import step_of
-from wantrain.files import digest_file, digest_text, write_json
+from wantrain.files import digest_file, digest_text, read_object, write_json
 from wantrain.recipe.clips import Clips, asks_evaluation, evaluation_faults, open_clips
 from wantrain.recipe.costing import Room, job_of, largest_bucket, policy_of
 from wantrain.recipe.draft import evaluation_prompts, is_tiny, tokens_that_fit
@@ -154,7 +153,7 @@ def told_results(job: Job) -> str:
 
 def done(job: Job, stage: Stage) -> str:
     """Why the stage may be left out, '' where it may not: its files are there as it left them, made from the same."""
-    noted = read_notes(job.notes).get(stage.name, {})
+    noted = read_object(job.notes).get(stage.name, {})
     if not stage.files or not noted or noted["made_from"] != made_from(job, stage):
         return ""
     return "done already, its files are as it left them" if noted["files"] == digests(job, stage) else ""
@@ -178,18 +177,9 @@ def digests(job: Job, stage: Stage) -> dict[str, str]:
 def note(job: Job, stage: Stage, amount: float, seconds: float) -> None:
     """Remember what the stage made of what, and how long it took."""
     own = {"made_from": made_from(job, stage), "files": digests(job, stage)} if stage.files else {}
-    timed = {"seconds": seconds, "amount": amount, "like": stage.like(job)} if amount else read_notes(job.notes).get(
+    timed = {"seconds": seconds, "amount": amount, "like": stage.like(job)} if amount else read_object(job.notes).get(
         stage.name, {})
-    write_json(job.notes, read_notes(job.notes) | {stage.name: timed | own})
-
-
-def read_notes(path: Path) -> dict[str, Any]:
-    """The notes of a run folder; none where they are not there or damaged."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    write_json(job.notes, read_object(job.notes) | {stage.name: timed | own})
 
 
 def of_checkpoints(job: Job) -> str:
@@ -240,7 +230,7 @@ def seconds_each(job: Job, stage: Stage) -> float | None:
         if steps:
             return statistics.median(steps)
     folders = sorted(job.recipe.run_dir.parent.glob(f"*/{NOTES}"), key=lambda path: path.stat().st_mtime)
-    found = [read_notes(path).get(stage.name, {}) for path in [*folders, job.notes]]
+    found = [read_object(path).get(stage.name, {}) for path in [*folders, job.notes]]
     rates = [one["seconds"] / one["amount"] for one in found if one.get("like") == stage.like(job)]
     return rates[-1] if rates else None
 

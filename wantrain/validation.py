@@ -163,6 +163,11 @@ class Interval:
     mean: float
     half: float
 
+    @property
+    def told(self) -> tuple[float, float | None]:
+        """As JSON has it: None where it is not known how far it goes."""
+        return self.mean, self.half if math.isfinite(self.half) else None
+
 
 def interval(values_N: torch.Tensor) -> Interval:
     """Student's interval of 95 % for the mean of what the clips are drawn from, of one value a clip."""

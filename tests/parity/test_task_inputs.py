@@ -369,6 +369,24 @@ def same(a: torch.Tensor, b: torch.Tensor, exact: bool = True) -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-5)
 
 
+def check_start(twin: Twin, step: Step, i: int, start: torch.Tensor, pixels: torch.Tensor, *,
+                has_first: bool, shown: torch.Tensor | None = None) -> None:
+    """What a later Fun is told of the first frame of sample `i`, where it has one, and of the picture `shown` to its
+    image tower instead of that.
+    """
+    if twin.name in NEWER:
+        assert (step.given["timestep"][i] == 0).any() == has_first
+        same(start, twin.official.given_frames(pixels, [0] if has_first else []) * has_first, exact=False)
+        return
+    want = torch.zeros_like(start)
+    if has_first:
+        want[:, :1] = twin.official.latents(pixels[:, :1])
+    same(start, want, exact=False)
+    picture = shown if shown is not None else pixels if has_first else None
+    tokens = twin.official.no_tokens() if picture is None else twin.official.tokens(picture[:, 0])
+    same(step.given["encoder_hidden_states_image"][i], tokens, exact=False)
+
+
 def kinds(steps: Sequence[Step]) -> set[int]:
     return {step.batch.planned_B[0].bucket.num_frames for step in steps}
 
@@ -514,18 +532,7 @@ def test_later_fun_control_is_given_a_reference_or_zeros_beside_the_rest(twins, 
             shown = twin.official.pixels(reference, 1, twin.size, contain=True) if reference.exists() else None
             latents = step.given["reference_hidden_states"][i]
             same(latents, torch.zeros_like(latents) if shown is None else twin.official.latents(shown), exact=False)
-            if name in NEWER:
-                assert (step.given["timestep"][i] == 0).any() == has_first
-                same(start, twin.official.given_frames(pixels, [0]) if has_first else torch.zeros_like(start),
-                     exact=False)
-                continue
-            want = torch.zeros_like(start)
-            if has_first:
-                want[:, :1] = twin.official.latents(pixels[:, :1])
-            same(start, want, exact=False)
-            tokens = twin.official.tokens(shown[:, 0]) if shown is not None else \
-                twin.official.tokens(pixels[:, 0]) if has_first else twin.official.no_tokens()
-            same(step.given["encoder_hidden_states_image"][i], tokens, exact=False)
+            check_start(twin, step, i, start, pixels, has_first=has_first, shown=shown)
     assert seen == {"video_0", "video_1", "picture"}
 
 
@@ -544,17 +551,7 @@ def test_fun_camera_is_given_the_cameras_of_its_frames_and_the_first_of_them(twi
             path, num_frames = planned.clip.path, planned.bucket.num_frames
             seen.add(path.stem)
             pixels, start = twin.official.pixels(path, num_frames, twin.size), step.given["hidden_states"][i, c:]
-            if name in NEWER:
-                assert (step.given["timestep"][i] == 0).any() == (num_frames > 1)
-                same(start, twin.official.given_frames(pixels, [0] if num_frames > 1 else []) * (num_frames > 1),
-                     exact=False)
-            else:
-                want = torch.zeros_like(start)
-                if num_frames > 1:
-                    want[:, :1] = twin.official.latents(pixels[:, :1])
-                same(start, want, exact=False)
-                tokens = twin.official.tokens(pixels[:, 0]) if num_frames > 1 else twin.official.no_tokens()
-                same(step.given["encoder_hidden_states_image"][i], tokens, exact=False)
+            check_start(twin, step, i, start, pixels, has_first=num_frames > 1)
             want = []
             for k in range(num_frames):
                 # A move's lens is of 1280 x 720, of which a picture of 3 : 2 shows less of the sides.

@@ -101,8 +101,8 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def flat(config: Config) -> dict[str, Any]:
-    """Dotted key -> plain value, for trackers, provenance and the fingerprint."""
+def flat(config: Config | Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted key -> plain value, of a config or of one read from YAML: for trackers, pages, the fingerprint."""
     return dict(_flat(config, ""))
 
 

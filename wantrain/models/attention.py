@@ -38,9 +38,14 @@ def choose(transformer: Any, device: torch.device) -> None:
 
     Raises UserError where the one that the user chose has no backward pass.
     """
-    name = next(own for own in candidates(device) if own == "native" or works(own, tried(transformer, device)))
+    name = best(tried(transformer, device))
     for processor in processors(transformer):
         processor._attention_backend = AttentionBackendName(name)
+
+
+def best(like: torch.Tensor) -> str:
+    """The first of the candidates that works for tensors of this shape, dtype and device."""
+    return next(own for own in candidates(like.device) if own == "native" or works(own, like))
 
 
 def name_of(transformer: Any, device: torch.device) -> str:

@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from wantrain import config as schema
 from wantrain import metrics, results
 from wantrain.engine.folders import kept_config, trainings_of
-from wantrain.files import digest_text, remembered, write_text
+from wantrain.files import digest_text, read_object, remembered, write_text
 from wantrain.terms import IMAGE_SUFFIXES, UserError
 
 TEMPLATE = Path(__file__).parent / "templates" / "run.html"
@@ -177,8 +178,8 @@ def _named(one: Media, media: dict[str, Media]) -> str:
 def _training(folder: Path, run_dir: Path, media: dict[str, Media]) -> dict[str, Any] | None:
     """What one training left; None where it left nothing yet."""
     lines = metrics.read(folder / "metrics.jsonl")
-    judgement, header = _json(folder / "judgement.json"), _json(folder / "run.json")
-    config = flat(kept_config(folder))
+    judgement, header = read_object(folder / "judgement.json"), read_object(folder / "run.json")
+    config = schema.flat(kept_config(folder))
     if not (lines or judgement or header or config):
         return None
     for clip in _extremes(judgement.get("clips", [])):
@@ -201,15 +202,6 @@ def _extremes(clips: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return chosen
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """A file's JSON; empty where there is none, or a kill cut it off."""
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return read if isinstance(read, dict) else {}
-
-
 def _curves(lines: Sequence[Mapping[str, float]]) -> dict[str, list[tuple[float, float]]]:
     """Points of each of CURVES; each is the mean of neighbours where there are more than can be drawn."""
     return {name: thinned([(line["step"], line[name]) for line in lines if math.isfinite(line.get(name, math.nan))])
@@ -227,11 +219,3 @@ def _pace(lines: Sequence[Mapping[str, float]]) -> float | None:
     """Seconds a step, of late: the median, as a step with a validation or a checkpoint takes longer."""
     times = sorted(line["step_s"] for line in lines[-50:] if math.isfinite(line.get("step_s", math.nan)))
     return times[len(times) // 2] if times else None
-
-
-def flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """A nested config by dotted keys."""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        found |= flat(value, f"{above}{name}.") if isinstance(value, Mapping) else {f"{above}{name}": value}
-    return found

@@ -141,8 +141,7 @@ def contact_sheet(path: Path, shots: Sequence[Shot], folder: Path, trigger: str 
     """A PNG of the middle frame of every video, columns by rows."""
     def rows() -> Iterator[list[torch.Tensor]]:
         for row in range(max(shot.row for shot in shots) + 1):
-            videos = [pictures.read_mp4(folder / f"{shot.name}.mp4") for shot in shots if shot.row == row]
-            yield [frames_FCHW[len(frames_FCHW) // 2] for frames_FCHW in videos]
+            yield [pictures.middle_frame(folder / f"{shot.name}.mp4") for shot in shots if shot.row == row]
 
     first = shots[0].column.id
     pictures.contact_sheet(path, list(rows()), list(dict.fromkeys(_title(shot.column, trigger) for shot in shots)),

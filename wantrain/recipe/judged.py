@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,12 +115,7 @@ def judge(clips: Clips, shots: Sequence[Shot], folder: Path, fps: float) -> tupl
 def mean_of(videos: Iterable[Judged], name: str) -> tuple[float, float | None] | None:
     """The mean of one of the videos' numbers with its interval; None where they have none, being single pictures."""
     values = [one.numbers[name] for one in videos if name in one.numbers]
-    return told(validation.interval(torch.tensor(values))) if values else None
-
-
-def told(interval: validation.Interval) -> tuple[float, float | None]:
-    """(mean, half of the interval; None where it is not known)."""
-    return interval.mean, None if math.isnan(interval.half) else interval.half
+    return validation.interval(torch.tensor(values)).told if values else None
 
 
 def diversity(rows: Iterable[tuple[Shot, Judged]]) -> tuple[float, float | None] | None:
@@ -130,7 +124,7 @@ def diversity(rows: Iterable[tuple[Shot, Judged]]) -> tuple[float, float | None]
     for shot, one in rows:
         by_prompt.setdefault(shot.place[0], []).append(one.middle_CHW)
     values = [judging.diversity(seeds) for seeds in by_prompt.values() if len(seeds) > 1]
-    return told(validation.interval(torch.tensor(values))) if values else None
+    return validation.interval(torch.tensor(values)).told if values else None
 
 
 def selectivity(columns: Mapping[str, Column], videos: Mapping[str, Sequence[Judged]]) -> list[Metric]:
@@ -175,7 +169,7 @@ def loss_metrics(losses: Losses) -> list[Metric]:
         return []
     means: dict[str, tuple[float, float | None]] = {column: (float(table.mean()), None)
                                                     for column, table in losses.items()}
-    gains = {column: told(validation.interval((table - losses["base"]).mean(1)))
+    gains = {column: validation.interval((table - losses["base"]).mean(1)).told
              for column, table in losses.items() if column != "base"}
     return [Metric("heldout_loss", LOSS.label, LOSS.tells, LOSS.better, means),
             Metric("heldout_minus_base", GAIN.label, GAIN.tells, GAIN.better, gains)]

@@ -14,8 +14,7 @@ from wantrain.files import write_json
 from wantrain.recipe import drifting
 from wantrain.recipe.heldout import HELDOUT, TRAINED, Losses, Validation
 from wantrain.terms import PlannedClip
-from wantrain.validation import Interval
-from wantrain.verdict import Mean, Measured, Verdict, memorised_from, verdict
+from wantrain.verdict import Measured, Verdict, memorised_from, verdict
 
 NAME = "judgement.json"
 
@@ -46,15 +45,15 @@ def judgement(made: Validation, steps: Sequence[int]) -> tuple[dict[str, Any], V
     drift = drift_of(made, steps)
     measured = Measured(
         steps, [float(own.mean()) for own in now[HELDOUT]],
-        [mean_of(validation.interval(own - best)) for own in now[HELDOUT]],
-        [mean_of(validation.interval(own)) for own in gained[HELDOUT]],
-        [mean_of(validation.difference(*pair)) for pair in zip(gained[HELDOUT], gained[TRAINED], strict=True)]
+        [validation.interval(own - best).told for own in now[HELDOUT]],
+        [validation.interval(own).told for own in gained[HELDOUT]],
+        [validation.difference(*pair).told for pair in zip(gained[HELDOUT], gained[TRAINED], strict=True)]
         if TRAINED in made.sets else [], drift["mean"] if drift else [])
     judged = verdict(measured, expected_memorising(made))
 
     def of_set(name: str) -> dict[str, Any]:
         return {"loss": [float(own.mean()) for own in now[name]], "base": float(base[name].mean()),
-                "minus_base": [mean_of(validation.interval(own)) for own in gained[name]]}
+                "minus_base": [validation.interval(own).told for own in gained[name]]}
 
     return {"steps": steps, "heldout": of_set(HELDOUT), "trained": of_set(TRAINED) if TRAINED in made.sets else None,
             "gap": measured.gap, "by_sigma": by_sigma(made, steps), "drift": drift,
@@ -70,11 +69,6 @@ def expected_memorising(made: Validation) -> int:
     learnt = [p for p in clips.planned if not p.clip.preserve]
     share = sum(p.clip.repeats for p in learnt) / sum(p.clip.repeats for p in clips.planned)
     return memorised_from(len(learnt), share * made.training.config.data.batch_size)
-
-
-def mean_of(interval: Interval) -> Mean:
-    """An interval as JSON has it."""
-    return interval.mean, interval.half if math.isfinite(interval.half) else None
 
 
 def by_sigma(made: Validation, steps: Sequence[int]) -> dict[str, Any]:

@@ -100,7 +100,9 @@ class Live:
                 self.check()
                 done = training.rendezvous.first(self.begun() if training.accelerator.is_main_process else None)
                 wanted = [*([] if BASE in done.columns else [BASE]), column_of(training, step)]
-                found = [self.latents(column) for column in wanted]
+                pipeline = Pipeline(training.recipe.variant, [], self.source.text,
+                                    training.recipe.load_encoders(training.device), training.recipe.dtype)
+                found = [self.latents(column, pipeline) for column in wanted]
         except (UserError, FloatingPointError, torch.OutOfMemoryError) as error:
             fault = str(error)
         faults = [text for text in training.rendezvous.all(fault) if text]
@@ -111,9 +113,10 @@ class Live:
             gathered = self.gathered(own)
             if training.accelerator.is_main_process and not fault:
                 try:
-                    done = self.written(done, column, jobs, gathered)
+                    done = self.written(done, column, jobs, gathered, pipeline)
                 except (UserError, OSError) as error:  # a full disk, such as the next checkpoint may find as well
                     fault = str(error)
+        del pipeline
         let_go()
         return f"step {step}: no samples: {fault}" if fault else \
             f"step {step}: {len(jobs)} samples in {self.folder} ({time.perf_counter() - began:.1f} s)"
@@ -123,7 +126,7 @@ class Live:
         num_parts, accelerator = self.training.config.train.sequence_parallel, self.training.accelerator
         return accelerator.num_processes // num_parts, accelerator.process_index // num_parts
 
-    def latents(self, column: Column) -> torch.Tensor:
+    def latents(self, column: Column, pipeline: Pipeline) -> torch.Tensor:
         """The latents [number, C, T, H, W] of this process's jobs. All have equally many, so that they call the
         transformer equally often, as ZeRO-3 and FSDP2 need it: those that lack one repeat one, which does not count.
         """
@@ -131,10 +134,8 @@ class Live:
         num_shares, own = self.shares()
         rounds = math.ceil(len(jobs) / num_shares)
         mine = [jobs[number % len(jobs)] for number in range(own, rounds * num_shares, num_shares)]
-        recipe, settings = training.recipe, sampler_settings(training.recipe)
-        transformers = passing.InTurn(self.transformers(column))
-        pipeline = Pipeline(recipe.variant, transformers, self.source.text, recipe.load_encoders(training.device),
-                            recipe.dtype)
+        settings, transformers = sampler_settings(training.recipe), passing.InTurn(self.transformers(column))
+        pipeline = replace(pipeline, transformers=transformers)
         unwrapped = training.accelerator.unwrap_model(training.model)
         with lora.switched_off(unwrapped) if column == BASE else contextlib.nullcontext(), \
                 contextlib.closing(transformers):
@@ -188,11 +189,10 @@ class Live:
         return Results(config.run.name, trigger, recipe.variant.fps, [], prompts, [], settings=schema.flat(config),
                        provenance=provenance)
 
-    def written(self, done: Results, column: Column, jobs: list[Job], latents: list[torch.Tensor]) -> Results:
+    def written(self, done: Results, column: Column, jobs: list[Job], latents: list[torch.Tensor], pipeline: Pipeline
+                ) -> Results:
         """Decode and write the videos of a column, each with a picture to show before it plays."""
         recipe, settings = self.training.recipe, sampler_settings(self.training.recipe)
-        pipeline = Pipeline(recipe.variant, [], self.source.text, recipe.load_encoders(self.training.device),
-                            recipe.dtype)
         videos = []
         for job, own in zip(jobs, latents[: len(jobs)], strict=True):
             frames_FCHW = sampling.finish(pipeline, settings, own[None])

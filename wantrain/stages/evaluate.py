@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ from wantrain import config as schema
 from wantrain import results
 from wantrain.config import Config
 from wantrain.engine import launch
+from wantrain.files import read_object
 from wantrain.models.lora_formats import read_lora
 from wantrain.pages import run_page
 from wantrain.recipe import grid, judged
@@ -71,8 +71,8 @@ def provenance(recipe: Recipe, columns: Sequence[tuple[Column, LoraFiles | None]
     """Where the results come from: what trainings said of themselves, what LoRA files do, losses at each sigma."""
     found: dict[str, Any] = {}
     for one in recipe.trainings():
-        if (header := one.run_dir / "run.json").exists():
-            found[f"run {one.base.expert or ''}".strip()] = json.loads(header.read_text())
+        if header := read_object(one.run_dir / "run.json"):
+            found[f"run {one.base.expert or ''}".strip()] = header
     for _, loras in columns:
         for path, _ in [use for uses in (loras or {}).values() for use in uses]:
             found[f"LoRA file {path}"] = read_lora(path).metadata

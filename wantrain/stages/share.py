@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shlex
 import shutil
@@ -17,7 +16,7 @@ import yaml
 from wantrain import __version__, lock, pictures, results
 from wantrain.config import configs_folder
 from wantrain.engine.folders import kept_config, named, trainings_of
-from wantrain.files import set_in_place, write_text
+from wantrain.files import read_object, set_in_place, write_text
 from wantrain.models.lora_formats import DIGEST_KEY, GRAMMARS, read_lora
 from wantrain.models.lora_updates import write_proven
 from wantrain.models.variants import VARIANTS
@@ -39,8 +38,8 @@ def run(given: argparse.Namespace) -> None:
         raise UserError(f"formats={unknown[0]} is not allowed: {allowed}", f"wantrain share {given.RUN} formats=kohya")
     exports = sorted((run_dir / "export").glob("*.safetensors"))
     if not exports:
-        words = next((words for one in trainings_of(run_dir) if (words := lock.last_command(one)[2:])), ["recipe=NAME"])
-        raise UserError(f"{run_dir} has no exported LoRA", shlex.join(["wantrain", "export", *words]))
+        raise UserError(f"{run_dir} has no exported LoRA",
+                        shlex.join(["wantrain", "export", *lock.last_words(trainings_of(run_dir))]))
     shutil.rmtree(folder, ignore_errors=True)
     with set_in_place(folder) as made:
         made.mkdir()
@@ -68,8 +67,8 @@ def fill(folder: Path, run_dir: Path, exports: Sequence[Path], formats: Sequence
         pictures.copy_bare(source, folder / name)
         samples.append((name, video))
     model, data = config.get("model", {}), config.get("data", {})
-    header = _json(training / "run.json")
-    verdicts = [_json(one / "judgement.json").get("verdict") or {} for one in trainings_of(run_dir)]
+    header = read_object(training / "run.json")
+    verdicts = [read_object(one / "judgement.json").get("verdict") or {} for one in trainings_of(run_dir)]
     return card.About(
         run_dir.resolve().name, VARIANTS[model["variant"]].task if model.get("variant") in VARIANTS else "t2v",
         base_of(model), data.get("trigger", ""), license, __version__, config.get("lora", {}).get("rank", 0),
@@ -129,7 +128,3 @@ def without_places(value: Any) -> Any:
     if isinstance(value, list):
         return [without_places(own) for own in value]
     return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}

@@ -20,7 +20,7 @@ from typing import TextIO
 import torch
 
 from wantrain import config as schema
-from wantrain import logs, metrics, validation
+from wantrain import lock, logs, metrics, validation
 from wantrain.config import Config, Resume
 from wantrain.engine import peak_memory_gib
 from wantrain.files import digest_text, write_json
@@ -192,16 +192,16 @@ def take_place(folder: Path, number: int) -> int:
     """Which of so many processes this one is, for its whole life; the place of one that died is free. With GPUs, it
     gets the one of that number, before CUDA begins.
     """
-    import fcntl  # not on Windows, where nothing may fail before it is needed
-
     folder.mkdir(parents=True, exist_ok=True)
     while not _places:
         for place in range(number):
             file = (folder / str(place)).open("a", encoding="utf-8")
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                lock.take(file)
+            except OSError as error:
                 file.close()
+                if error.errno in lock.NO_LOCKS:
+                    raise  # no place is ever taken there
                 continue
             _places.append(file)
             given = os.environ.get("CUDA_VISIBLE_DEVICES")
