@@ -38,14 +38,14 @@ def choose(transformer: Any, device: torch.device) -> None:
 
     Raises UserError where the one that the user chose has no backward pass.
     """
-    name = best(tried(transformer, device))
+    name = best(device, tried(transformer, device))
     for processor in processors(transformer):
         processor._attention_backend = AttentionBackendName(name)
 
 
-def best(like: torch.Tensor) -> str:
-    """The first of the candidates that works for tensors of this shape, dtype and device."""
-    return next(own for own in candidates(like.device) if own == "native" or works(own, like))
+def best(device: torch.device, like: torch.Tensor) -> str:
+    """The first of the device's candidates that works for tensors of this shape and dtype."""
+    return next(own for own in candidates(device) if own == "native" or works(own, like))
 
 
 def name_of(transformer: Any, device: torch.device) -> str:
