@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -38,14 +38,15 @@ def choose(transformer: Any, device: torch.device) -> None:
 
     Raises UserError where the one that the user chose has no backward pass.
     """
-    name = best(device, tried(transformer, device))
+    name = best(device, lambda: tried(transformer, device))
     for processor in processors(transformer):
         processor._attention_backend = AttentionBackendName(name)
 
 
-def best(device: torch.device, like: torch.Tensor) -> str:
-    """The first of the device's candidates that works for tensors of this shape and dtype."""
-    return next(own for own in candidates(device) if own == "native" or works(own, like))
+def best(device: torch.device, like: Callable[[], torch.Tensor]) -> str:
+    """The first of the device's candidates that works for tensors like the one that `like` makes, where one is tried.
+    """
+    return next(own for own in candidates(device) if own == "native" or works(own, like()))
 
 
 def name_of(transformer: Any, device: torch.device) -> str:

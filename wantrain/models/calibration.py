@@ -35,7 +35,7 @@ def calibrate(device: torch.device, seconds: float = 20.0, shape: tuple[int, int
     tokens, width, heads = shape
     x = torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
     weight, out = torch.randn(width, width, device=device, dtype=torch.bfloat16), torch.empty_like(x)
-    name = attention.best(device, x[:attention.TRIED_TOKENS].view(1, -1, heads, width // heads))
+    name = attention.best(device, lambda: x[:attention.TRIED_TOKENS].view(1, -1, heads, width // heads))
     qkv = [x.clone().view(1, tokens, heads, -1).requires_grad_() for _ in range(3)]
     copies, host = copies_of(device), copies_of(device).host(x.nbytes)
     arrived = torch.empty_like(host, device=device)
