@@ -74,7 +74,8 @@ def counted(step: Step, fake: bool = True) -> Counted:
             parameter.grad = torch.zeros_like(parameter)
         with Allocations() as allocations, pytest.MonkeyPatch.context() as patch:
             patch.setattr(LateCopies, "host", allocations.elsewhere(LateCopies.host))
-            patch.setattr(block_operations, "_PART", PART)
+            if fake:
+                patch.setattr(block_operations, "_PART", PART)
             if step.swap or step.offload:
                 train_blocks(model, BlockMemory(step.keep, step.swap, step.offload), CPU)
             allocations.count([*model.parameters(), *model.buffers(), *(p.grad for p in trainable)])
