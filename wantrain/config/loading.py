@@ -22,6 +22,7 @@ from wantrain.config.known import (
     annotation,
     choice,
     choices,
+    fits,
     groups_of,
     known_key,
     nearest_keys,
@@ -161,7 +162,13 @@ def _of_node(key: str, node: Node) -> list[tuple[str, Any]]:
 
 def refused(key: str, text: str, error: Unfit) -> UserError:
     """The error for a value that its key cannot have."""
-    is_list = typing.get_origin(annotation(key)) is list
+    wanted = annotation(key)
+    is_list = typing.get_origin(wanted) is list
+    values = text.strip("[] ").split(",")
+    if values[1:] and wanted in (int, float) and "comma" not in error.allowed and all(fits(v, key) for v in values):
+        return UserError(f"{key} = {text!r} is not allowed: {error.allowed}, one at a time",
+                         f"{pasted(key, values[0].strip())}    or all, compared: wantrain tune NAME --over "
+                         f"{pasted(key, ','.join(value.strip() for value in values))}")
     example = error.example if error.example and not (is_list and error.example[0] != "[") else example_of(key)
     form = f", in the form {example}" if is_list and "[" not in error.allowed else ""
     return UserError(f"{key} = {text!r} is not allowed: {error.allowed}{form}", pasted(key, example))
