@@ -285,8 +285,9 @@ def _run_without_recipe(verb: str, rest: Sequence[str]) -> None:
         found = importlib.import_module("wantrain.models.hub").here(getattr(given, name))
         if found and found.is_file():
             importlib.import_module("wantrain.models.weight_files").kind_of(found)
-        elif found and name in ("FILE", "IN"):
-            importlib.import_module("wantrain.models.lora_names").weights_of(found)
+        elif found and name in ("FILE", "IN") and (lora_names := importlib.import_module(
+                "wantrain.models.lora_names")).is_run(found):
+            lora_names.weights_of(found)
     importlib.import_module(f"wantrain.stages.{verb}").run(given)
 
 

@@ -78,8 +78,7 @@ def test_a_cache_that_lacks_entries_is_told_without_torch(arguments, tmp_path):
 
 
 @pytest.mark.parametrize("words", [
-    ["sample", "sampler.loras=[no.safetensors=0.5]"], ["evaluate", f"sampler.loras={__file__}"],
-    ["train", f"model.merge={__file__}"], ["train", f"lora.start_from={__file__}"],
+    ["sample", "sampler.loras=[no.safetensors=0.5]"], ["train", f"lora.start_from={__file__}"],
     ["tune", "--over", "optim.lrr=1,2"]])
 def test_files_that_are_no_lora_and_keys_to_tune_are_told_without_torch(words, tmp_path):
     assert imported([words[0], "recipe=demo_anime", *words[1:]], tmp_path, 2) <= {"hydra", "omegaconf"}

@@ -83,7 +83,7 @@ def test_a_path_that_is_nearly_there_is_named(capsys, monkeypatch, tmp_path):
     assert "and is no model id; did you mean run/export/style.safetensors?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["5", "null", "true", "1e3", "a,b", "it's", "-x"])
+@pytest.mark.parametrize("name", ["5", "null", "true", "it's a,b"])
 def test_a_recipe_may_have_any_name(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     Path("recipes").mkdir()

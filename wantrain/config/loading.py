@@ -6,6 +6,7 @@ brackets and equal signs mean something, never sees them.
 
 from __future__ import annotations
 
+import gc
 import re
 import shlex
 import sys
@@ -61,9 +62,15 @@ def load(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
     seen: set[Path] = set()
     for group, name in asked.groups.items():
         examine(places, group, name, seen)
-    from wantrain.config.composing import compose  # Hydra, which faults and help come before
+    is_collecting = gc.isenabled()
+    gc.disable()  # composing makes a hundred thousand objects that stay, and would look through them again and again
+    try:
+        from wantrain.config.composing import compose  # Hydra, which faults and help come before
 
-    return compose(asked, own, places)
+        return compose(asked, own, places)
+    finally:
+        if is_collecting:
+            gc.enable()
 
 
 def load_yaml(text: str) -> Config:
