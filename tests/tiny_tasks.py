@@ -117,18 +117,21 @@ def pipeline(found: Base, loras: Mapping[str | None, Path] | None = None) -> sam
 
 def write_partners(folder: Path, task: str, number: int, height: int = 2 * SIZE[0], width: int = 2 * SIZE[1]) -> None:
     """For `clip_0` to `clip_N`: a control video, for VACE also a mask for every clip and a reference for every second,
-    for Animate a face and a reference, for later Fun-Control a reference for every second; for Fun-Camera its moves.
+    for Animate a face and a reference, and for every second a
+    background with its mask, for later Fun-Control a reference for every second; for Fun-Camera its moves.
     """
     for i in range(number if task.startswith("camera") else 0):
         write_move(folder / "camera" / f"clip_{i}.txt", f"{('pan_left', 'zoom_in', 'clockwise')[i % 3]} {0.5 + i}")
     for i in range(number if task.startswith("control") or task in ("vace", "animate") else 0):
         pictures.write_mp4(folder / "control" / f"clip_{i}.mp4", moving_square(200 + i, 9, height, width), 16)
-        if task == "vace":
+        if task == "vace" or (task == "animate" and i % 2):
             mask = torch.zeros(9, 3, height, width, dtype=torch.uint8)
             mask[:, :, : height // 2, i : i + width // 2] = 255
             pictures.write_mp4(folder / "control_mask" / f"clip_{i}.mp4", mask, 16)
         if task == "animate":
             pictures.write_mp4(folder / "face" / f"clip_{i}.mp4", moving_square(250 + i, 9, 64, 64), 16)
+        if task == "animate" and i % 2:
+            pictures.write_mp4(folder / "background" / f"clip_{i}.mp4", moving_square(270 + i, 9, height, width), 16)
         if task == "animate" or (task in ("vace", "control_reference", "control_inpaint") and i % 2):
             pictures.write_png(folder / "reference" / f"clip_{i}.png", moving_square(300 + i, 1, 40, 60)[0])
 

@@ -255,6 +255,27 @@ def test_video_to_video_is_what_diffusers_pipeline_gives(twins):
 
 
 @pytest.mark.slow
+def test_animate_replaces_a_character_as_diffusers_pipeline_does(tmp_path):
+    twin = Twin("tiny_wan_animate", write_checkpoint(tmp_path / "checkpoint", "tiny_wan_animate"), [])
+    ours, theirs = sampler_and_pipeline(twin, None)
+    height, width = size_of(twin.name)
+    own, given = inputs_of("animate", height, width)
+    mask = torch.zeros_like(own["control"])
+    mask[:, :, : height // 2], mask[4:, :, :, 24:] = 255, 100
+    own |= {"background": moving_square(7, NUM_FRAMES, height, width), "control_mask": mask}
+    tokens = ours.encoders.image_tokens(own["reference"], 1)["image"]
+    theirs.encode_image = lambda images, device: tokens
+    settings = sampling.Settings(3, (3.0, 3.0), 5.0, Bucket(NUM_FRAMES, height, width), "")
+    video = sampling.sample(ours, "a square", 1, settings, sampling.Inputs(own)).movedim(1, -1).numpy() / 255
+    for mode in ("replace", "animate"):
+        want = theirs(prompt="a square", negative_prompt="", height=height, width=width, num_inference_steps=3,
+                      mode=mode, background_video=pil(own["background"]), mask_video=pil(mask), guidance_scale=3.0,
+                      generator=torch.Generator().manual_seed(1), max_sequence_length=512, output_type="np",
+                      **given).frames[0]
+        assert (abs(video - want).mean() < 0.003) == (mode == "replace")
+
+
+@pytest.mark.slow
 def test_an_expert_may_have_its_own_rank_rate_and_steps(twins, tmp_path, capsys):
     twin = twins("tiny_wan_i2v_a14b")
     own = ["high.rank=2", "high.num_steps=1", "low.lr=0.001", "train.num_steps=3"]

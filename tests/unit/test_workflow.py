@@ -57,7 +57,8 @@ INPUTS = {"i2v": {"first": "a/photo.png"}, "flf2v": {"first": "x.png", "last": "
           "control_inpaint": {"control": "pose.mp4", "reference": "r.png"}, "camera": {"first": "p.png"},
           "camera_inpaint": {"first": "p.png"},
           "vace": {"control": "c.mp4", "control_mask": "m.mp4", "reference": "r.png"},
-          "animate": {"control": "c.mp4", "face": "f.mp4", "reference": "r.png"}}
+          "animate": {"control": "c.mp4", "face": "f.mp4", "reference": "r.png", "background": "b.mp4",
+                      "control_mask": "m.mp4"}}
 
 
 def config(*words: str) -> Config:

@@ -23,8 +23,8 @@ from wantrain.models.variants import Task, Variant
 from wantrain.terms import WINDOW, Bucket
 
 Frames = Mapping[str, torch.Tensor]
-"""frames_FCHW uint8 by name: first and last (one frame each), control, control_mask, reference, face; and camera
-[F, 16] float32 (wantrain.data.cameras).
+"""frames_FCHW uint8 by name: first and last (one frame each), control, control_mask, background, reference, face; and
+camera [F, 16] float32 (wantrain.data.cameras).
 """
 
 Condition = dict[str, torch.Tensor]
@@ -109,13 +109,14 @@ def _given_frames(encoders: Encoders, given: Mapping[int, torch.Tensor | None], 
         if frame is not None:
             pixels_FCHW[place], mask_F[place] = to_pixels(frame[0]), 1
     latents_CTHW = encoders.latents(pixels_FCHW)
-    return {"channels": torch.cat([fold_mask(mask_F, latents_CTHW.shape[1:]), latents_CTHW])}
+    return {"channels": torch.cat([fold_mask(mask_F[:, None, None].expand(-1, *latents_CTHW.shape[2:])), latents_CTHW])}
 
 
-def fold_mask(mask_F: torch.Tensor, shape_THW: Sequence[int]) -> torch.Tensor:
-    """The frames' mask as [4, T, H, W]: a latent frame has the values of its four; the first frame fills one alone."""
-    mask_4T = torch.cat([mask_F[:1].expand(4), mask_F[1:]]).view(-1, 4).T
-    return mask_4T[:, :, None, None].expand(4, *shape_THW).contiguous()
+def fold_mask(mask_FHW: torch.Tensor) -> torch.Tensor:
+    """The frames' mask, of the latents' size, as [4, T, H, W]: a latent frame has the values of its four; the first
+    frame fills one alone.
+    """
+    return torch.cat([mask_FHW[:1].expand(4, -1, -1), mask_FHW[1:]]).unflatten(0, (-1, 4)).transpose(0, 1).contiguous()
 
 
 def encode_control(encoders: Encoders, frames: Frames, bucket: Bucket) -> Condition:
@@ -177,12 +178,17 @@ def encode_vace(encoders: Encoders, frames: Frames, bucket: Bucket) -> Condition
 
 
 def encode_animate(encoders: Encoders, frames: Frames, bucket: Bucket) -> Condition:
-    """Wan-Animate in its animation mode: `pose` latents of the control video, the `face` as pixels, and a `reference`
-    [C, 1, H, W] before the latents; `channels` [4 + C, 1 + T, H, W] are that reference, known, then grey, unknown.
+    """Wan-Animate: `pose` latents of the control video, the `face` as pixels, and a `reference` [C, 1, H, W] before the
+    latents; `channels` [4 + C, 1 + T, H, W] are that reference, known, then grey, unknown. Given a `background`, then
+    that: known but for what the control mask says to make anew, where another is replaced.
     """
     reference_C1HW = encoders.latents(frames["reference"])
     known = torch.cat([torch.ones(4, *reference_C1HW.shape[1:]), reference_C1HW])
-    rest = _given_frames(encoders, {}, bucket)["channels"]
+    if "background" in frames:
+        mask_FHW = frames["control_mask"][:, 0, ::8, ::8].expand(bucket.num_frames, -1, -1)  # nearest, red, as theirs
+        rest = torch.cat([fold_mask(1 - mask_FHW / WHITE), encoders.latents(frames["background"])])
+    else:
+        rest = _given_frames(encoders, {}, bucket)["channels"]
     return {"channels": torch.cat([known, rest], dim=1), "reference": reference_C1HW,
             "pose": encoders.latents(frames["control"]), "face": frames["face"].movedim(0, 1).contiguous(),
             **encoders.image_tokens(frames["reference"], 1)}
