@@ -101,15 +101,17 @@ def gelu_and_slope(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if x.device.type != "cpu":
         raised = functional.gelu(x, approximate="tanh")
         return raised, torch.ops.aten.gelu_backward(raised.new_ones(()).expand_as(x), x, approximate="tanh")
-    raised = torch.empty_like(x)
-    one, zero = torch.ones(()), torch.zeros(())
+    raised, one, zero = torch.empty_like(x), torch.ones(()), torch.zeros(())
+    sigmoids, slopes = torch.empty(2, min(_PART, x.numel()))  # one memory for all parts
     for part, out in zip(torch.split(x.view(-1), _PART), torch.split(raised.view(-1), _PART), strict=True):
-        wide = part.float()
-        sigmoid = torch.addcmul(zero, wide, torch.addcmul(one, wide, wide, value=CUBIC), value=TANH_SCALE).sigmoid_()
-        own = torch.mul(wide, sigmoid)
-        inner_slope = torch.addcmul(one, wide, wide, value=3 * CUBIC)
+        wide, sigmoid, slope = part.float(), sigmoids[:len(part)], slopes[:len(part)]
+        torch.addcmul(one, wide, wide, value=CUBIC, out=sigmoid)
+        torch.addcmul(zero, wide, sigmoid, value=TANH_SCALE, out=sigmoid).sigmoid_()
+        torch.addcmul(one, wide, wide, value=3 * CUBIC, out=slope)
+        own = torch.mul(wide, sigmoid, out=wide)
         out.copy_(own)
-        part.copy_(torch.lerp(torch.addcmul(zero, own, inner_slope, value=TANH_SCALE), one, sigmoid))
+        torch.addcmul(zero, own, slope, value=TANH_SCALE, out=slope)
+        part.copy_(torch.lerp(slope, one, sigmoid, out=slope))
     return raised, x
 
 
