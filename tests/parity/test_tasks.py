@@ -213,15 +213,15 @@ def test_what_diffusers_has_no_pipeline_for_trains_resumes_and_samples_as_the_me
     sampling.set_strength(ours, 0)
     assert (sampling.sample(ours, "a square", 1, settings, inputs) - want).abs().mean() > 2, "the LoRA is not heard"
     given = dict(inputs.frames)
-    for kind in ("reference", "camera"):
+    for kind in ("reference", "camera", *["control"] * twin.variant.architecture.driven):
         if kind in given:
-            given[kind] = moving_square(8, 1, height, width) if kind == "reference" else given[kind] * 1.5
+            given[kind] = given[kind] * 1.5 if kind == "camera" else moving_square(8, len(given[kind]), height, width)
             other = sampling.sample(folded, "a square", 1, settings, sampling.Inputs(given))
             assert (other - want).abs().mean() > 0.3, f"the {kind} is not heard"
 
 
 def own_inputs_of(task: str, height: int, width: int):
-    """What a task of Fun is sampled from."""
+    """What a task of Fun, and Animate-2, is sampled from."""
     film, wanted = moving_square(3, NUM_FRAMES, height, width), {"first": moving_square(6, 1, height, width)}
     if task.startswith("camera"):
         zoom = np.tile([0.6, 0.6, 0.5, 0.5, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0], (NUM_FRAMES, 1))
@@ -229,6 +229,8 @@ def own_inputs_of(task: str, height: int, width: int):
         return wanted | {"camera": torch.from_numpy(zoom).float()}
     if task.startswith("control"):
         wanted["control"] = film
+    if task == "animate2":
+        return {"control": film, "reference": wanted["first"]}
     return wanted | ({"reference": moving_square(4, 1, height, width)} if task.startswith("control_") else {})
 
 
@@ -261,7 +263,7 @@ def test_animate_replaces_a_character_as_diffusers_pipeline_does(tmp_path):
     height, width = size_of(twin.name)
     own, given = inputs_of("animate", height, width)
     mask = torch.zeros_like(own["control"])
-    mask[:, :, : height // 2], mask[4:, :, :, 24:] = 255, 100
+    mask[:, :, : height // 2 - 4], mask[4:, :, :, 24:] = 255, 100
     own |= {"background": moving_square(7, NUM_FRAMES, height, width), "control_mask": mask}
     tokens = ours.encoders.image_tokens(own["reference"], 1)["image"]
     theirs.encode_image = lambda images, device: tokens

@@ -50,6 +50,7 @@ SCHEDULES = {
     "wan22_fun_5b_control": FUN_5B,
     "wan22_fun_5b_camera": FUN_5B,
     "wan22_animate_14b": (5, None, (1, 1), 20, 30, 77),
+    "wan22_animate2_14b": (5, None, (3, 3), 40, 24, 81),
     "tiny_wan": (3, None, (5, 5), 50, 16, 9),
 }
 # The tests' twins have the schedule of what they stand for, and short clips.
@@ -57,6 +58,7 @@ TWINS = {
     "tiny_wan_a14b": "wan22_t2v_a14b", "tiny_wan_i2v": "wan21_i2v_14b_480p", "tiny_wan_i2v_a14b": "wan22_i2v_a14b",
     "tiny_wan_flf2v": "wan21_flf2v_14b", "tiny_wan_ti2v": "wan22_ti2v_5b", "tiny_wan_vace": "wan21_vace_1b3",
     "tiny_wan_control": "wan21_fun_1b3_control", "tiny_wan_animate": "wan22_animate_14b",
+    "tiny_wan_animate2": "wan22_animate2_14b",
     "tiny_wan_control_v11": "wan21_fun_v11_1b3_control", "tiny_wan_control_a14b": "wan22_fun_a14b_control",
     "tiny_wan_control_5b": "wan22_fun_5b_control", "tiny_wan_camera": "wan21_fun_v11_1b3_camera",
     "tiny_wan_camera_5b": "wan22_fun_5b_camera", "tiny_wan_vace_a14b": "wan22_vace_fun_a14b",

@@ -49,7 +49,7 @@ PYTHON = {
     "SaveVideo": "video filename_prefix format codec",
 }
 PAGE_ONLY = ("control_after_generate", "upload")
-WITHOUT = {"wan22_fun_5b_inp", "wan22_fun_5b_camera"}
+WITHOUT = {"wan22_fun_5b_inp", "wan22_fun_5b_camera", "wan22_animate2_14b"}
 """Of these no workflow of ComfyUI was at hand."""
 INPUTS = {"i2v": {"first": "a/photo.png"}, "flf2v": {"first": "x.png", "last": "y.png"}, "ti2v": {"first": "p.png"},
           "control": {"control": "pose.mp4", "first": "p.png"},

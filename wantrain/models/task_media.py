@@ -33,6 +33,7 @@ class TaskMedia:
 
 _POSE = ("control", "face", "reference")
 _REPLACED = (*_POSE, "control_mask", "background")
+_DRIVEN = ("control", "reference")
 _VACE = ("control", "control_mask", "reference")
 _CONTROL = TaskMedia((("control",),), ("control", "reference"), ("control",), ("control", "reference", "first"),
                      (WINDOW, "control", "reference"))
@@ -45,6 +46,7 @@ _TASKS: dict[Task, TaskMedia] = {
     "control_reference": _CONTROL, "control_inpaint": _CONTROL, "camera": _CAMERA, "camera_inpaint": _CAMERA,
     "animate": TaskMedia(tuple((name,) for name in _POSE), _REPLACED, _POSE, _REPLACED, _REPLACED,
                          (("background", "control_mask"), ("control_mask", "background"))),
+    "animate2": TaskMedia((("control",), ("reference",)), _DRIVEN, _DRIVEN, _DRIVEN, _DRIVEN),
     "vace": TaskMedia((("control", "reference"),), _VACE, (), _VACE, _VACE,
                       (("control_mask", "control"),)),
 }

@@ -65,8 +65,8 @@ class Clips:
 
     @property
     def captions(self) -> list[str]:
-        """Every text that training may draw, the empty one first."""
-        texts = ["", *(text for p in self.everything
+        """Every text that training may draw, the empty one first, and one that goes with every sample."""
+        texts = ["", *filter(None, [self.variant.second_prompt]), *(text for p in self.everything
                        for text in captions_of(p.clip, self.config.data.tag_orders))]
         return [*texts, *(words for text in dict.fromkeys(texts) if (words := self.class_caption(text)) is not None)]
 

@@ -107,7 +107,8 @@ def load_pipeline(recipe: Recipe, loras: LoraFiles, captions: Sequence[str] = ()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     texts = encode.Texts(lambda: recipe.load_text(device))
     if captions:
-        texts.prepare([*captions, recipe.config.sampler.negative_prompt])
+        own = recipe.variant.second_prompt
+        texts.prepare([*captions, recipe.config.sampler.negative_prompt, *([own] if own else [])])
     encoders = recipe.load_encoders(device)
     transformers: list[torch.nn.Module] = []
     in_turn = False
