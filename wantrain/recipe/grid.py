@@ -104,6 +104,8 @@ def make(recipe: Recipe, shots: Sequence[Shot], folder: Path, meeting: Rendezvou
     missing = [shot for shot in shots if not records.is_there(recipe, shot, folder)]
     meeting.flags(0)  # all have looked before any video appears
     mine = missing[process::number]
+    if number > 1:
+        print(f"process {process} makes {len(mine)} of {len(missing)} videos")
     studio = Studio(recipe, [shot.caption for shot in mine])
     with progress(len(mine), 0, "video", "samples", process == 0) as bar:
         for shot in mine:
