@@ -129,6 +129,11 @@ class Variant:
         """Whether a sample may be given its first frame, or not."""
         return self.task == "ti2v" or self.task.startswith("control")
 
+    @property
+    def has_plain_blocks(self) -> bool:
+        """Whether nothing is added to what passes from block to block, as VACE and Animate do."""
+        return not self.architecture.vace_layers and self.architecture.animate is None
+
     def is_high(self, timestep: float) -> bool:
         """Whether the high noise expert works at this timestep; where there is one transformer, always."""
         return self.boundary is None or timestep >= self.boundary * NUM_TIMESTEPS

@@ -66,7 +66,7 @@ def settings_of(config: Config, variant: Variant) -> sampling.Settings:
         variant.guidance,
         shift=profile.shift_of(variant) if own.shift is None else own.shift,
         bucket=bucket, negative_prompt=own.negative_prompt, strength=own.strength,
-        profile=own.profile.name, solver=own.solver and own.solver.name,
+        profile=own.profile.name, solver=own.solver and own.solver.name, first_block_cache=own.first_block_cache,
     )
 
 
