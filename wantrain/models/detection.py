@@ -6,7 +6,7 @@ Sources: docs/facts.md, "Detection"; the order of questions is ComfyUI's.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -67,6 +67,19 @@ class Detection:
         if stated is None and not self.certain:
             raise UserError(self.message, f"set model.variant to {' or '.join(self.candidates)}")
         return VARIANTS[stated or self.candidates[0]]
+
+
+PART_MARKS = {
+    "VAE": ("encoder.conv1.weight", "encoder.conv_in.weight"),
+    "umT5 text encoder": ("token_embedding.weight", "shared.weight"),
+    "CLIP image encoder": ("visual.cls_embedding", "embeddings.class_embedding",
+                           "vision_model.embeddings.class_embedding"),
+}
+
+
+def part_held(names: Collection[str]) -> str | None:
+    """Which part of a checkpoint tensors of these names are, in words; None for a transformer and all else."""
+    return next((part for part, marks in PART_MARKS.items() if any(mark in names for mark in marks)), None)
 
 
 def detect(shapes: Shapes, file_name: str | None, config: Mapping[str, Any] | None = None) -> Detection:
