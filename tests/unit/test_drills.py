@@ -383,7 +383,10 @@ def test_the_recipes_for_real_wan_take_the_samplers_numbers_from_the_variants_ta
         if name.startswith("demo_"):
             continue
         assert "# Cost by `wantrain plan`, largest clips: rtx4090 " in text, name
-        assert "docs/recipes.md" in " ".join(head), name
+        known = " ".join(line.removeprefix("# ") for line in head).partition("Known (docs/recipes.md): ")[2]
+        assert known.startswith("measured on Wan nothing, no GPU has run it; "), name
+        assert "by public results on other models " in known.partition("Not known: ")[0], name
+        assert "learning rate, steps" in known.partition("Not known: ")[2], name
         assert (own.num_steps, own.guidance, own.shift, own.num_frames, own.resolution) == (None,) * 5, name
         assert "celanime" not in text
         assert "blueprnt" not in text
