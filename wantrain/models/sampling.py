@@ -131,7 +131,7 @@ def begin(pipeline: Pipeline, prompt: str, seed: int, settings: Settings, inputs
     if first is not None:
         clean[:, :1] = pipeline.encoders.latents(first)
     encoded = conditioning.encode(variant, pipeline.encoders, inputs.frames, bucket)
-    condition, clean, known_T = conditioning.arrange(variant, encoded, clean, first is not None)
+    condition, clean, known_T = conditioning.arrange(variant, encoded, clean, first is not None, pipeline.text)
     drawn_on = device if PROFILES[settings.profile].draws_on_device else torch.device("cpu")
     noise = torch.randn(1, *clean.shape, device=drawn_on, generator=torch.Generator(drawn_on).manual_seed(seed))
     return noise.to(device), DenoisingInputs(
