@@ -131,8 +131,11 @@ class Variant:
 
     @property
     def has_plain_blocks(self) -> bool:
-        """Whether nothing is added to what passes from block to block, as VACE and Animate do."""
-        return not self.architecture.vace_layers and self.architecture.animate is None
+        """Whether the blocks are diffusers' own, with nothing added to what passes from one to the next: VACE's and
+        Animate's are not.
+        """
+        return self.transformer_class not in ("WanVACETransformer3DModel", "WanAnimateTransformer3DModel",
+                                              "WanDrivenTransformer3DModel")
 
     def is_high(self, timestep: float) -> bool:
         """Whether the high noise expert works at this timestep; where there is one transformer, always."""
