@@ -1,6 +1,6 @@
 """What training over a base in fewer bits costs in what is learnt: held-out losses beside those over the whole base.
 
-    python -m benchmarks.base_losses --out runs/base_losses [--steps 60] [--seeds 3] [--twin-steps 40]
+    python -m benchmarks.base_losses --out runs/base_losses [--steps 60] [--seeds 3] [--twin-steps 20]
 
 Two models. The demo on the embedded base: each form trains with the same clips, order, sigmas and noise, and its last
 held-out loss is compared with that of the whole base, seed by seed. A twin of Wan 1.3B's width, two blocks of random
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--twin-steps", type=int, default=40)
+    parser.add_argument("--twin-steps", type=int, default=20)
     given = parser.parse_args()
     told("demo", lambda form, seed: demo_loss(given.out, form, seed, given.steps), given.seeds)
     told("twin", lambda form, seed: twin_loss(form, given.twin_steps, seed), 1)

@@ -5,9 +5,7 @@ Source: VideoX-Fun; docs/facts.md, "Variants". tests/parity/test_fun.py holds bo
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import diffusers
@@ -16,6 +14,7 @@ from diffusers import WanTransformer3DModel
 from torch.nn import functional
 
 from wantrain.models.camera import rays
+from wantrain.models.driven import WanDrivenTransformer3DModel, edited
 from wantrain.models.variants import Variant
 
 
@@ -93,22 +92,13 @@ class CameraBlock(torch.nn.Module):
         return found
 
 
-@contextlib.contextmanager
-def edited(module: torch.nn.Module, edit: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """In the block, what the module answers is edited."""
-    handle = module.register_forward_hook(lambda _, __, output: edit(output))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-OWN = {own.__name__: own for own in (WanFunControlTransformer3DModel, WanFunCameraTransformer3DModel)}
+OWN = {own.__name__: own for own in (WanFunControlTransformer3DModel, WanFunCameraTransformer3DModel,
+                                    WanDrivenTransformer3DModel)}
 for _own in OWN.values():  # diffusers reads the names of a config's keys from the signature
     functools.update_wrapper(_own.__init__, WanTransformer3DModel.__init__)
 
 
 def class_of(variant: Variant) -> Any:
-    """The class of the variant's transformer: diffusers', or one of those above."""
+    """The class of the variant's transformer: diffusers', or one of OWN."""
     name = variant.transformer_class
     return OWN[name] if name in OWN else getattr(diffusers, name)

@@ -19,7 +19,7 @@ TOKENS_OF_AN_IMAGE = 257
 """Of the published CLIP tower: 224 px in patches of 14, and one for all."""
 
 _CONDITION = {"i2v": (1, 4), "flf2v": (1, 4), "control": (1, 0), "control_reference": (1, 0), "control_inpaint": (2, 4),
-              "camera_inpaint": (1, 4), "vace": (2, 64), "animate": (2, 4)}
+              "camera_inpaint": (1, 4), "vace": (2, 64), "animate": (2, 4), "animate2": (2, 4)}
 """What the cache keeps of a window for its task (wantrain.models.conditioning.encode): how many times the channels of
 its latents, and how many more.
 """
@@ -45,7 +45,7 @@ def condition_bytes(variant: Variant, bucket: Bucket, has_reference: bool = Fals
     shape_THW, a = variant.latent_THW(bucket), variant.architecture
     videos, masks = _CONDITION.get(variant.task, (0, 0))
     size, channels = math.prod(shape_THW), videos * a.out_channels + masks
-    images = image_tokens(variant) * (a.image_dim or 0)
+    images = image_tokens(variant) * (a.image_dim or 0) * (2 if a.driven else 1)
     face = 3 * bucket.num_frames * a.animate.motion_encoder_size ** 2 if a.animate else 0
     more = (channels + a.out_channels) * size // shape_THW[0] if has_reference else 0
     return 4 * (channels * size + images + more) + face
