@@ -131,11 +131,11 @@ class Variant:
 
     @property
     def has_plain_blocks(self) -> bool:
-        """Whether the blocks are diffusers' own, with nothing added to what passes from one to the next: VACE's and
-        Animate's are not.
+        """Whether nothing is added to what passes from block to block, as VACE and Animate do, or goes beside it, as
+        Animate-2 has it.
         """
-        return self.transformer_class not in ("WanVACETransformer3DModel", "WanAnimateTransformer3DModel",
-                                              "WanDrivenTransformer3DModel")
+        own = self.architecture
+        return not (own.vace_layers or own.animate or own.driven)
 
     def is_high(self, timestep: float) -> bool:
         """Whether the high noise expert works at this timestep; where there is one transformer, always."""
