@@ -248,7 +248,7 @@ def _run(verb: str, rest: list[str]) -> int:
     if verb in READERS:
         schema.refuse_absent_clips(config)
     if verb in (*SHARED_VERBS, "check"):
-        _refuse_other_loras(config, verb)
+        _refuse_missing(config, verb)
     if verb in ("run", "check", "sample") and any("sampler.prompts" in word for word in overrides):
         schema.tell_untriggered(config)
     if num_gpus > 1:
@@ -264,14 +264,18 @@ def _run(verb: str, rest: list[str]) -> int:
     return 0
 
 
-def _refuse_other_loras(config: Config, verb: str) -> None:
-    """Raise UserError for what the config names as a LoRA and is none, where the verb takes it."""
+def _refuse_missing(config: Config, verb: str) -> None:
+    """Raise UserError for what the config names as a LoRA and is none, and for a language model that is not there, where
+    the verb takes them.
+    """
     lora_names = importlib.import_module("wantrain.models.lora_names")
     own = [lora_names.named(word)[0] for word in config.model.merge]
     if verb in ("run", "check", "train"):
         own += filter(None, [config.lora.start_from])
     if verb in ("run", "check", "sample", "evaluate"):
         own += filter(None, [config.sampler.fast_lora, *(split_strengths(word)[0] for word in config.sampler.loras)])
+        if config.sampler.extend_prompts:
+            importlib.import_module("wantrain.models.hub").here(config.sampler.extend_prompts)
     if own:
         lora_names.refuse_other_files(own)
 

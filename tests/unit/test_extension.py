@@ -67,3 +67,10 @@ def test_a_model_that_cannot_chat_is_refused(wantrain, qwen, capsys):
     (qwen / "chat_template.jinja").unlink()
     assert wantrain("sample", f"sampler.extend_prompts={qwen}", "sampler.strengths=[0]") == 2
     assert "has no chat template" in capsys.readouterr().err
+
+
+def test_a_model_that_is_nowhere_is_told_before_anything_begins(wantrain, tmp_path, capsys):
+    for verb in ("run", "check", "sample", "evaluate"):
+        assert wantrain(verb, f"sampler.extend_prompts={tmp_path / 'gone'}") == 2
+        assert f"{tmp_path / 'gone'} does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
