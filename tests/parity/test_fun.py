@@ -7,6 +7,7 @@ float64 and with nothing of diffusers.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
@@ -25,12 +26,16 @@ T, H, W = 3, 4, 6
 """Latent frames, height and width."""
 
 
-def rotated(x: Tensor, size: tuple[int, int, int]) -> Tensor:
+Places = Sequence[tuple[int, ...]]
+"""Of tokens, in time, height and width."""
+
+
+def rotated(x: Tensor, places: Places) -> Tensor:
     """[B, L, heads, d], turned by place: pairs of numbers as complex ones."""
     d = x.shape[-1]
     parts = [d - 4 * (d // 6), 2 * (d // 6), 2 * (d // 6)]
     angles = []
-    for place in product(*map(range, size)):
+    for place in places:
         angles.append([p * 10000 ** (-2 * i / part) for p, part in zip(place, parts, strict=True)
                        for i in range(part // 2)])
     turn = torch.polar(torch.ones(len(angles), d // 2, dtype=torch.float64), torch.tensor(angles, dtype=torch.float64))
@@ -38,7 +43,7 @@ def rotated(x: Tensor, size: tuple[int, int, int]) -> Tensor:
 
 
 def attention(w: dict[str, Tensor], name: str, heads: int, x: Tensor, other: Tensor, *, image: Tensor | None = None,
-              size: tuple[int, int, int] | None = None) -> Tensor:
+              places: Places | None = None) -> Tensor:
     def linear(part: str, given: Tensor) -> Tensor:
         return functional.linear(given, w[f"{name}.{part}.weight"], w[f"{name}.{part}.bias"])
 
@@ -47,8 +52,8 @@ def attention(w: dict[str, Tensor], name: str, heads: int, x: Tensor, other: Ten
 
     def seen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (one.unflatten(-1, (heads, -1)) for one in (q, k, v))
-        if size:
-            q, k = rotated(q, size), rotated(k, size)
+        if places:
+            q, k = rotated(q, places), rotated(k, places)
         weights = torch.einsum("blhd,bmhd->bhlm", q, k).div(math.sqrt(q.shape[-1])).softmax(-1)
         return torch.einsum("bhlm,bmhd->blhd", weights, v).flatten(2)
 
@@ -102,10 +107,11 @@ def official(w: dict[str, Tensor], heads: int, x: Tensor, t: Tensor, text: Tenso
         given = functional.layer_norm(image, image.shape[-1:], w["img_emb.proj.0.weight"], w["img_emb.proj.0.bias"])
         given = linear("img_emb.proj.3", functional.gelu(linear("img_emb.proj.1", given)))
         image = functional.layer_norm(given, given.shape[-1:], w["img_emb.proj.4.weight"], w["img_emb.proj.4.bias"])
+    places = list(product(*map(range, size)))
     for n in range(sum(name.endswith("norm3.weight") for name in w)):
         m = (w[f"blocks.{n}.modulation"][:, None] + e0).unbind(2)
         own = layer(x) * (1 + m[1]) + m[0]
-        x = x + attention(w, f"blocks.{n}.self_attn", heads, own, own, size=size) * m[2]
+        x = x + attention(w, f"blocks.{n}.self_attn", heads, own, own, places=places) * m[2]
         own = functional.layer_norm(x, x.shape[-1:], w[f"blocks.{n}.norm3.weight"], w[f"blocks.{n}.norm3.bias"], 1e-6)
         x = x + attention(w, f"blocks.{n}.cross_attn", heads, own, context, image=image)
         own = functional.gelu(linear(f"blocks.{n}.ffn.0", layer(x) * (1 + m[4]) + m[3]), approximate="tanh")

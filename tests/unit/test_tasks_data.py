@@ -190,7 +190,7 @@ def inputs(world):
 def test_an_input_that_nobody_knows(refused, inputs):
     wrong, _ = refused("sample", "tiny_wan_i2v", inputs(start="image.png"))
     assert "sampler.inputs = " in wrong
-    assert "is not allowed: first, last, control, control_mask, reference, face, camera, video" in wrong
+    assert "is not allowed: first, last, control, control_mask, reference, face, camera, audio, video" in wrong
 
 
 @pytest.mark.parametrize(("name", "given", "allowed"), [

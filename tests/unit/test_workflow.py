@@ -44,6 +44,9 @@ PYTHON = {
     "WanAnimateToVideo": "positive negative vae width height length batch_size clip_vision_output? reference_image? "
                          "face_video? pose_video? continue_motion_max_frames background_video? character_mask? "
                          "continue_motion? video_frame_offset",
+    "WanSoundImageToVideo": "positive negative vae width height length batch_size audio_encoder_output? ref_image? "
+                            "control_video? ref_motion?",
+    "AudioEncoderLoader": "audio_encoder_name", "AudioEncoderEncode": "audio_encoder audio", "LoadAudio": "audio",
     "TrimVideoLatent": "samples trim_amount", "LoadImage": "image", "LoadVideo": "file", "GetVideoComponents": "video",
     "ImageToMask": "image channel", "VAEDecode": "samples vae", "CreateVideo": "images fps audio?",
     "SaveVideo": "video filename_prefix format codec",
@@ -57,7 +60,8 @@ INPUTS = {"i2v": {"first": "a/photo.png"}, "flf2v": {"first": "x.png", "last": "
           "control_inpaint": {"control": "pose.mp4", "reference": "r.png"}, "camera": {"first": "p.png"},
           "camera_inpaint": {"first": "p.png"},
           "vace": {"control": "c.mp4", "control_mask": "m.mp4", "reference": "r.png"},
-          "animate": {"control": "c.mp4", "face": "f.mp4", "reference": "r.png"}}
+          "animate": {"control": "c.mp4", "face": "f.mp4", "reference": "r.png"},
+          "s2v": {"audio": "a/voice.mp3", "reference": "r.png"}}
 
 
 def config(*words: str) -> Config:

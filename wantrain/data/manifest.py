@@ -23,6 +23,7 @@ from wantrain.data.tables import (
     JSON_SUFFIXES,
     MEDIA,
     SUFFIXES,
+    suffixes_of,
     Row,
     captions_of,
     columns_of,
@@ -299,7 +300,7 @@ def _media(value: Any, source: ClipSource) -> Media | None:
 
 def _kept(data: bytes, suffix: str, folder: Path) -> Path:
     """Bytes from a row as a file, named by its content."""
-    if suffix.lower() not in SUFFIXES:
+    if suffix.lower() not in SUFFIXES | suffixes_of("audio"):
         suffix = ".png" if data[:4] in (b"\x89PNG", b"RIFF") or data[:3] == b"\xff\xd8\xff" else ".mp4"
     path = folder / f"{hashlib.blake2b(data, digest_size=16).hexdigest()}{suffix.lower()}"
     if not path.exists():

@@ -108,8 +108,9 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
-_ARGUMENTS = {"pose": "pose_hidden_states", "vace": "control_hidden_states", "reference": "reference_hidden_states"}
-"""What a transformer calls the latents of a condition."""
+_ARGUMENTS = {"pose": "pose_hidden_states", "vace": "control_hidden_states", "reference": "reference_hidden_states",
+              "audio": "audio_hidden_states"}
+"""What a transformer calls the latents, and the sound's features, of a condition."""
 
 
 def predict_velocity(transformer: torch.nn.Module, noisy_BCTHW: torch.Tensor, sigma: torch.Tensor,

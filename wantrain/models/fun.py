@@ -16,6 +16,7 @@ from diffusers import WanTransformer3DModel
 from torch.nn import functional
 
 from wantrain.models.camera import rays
+from wantrain.models.speech import WanSpeechTransformer3DModel
 from wantrain.models.variants import Variant
 
 
@@ -103,12 +104,14 @@ def edited(module: torch.nn.Module, edit: Callable[[torch.Tensor], torch.Tensor]
         handle.remove()
 
 
-OWN = {own.__name__: own for own in (WanFunControlTransformer3DModel, WanFunCameraTransformer3DModel)}
-for _own in OWN.values():  # diffusers reads the names of a config's keys from the signature
+_FUN = (WanFunControlTransformer3DModel, WanFunCameraTransformer3DModel)
+for _own in _FUN:  # diffusers reads the names of a config's keys from the signature
     functools.update_wrapper(_own.__init__, WanTransformer3DModel.__init__)
+OWN = {own.__name__: own for own in (*_FUN, WanSpeechTransformer3DModel)}
+"""Our classes by name."""
 
 
 def class_of(variant: Variant) -> Any:
-    """The class of the variant's transformer: diffusers', or one of those above."""
+    """The class of the variant's transformer: diffusers', or one of OWN."""
     name = variant.transformer_class
     return OWN[name] if name in OWN else getattr(diffusers, name)

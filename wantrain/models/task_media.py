@@ -25,6 +25,7 @@ class TaskMedia:
 
 
 _POSE = ("control", "face", "reference")
+_SPEECH = ("audio", "reference", "control")
 _VACE = ("control", "control_mask", "reference")
 _CONTROL = TaskMedia((("control",),), ("control", "reference"), ("control",), ("control", "reference", "first"),
                      (WINDOW, "control", "reference"))
@@ -36,6 +37,7 @@ _TASKS: dict[Task, TaskMedia] = {
     "control": TaskMedia((("control",),), ("control",), ("control",), ("control", "first"), (WINDOW, "control")),
     "control_reference": _CONTROL, "control_inpaint": _CONTROL, "camera": _CAMERA, "camera_inpaint": _CAMERA,
     "animate": TaskMedia(tuple((name,) for name in _POSE), _POSE, _POSE, _POSE, _POSE),
+    "s2v": TaskMedia((), _SPEECH, ("audio", "reference"), _SPEECH, (WINDOW, *_SPEECH)),
     "vace": TaskMedia((("control", "reference"),), _VACE, (), _VACE, _VACE),
 }
 
