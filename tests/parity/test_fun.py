@@ -6,8 +6,6 @@ float64 and with nothing of diffusers.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
@@ -16,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from tests import tiny_models as tiny
+from tests.official import attention
 from tests.tiny_tasks import random
 from wantrain.models.camera import rays
 from wantrain.models.fun import class_of
@@ -24,44 +23,6 @@ from wantrain.models.variants import VARIANTS, diffusers_config
 Tensor = torch.Tensor
 T, H, W = 3, 4, 6
 """Latent frames, height and width."""
-
-
-Places = Sequence[tuple[int, ...]]
-"""Of tokens, in time, height and width."""
-
-
-def rotated(x: Tensor, places: Places) -> Tensor:
-    """[B, L, heads, d], turned by place: pairs of numbers as complex ones."""
-    d = x.shape[-1]
-    parts = [d - 4 * (d // 6), 2 * (d // 6), 2 * (d // 6)]
-    angles = []
-    for place in places:
-        angles.append([p * 10000 ** (-2 * i / part) for p, part in zip(place, parts, strict=True)
-                       for i in range(part // 2)])
-    turn = torch.polar(torch.ones(len(angles), d // 2, dtype=torch.float64), torch.tensor(angles, dtype=torch.float64))
-    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turn[:, None]).flatten(-2)
-
-
-def attention(w: dict[str, Tensor], name: str, heads: int, x: Tensor, other: Tensor, *, image: Tensor | None = None,
-              places: Places | None = None) -> Tensor:
-    def linear(part: str, given: Tensor) -> Tensor:
-        return functional.linear(given, w[f"{name}.{part}.weight"], w[f"{name}.{part}.bias"])
-
-    def normed(part: str, given: Tensor) -> Tensor:
-        return given * (given.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * w[f"{name}.{part}.weight"]
-
-    def seen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (one.unflatten(-1, (heads, -1)) for one in (q, k, v))
-        if places:
-            q, k = rotated(q, places), rotated(k, places)
-        weights = torch.einsum("blhd,bmhd->bhlm", q, k).div(math.sqrt(q.shape[-1])).softmax(-1)
-        return torch.einsum("bhlm,bmhd->blhd", weights, v).flatten(2)
-
-    q = normed("norm_q", linear("q", x))
-    out = seen(q, normed("norm_k", linear("k", other)), linear("v", other))
-    if image is not None:
-        out = out + seen(q, normed("norm_k_img", linear("k_img", image)), linear("v_img", image))
-    return linear("o", out)
 
 
 def official(w: dict[str, Tensor], heads: int, x: Tensor, t: Tensor, text: Tensor, *, image: Tensor | None = None,

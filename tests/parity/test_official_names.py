@@ -7,7 +7,6 @@ and "name", joined by commas (diffsynth/configs/model_configs.py, commit 6d1be40
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 
 import pytest
@@ -15,8 +14,9 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
+from tests.official import md5
 from wantrain.models import names, sizes
-from wantrain.models.detection import Shapes, detect, fitting_lora
+from wantrain.models.detection import detect, fitting_lora
 from wantrain.models.fun import OWN, class_of
 from wantrain.models.variants import VARIANTS, Variant, diffusers_config
 
@@ -55,11 +55,6 @@ OFFICIAL_COUNTS = {
     "wan22_fun_a14b_control": (1097, 14.290), "wan22_fun_a14b_camera": (1101, 14.792), "wan22_ti2v_5b": (825, 5.000),
 }
 TABLE = [variant for variant in VARIANTS.values() if variant.num_tensors is not None]
-
-
-def md5(shapes: Shapes) -> str:
-    entries = [f"{name}:{'_'.join(map(str, shape))}" for name, shape in shapes.items()]
-    return hashlib.md5(",".join(sorted([*entries, *shapes])).encode()).hexdigest()
 
 
 @functools.cache

@@ -20,8 +20,7 @@ from torch.nn import functional
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
 
 from tests import tiny_models as tiny
-from tests.parity.test_fun import attention
-from tests.parity.test_official_names import md5
+from tests.official import attention, heard, md5
 from tests.tiny_tasks import WAV2VEC2, random, tone
 from wantrain.lora import Spec
 from wantrain.models import base, names, sizes
@@ -222,22 +221,6 @@ def old_name(name: str) -> str:
 def loaded(folder: Path) -> Encoders:
     found = base.Base(VARIANT, {"audio_encoder": folder})
     return Encoders(None, None, audio=found.audio_encoder(torch.device("cpu")))  # type: ignore[arg-type]
-
-
-def heard(folder: Path, samples: np.ndarray, num_frames: int, fps: int = 16) -> Tensor:
-    """[states, D, frames], by transformers' own processor and the official choice of states, frame by frame."""
-    model = Wav2Vec2ForCTC.from_pretrained(folder).eval()
-    processor = Wav2Vec2FeatureExtractor.from_pretrained(folder)
-    given = processor(samples, sampling_rate=16_000, return_tensors="pt").input_values
-    with torch.no_grad():
-        states = torch.cat(model(given, output_hidden_states=True).hidden_states)
-    length = int(states.shape[1] / 50.0 * 30)
-    at_30 = functional.interpolate(states.mT, size=length, align_corners=True, mode="linear")
-    chosen = []
-    for frame in range(num_frames):
-        place = int(np.round(frame / fps * 30))
-        chosen.append(at_30[..., place] if place < length else torch.zeros_like(at_30[..., 0]))
-    return torch.stack(chosen, -1)
 
 
 @pytest.mark.parametrize("old", [False, True])

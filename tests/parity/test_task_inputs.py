@@ -22,7 +22,7 @@ from diffusers import AutoencoderKLWan
 from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
 
 from tests.conftest import moving_square
-from tests.parity.test_speech import heard
+from tests.official import heard
 from tests.tiny_tasks import write_checkpoint, write_sound
 from wantrain import config as schema
 from wantrain import flow, pictures

@@ -114,7 +114,8 @@ def test_every_task_has_a_graph_that_comfyui_takes(name: str, given: bool) -> No
     assert "SaveVideo" in {type_ for type_, _ in sent.values()}
     assert only(sent, "CreateVideo")["fps"] == variant.fps
     if variant.task in INPUTS and given:
-        names = {inputs.get("image", inputs.get("file")) for type_, inputs in sent.values() if type_.startswith("Load")}
+        names = {inputs.get(key) for type_, inputs in sent.values() if type_.startswith("Load")
+                 for key in ("image", "file", "audio")}
         assert {path.rpartition("/")[2] for path in INPUTS[variant.task].values()} <= names
 
 

@@ -23,7 +23,6 @@ from wantrain.data.tables import (
     JSON_SUFFIXES,
     MEDIA,
     SUFFIXES,
-    suffixes_of,
     Row,
     captions_of,
     columns_of,
@@ -32,6 +31,7 @@ from wantrain.data.tables import (
     proposed,
     rows_of,
     spelled,
+    suffixes_of,
 )
 from wantrain.files import atomic_path
 from wantrain.outside import remote_errors
