@@ -26,6 +26,11 @@ from wantrain.models.variants import VARIANTS, diffusers_config
 CPU = torch.device("cpu")
 
 
+def forms() -> tuple[str, ...]:
+    """Those in fewer bits that this environment has."""
+    return ("int8", "fp8", *(() if four_bits.fault("nf4") else ("nf4",)))
+
+
 def transformer_of(form: str) -> torch.nn.Module:
     variant = VARIANTS["wan21_t2v_1b3"]
     config = diffusers_config(replace(variant, architecture=replace(variant.architecture, num_layers=2)))
@@ -51,8 +56,7 @@ def main() -> None:
     side = round((given.tokens / 5) ** 0.5) * 2
     inputs = {"hidden_states": torch.randn(1, 16, 5, side, side), "timestep": torch.tensor([500.0]),
               "encoder_hidden_states": torch.randn(1, 512, 4096), "return_dict": False}
-    forms = ("int8", "fp8", *(() if four_bits.fault("nf4") else ("nf4",)))
-    models = {"dtype": transformer_of(""), **{form: transformer_of(form) for form in forms}}
+    models = {"dtype": transformer_of(""), **{form: transformer_of(form) for form in forms()}}
     times: dict[str, list[float]] = {name: [] for name in models}
     for number in range(given.rounds + 1):
         for name, model in models.items():

@@ -5,7 +5,8 @@
 Two blocks of Wan 1.3B's width, random weights, LoRA on attention and feed-forward, float32 (this CPU's bfloat16
 products say nothing). The floor is the same matrix products, those of LoRA too, and the same attention, forward and for
 the gradients, and nothing else. All take turns in each round; ratios of CPU seconds to the floor's, the median over
-rounds. Kept: bytes alive after the forward pass that were not before, in tensors of tokens x width, a block.
+rounds. Kept: bytes alive after the forward pass that were not before, in tensors of tokens x width, a block. Then what
+a pass takes in sampling, without gradients, against diffusers' blocks without a LoRA.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -39,7 +40,8 @@ def transformer_of(rank: int) -> torch.nn.Module:
     made = WanTransformer3DModel.from_config(diffusers_config(replace(VARIANT, architecture=ARCHITECTURE)))
     made.requires_grad_(False)
     shorten_text(made)
-    lora.inject(made, ["attn_ffn"], Spec(rank, float(rank)), 0)
+    if rank:
+        lora.inject(made, ["attn_ffn"], Spec(rank, float(rank)), 0)
     return made
 
 
@@ -125,29 +127,45 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
     side = round((given.tokens / NUM_FRAMES) ** 0.5)
+    tokens = NUM_FRAMES * side * side
     contestants = {"diffusers + PEFT": Blocks(transformer_of(given.rank), side, given.text),
                    "diffusers + PEFT, checkpointed": Blocks(transformer_of(given.rank), side, given.text,
                                                             checkpointed=True)}
     for keep in KEEPS:
-        model = transformer_of(given.rank)
-        train_blocks(model, BlockMemory(keep), CPU)
-        contestants[f"wantrain, memory.keep={keep}"] = Blocks(model, side, given.text)
-    floor = Floor(ARCHITECTURE, NUM_FRAMES * side * side, given.text, given.rank)
-    work: dict[str, Callable[[], None]] = {"floor": floor.step, **{n: own.step for n, own in contestants.items()}}
-    times: dict[str, list[float]] = {name: [] for name in work}
-    for number in range(given.rounds + 1):
-        for name, call in work.items():
-            seconds = cpu_seconds(call)
-            if number:
-                times[name].append(seconds)
-    print(f"{NUM_FRAMES * side * side} tokens, text {given.text}, rank {given.rank}, {given.rounds} rounds")
-    for name, taken in times.items():
-        ratio = statistics.median(own / least for own, least in zip(taken, times["floor"], strict=True))
+        contestants[f"wantrain, memory.keep={keep}"] = Blocks(trained(transformer_of(given.rank), keep), side,
+                                                              given.text)
+    floor = Floor(ARCHITECTURE, tokens, given.text, given.rank)
+    print(f"{tokens} tokens, text {given.text}, rank {given.rank}, {given.rounds} rounds")
+    found = ratios({"floor": floor.step, **{name: own.step for name, own in contestants.items()}}, given.rounds)
+    for name, ratio in found.items():
         kept = contestants[name].kept() if name in contestants else 0.0
         print(f"{ratio:7.3f} x floor  {kept:6.2f} kept  {name}", flush=True)
+    passes = {"diffusers without a LoRA": Blocks(transformer_of(0), side, given.text),
+              "diffusers + PEFT": contestants["diffusers + PEFT"],
+              "wantrain": contestants["wantrain, memory.keep=all"]}
+    with torch.no_grad():
+        for name, ratio in ratios({name: own.forward for name, own in passes.items()}, given.rounds).items():
+            print(f"{ratio:7.3f} x bare passes, sampling: {name}", flush=True)
 
 
-def cpu_seconds(work: Callable[[], None]) -> float:
+def trained(model: torch.nn.Module, keep: str) -> torch.nn.Module:
+    """The same, with wantrain's blocks."""
+    train_blocks(model, BlockMemory(keep), CPU)
+    return model
+
+
+def ratios(work: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """CPU seconds of each against the first's, the median over rounds after one that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(rounds + 1):
+        for name, call in work.items():
+            times[name].append(cpu_seconds(call))
+    first = next(iter(times.values()))
+    return {name: statistics.median(own / least for own, least in zip(taken[1:], first[1:], strict=True))
+            for name, taken in times.items()}
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
     began = time.process_time()
     work()
     return time.process_time() - began

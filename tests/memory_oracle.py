@@ -30,7 +30,7 @@ from wantrain.models.variants import Variant, diffusers_config
 from wantrain.terms import TEXT_LEN, Bucket
 
 CPU = torch.device("cpu")
-PART = 2 ** 21
+PART = 2 ** 19
 """Parts of a GELU on the CPU, larger than it takes itself: a fake operation costs as much, however small it is."""
 
 

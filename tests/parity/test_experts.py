@@ -201,6 +201,7 @@ def test_one_expert_at_a_time_and_going_on(wantrain, own, tmp_path):
         assert merged[part == "low"].merged == [(pair[part], 1.0)] != [(pair[merge], 1.0)]
 
 
+@pytest.mark.slow
 def test_sampling_and_the_report_of_both(wantrain, own, tmp_path):
     own = [*own, "validation.every_steps=2", "validation.sigmas=[0.5,0.95]"]
     for verb in ("train", "export", "sample", "evaluate"):

@@ -284,8 +284,9 @@ def test_sample_writes_playable_videos_whose_strength_0_is_the_base(trained, wan
     assert near < 3 < far, "two loads of one base differ by 1e-7, which x264 may enlarge; a LoRA differs by far more"
 
 
-@pytest.mark.parametrize(("kind", "form"), [("rslora", "universal"), ("dora", "diffusers"), ("loha", "comfy_updown"),
-                                            ("lokr", "comfy_updown")])
+@pytest.mark.parametrize(("kind", "form"), [
+    ("dora", "diffusers"), ("lokr", "comfy_updown"),
+    *(pytest.param(*given, marks=pytest.mark.slow) for given in (("rslora", "universal"), ("loha", "comfy_updown")))])
 def test_every_kind_trains_exports_and_comes_back(wantrain, tmp_path, capsys, kind, form):
     """The file in the sampler's pipeline computes what the checkpoint's adapter does; universal is refused."""
     own = [f"lora.kind={kind}", "lora.rank_pattern={attn: 2}", "optim.lr=0.05", "train.num_steps=2"]

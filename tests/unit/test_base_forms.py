@@ -140,6 +140,7 @@ def test_nf4_without_bitsandbytes_says_how_to_get_it(wantrain, monkeypatch: pyte
         assert "pip install 'wantrain[nf4]'" in told
 
 
+@pytest.mark.slow
 def test_auto_takes_the_files_own_bytes_as_they_are_and_a_run_keeps_its_form(wantrain, weights, tmp_path, capsys
                                                                              ) -> None:
     """On a CPU fp8 multiplies by what it stands for: so the run is that over the same file read whole, to the bit."""

@@ -251,6 +251,7 @@ def test_the_average_does_not_feed_back(learner):
                      checkpoint.values(without.train(range(3)).tensors()))
 
 
+@pytest.mark.slow
 def test_train_export_and_sample_with_the_average(wantrain, tmp_path, capsys):
     """Through the verbs: both files are written and proven, and either can be sampled with."""
     run = tmp_path / "run"
@@ -282,6 +283,7 @@ def test_train_export_and_sample_with_the_average(wantrain, tmp_path, capsys):
     assert all(math.isfinite(json.loads(line)["loss"]) for line in (run / "metrics.jsonl").read_text().splitlines())
 
 
+@pytest.mark.slow
 def test_validation_under_schedule_free_is_at_its_average_and_moves_nothing(wantrain, arguments, tmp_path):
     pytest.importorskip("schedulefree")
     kept = []

@@ -57,6 +57,7 @@ def see(detector, reds):
         detector.see(detector.picture(frame, frame))
 
 
+@pytest.mark.slow
 def test_a_dissolve_that_ratios_miss_is_seen_and_left_out(film, tmp_path, capsys):
     times_s = decode.probe(film).times_s
     assert shots.find_shots(film, times_s, RULES)[0] == [(cut, cut) for cut in CUTS]  # or this shows nothing

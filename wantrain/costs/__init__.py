@@ -6,6 +6,7 @@
 from wantrain.costs.adapter import Adapter as Adapter
 from wantrain.costs.block import KEEPS as KEEPS
 from wantrain.costs.choice import HOST_BYTES as HOST_BYTES
+from wantrain.costs.choice import Candidate as Candidate
 from wantrain.costs.choice import Choice as Choice
 from wantrain.costs.choice import Fixed as Fixed
 from wantrain.costs.choice import choose as choose

@@ -54,7 +54,7 @@ KEEPS = tuple(KEPT)
 
 BACKWARD = {2: Tensors(4, 2), 4: Tensors(2, 2)}
 """The most that a block takes while it goes backward, besides what it keeps and computes again, by bytes of a number:
-gradients are summed in float32."""
+gradients are summed in float32. It is when the feed-forward's inner values are raised again."""
 
 CASTING = {2: 6, 4: 4}
 """Bytes that a weight of fp8 takes while it is cast, by bytes of a number: in float32, and as it will be."""
@@ -86,17 +86,16 @@ def working_bytes(own: Sizes, keep: str, form: str) -> float:
 
     A product in int8 takes its weight turned round, and its sums and answer a slice of tokens at a time. Weights of
     other forms are cast for each product (fp8 on any card, as this does not know which can do without), and both
-    moments count: while the largest is cast, by way of a float32 tensor, and after it, with a tensor of the
-    feed-forward's width more.
+    moments count: while the largest is cast, by way of a float32 tensor, and after it, with the product's answer.
     """
     if not own.is_lora:
         return own.nbytes(OTHER_WORKING[keep])
-    most = own.nbytes(BACKWARD[own.itemsize])
+    weight, inner, most = own.dim * own.ffn_dim, own.nbytes(Tensors(0, 1)), own.nbytes(BACKWARD[own.itemsize])
     if form == "int8":
-        most += own.dim * own.ffn_dim + INT8_SLICE_BYTES * own.ffn_dim * min(SLICE, own.tokens)
+        most = max(most, most - inner + weight + INT8_SLICE_BYTES * own.ffn_dim * min(SLICE, own.tokens))
     elif form != "dtype":
-        weight, casting = own.dim * own.ffn_dim, CASTING[own.itemsize] if form == "fp8" else 0
-        most = max(most + own.itemsize * weight, most - own.nbytes(Tensors(0, 1)) + casting * weight)
+        casting = CASTING[own.itemsize] if form == "fp8" else 0
+        most = max(most, most - inner + own.itemsize * weight, most - 2 * inner + casting * weight)
     return most + own.nbytes(KEPT["all"] - KEPT[keep])
 
 

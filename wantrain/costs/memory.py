@@ -31,8 +31,9 @@ FORM_BYTES = {"int8": (1.0, 0), "fp8": (1.0, 0), "nf4": (0.5, 64)}
 """Where memory.base stores the blocks' Linears otherwise: bytes of a weight, and how many weights of a row have a scale
 of four bytes in common (0: all)."""
 
-BASES = ("dtype", "int8", "fp8")
-"""Forms of the base that a plan may choose for speed; nf4, whose error is the largest, it takes where it is named."""
+BASES = ("dtype", "int8")
+"""Forms of the base that a plan may choose for speed. fp8, as large as int8 and less exact, and nf4, whose error is the
+largest, it takes where they are named."""
 
 BY_ERROR = ("dtype", "int8", "nf4")
 """The forms of each size, the most exact first."""

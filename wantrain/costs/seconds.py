@@ -15,7 +15,8 @@ from wantrain.models import inventory
 
 CAST_BYTES = 19
 """Bytes that making a weight of a byte ready for one product moves: a read, two float32 tensors, the result. Products
-in int8 need none of that; that they are faster is left out, as what rounding and scaling move may take as much.
+in int8, and in fp8 on cards that have it, need none of that; that they are faster is left out, as what rounding and
+scaling move may take as much.
 """
 
 
@@ -82,7 +83,7 @@ def _passes(job: Job, base: str, keep: str, card: Card) -> tuple[float, float]:
     family, peak, bandwidth = card.family, card.bf16_tflops * 1e12, card.memory_gbs * 1e9 * MEMORY_SHARE
     ahead, back, own = forward(job), backward(job, keep), job.block
     moved = own.nbytes(MOVED[keep])
-    is_cast = base not in ("dtype", "int8")
+    is_cast = base not in ("dtype", "int8") and not (base == "fp8" and card.fp8_tflops)
     cast = CAST_BYTES * own.dim * (8 * own.dim + 2 * own.ffn_dim) / bandwidth if is_cast else 0.0
 
     def arithmetic(work: Work) -> float:

@@ -184,6 +184,8 @@ class BlockPass:
         result = self.does.gated(self.x2, out, self.modulation(5))
         if keep != "all":
             self.x1 = self.x2 = self.inner = cast("torch.Tensor", None)
+        for group in self.group.values():
+            group.low = None
         if has_backward and self.policy.offload is not None:
             self.parcel = self.policy.offload.send(self.take())
         return result
@@ -241,17 +243,20 @@ class BlockPass:
         group = self.group["ffn_out"]
         asks_norm = asks_x2 or asks_temb
         asks_inner = asks_norm or self.group["ffn_in"].is_adapted
-        raised, slope = self.does.gelu_and_slope(self.inner)
+        gradients = [(total * self.modulation(5)).to(self.dtype)]
+        low_gradient = group.low_gradient(gradients)
+        given = group.input_gradient(gradients, low_gradient) if asks_inner else None
+        if given is None:
+            raised = functional.gelu(self.inner, approximate="tanh")
+        else:
+            raised, given = self.does.gelu_backward(self.inner, given)
         self.inner = cast("torch.Tensor", None)
         if asks_temb:
             self.modulations[5] = self.summed(total * group.forward(raised)[0])
-        given, self.weights["ffn_out"] = group.backward([(total * self.modulation(5)).to(self.dtype)], raised,
-                                                        asks_inner)
-        del raised
+        self.weights["ffn_out"] = group.weight_gradients(gradients, low_gradient, raised)
+        del raised, gradients, low_gradient
         if given is None:
             return total
-        given = given.mul_(slope)
-        del slope
         out, mean, rstd = self.norm3()
         given, self.weights["ffn_in"] = self.group["ffn_in"].backward([given], out, asks_norm)
         if given is None:

@@ -96,21 +96,25 @@ _PART = 2 ** 16
 """Numbers that go through all operations of a GELU before the next ones do: on a CPU they stay in its cache."""
 
 
-def gelu_and_slope(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """GELU (tanh) and its derivative from one sigmoid. The derivative takes x's memory, which is lost."""
+def gelu_backward(x: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """GELU (tanh) of x again, and the gradient for x, from one sigmoid. It takes the memory of `gradient`, that for the
+    GELU's answer, which is lost.
+    """
     if x.device.type != "cpu":
         raised = functional.gelu(x, approximate="tanh")
-        return raised, torch.ops.aten.gelu_backward(raised.new_ones(()).expand_as(x), x, approximate="tanh")
-    raised = torch.empty_like(x)
-    one, zero = torch.ones(()), torch.zeros(())
-    for part, out in zip(torch.split(x.view(-1), _PART), torch.split(raised.view(-1), _PART), strict=True):
-        wide = part.float()
-        sigmoid = torch.addcmul(zero, wide, torch.addcmul(one, wide, wide, value=CUBIC), value=TANH_SCALE).sigmoid_()
-        own = torch.mul(wide, sigmoid)
-        inner_slope = torch.addcmul(one, wide, wide, value=3 * CUBIC)
+        return raised, torch.ops.aten.gelu_backward(gradient, x, approximate="tanh")
+    raised, one, zero = torch.empty_like(x), torch.ones(()), torch.zeros(())
+    sigmoids, slopes = torch.empty(2, min(_PART, x.numel()))  # one memory for all parts
+    for part, out, given in zip(*(torch.split(t.view(-1), _PART) for t in (x, raised, gradient)), strict=True):
+        wide, sigmoid, slope = part.float(), sigmoids[:len(part)], slopes[:len(part)]
+        torch.addcmul(one, wide, wide, value=CUBIC, out=sigmoid)
+        torch.addcmul(zero, wide, sigmoid, value=TANH_SCALE, out=sigmoid).sigmoid_()
+        torch.addcmul(one, wide, wide, value=3 * CUBIC, out=slope)
+        own = torch.mul(wide, sigmoid, out=out if out.dtype == wide.dtype else wide)
+        torch.addcmul(zero, own, slope, value=TANH_SCALE, out=slope)
+        given.mul_(torch.lerp(slope, one, sigmoid, out=slope))
         out.copy_(own)
-        part.copy_(torch.lerp(torch.addcmul(zero, own, inner_slope, value=TANH_SCALE), one, sigmoid))
-    return raised, x
+    return raised, gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,10 +127,10 @@ class Operations:
     in_heads: Callable[..., torch.Tensor]
     in_heads_backward: Callable[..., torch.Tensor]
     gated: Callable[..., torch.Tensor]
-    gelu_and_slope: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    gelu_backward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
-EAGER = Operations(normed, normed_backward, rms_scale, in_heads, in_heads_backward, gated, gelu_and_slope)
+EAGER = Operations(normed, normed_backward, rms_scale, in_heads, in_heads_backward, gated, gelu_backward)
 
 
 class _Entry(torch.autograd.Function):

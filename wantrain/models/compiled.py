@@ -61,7 +61,7 @@ def compiled() -> Operations:
         compile_(eager.normed), compile_(eager.normed_backward), compile_(eager.rms_scale),
         lambda x, scale, weight, turns, num: heads(x, scale, weight, _real(turns), num),
         lambda gradient, x, scale, weight, turns: heads_backward(gradient, x, scale, weight, _real(turns)),
-        compile_(eager.gated), compile_(_gelu_and_slope))
+        compile_(eager.gated), compile_(_gelu_backward))
 
 
 def _real(turns: torch.Tensor | None) -> torch.Tensor | None:
@@ -89,10 +89,10 @@ def _in_heads_backward(gradient: torch.Tensor, x: torch.Tensor, scale: torch.Ten
     return (back - wide * along).to(x.dtype)
 
 
-def _gelu_and_slope(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _gelu_backward(x: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     wide = x.float()
     squares = CUBIC * wide * wide
     sigmoid = torch.sigmoid(TANH_SCALE * wide * (1 + squares))
     raised = wide * sigmoid
-    x.copy_(sigmoid + raised * (1 - sigmoid) * TANH_SCALE * (1 + 3 * squares))
-    return raised.to(x.dtype), x
+    slope = sigmoid + raised * (1 - sigmoid) * TANH_SCALE * (1 + 3 * squares)
+    return raised.to(x.dtype), gradient.mul_(slope)

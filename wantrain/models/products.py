@@ -36,12 +36,15 @@ def product_of(layer: torch.nn.Module) -> Product | None:
 
 
 class Products:
-    """Linears with one input in common, and one product for the down halves of all their LoRAs."""
+    """Linears with one input in common, and one product for the down halves of all their LoRAs, `low`, which a backward
+    pass that follows takes.
+    """
 
     def __init__(self, products: Sequence[Product], dtype: torch.dtype) -> None:
         self.products, self.dtype = products, dtype
         self.linears = [p.linear for p in products]
         self.is_adapted = any(p.rank for p in products)
+        self.low: torch.Tensor | None = None
 
     def downs(self) -> torch.Tensor:
         """The down halves, one under the other, [sum of ranks, in]."""
@@ -60,10 +63,9 @@ class Products:
         """[..., in] -> [..., out] of each."""
         outputs = quantised.products(given, self.linears, self.dtype)
         if self.is_adapted:
-            low = functional.linear(given, self.downs()).flatten(0, -2)
+            self.low = functional.linear(given, self.downs()).flatten(0, -2)
             for number, p, rows in self.halves():
-                assert p.up is not None, "a down half has its up half"
-                outputs[number].flatten(0, -2).addmm_(low[:, rows], p.up.to(self.dtype).T, alpha=p.scale)
+                outputs[number].flatten(0, -2).addmm_(self.low[:, rows], up_of(p, self.dtype).T, alpha=p.scale)
         return outputs
 
     def backward(self, gradients: Sequence[torch.Tensor], given: torch.Tensor | None, asks_input: bool
@@ -72,21 +74,42 @@ class Products:
 
         `given` is the input, which only a LoRA needs.
         """
-        flat = [gradient.flatten(0, -2) for gradient in gradients]
-        weights: list[torch.Tensor | None] = [None] * (2 * len(flat))
-        total = quantised.input_gradient(flat, self.linears, self.dtype) if asks_input else None
-        if self.is_adapted:
-            assert given is not None, "a LoRA's gradient takes its input"
-            downs, inputs = self.downs(), given.flatten(0, -2)
-            low = functional.linear(inputs, downs)
-            low_gradient = torch.empty_like(low)
-            for number, p, rows in self.halves():
-                assert p.up is not None, "a down half has its up half"
-                low_gradient[:, rows] = (flat[number] @ p.up.to(self.dtype)).mul_(p.scale)
-                weights[2 * number + 1] = (flat[number].T @ low[:, rows]).mul_(p.scale).to(p.up.dtype)
-            of_downs = low_gradient.T @ inputs
-            for number, p, rows in self.halves():
-                weights[2 * number] = of_downs[rows].to(cast("torch.Tensor", p.down).dtype)
-            if total is not None:
-                total.addmm_(low_gradient, downs)
-        return (None if total is None else total.view(*gradients[0].shape[:-1], -1)), weights
+        low_gradient = self.low_gradient(gradients)
+        total = self.input_gradient(gradients, low_gradient) if asks_input else None
+        return total, self.weight_gradients(gradients, low_gradient, given)
+
+    def low_gradient(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """The gradient for what the down halves answered, [all tokens, sum of ranks]."""
+        found = [(gradients[number].flatten(0, -2) @ up_of(p, self.dtype)).mul_(p.scale)
+                 for number, p, _ in self.halves()]
+        return found[0] if len(found) == 1 else torch.cat(found, 1) if found else None
+
+    def input_gradient(self, gradients: Sequence[torch.Tensor], low_gradient: torch.Tensor | None) -> torch.Tensor:
+        """The gradient for the input, [..., in]."""
+        total = quantised.input_gradient(gradients, self.linears, self.dtype)
+        if low_gradient is not None:
+            total.flatten(0, -2).addmm_(low_gradient, self.downs())
+        return total
+
+    def weight_gradients(self, gradients: Sequence[torch.Tensor], low_gradient: torch.Tensor | None,
+                         given: torch.Tensor | None) -> list[torch.Tensor | None]:
+        """The gradients for down and up of each product."""
+        weights: list[torch.Tensor | None] = [None] * (2 * len(self.products))
+        if low_gradient is None:
+            return weights
+        assert given is not None, "a LoRA's gradient takes its input"
+        inputs = given.flatten(0, -2)
+        low = functional.linear(inputs, self.downs()) if self.low is None else self.low
+        of_downs = low_gradient.T @ inputs
+        for number, p, rows in self.halves():
+            up, flat = cast("torch.Tensor", p.up), gradients[number].flatten(0, -2)
+            weights[2 * number + 1] = (flat.T @ low[:, rows]).mul_(p.scale).to(up.dtype)
+            weights[2 * number] = of_downs[rows].to(cast("torch.Tensor", p.down).dtype)
+        self.low = None
+        return weights
+
+
+def up_of(product: Product, dtype: torch.dtype) -> torch.Tensor:
+    """The up half of an adapted product, [out, rank]."""
+    assert product.up is not None, "a down half has its up half"
+    return product.up.to(dtype)

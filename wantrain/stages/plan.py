@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from wantrain import costs
 from wantrain.config import Config, Dtype, VaeDtype, expert_config, experts_of
 from wantrain.costs import GIB, Card, Choice, Job, MemoryPolicy
+from wantrain.recipe import costing
 from wantrain.recipe.costing import Room, job_of, largest_bucket, policy_of
 from wantrain.terms import UserError
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from wantrain.models.calibration import Rates
 
 BAR_WIDTH = 40
+OWN, BEST = "as the recipe says", "fastest that fits"
 HERE = "here"
 """What --gpu is for this machine's own card."""
 
@@ -97,11 +99,13 @@ def plan_for(config: Config, trainings: Sequence[Training], card: Card, given: a
     job = largest.job
     choice = costs.choose(job, card, budget, host)
     smaller = None if choice.best else costs.relieved(job, card, budget, host)
-    policies = {"as the recipe says": own[largest.name], **named(choice)}
+    policies = named(own[largest.name], choice, job, card)
     return {
         "variant": job.variant.name, "card": asdict(card), "gpus": given.gpus, "bucket": str(job.batch.bucket),
         "tokens": job.tokens, "rows": job.batch.rows, "trainable": job.numbers, "fits": choice.best is not None,
-        "settings": {name: setting(policy, trainings, job, card, given) for name, policy in policies.items()},
+        "settings": {name: {**setting(policy, trainings, job, card, given),
+                            "overrides": [] if policy is policies[OWN] else costs.overrides(policy)}
+                     for name, policy in policies.items()},
         "relief": relief(smaller),
         "cache": costs.encoding_phases(job.variant, job.batch.bucket, job.itemsize, config.memory.encoders.name,
                                        4 if config.memory.vae is VaeDtype.float32 else 2),
@@ -120,20 +124,28 @@ def relief(found: tuple[list[str], Choice] | None) -> dict[str, Any] | None:
     return {"overrides": [*settings, *costs.overrides(best.policy)], "peak": best.nbytes}
 
 
-def named(choice: Choice) -> dict[str, MemoryPolicy]:
-    """The policies of a choice by what they are for."""
-    found = {"fastest that fits": choice.best, "next faster": choice.faster, "next smaller": choice.smaller}
-    return {name: one.policy for name, one in found.items() if one}
+def named(own: MemoryPolicy, choice: Choice, job: Job, card: Card) -> dict[str, MemoryPolicy]:
+    """The recipe's own policy, and those of a choice by what they are for. The fastest that fits is the recipe's own
+    where that is as fast: left to itself a training may let blocks keep differently, which no key says.
+    """
+    peak, seconds = costs.peak(costs.device_parts(job, own)), costs.step(job, own, card, 1).seconds
+    best, faster, smaller = choice.best, choice.faster, choice.smaller
+    if best and peak <= card.memory_gib * GIB and seconds <= best.seconds:
+        faster = faster if faster and faster.seconds < seconds else None
+        smaller = next((one for one in (best, smaller) if one and one.nbytes < peak), None)
+        best = costs.Candidate(own, peak, seconds)
+    found = {BEST: best, "next faster": faster, "next smaller": smaller}
+    return {OWN: own, **{name: one.policy for name, one in found.items() if one}}
 
 
 def setting(policy: MemoryPolicy, trainings: Sequence[Training], job: Job, card: Card, given: argparse.Namespace
             ) -> dict[str, Any]:
-    """What one policy takes: parts of the peak, a step, all hours, the price."""
+    """What one policy is and takes: parts of the peak, a step, all hours, the price."""
     parts = costs.device_parts(job, policy)
     hours = sum(one.hours(policy, card) for one in trainings)
     one = costs.step(job, policy, card, trainings[0].num_micro_steps)
     mapped = costs.stays_mapped(job, policy, given.ram * GIB)
-    return {"overrides": costs.overrides(policy), "parts": parts, "peak": costs.peak(parts),
+    return {"policy": costing.told(policy), "parts": parts, "peak": costs.peak(parts),
             "host": costs.host_parts(job, policy, mapped=mapped), "step": asdict(one),
             "hours": hours, "price": None if given.price is None else hours * given.price * given.gpus}
 
@@ -144,20 +156,21 @@ def setting(policy: MemoryPolicy, trainings: Sequence[Training], job: Job, card:
 def told(config: Config, plan: Mapping[str, Any], arguments: Sequence[str]) -> str:
     """The plan for one card as a page."""
     settings, card = plan["settings"], plan["card"]
-    own = settings["as the recipe says"]
-    best = settings.get("fastest that fits")
+    own, best = settings[OWN], settings.get(BEST)
     lines = [f"plan         {plan['variant']} on {plan['gpus']} x {card['name']} ({card['memory_gib']:.4g} GiB): "
              + ("arithmetic at rates measured here" if card["is_measured"] else "arithmetic, nothing was measured"),
              f"largest      {plan['bucket']}: {plan['tokens']:,} tokens of {plan['rows']} rows at once; "
-             f"{plan['trainable']:,} trainable numbers", "", *bars("as the recipe says", own, card["memory_gib"])]
-    if best and best["overrides"] != own["overrides"]:
-        lines += ["", *bars("fastest that fits", best, card["memory_gib"])]
+             f"{plan['trainable']:,} trainable numbers", "", *bars(OWN, own, card["memory_gib"])]
+    if best and best["policy"] != own["policy"]:
+        lines += ["", *bars(BEST, best, card["memory_gib"])]
     lines.append("")
-    told_of = {name: one for name, one in settings.items() if one is own or one["overrides"] != own["overrides"]}
+    told_of = {name: one for name, one in settings.items() if one is own or one["policy"] != own["policy"]}
     for name, one in told_of.items():
         fits = "fits" if one["peak"] <= card["memory_gib"] * GIB else "does not fit"
         lines.append(f"{name:20}{gib(one['peak']):>9}, {fits}; {time_of(config, one)}")
-        lines.append(f"{'':20}{shlex.join(one['overrides'])}")
+        lines.append(f"{'':20}{shlex.join(one['overrides']) or one['policy']}")
+    if best and best["policy"] == own["policy"]:
+        lines.append("nothing that fits is faster than what the recipe says")
     if not best:
         lines += ["nothing fits as it is", *relief_lines(plan)]
     step = own["step"]
@@ -191,10 +204,11 @@ def told_all(config: Config, trainings: Sequence[Training], plans: Sequence[Mapp
     lines = [f"plan         {job.variant.name}, {job.batch.bucket}: {job.tokens:,} tokens at once; arithmetic, nothing "
              "was measured", f"{'card':38}{'peak':>10}  fastest that fits"]
     for plan in plans:
-        best = plan["settings"].get("fastest that fits")
+        best = plan["settings"].get(BEST)
         found, time = best or plan["relief"], f"; {time_of(config, best)}" if best else ""
         lines.append(f"{plan['card']['name']:38}" + (
-            f"{gib(found['peak']):>10}  {shlex.join(found['overrides'])}{time}" if found else f"{'':12}nothing fits"))
+            f"{gib(found['peak']):>10}  {shlex.join(found['overrides']) or 'as the recipe says'}{time}"
+            if found else f"{'':12}nothing fits"))
     return "\n".join([*lines, "next: the same with --gpu, e.g. --gpu 24gb, says it part by part"])
 
 
