@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import moving_square
 from tests.tiny_tasks import tone, write_sound
-from wantrain.data import decode, manifest, media, plan, sound
+from wantrain.data import decode, films, manifest, media, plan, sound
 from wantrain.data.manifest import ClipSource
 from wantrain.models.variants import VARIANTS
 from wantrain.pictures import write_mp4
@@ -56,7 +56,7 @@ def planned(clip: Clip, *buckets: Bucket) -> list:
 def test_a_window_has_its_own_samples(tmp_path: Path) -> None:
     """To the bit, of a file that has the rate and the one channel already."""
     path = write_sound(tmp_path / "a.wav", 300)
-    found = sound.read(path, 0.25, 0.5)
+    found = sound.read(path, media.probe(path), 0.25, 0.5)
     assert found.dtype == np.float32
     assert np.array_equal(found, tone(300)[4000:12000] / np.float32(32768))
     assert sound.told(found).startswith("0.50 s, -")
@@ -68,17 +68,18 @@ def test_a_window_has_its_own_samples(tmp_path: Path) -> None:
 def test_a_films_own_sound_runs_with_its_pictures(tmp_path: Path, name: str, late_s: float, codec: str) -> None:
     """Of another rate, in two channels, and later than the film: heard where it is played."""
     path = write_film(tmp_path / name, late_s=late_s, codec=codec)
-    found = sound.read(path, 0.25, 0.5)
+    found = sound.read(path, media.probe(path), 0.25, 0.5)
     own = tone(300, 1.125) / 32768
     begin = round((0.25 - late_s) * 16_000)
     assert np.abs(found - own[begin:begin + 8000]).max() < (0.002 if codec != "aac" else 0.03)
-    early = sound.read(path, 0.0, 0.25)
+    early = sound.read(path, media.probe(path), 0.0, 0.25)
     assert np.abs(early[: round(max(0, late_s - 0.03) * 16_000)]).max(initial=0) < 1e-3, "silence before it"
 
 
 def test_a_seek_changes_nothing(tmp_path: Path) -> None:
     path = write_sound(tmp_path / "a.wav", 300, seconds=6)
-    assert np.array_equal(sound.read(path, 4.5, 1.0), tone(300, 6)[72_000:88_000] / np.float32(32768))
+    found = sound.read(path, media.probe(path), 4.5, 1.0)
+    assert np.array_equal(found, tone(300, 6)[72_000:88_000] / np.float32(32768))
 
 
 def test_a_folder_a_manifest_and_a_shard_bring_sounds_and_a_film_its_own(tmp_path: Path) -> None:
@@ -140,8 +141,17 @@ def test_a_clip_without_sound_or_with_too_little_is_dropped_by_name(tmp_path: Pa
 def test_what_cannot_be_read_says_so(tmp_path: Path) -> None:
     path = write_sound(tmp_path / "a.wav", 200)
     with pytest.raises(UserError, match=r"a\.wav: the sound ends after 1\.00 s, and 1\.25 s are needed"):
-        sound.read(path, 0.75, 0.5)
-    assert len(sound.read(path, 0.5, 0.501)) == 8016, "a thousandth of a second is no lack"
+        sound.read(path, media.probe(path), 0.75, 0.5)
+    assert len(sound.read(path, media.probe(path), 0.5, 0.501)) == 8016, "a thousandth of a second is no lack"
     write_mp4(tmp_path / "silent.mp4", moving_square(0, 9, 64, 96), 8)
     with pytest.raises(UserError, match=r"silent\.mp4 has no sound"):
-        sound.read(tmp_path / "silent.mp4", 0.0, 0.5)
+        sound.read(tmp_path / "silent.mp4", media.probe(tmp_path / "silent.mp4"), 0.0, 0.5)
+
+
+def test_a_film_that_does_not_say_how_long_its_sound_is_is_a_film(tmp_path: Path, monkeypatch) -> None:
+    """As browsers record them: then its sound is taken to be as long as its pictures."""
+    path = write_film(tmp_path / "a.mkv")
+    monkeypatch.setattr(films, "sound_s", lambda *_: None)
+    assert media.look(path).sound_s == media.look(path).duration_s == pytest.approx(1.125)
+    said = media.look(write_sound(tmp_path / "a.wav", 200)).fault
+    assert said == "it does not say how long it is: write it anew with ffmpeg"

@@ -95,7 +95,7 @@ def read_window(planned: PlannedClip) -> torch.Tensor:
                                                         planned.bucket))
             if planned.found.why_not_decord == sound.KIND:
                 seconds = (planned.bucket.num_frames - 1) / planned.fps
-                return torch.from_numpy(sound.read(path, planned.start_s, seconds))
+                return torch.from_numpy(sound.read(path, probe(path), planned.start_s, seconds))
             return read_clip(path, planned.start_s, clip.end_s, planned.fps, planned.bucket,
                              contain=planned.contain)
     except UserError as error:

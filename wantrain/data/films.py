@@ -236,16 +236,17 @@ def _probe(container: av.container.InputContainer, path: Path) -> Probe:
     if upright.swaps:
         width, height = height, width
     num, den = seen.tick_s.as_integer_ratio()
+    heard_s = sound_s(container, times[0] * seen.tick_s)
     return Probe(np.array([float((time - times[0]) * num / den) for time in times]), float(duration_s), width, height,
                  _why_not_decord(container, stream, seen, in_order, upright), times[0] * seen.tick_s, seen.tick_s,
                  stream.index, upright, float(aspect), in_order,
                  seeks=not (seen.first.format.has_palette or is_counted), surprises=_surprises(seen.first, aspect),
-                 sound_s=sound_s(container, times[0] * seen.tick_s))
+                 sound_s=float(duration_s) if heard_s is None else heard_s)
 
 
-def sound_s(container: av.container.InputContainer, start_s: Fraction) -> float:
-    """How many seconds after `start_s` the first sound of a file ends, as its header says; 0 where there is none.
-    ValueError where it does not say so.
+def sound_s(container: av.container.InputContainer, start_s: Fraction) -> float | None:
+    """How many seconds after `start_s` the first sound of a file ends, as its header says; 0 where there is none, None
+    where it does not say.
     """
     if not container.streams.audio:
         return 0.0
@@ -253,7 +254,7 @@ def sound_s(container: av.container.InputContainer, start_s: Fraction) -> float:
     if own.duration is not None and own.time_base is not None:
         return max(0.0, float(((own.start_time or 0) + own.duration) * own.time_base - start_s))
     if container.duration is None:
-        raise ValueError("it does not say how long its sound is: write it anew with ffmpeg")
+        return None
     return max(0.0, float(Fraction((container.start_time or 0) + container.duration, av.time_base) - start_s))
 
 

@@ -35,43 +35,41 @@ def probe(path: Path) -> films.Probe:
         with films.opened(path) as container:
             if not container.streams.audio:
                 raise ValueError("no sound in it")
-            sound_s = films.sound_s(container, _start_s(container.streams.audio[0]))
+            stream = container.streams.audio[0]
+            start_s = (stream.start_time or 0) * (stream.time_base or Fraction(0))
+            sound_s = films.sound_s(container, start_s)
+            if sound_s is None:
+                raise ValueError("it does not say how long it is: write it anew with ffmpeg")
     except (FileNotFoundError, PermissionError) as error:
         raise films.unreachable(path, error) from error
     except (av.FFmpegError, ValueError) as error:
         raise films.broken(path, error) from error
-    return films.Probe(np.zeros(1), sound_s, 0, 0, KIND, sound_s=sound_s)
+    return films.Probe(np.zeros(1), sound_s, 0, 0, KIND, start_s, sound_s=sound_s)
 
 
-def read(path: Path, start_s: float, seconds: float) -> np.ndarray:
-    """float32 samples in [-1, 1] of `seconds` from `start_s` on, SOUND_RATE a second. Raises UserError."""
+def read(path: Path, found: films.Probe, start_s: float, seconds: float) -> np.ndarray:
+    """float32 samples in [-1, 1] of `seconds` from `start_s` on, SOUND_RATE a second, of what was `found` of the file.
+    Raises UserError.
+    """
     wanted = round(seconds * SOUND_RATE)
     try:
         with films.opened(path) as container:
             if not container.streams.audio:
                 raise UserError(f"{path} has no sound", "add a column, or a folder, audio to the source: docs/tasks.md")
-            stream = container.streams.audio[0]
-            begin_s = start_s + float(films.probe(path).start_s if container.streams.video and path.suffix.lower()
-                                      not in SUFFIXES else _start_s(stream))
-            found = _decoded(container, stream, begin_s, wanted)
+            heard = _decoded(container, container.streams.audio[0], start_s + float(found.start_s), wanted)
     except av.FFmpegError as error:
         raise films.broken(path, error) from error
-    if len(found) < wanted - GRACE_S * SOUND_RATE:
-        raise UserError(f"{path}: the sound ends after {start_s + len(found) / SOUND_RATE:.2f} s, and "
+    if len(heard) < wanted - GRACE_S * SOUND_RATE:
+        raise UserError(f"{path}: the sound ends after {start_s + len(heard) / SOUND_RATE:.2f} s, and "
                         f"{start_s + seconds:.2f} s are needed", "lengthen it, or add a smaller length to "
                         "data.num_frames (of a sample, sampler.num_frames)")
-    return np.pad(found, (0, wanted - len(found)))
+    return np.pad(heard, (0, wanted - len(heard)))
 
 
 def told(samples: np.ndarray) -> str:
     """How long a window's sound is, and how loud."""
     power = float(np.mean(np.square(samples, dtype=np.float64)))
     return f"{len(samples) / SOUND_RATE:.2f} s, " + (f"{10 * np.log10(power):.0f} dB" if power else "silent")
-
-
-def _start_s(stream: av.AudioStream) -> Fraction:
-    assert stream.time_base is not None, "a demuxed stream has one"
-    return (stream.start_time or 0) * stream.time_base
 
 
 def _decoded(container: av.container.InputContainer, stream: av.AudioStream, begin_s: float, wanted: int) -> np.ndarray:

@@ -40,7 +40,7 @@ SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES
 _OTHERS = {"camera": frozenset({cameras.SUFFIX}), "audio": sound.SUFFIXES | VIDEO_SUFFIXES}
 
 
-def suffixes_of(kind: str) -> Collection[str]:
+def suffixes_of(kind: str) -> frozenset[str]:
     """Endings of the files of one kind of media."""
     return _OTHERS.get(kind, SUFFIXES)
 

@@ -124,7 +124,7 @@ class SoundTokens(torch.nn.Module):
         """[B, D, F] -> one token a latent frame [B, T, dim], and num_tokens and a learned one [B, T, tokens, dim]."""
         whole = self.final_linear(self._rest(self.conv1_global(given_BCF)))
         local = self._rest(self.conv1_local(given_BCF).unflatten(1, (self.num_tokens, -1)).flatten(0, 1))
-        local = local.unflatten(0, (-1, self.num_tokens)).transpose(1, 2)
+        local = local.reshape(-1, self.num_tokens, *local.shape[1:]).transpose(1, 2)
         return whole, torch.cat([local, self.padding_tokens.to(local.dtype).expand(*local.shape[:2], 1, -1)], dim=2)
 
     def _rest(self, made: torch.Tensor) -> torch.Tensor:
@@ -165,10 +165,10 @@ class AudioInjector(torch.nn.Module):
         """x [B, (1 + T) tokens, dim], the reference's first, which stay; whole and local as of AudioEncoder."""
         frames = whole.shape[1]
         reference, video = x.tensor_split([x.shape[1] // (frames + 1)], dim=1)
-        by_frame = video.unflatten(1, (frames, -1)).flatten(0, 1)
+        by_frame = video.reshape(len(x) * frames, -1, x.shape[2])
         normed = self.injector_adain_layers[number](by_frame, temb=whole.flatten(0, 1))
         heard = self.injector[number](normed, local.flatten(0, 1))
-        return torch.cat([reference, video + heard.unflatten(0, (-1, frames)).flatten(1, 2).to(x.dtype)], dim=1)
+        return torch.cat([reference, video + heard.reshape(video.shape).to(x.dtype)], dim=1)
 
 
 class SoundAttention(torch.nn.Module):
@@ -195,7 +195,8 @@ class FramePacker(torch.nn.Module):
     def __init__(self, channels: int, patches: torch.nn.Conv3d) -> None:
         super().__init__()
         for name, factor in (("proj", 1), ("proj_2x", 2), ("proj_4x", 4)):
-            sides = [factor * side for side in patches.kernel_size]
+            time, height, width = patches.kernel_size
+            sides = factor * time, factor * height, factor * width
             self.add_module(name, torch.nn.Conv3d(channels, patches.out_channels, sides, sides))
 
 
@@ -205,5 +206,5 @@ def _with_those_of_diffusers(own: Any, inherited: Any) -> inspect.Signature:
     return inspect.Signature([*inspect.signature(inherited).parameters.values(), *named])
 
 
-WanSpeechTransformer3DModel.__init__.__signature__ = _with_those_of_diffusers(
+WanSpeechTransformer3DModel.__init__.__dict__["__signature__"] = _with_those_of_diffusers(
     WanSpeechTransformer3DModel.__init__, WanTransformer3DModel.__init__)

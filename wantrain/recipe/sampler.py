@@ -232,7 +232,7 @@ def read_input(variant: Variant, name: str, path: Path, bucket: Bucket) -> torch
     if name == "camera":
         return torch.from_numpy(cameras.of_sample(path, bucket))
     if name == "audio":
-        return torch.from_numpy(sound.read(path, 0.0, (bucket.num_frames - 1) / variant.fps))
+        return torch.from_numpy(sound.read(path, media.probe(path), 0.0, (bucket.num_frames - 1) / variant.fps))
     is_image = media.look(path).duration_s == 0
     if name in STILLS:
         if not is_image:
