@@ -26,7 +26,9 @@ COMMANDS = {
     "misspelt recipe": ["train", "recipe=demo_anmie"], "misspelt key": ["train", *RUN, "lora.rnak=4"],
     "misspelt value": ["train", *RUN, "optim.lr=1e-4x"], "value out of range": ["train", *RUN, "lora.rank=0"],
     "clips not there": ["train", *RUN, "data.heldout=nowhere"], "inspect without a file": ["inspect"],
-    "check": ["check", *RUN], "export": ["export", *RUN], "inspect LORA": ["inspect", LORA],
+    "no LoRA": ["sample", *RUN, "sampler.loras=[nowhere.safetensors]"],
+    "check": ["check", *RUN], "plan": ["plan", *RUN, "--gpu", "24gb"],
+    "export": ["export", *RUN], "inspect LORA": ["inspect", LORA],
     "prune": ["prune", "cache"], "runs": ["runs"], "doctor": ["doctor"], "cache, all there": ["cache", *RUN],
 }
 

@@ -1,61 +1,73 @@
 """wantrain's defaults against those of seven other trainers, and single changes of its own, on the embedded base.
 
     python -m benchmarks.recipes --out runs/recipes [--worlds style motion subject] [--arms default musubi ...]
-                                 [--steps 60] [--seeds 3] [--minutes 60]
+                                 [--steps 24] [--seeds 3] [--minutes 60]
+    python -m benchmarks.recipes --tables benchmarks/recipes.json
 
-Three worlds of tools.tiny_world.worlds: a style, a motion, a subject. Each arm is trained with one seed at each of its
-learning rates for half the steps, then at the best of them for all steps and seeds; where the best stands at the edge
-of the row, the row grows. All begin from the same weights of the base, see the clips in the same order with the same
-noise, and are measured by the same rows of held-out clips. A table a world: held-out loss with intervals of 95 %
-against the default over seeds and clips, and what became of plain clips.
+Three worlds of tools.tiny_world.worlds: a style, a motion, a subject. In the first of them wantrain's default and each
+peer are trained with one seed at learning rates a factor of 2 apart, until the best has a worse one on both sides. At
+its best each is trained with all seeds in every world; a single change keeps the default's. All begin from the same
+weights of the base, see the clips in the same order with the same noise, and are measured by the same rows of held-out
+clips. Told of each world are held-out losses with intervals of 95 % against the default, over seeds and clips, and what
+became of plain clips.
 
 Each training is a JSON line in OUT/WORLD/trainings.jsonl; what is there is not trained again. After --minutes all
-stops, and the same command goes on. What it means for Wan: docs/recipes.md.
+stops, and the same command goes on. OUT/recipes.json has the losses of all commands of one OUT with as many steps;
+--tables makes of it the tables of docs/recipes.md, which says what they mean for Wan.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from benchmarks import patches
 from tools.tiny_world.worlds import WORLDS, write_world
 from wantrain import config as schema
+from wantrain import journal
 from wantrain.data.cache import missing
 from wantrain.files import write_json
-from wantrain.recipe.clips import open_clips
-from wantrain.recipe.recipe import open_recipe
+from wantrain.jobs import Ending
+from wantrain.recipe.clips import Clips, open_clips
+from wantrain.recipe.recipe import Recipe, open_recipe
 from wantrain.stages import cache
 from wantrain.tuner import search, told
-from wantrain.tuner.trainings import STOPPED, Arm, Outcome, Planned, Trainings
+from wantrain.tuner.told import Row
+from wantrain.tuner.trainings import STOPPED, Arm, Job, Outcome, Planned, Trainings, train_one
 
-LRS = (5e-4, 1e-3, 2e-3, 4e-3)
-"""Of an adapter that is not scaled down. Of one that is, those times the square root of its divisor."""
-MOST_GROWN = 2
-"""Rows of learning rates grow by so many at the most."""
+FIRST_LR = 1e-3
+"""Where the search begins, for an adapter that is not scaled down."""
+MOST_LRS = 6
+DEFAULT = "default"
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What an arm differs in, its learning rates, and where that is from."""
+    """What an arm differs in from the default, and where that is from.
 
-    words: tuple[str, ...]
-    lrs: tuple[float, ...] = LRS
+    `times` is what its learning rate is of the default's, where the search begins; `lr` is the only one that is tried.
+    It takes `share` of the others' steps. `patch` is one of benchmarks.patches.
+    """
+
+    words: tuple[str, ...] = ()
+    times: float = 1.0
     source: str = ""
-
-
-def scaled(divisor: float) -> tuple[float, ...]:
-    """The learning rates of an adapter that is scaled down by so much."""
-    return tuple(lr * math.sqrt(divisor) for lr in LRS)
+    lr: float | None = None
+    share: float = 1.0
+    patch: str = ""
 
 
 PEERS = {
     "musubi": Kind((
         "lora.alpha=1", "sigma.distribution=logit_normal", "sigma.shift=3", "optim.betas=[0.9,0.999]",
-        "optim.warmup_steps=0"), scaled(32), "musubi-tuner, its page on Wan: rank 32, alpha 1, shift 3"),
+        "optim.warmup_steps=0"), math.sqrt(32), "musubi-tuner, its page on Wan: rank 32, alpha 1, shift 3"),
     "diffusion_pipe": Kind(
         ("sigma.distribution=logit_normal", "sigma.shift=1"),
         source="diffusion-pipe examples/main_example.toml: alpha = rank 32, logit-normal without a shift, warm-up"),
@@ -76,149 +88,261 @@ PEERS = {
         source="finetrainers examples/training/sft/wan: attention alone, rank 32, logit-normal, warm-up"),
     "videox_fun": Kind((
         "lora.rank=64", "lora.alpha=32", "sigma.shift=5", "optim.weight_decay=0.03", "optim.max_grad_norm=0.05",
-        "optim.betas=[0.9,0.999]", "optim.eps=1e-10", "optim.warmup_steps=0"), scaled(2),
+        "optim.betas=[0.9,0.999]", "optim.eps=1e-10", "optim.warmup_steps=0"), math.sqrt(2),
         "VideoX-Fun scripts/wan2.1/train_lora.py: rank 64, alpha 32, uniform, clipped at 0.05"),
 }
-"""Rank 32 and alpha 32 on attention and feed-forward, AdamW with 0.9, 0.99 and 0.01, ten steps of warm-up and a clip of
-1 are wantrain's own, and stand where nothing else does. Warm-ups of 100 and 1,000 steps are ten here."""
+"""Rank 32 and alpha 32 on attention and feed-forward, AdamW with 0.9, 0.99 and 0.01, warm-up and a clip of 1 are
+wantrain's own, and stand where nothing else does. Every warm-up is the same share of these short trainings."""
 
 CHANGES = {
+    "thinned": Kind(patch="thinned"),
+    "moving": Kind(patch="moving"),
+    "bell": Kind(("loss.weighting=bell",)),
+    "logit_normal": Kind(("sigma.distribution=logit_normal",)),
+    "attention": Kind(("lora.targets=[attn]",)),
     "rank_8": Kind(("lora.rank=8", "lora.alpha=8")),
     "rank_128": Kind(("lora.rank=128", "lora.alpha=128")),
-    "alpha_half": Kind(("lora.alpha=16",), scaled(2)),
-    "attention": Kind(("lora.targets=[attn]",)),
-    "lora_plus_4": Kind(("optim.lora_plus=4",), tuple(lr / 2 for lr in LRS)),
+    "alpha_half": Kind(("lora.alpha=16",), math.sqrt(2)),
+    "alpha_sqrt": Kind(("lora.alpha=5.657",), 32**0.25),
+    "alpha_1": Kind(("lora.alpha=1",), math.sqrt(32)),
+    "rslora": Kind(("lora.kind=rslora",), 32**-0.25),
     "dora": Kind(("lora.kind=dora",)),
-    "logit_normal": Kind(("sigma.distribution=logit_normal",)),
-    "bell": Kind(("loss.weighting=bell",)),
+    "lokr": Kind(("lora.kind=lokr",)),
+    "lora_plus_4": Kind(("optim.lora_plus=4",), 0.5),
     "shift_5": Kind(("sigma.shift=5",)),
     "shift_1": Kind(("sigma.shift=1",)),
+    "cosmap": Kind(("loss.weighting=cosmap",)),
+    "min_snr": Kind(("loss.weighting=min_snr",)),
     "cosine": Kind(("optim.schedule=cosine",)),
+    "batch_8": Kind(("data.batch_size=8", "train.micro_batch_size=8"), math.sqrt(2), share=0.5),
+    "ema": Kind(("optim.ema_decay=0.9",)),
+    "schedule_free": Kind(("optim.name=schedule_free",)),
+    "prodigy": Kind(("optim.name=prodigy", "optim.weight_decay=0"), lr=1.0),
     "dropout": Kind(("data.caption_dropout=0.1",)),
-    "ema": Kind(("optim.ema_decay=0.95",)),
+    "no_plain": Kind(("data.sources.regularisation.weight=0.001",)),
+    "twice_plain": Kind(("data.sources.regularisation.weight=2",)),
 }
-"""Single changes of the default."""
+"""Single changes of the default, those that are asked for most first. Where a divisor scales the adapter down, its
+learning rate is the root of that divisor higher; a root of the batch is as usual."""
 
-ARMS = {"default": Kind(()), **PEERS, **CHANGES}
-
-
-@dataclass(frozen=True, slots=True)
-class Bench:
-    """Where all goes, how long trainings are, and when all ends (seconds of the epoch)."""
-
-    out: Path
-    steps: int
-    num_seeds: int
-    until_s: float
-
-    def words(self, world: str) -> list[str]:
-        """The recipe that all arms of a world change."""
-        folder = self.out / "worlds" / world
-        return ["recipe=demo_anime", "tracker=none", f"run.name={world}", f"run.dir={self.out / world}",
-                f"data.cache_dir={self.out / 'cache'}", f"data.sources.style.path={folder / 'set'}",
-                "data.sources.style.weight=2", f"data.sources.regularisation.path={folder / 'plain'}",
-                "data.sources.regularisation.weight=1", f"data.heldout={folder / 'heldout'}",
-                f"data.trigger={WORLDS[world].trigger}", "data.batch_size=4", "train.micro_batch_size=4"]
-
-    def trainings(self, world: str, names: Sequence[str]) -> Trainings:
-        """All arms of a world at all learning rates that they may have, with their clips in the cache."""
-        arms = {}
-        recipe = open_recipe(schema.load(self.words(world)))
-        clips = open_clips(recipe, self.words(world))
-        for name in names:
-            own = schema.load([*self.words(world), *ARMS[name].words])
-            for lr in row(ARMS[name].lrs):
-                config = replace(own, optim=replace(own.optim, lr=lr))
-                arms[arm(name, lr)] = Arm(replace(recipe, config=config), replace(clips, config=config))
-        for own in (arms[arm(name, ARMS[name].lrs[0])] for name in names):
-            if missing(own.clips.entries):
-                cache.run(own.recipe.config, self.words(world))
-        return Trainings(arms, self.out / world, tuple(self.words(world)), self.until_s, 1, world)
-
-
-def row(lrs: Sequence[float]) -> list[float]:
-    """The learning rates with those by which the row may grow on both sides."""
-    below = [lrs[0] / 2**i for i in range(MOST_GROWN, 0, -1)]
-    return [*below, *lrs, *(lrs[-1] * 2**i for i in range(1, MOST_GROWN + 1))]
-
-
-def arm(name: str, lr: float) -> str:
-    return f"{name}, lr {lr:.4g}"
+ARMS = {DEFAULT: Kind(), **PEERS, **CHANGES}
+WARM_UP = 1 / 30
+"""Share of the steps, as in the demo's recipe."""
 
 
 class Stopped(Exception):
     """The minutes are over."""
 
 
-def whole(found: dict[Planned, Outcome]) -> dict[Planned, Outcome]:
-    """The outcomes. Raises Stopped where the minutes were over before all had one."""
-    if any(one.fault == STOPPED for one in found.values()):
-        raise Stopped
-    return found
+@dataclass(slots=True)
+class Results:
+    """What was trained in one world: `rates` are the losses of the search by arm and learning rate, `outcomes` those of
+    the arms at their best one, by seed.
+    """
+
+    learnt: list[str]
+    plain: list[str]
+    rates: dict[str, dict[float, float]]
+    outcomes: dict[str, dict[int, Outcome]]
+
+    def row(self, name: str) -> Row:
+        """An arm's numbers."""
+        default = None if name == DEFAULT else self.outcomes.get(DEFAULT)
+        return told.row_of(name, self.outcomes[name], default, (self.learnt, self.plain))
 
 
-def best_lr(trainings: Trainings, name: str, steps: int, opening: Planned, learnt: Sequence[str]
-            ) -> tuple[float, dict[float, float]]:
-    """The learning rate with the least held-out loss after `steps`, and the losses of all that were tried."""
-    lrs, losses = list(ARMS[name].lrs), dict[float, float]()
-    while True:
-        planned = {Planned(arm(name, lr), steps, 0): lr for lr in lrs if lr not in losses}
-        for one, outcome in whole(trainings.outcomes(list(planned), opening)).items():
-            losses[planned[one]] = math.inf if outcome.fault else search.mean(outcome.losses, learnt)
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """Where all goes, how long trainings are, with how many seeds, and when all ends (seconds of the epoch)."""
+
+    out: Path
+    steps: int
+    num_seeds: int
+    until_s: float
+
+    def words(self, world: str, kind: Kind) -> list[str]:
+        """The recipe of an arm."""
+        folder = self.out / "worlds" / world
+        return ["recipe=demo_anime", "tracker=none", f"run.name={world}", f"run.dir={self.out / world}",
+                f"data.cache_dir={self.out / 'cache'}", f"data.sources.style.path={folder / 'set'}",
+                "data.sources.style.weight=2", f"data.sources.regularisation.path={folder / 'plain'}",
+                "data.sources.regularisation.weight=1", f"data.heldout={folder / 'heldout'}",
+                f"data.trigger={WORLDS[world].trigger}", "data.batch_size=4", "train.micro_batch_size=4",
+                f"optim.warmup_steps={max(1, round(WARM_UP * self.steps))}", *kind.words]
+
+
+@dataclass(slots=True)
+class World:
+    """Trains arms on one world, in this process: libraries are loaded once, and patches reach what they change."""
+
+    bench: Bench
+    name: str
+    opened: dict[str, tuple[Recipe, Clips]]
+    opening: Path | None = None
+    """The folder of its first training, which has measured the base for all others."""
+
+    def arm(self, name: str) -> tuple[Recipe, Clips]:
+        """The arm's recipe and clips, with all that is missing of them in the cache."""
+        if name not in self.opened:
+            words = self.bench.words(self.name, ARMS[name])
+            recipe = open_recipe(schema.load(words))
+            clips = open_clips(recipe, words)
+            if missing(clips.entries):
+                cache.run(recipe.config, words)
+            self.opened[name] = recipe, clips
+        return self.opened[name]
+
+    def train(self, name: str, lr: float, seed: int) -> Outcome:
+        """What this training came to, now or before. Raises Stopped where the minutes are over."""
+        kind, (recipe, clips) = ARMS[name], self.arm(name)
+        config = replace(recipe.config, optim=replace(recipe.config.optim, lr=lr))
+        folder = self.bench.out / self.name / kind.patch
+        trainings = Trainings({name: Arm(replace(recipe, config=config), replace(clips, config=config))}, folder,
+                              tuple(self.bench.words(self.name, kind)), self.bench.until_s, 1)
+        one = Planned(name, round(kind.share * self.bench.steps), seed)
+        job = Job(schema.to_yaml(trainings.config(one)), trainings.command, self.bench.until_s, self.opening,
+                  folder / "places", 1)
+
+        def work(keys: Sequence[str]) -> Generator[journal.Outcomes[str, Outcome]]:
+            with patches.bare(), patches.PATCHES[kind.patch]():
+                came = train_one(job)
+            yield {keys[0]: journal.Outcome(came, Ending.FAULT if came.fault == STOPPED else Ending.DONE)}
+
+        key = trainings.key(one)
+        came = trainings.journal.filled(trainings.journal.read(), [key], work, "training", f"{self.name} {name}")[key]
+        if came.fault == STOPPED:
+            raise Stopped
+        self.opening = self.opening or trainings.run_dir(one)
+        return came
+
+
+def searched(loss_of: Callable[[float], float], first: float) -> dict[float, float]:
+    """Losses by learning rate: two, and on in steps of 2 until the best has a worse neighbour on both sides."""
+    losses = {lr: loss_of(lr) for lr in (first, 2 * first)}
+    while len(losses) < MOST_LRS:
         best = min(losses, key=losses.__getitem__)
-        grown = {min(lrs): min(lrs) / 2, max(lrs): max(lrs) * 2}.get(best)
-        if grown is None or len(lrs) >= len(ARMS[name].lrs) + MOST_GROWN:
-            return best, losses
-        lrs.append(grown)
+        following = {min(losses): best / 2, max(losses): best * 2}.get(best)
+        if following is None:
+            break
+        losses[following] = loss_of(following)
+    return losses
 
 
-def measure(bench: Bench, world: str, names: Sequence[str]) -> None:
-    """One world: print its table, and write it to OUT/WORLD/table.json."""
-    folder = bench.out / "worlds" / world
+def best_of(losses: Mapping[float, float]) -> float:
+    return min(losses, key=losses.__getitem__)
+
+
+def measure(bench: Bench, name: str, arms: Sequence[str], rates: dict[str, dict[float, float]]) -> Iterator[Results]:
+    """One world: its results after each arm. `rates` are those of the search, which is filled in the first."""
+    folder = bench.out / "worlds" / name
     if not folder.exists():
-        write_world(folder, WORLDS[world])
-    trainings = bench.trainings(world, names)
-    any_arm = next(iter(trainings.arms.values()))
-    learnt, plain = search.scored({p.name: p.clip.caption for p in any_arm.clips.heldout}, WORLDS[world].trigger)
-    opening = Planned(arm(names[0], ARMS[names[0]].lrs[0]), 2, 0)
-    whole(trainings.outcomes([opening]))
-    found: dict[str, dict[int, Outcome]] = {}
-    searched: dict[str, dict[float, float]] = {}
-    try:
-        for name in names:
-            lr, searched[name] = best_lr(trainings, name, bench.steps // 2, opening, learnt)
-            print(f"{world} {name}: " + ", ".join(f"{one:.4g} {loss:.4f}" for one, loss in sorted(
-                searched[name].items())) + f"; best {lr:.4g}", flush=True)
-            found[name] = {}
-            for seed in range(bench.num_seeds):
-                one = Planned(arm(name, lr), bench.steps, seed)
-                found[name][seed] = whole(trainings.outcomes([one], opening))[one]
-    finally:
-        rows = [told.row_of(name, own, None if name == names[0] else found[names[0]], (learnt, plain))
-                for name, own in found.items() if own]
-        print(f"\n{world}: {len(learnt)} held-out clips, {len(plain)} plain ones, {bench.steps} steps of 4 samples\n"
-              + told.table(rows), flush=True)
-        write_json(bench.out / world / "table.json", {
-            "steps": bench.steps, "lrs": searched, "losses": {name: {seed: [one.losses, one.base] for seed, one in
-                                                                     own.items()} for name, own in found.items()}})
+        write_world(folder, WORLDS[name])
+    world = World(bench, name, {})
+    _, clips = world.arm(DEFAULT)
+    learnt, plain = search.scored({p.name: p.clip.caption for p in clips.heldout}, WORLDS[name].trigger)
+    found = Results(learnt, plain, {}, {})
+
+    def loss_of(arm: str, lr: float) -> float:
+        came = world.train(arm, lr, 0)
+        return math.inf if came.fault else search.mean(came.losses, learnt)
+
+    for arm in arms:
+        kind = ARMS[arm]
+        if arm not in rates and (arm == DEFAULT or arm in PEERS):
+            rates[arm] = found.rates[arm] = searched(partial(loss_of, arm), FIRST_LR * kind.times)
+        lr = best_of(rates[arm]) if arm in rates else kind.lr or best_of(rates[DEFAULT]) * kind.times
+        for seed in range(bench.num_seeds):
+            found.outcomes.setdefault(arm, {})[seed] = world.train(arm, lr, seed)
+        yield found
 
 
-def main() -> None:
+def as_json(found: Results) -> dict[str, Any]:
+    """What a test and `--tables` read; losses to six digits."""
+    def rounded(losses: Mapping[str, float]) -> dict[str, float]:
+        return {name: round(loss, 6) for name, loss in losses.items()}
+
+    base = found.outcomes[DEFAULT][0].base
+    return {"learnt": found.learnt, "plain": found.plain, "base": rounded(base),
+            "rates": {arm: {f"{lr:.6g}": round(loss, 6) for lr, loss in own.items()}
+                      for arm, own in found.rates.items()},
+            "losses": {arm: {str(seed): rounded(one.losses) for seed, one in own.items() if not one.fault}
+                       for arm, own in found.outcomes.items()}}
+
+
+def from_json(told_of: Mapping[str, Any]) -> Results:
+    """The inverse of `as_json`."""
+    outcomes = {arm: {int(seed): Outcome(losses, told_of["base"]) for seed, losses in own.items()}
+                for arm, own in told_of["losses"].items()}
+    rates = {arm: {float(lr): loss for lr, loss in own.items()} for arm, own in told_of["rates"].items()}
+    return Results(told_of["learnt"], told_of["plain"], rates, outcomes)
+
+
+def add(path: Path, steps: int, world: str, found: Results) -> None:
+    """Put results into the file beside those of other worlds and arms, if these are as long."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if known.get("steps") != steps:
+        known = {"steps": steps, "worlds": {}}
+    own = known["worlds"].setdefault(world, {"rates": {}, "losses": {}})
+    now = as_json(found)
+    known["worlds"][world] = now | {part: own[part] | now[part] for part in ("rates", "losses")}
+    write_json(path, known)
+
+
+def tables(known: Mapping[str, Any]) -> Iterator[str]:
+    """The lines of docs/recipes.md: of each world what was searched, how arms end, and which peers are better or worse.
+    """
+    for name, own in known["worlds"].items():
+        found = from_json(own)
+        if found.rates:
+            yield from ("", f"{name}: held-out loss after {known['steps']} steps with seed 0, by learning rate", "",
+                        "| arm | |", "|---|---|")
+            yield from (f"| {arm} | {', '.join(f'{lr:.4g}: {loss:.4f}' for lr, loss in sorted(losses.items()))} |"
+                        for arm, losses in found.rates.items())
+        rows = [found.row(arm) for arm, outcomes in found.outcomes.items() if outcomes]
+        yield from ("", f"{name}: after {known['steps']} steps, at the best learning rate", "",
+                    "| arm | seeds | held-out loss | against the default | against the base | plain clips, against the "
+                    "base |", "|---|---|---|---|---|---|")
+        yield from (f"| {row.name} | {len(row.seeds)} | {' | '.join(row.cells[:4])} |"
+                    for row in sorted(rows, key=lambda row: row.loss))
+        yield from ("", verdict(name, rows))
+
+
+def verdict(world: str, rows: Sequence[Row]) -> str:
+    """Which arms are better or worse than the default with 95 % confidence, each by itself."""
+    changes = {row.name: row.change for row in rows if row.change is not None and not math.isnan(row.change.half)}
+    better = [name for name, own in changes.items() if own.mean + own.half < 0]
+    worse = [name for name, own in changes.items() if own.mean - own.half > 0]
+    rest = [name for name in changes if name not in (*better, *worse)]
+    return (f"{world}: shown better than the default: {', '.join(better) or 'none'}; shown worse: "
+            f"{', '.join(worse) or 'none'}; not shown to differ: {', '.join(rest) or 'none'}.")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for everything")
+    parser.add_argument("--out", type=Path, help="folder for everything")
+    parser.add_argument("--tables", type=Path, help="only print the tables of this file")
     parser.add_argument("--worlds", nargs="*", default=list(WORLDS), choices=WORLDS)
-    parser.add_argument("--arms", nargs="*", default=["default", *PEERS], choices=ARMS,
-                        help="all are compared with the first")
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each training")
+    parser.add_argument("--arms", nargs="*", default=list(PEERS), choices=[*PEERS, *CHANGES], help="beside the default")
+    parser.add_argument("--steps", type=int, default=24, help="optimizer steps of each training")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each arm at its learning rate")
     parser.add_argument("--minutes", type=float, default=math.inf, help="when to stop")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
+    if given.tables:
+        print("\n".join(tables(json.loads(given.tables.read_text(encoding="utf-8")))))
+        return
+    if given.out is None:
+        parser.error("--out FOLDER or --tables FILE")
     bench = Bench(given.out, given.steps, given.seeds, time.time() + given.minutes * 60)
+    rates: dict[str, dict[float, float]] = {}
+    path = given.out / "recipes.json"
     try:
         for world in given.worlds:
-            measure(bench, world, given.arms)
+            for found in measure(bench, world, [DEFAULT, *given.arms], rates):
+                add(path, given.steps, world, found)
     except Stopped:
         print("the minutes are over: the same command goes on")
+    if path.exists():
+        print("\n".join(tables(json.loads(path.read_text(encoding="utf-8")))))
 
 
 if __name__ == "__main__":

@@ -84,6 +84,7 @@ def judgement(steps: list[int], clips: list[dict]) -> dict:
         "by_sigma": {s: {"base": base, "loss": [base - 0.1 * x * float(s) for x in far]} for s, base in sigmas.items()},
         "drift": {"by_sigma": {s: [0.02 * x * (1.2 - float(s)) for x in far] for s in sigmas},
                   "mean": [0.012 * x for x in far]},
+        "diversity": [1 - 0.4 * x for x in far],
         "clips": [clip | {"base": 0.7, "loss": [0.7 + 0.03 * i - 0.1 * x for x in far]}
                   for i, clip in enumerate(clips)],
         "verdict": {"best": steps[len(steps) * 2 // 3], "from": steps[len(steps) // 3], "to": steps[-2],

@@ -42,7 +42,7 @@ WAV2VEC2 = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
 TASKS = ("tiny_wan", "tiny_wan_a14b", "tiny_wan_i2v", "tiny_wan_i2v_a14b", "tiny_wan_flf2v", "tiny_wan_ti2v",
          "tiny_wan_vace", "tiny_wan_control", "tiny_wan_animate", "tiny_wan_vace_a14b", "tiny_wan_inp_5b",
          "tiny_wan_control_v11", "tiny_wan_control_a14b", "tiny_wan_control_5b", "tiny_wan_camera",
-         "tiny_wan_camera_5b", "tiny_wan_s2v")
+         "tiny_wan_camera_5b", "tiny_wan_animate2", "tiny_wan_s2v")
 PIPELINES = {"t2v": "WanPipeline", "i2v": "WanImageToVideoPipeline", "flf2v": "WanImageToVideoPipeline",
              "ti2v": "WanImageToVideoPipeline", "vace": "WanVACEPipeline", "animate": "WanAnimatePipeline"}
 """diffusers' pipeline of each task; Fun's have none."""
@@ -133,8 +133,9 @@ def pipeline(found: Base, loras: Mapping[str | None, Path] | None = None) -> sam
 
 def write_partners(folder: Path, task: str, number: int, height: int = 2 * SIZE[0], width: int = 2 * SIZE[1]) -> None:
     """For `clip_0` to `clip_N`: a control video, for VACE also a mask for every clip and a reference for every second,
-    for Animate a face and a reference, for later Fun-Control a reference for every second; for Fun-Camera its moves;
-    for S2V a sound, and for every second a reference and a pose.
+    for Animate a face and a reference, and for every second a
+    background with its mask, for later Fun-Control a reference for every second; for Fun-Camera its moves; for S2V a
+    sound, and for every second a reference and a pose.
     """
     for i in range(number if task == "s2v" else 0):
         write_sound(folder / "audio" / f"clip_{i}.wav", 200 + 50 * i)
@@ -143,15 +144,17 @@ def write_partners(folder: Path, task: str, number: int, height: int = 2 * SIZE[
             pictures.write_mp4(folder / "control" / f"clip_{i}.mp4", moving_square(200 + i, 9, height, width), 16)
     for i in range(number if task.startswith("camera") else 0):
         write_move(folder / "camera" / f"clip_{i}.txt", f"{('pan_left', 'zoom_in', 'clockwise')[i % 3]} {0.5 + i}")
-    for i in range(number if task.startswith("control") or task in ("vace", "animate") else 0):
+    for i in range(number if task.startswith("control") or task in ("vace", "animate", "animate2") else 0):
         pictures.write_mp4(folder / "control" / f"clip_{i}.mp4", moving_square(200 + i, 9, height, width), 16)
-        if task == "vace":
+        if task == "vace" or (task == "animate" and i % 2):
             mask = torch.zeros(9, 3, height, width, dtype=torch.uint8)
             mask[:, :, : height // 2, i : i + width // 2] = 255
             pictures.write_mp4(folder / "control_mask" / f"clip_{i}.mp4", mask, 16)
         if task == "animate":
             pictures.write_mp4(folder / "face" / f"clip_{i}.mp4", moving_square(250 + i, 9, 64, 64), 16)
-        if task == "animate" or (task in ("vace", "control_reference", "control_inpaint") and i % 2):
+        if task == "animate" and i % 2:
+            pictures.write_mp4(folder / "background" / f"clip_{i}.mp4", moving_square(270 + i, 9, height, width), 16)
+        if task in ("animate", "animate2") or (task in ("vace", "control_reference", "control_inpaint") and i % 2):
             pictures.write_png(folder / "reference" / f"clip_{i}.png", moving_square(300 + i, 1, 40, 60)[0])
 
 
@@ -184,7 +187,8 @@ def write_set(folder: Path, name: str) -> Path:
         write_partners(folder / part, task, number)
     if task.startswith("camera"):
         write_move(folder / "style" / "camera" / "picture.txt", "static 1")
-    kinds = {"control": ["control"], "vace": ["control"], "animate": ["control", "face", "reference"]}
+    kinds = {"control": ["control"], "vace": ["control"], "animate": ["control", "face", "reference"],
+             "animate2": ["control", "reference"]}
     for kind in ("", *kinds.get(task.partition("_")[0], [])) if task != "s2v" else ():  # a picture has no sound
         pictures.write_png(folder / "style" / kind / "picture.png", moving_square(400, 1, 2 * SIZE[0], 2 * SIZE[1])[0])
     if task != "s2v":

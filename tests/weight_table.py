@@ -75,7 +75,7 @@ def error(part: str, container: str) -> float | None:
 def _signature(a: Architecture) -> tuple[object, ...]:
     """What of an architecture decides which tensors there are."""
     return (a.in_channels, a.out_channels, a.image_dim is None, a.image_tokens is None, bool(a.vace_layers), a.ref_conv,
-            a.control_adapter, a.animate is None, a.speech is None)
+            a.control_adapter, a.animate is None, a.driven, a.speech is None)
 
 
 def variants_of(kind: str) -> list[str]:

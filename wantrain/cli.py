@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from wantrain import logs
 from wantrain.files import of_windows
@@ -28,9 +29,13 @@ from wantrain.options import (
     parser,
     plan_parser,
     processes,
+    split_strengths,
     tune_parser,
 )
 from wantrain.terms import EXIT_INTERRUPTED, EXIT_STALLED, EXIT_USER_ERROR, Interrupted, Stalled, UserError
+
+if TYPE_CHECKING:  # every verb imports what it needs, and no more
+    from wantrain.config import Config
 
 VERBS = {
     "run": "all of it: check, cache, train, export, sample, evaluate, each left out where it is done; --gpus N",
@@ -92,12 +97,72 @@ def _run_and_tell(verb: str, rest: list[str]) -> int:
         return 0 if process and verb not in SHARED_VERBS else _run(verb, rest)
     except (UserError, OSError) as error:
         fault = _of_system(error) if isinstance(error, OSError) else error
-        print(f"error{f' in process {process}' if process else ''}: {fault}", file=sys.stderr)
+        print(f"error{f' in process {process}' if process else ''}: {fault.message}\n  next: "
+              f"{_whole(verb, rest, fault)}", file=sys.stderr)
         return _leave(EXIT_STALLED if isinstance(fault, Stalled) else EXIT_USER_ERROR)
     except (KeyboardInterrupt, Interrupted) as stop:
         print(f"\n{stop if str(stop) else 'interrupted; what was finished is kept'}\n  next: "
               f"{shlex.join(['wantrain', verb, *rest])}    goes on from there", file=sys.stderr)
         return _leave(EXIT_INTERRUPTED)
+
+
+def _whole(verb: str, rest: Sequence[str], fault: UserError) -> str:
+    """The next step of a fault. Where that is KEY=VALUE or --OPTION VALUE of this command line, the whole command with
+    it, to be pasted: in place of what was given for the key, else of the word that is wrong.
+    """
+    step, gap, others = fault.next_step.partition("    ")
+    try:
+        words = _joined(verb, shlex.split(step))
+    except ValueError:  # an apostrophe of a sentence
+        words = []
+    if not words or not all("=" in word and _takes(verb, _key(word)) for word in words) or "..." in step \
+            or re.match(r".*\.yaml:\d+: ", fault.message):  # there the file is to be mended
+        return fault.next_step
+    keys, kept = [_key(word) for word in words], list[str]()
+    values = ["=", *(text for word in words for text in (word.partition("=")[2], word[word.index("=") :]))]
+    before = ""
+    for word in _joined(verb, rest):
+        if _key(word) in keys or _is_wrong(verb, word, fault, "recipe" in keys):
+            before = word
+        elif not before or "=" in before or word not in values:  # else it is the value, as in `lora.rank 4`
+            kept.append(word)
+    if not before and fault.message.startswith("unknown config key"):  # within the value of another word
+        return fault.next_step
+    return shlex.join(["wantrain", verb, *kept, *words]) + gap + others
+
+
+def _is_wrong(verb: str, word: str, fault: UserError, is_of_recipe: bool) -> bool:
+    """Whether a fault is about a word that can mean nothing here: an unknown key or option, or no KEY=VALUE at all."""
+    if "=" in word or word.startswith("-"):
+        is_named = word != "=" and re.search(rf"(?<![\w.]){re.escape(_key(word))}(?![\w.])", fault.message) is not None
+        return is_named and (fault.message.startswith("unknown config key") or not _takes(verb, _key(word)))
+    return fault.message.startswith(repr(word)) or (is_of_recipe and f" {word} " in f"{fault.message} ")
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0].lstrip("-+")
+
+
+def _joined(verb: str, words: Sequence[str]) -> list[str]:
+    """The words, with each --OPTION and its VALUE as one."""
+    found: list[str] = []
+    for word in words:
+        is_value = bool(found) and re.fullmatch(r"--[\w-]+", found[-1]) and _takes(verb, _key(found[-1]))
+        if is_value and not word.startswith("--"):
+            found[-1] += f"={word}"
+        else:
+            found.append(word)
+    return found
+
+
+def _takes(verb: str, key: str) -> bool:
+    """Whether the verb's command line may hold KEY=VALUE or --KEY VALUE."""
+    if verb in OPTION_VERBS:
+        return any(option.name == key and not option.is_flag for option in OPTION_VERBS[verb].options)
+    schema = importlib.import_module("wantrain.config.known")
+    own = {"plan": plan_parser, "tune": tune_parser}.get(verb)
+    return bool(schema.annotation(key) is not None or key == "recipe"
+                or (own and f"--{key} " in own().format_help()))
 
 
 _DRIVE = re.compile(r"([\w.+~-]+=)?(['\"\[{]*)([A-Za-z]:[\\/].*)", re.DOTALL)
@@ -182,6 +247,8 @@ def _run(verb: str, rest: list[str]) -> int:
     config = schema.load(overrides, config_dir)
     if verb in READERS:
         schema.refuse_absent_clips(config)
+    if verb in (*SHARED_VERBS, "check"):
+        _refuse_other_loras(config, verb)
     if verb in ("run", "check", "sample") and any("sampler.prompts" in word for word in overrides):
         schema.tell_untriggered(config)
     if num_gpus > 1:
@@ -197,13 +264,30 @@ def _run(verb: str, rest: list[str]) -> int:
     return 0
 
 
+def _refuse_other_loras(config: Config, verb: str) -> None:
+    """Raise UserError for what the config names as a LoRA and is none, where the verb takes it."""
+    lora_names = importlib.import_module("wantrain.models.lora_names")
+    own = [lora_names.named(word)[0] for word in config.model.merge]
+    if verb in ("run", "check", "train"):
+        own += filter(None, [config.lora.start_from])
+    if verb in ("run", "check", "sample", "evaluate"):
+        own += filter(None, [config.sampler.fast_lora, *(split_strengths(word)[0] for word in config.sampler.loras)])
+    if own:
+        lora_names.refuse_other_files(own)
+
+
 def _run_without_recipe(verb: str, rest: Sequence[str]) -> None:
     """A verb of files or of the machine. Its arguments, and whether its files are there, come before the libraries
     behind it, which take seconds to import.
     """
     given = parse(verb, rest)
     for name in READ_FILES & vars(given).keys():
-        importlib.import_module("wantrain.models.hub").here(getattr(given, name))
+        found = importlib.import_module("wantrain.models.hub").here(getattr(given, name))
+        if found and found.is_file():
+            importlib.import_module("wantrain.models.weight_files").kind_of(found)
+        elif found and name in ("FILE", "IN") and (lora_names := importlib.import_module(
+                "wantrain.models.lora_names")).is_run(found):
+            lora_names.weights_of(found)
     importlib.import_module(f"wantrain.stages.{verb}").run(given)
 
 
@@ -224,7 +308,8 @@ def _tune(rest: Sequence[str]) -> int:
     schema = importlib.import_module("wantrain.config")
     config = schema.load(overrides, config_dir)
     schema.refuse_absent_clips(config)
-    importlib.import_module("wantrain.tuner.tune").run(config, rest, given, overrides, config_dir)
+    configs = importlib.import_module("wantrain.tuner.settings").configs_of(config, given.over, overrides, config_dir)
+    importlib.import_module("wantrain.tuner.tune").run(configs, rest, given, overrides, config_dir)
     return 0
 
 

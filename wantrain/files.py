@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import json
 import os
@@ -94,6 +95,16 @@ def owner(name: str, stems: Container[str]) -> str:
         name = name.rpartition(".")[0]
         if name in stems:
             return name
+    return ""
+
+
+def like(path: str) -> str:
+    """What lies in the same folder and is called nearly so, as the path is written; "" where nothing does."""
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        asked = Path(path)
+        names = {one.name for one in asked.expanduser().parent.iterdir()}
+        for name in difflib.get_close_matches(asked.name, names, 1, 0.75):
+            return str(asked.with_name(name))
     return ""
 
 

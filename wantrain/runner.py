@@ -56,7 +56,8 @@ class Job:
 @dataclass(frozen=True, slots=True)
 class Stage:
     """A stage. `files` are what it leaves in the run folder, `made_from` what these hang on; without `files` the stage
-    itself knows what is done. `amount` is how much there is to do now, `like` what its speed hangs on.
+    itself knows what is done. `amount` is how much there is to do now, `like` what its speed hangs on. Processes
+    of one launch share it where it `is_shared`.
     """
 
     name: str
@@ -68,29 +69,34 @@ class Stage:
 
 
 def run(config: Config, arguments: Sequence[str]) -> None:
-    """Run every stage. Of several processes all cache and train; then the first goes on alone, and the others leave."""
-    launch.start(launch.world_size(), 1, max_grad_norm=1.0, timeout_s=config.train.stall_timeout_s)
+    """Run every stage. Of several processes all take part in those that can be shared, and wait while the first does
+    the others.
+    """
+    accelerator = launch.start(launch.world_size(), 1, max_grad_norm=1.0, timeout_s=config.train.stall_timeout_s)
     meeting = Rendezvous(LONGEST_S)
     stages = [stage for stage in STAGES if is_asked(stage, config)]
-    shared = [stage for stage in stages if stage.is_shared]
-    if not launch.is_first():
-        meeting.flags(0)  # the first has looked into the clips
-        for stage in shared:
-            call(stage, config, arguments)
-        return
+    with launch.lasting(accelerator):
+        if launch.is_first():
+            lead(config, arguments, stages, meeting)
+        else:
+            for stage in stages:
+                if stage.is_shared and not meeting.first(""):
+                    call(stage, config, arguments)
+
+
+def lead(config: Config, arguments: Sequence[str], stages: Sequence[Stage], meeting: Rendezvous) -> None:
+    """The first process's part: it knows what is done, tells the others of each shared stage, and keeps the notes."""
     job = open_job(config, arguments)
     print("\n".join(forecast(job, stages)))
     for number, stage in enumerate(stages, 1):
-        if stage is shared[0]:
-            meeting.flags(0)
         why = done(job, stage)
         print(f"[{number}/{len(stages)}] {stage.name}{why and f': {why}'}", flush=True)
+        if stage.is_shared:
+            meeting.first(why)
         if not why:
             amount, began = stage.amount(job), time.perf_counter()
             call(stage, config, arguments)
             note(job, stage, amount, time.perf_counter() - began)
-        if stage is shared[-1]:
-            launch.go_on_alone()
     print(f"done: {told_results(job)}")
 
 
@@ -284,7 +290,8 @@ def of_training(job: Job) -> str:
 
 def of_sampling(job: Job) -> str:
     settings = sampler_settings(job.recipe)
-    return f"{job.config.model.variant} {settings.bucket}, {settings.num_steps} steps on {machine()}"
+    return (f"{job.config.model.variant} {settings.bucket}, {settings.num_steps} steps on {launch.world_size()} x "
+            f"{machine()}")
 
 
 def num_samples(job: Job) -> float:
@@ -310,7 +317,7 @@ STAGES = (
     Stage("train", steps_left, of_training, is_shared=True),
     Stage("export", lambda job: 1, lambda job: f"{job.config.model.variant} {job.config.lora.rank}", "export/**/*",
           of_checkpoints),
-    Stage("sample", num_samples, of_sampling, "samples/*", of_loras),
-    Stage("evaluate", num_compared, of_sampling, "report/*", lambda job: of_loras(job, "evaluate")),
+    Stage("sample", num_samples, of_sampling, "samples/*", of_loras, is_shared=True),
+    Stage("evaluate", num_compared, of_sampling, "report/*", lambda job: of_loras(job, "evaluate"), is_shared=True),
 )
-"""In order. Those that several processes share follow each other."""
+"""In order."""

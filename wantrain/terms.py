@@ -127,9 +127,10 @@ OF_A_PLACE = re.compile(r"data\.sources\.[^.]*\.(path$|columns(\.|$))")
 WINDOW = "clip"
 """The name of a window itself among its partners."""
 
-PARTNERS = ("control", "control_mask", "reference", "face", "camera", "audio", "mask")
-"""What may go with a clip: a control video, the mask of what VACE is to make of it (white), a reference image, the
-video of a face, a text file of camera poses, a sound, and the mask of where the loss looks (white)."""
+PARTNERS = ("control", "control_mask", "background", "reference", "face", "camera", "audio", "mask")
+"""What may go with a clip: a control video, the mask of what is to be made anew (white), the background without it, a
+reference image, the video of a face, a text file of camera poses, a sound, and the mask of where the loss looks
+(white)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -139,6 +139,11 @@ def test_two_processes_share_what_can_be_shared(folder, tmp_path):
     assert "report: " in said
     other = (tmp_path / "two" / "logs" / "process_1.log").read_text()
     assert "exported" not in other
+    for stage, share, number in (("samples", 3, 6), ("report", 7, 15)):
+        assert len(list((tmp_path / "two" / stage).glob("*.mp4"))) == number
+        assert f"process 1 makes {share} of {number} videos" in other
+    again = call(folder, "run", "sq", *own, f"run.dir={tmp_path / 'two'}", "--gpus", "2")
+    assert begun(again)[1] == ["export", "sample", "evaluate"]
     call(folder, "train", "sq", *own, f"run.dir={tmp_path / 'one'}")
     for alone, shared in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
         assert alone["loss"] == pytest.approx(shared["loss"], rel=2e-5)

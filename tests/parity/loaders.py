@@ -325,12 +325,12 @@ SOURCES: dict[str, Source] = {
 }
 MODELS_LACKED: dict[str, tuple[str, ...]] = {
     "diffusers": ("control_reference", "control_inpaint", "camera", "camera_inpaint", "s2v"),
-    "ai-toolkit": ("vace", "animate", "control", "control_reference", "control_inpaint", "camera", "camera_inpaint",
-                   "s2v", "flf2v"),
-    "diffusion-pipe": ("vace", "animate", "control", "control_reference", "control_inpaint", "camera",
+    "ai-toolkit": ("vace", "animate", "animate2", "control", "control_reference", "control_inpaint", "camera",
+                   "camera_inpaint", "s2v", "flf2v"),
+    "diffusion-pipe": ("vace", "animate", "animate2", "control", "control_reference", "control_inpaint", "camera",
                        "camera_inpaint", "s2v"),
-    "musubi-tuner": ("vace", "animate", "control_reference", "control_inpaint", "camera", "camera_inpaint", "s2v",
-                     "ti2v"),
+    "musubi-tuner": ("vace", "animate", "animate2", "control_reference", "control_inpaint", "camera", "camera_inpaint",
+                     "s2v", "ti2v"),
 }
 """Tasks of which a tool has no model: read for diffusers, diffusion-pipe and musubi-tuner, not for ai-toolkit."""
 

@@ -8,6 +8,7 @@ come from wantrain's own functions, which have tests of their own.
 
 from __future__ import annotations
 
+import itertools
 import json
 import wave
 from collections.abc import Sequence
@@ -50,10 +51,11 @@ STD_22 = tuple(0.5 + 0.02 * i for i in range(48))
 MEAN_22 = tuple(0.03 * i - 0.7 for i in range(48))
 
 # docs/facts.md, "Schedules", as the tiny twins have them: frames a second, shift, [low, high) of the experts.
-FPS = {"tiny_wan_ti2v": 24, "tiny_wan_control_5b": 24, "tiny_wan_camera_5b": 24}
+FPS = {"tiny_wan_ti2v": 24, "tiny_wan_control_5b": 24, "tiny_wan_camera_5b": 24, "tiny_wan_animate": 30}
 SHIFTS = {"tiny_wan": 3, "tiny_wan_a14b": 12, "tiny_wan_i2v": 3, "tiny_wan_i2v_a14b": 5, "tiny_wan_flf2v": 16,
           "tiny_wan_ti2v": 5, "tiny_wan_vace": 16, "tiny_wan_control": 3, "tiny_wan_control_v11": 3,
-          "tiny_wan_control_5b": 5, "tiny_wan_camera": 3, "tiny_wan_camera_5b": 5, "tiny_wan_s2v": 3}
+         "tiny_wan_control_5b": 5, "tiny_wan_camera": 3, "tiny_wan_camera_5b": 5, "tiny_wan_animate": 5,
+          "tiny_wan_s2v": 3}
 NEWER = ("tiny_wan_ti2v", "tiny_wan_control_5b", "tiny_wan_camera_5b")
 """Those with the 2.2 VAE."""
 WITHIN = {("tiny_wan_a14b", "high"): (0.875, 1), ("tiny_wan_a14b", "low"): (0, 0.875),
@@ -250,20 +252,34 @@ def write_world(folder: Path, task: str) -> Path:
     for number, name in enumerate(names):
         write_medium(folder, name, number)
         (folder / f"{name}.txt").write_text(f"a square of {'very ' * number}small size")
-        if "control" in task or (task == "s2v" and number) or (task == "vace" and name != "with_reference"):
+        if "control" in task or task == "animate" or (task == "vace" and name != "with_reference"):
             write_medium(folder / "control", name, 70 + number)
+        if task == "animate":
+            write_medium(folder / "face", name, 90 + number)
+            pictures.write_png(folder / "reference" / f"{name}.png", moving_square(80 + number, 1, 40, 40)[0])
     if task == "s2v":
-        write_sound(folder / "audio" / "video_0.wav", 250)
-        write_sound(folder / "audio" / "video_1.wav", 400, rate=44_100)
-    if "control_" in task or task == "s2v":
+        write_spoken(folder)
+    if "control_" in task:
         pictures.write_png(folder / "reference" / "video_0.png", moving_square(80, 1, 40, 40)[0])
     if "camera" in task:
         write_cameras(folder / "camera")
+    if task == "animate":
+        write_masks(folder / "control_mask", "video_0")
+        for number, name in enumerate(("video_0", "picture")):
+            write_medium(folder / "background", name, 60 + number)
     if task == "vace":
-        write_masks(folder / "control_mask")
+        write_masks(folder / "control_mask", "masked", "with_both")
         for number, name in enumerate(("with_both", "with_reference")):
             pictures.write_png(folder / "reference" / f"{name}.png", moving_square(80 + number, 1, 40, 40)[0])
     return folder
+
+
+def write_spoken(folder: Path) -> None:
+    """Sounds of two rates; a reference for one film, a pose for the other."""
+    for number, rate in enumerate((16_000, 44_100)):
+        write_sound(folder / "audio" / f"video_{number}.wav", 250 + 150 * number, rate=rate)
+    pictures.write_png(folder / "reference" / "video_0.png", moving_square(80, 1, 40, 40)[0])
+    write_medium(folder / "control", "video_1", 71)
 
 
 def write_cameras(folder: Path) -> None:
@@ -281,13 +297,13 @@ def pose(k: int) -> tuple[np.ndarray, np.ndarray]:
     return np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]]), np.array([[0.1 * k], [0.2], [0.03 * k * k]])
 
 
-def write_masks(folder: Path) -> None:
-    """Masks of two films, which move and have greys on both sides of the middle, and a still one of the picture."""
+def write_masks(folder: Path, *names: str) -> None:
+    """Masks of these films, which move and have greys on both sides of the middle, and a still one of the picture."""
     mask = torch.zeros(NUM_FRAMES, 3, 64, 96, dtype=torch.uint8)
     mask[:, :, 48:, :48], mask[:, :, 48:, 48:] = 100, 160
     for f in range(NUM_FRAMES):
         mask[f, :, 8:40, 8 * f : 8 * f + 24] = 255
-    for name in ("masked", "with_both"):
+    for name in names:
         pictures.write_mp4(folder / f"{name}.mp4", mask, 16)
     pictures.write_png(folder / "picture.png", mask[0])
 
@@ -339,9 +355,8 @@ def check(twin: Twin, step: Step, expert: str | None = None, exact: bool = True)
     assert given["timestep"].dtype == torch.float32
     noisy = given["hidden_states"]
     channels = 48 if twin.name in NEWER else 16
-    references = step.batch.condition.get("vace")
     num_latent_frames = 1 + (num_frames - 1) // 4
-    before = 0 if references is None else references.shape[2] - num_latent_frames
+    before = noisy.shape[2] - num_latent_frames
     height, width = (x // (16 if twin.name in NEWER else 8) for x in twin.size)
     noise = flow.draw_noise(0, step.number, range(BATCH), (channels, num_latent_frames + before, height, width))
     losses = []
@@ -602,6 +617,36 @@ def test_vace_is_given_what_stays_what_changes_the_mask_and_the_reference_before
                 assert (reference[:, :, :, :8] == 1).all(), "a square reference stands on white"
                 assert (reference[:, :, :, -8:] == 1).all()
     assert seen == {"guided", "masked", "with_both", "with_reference", "picture"}
+
+
+def test_animate_is_given_its_reference_before_grey_or_before_a_background_and_its_mask(twins):
+    twin, seen = twins("tiny_wan_animate"), set()
+    for step in twin.steps(end=6):
+        check(twin, step)
+        assert step.given.keys() == {"hidden_states", "timestep", "encoder_hidden_states", "pose_hidden_states",
+                                     "encoder_hidden_states_image", "face_pixel_values"}
+        for i, planned in enumerate(step.batch.planned_B):
+            path, num_frames = planned.clip.path, planned.bucket.num_frames
+            seen.add(path.stem)
+            own = {kind: next(iter((path.parent / kind).glob(f"{path.stem}.*")), None)
+                   for kind in ("control", "face", "reference", "background", "control_mask")}
+            reference = twin.official.pixels(own["reference"], 1, twin.size, contain=True)
+            channels = step.given["hidden_states"][i, 16:]
+            same(channels[:, :1], torch.cat([torch.ones(4, 1, 4, 6), twin.official.latents(reference)]))
+            if own["background"]:
+                same(channels[4:, 1:], twin.official.clip(own["background"], num_frames, twin.size))
+                white = (twin.official.pixels(own["control_mask"], num_frames, twin.size)[0] + 1) / 2
+                for k, t, y, x in itertools.product(range(4), range(1 + num_frames // 4), range(4), range(6)):
+                    frame = max(0, 4 * t - 3 + k) if t else 0
+                    assert abs(channels[k, 1 + t, y, x] - (1 - white[frame, 8 * y, 8 * x])) < 1e-6
+                assert 0 < channels[:4, 1:].mean() < 1
+            else:
+                same(channels[:, 1:], twin.official.given_frames(torch.zeros(3, num_frames, *twin.size), []))
+            same(step.given["pose_hidden_states"][i], twin.official.clip(own["control"], num_frames, twin.size))
+            face = twin.official.pixels(own["face"], num_frames, (16, 16))
+            same(step.given["face_pixel_values"][i], face, exact=False)
+            same(step.given["encoder_hidden_states_image"][i], twin.official.tokens(reference[:, 0]), exact=False)
+    assert seen == {"video_0", "video_1", "picture"}
 
 
 @pytest.mark.parametrize("name", ["tiny_wan_i2v", "tiny_wan_flf2v", "tiny_wan_ti2v", "tiny_wan_vace",

@@ -222,16 +222,17 @@ def test_what_diffusers_has_no_pipeline_for_trains_resumes_and_samples_as_the_me
     sampling.set_strength(ours, 0)
     assert (sampling.sample(ours, "a square", 1, settings, inputs) - want).abs().mean() > 2, "the LoRA is not heard"
     given = dict(inputs.frames)
-    for kind in ("reference", "camera", "audio"):
+    for kind in ("reference", "camera", "audio", *["control"] * twin.variant.architecture.driven):
         if kind in given:
-            given[kind] = {"reference": moving_square(8, 1, height, width), "camera": given[kind] * 1.5,
-                           "audio": given[kind].abs()}[kind]
+            changed = {"camera": lambda one: one * 1.5, "audio": lambda one: one.abs()}.get(
+                kind, lambda one: moving_square(8, len(one), height, width))
+            given[kind] = changed(given[kind])
             other = sampling.sample(folded, "a square", 1, settings, sampling.Inputs(given))
             assert (other - want).abs().mean() > 0.3, f"the {kind} is not heard"
 
 
 def own_inputs_of(task: str, height: int, width: int):
-    """What a task of Fun, and S2V, is sampled from."""
+    """What a task of Fun, Animate-2 and S2V are sampled from."""
     if task == "s2v":
         return {"reference": moving_square(4, 1, height, width),
                 "audio": torch.from_numpy(tone(300, (NUM_FRAMES - 1) / 16) / 32768).float()}
@@ -242,6 +243,8 @@ def own_inputs_of(task: str, height: int, width: int):
         return wanted | {"camera": torch.from_numpy(zoom).float()}
     if task.startswith("control"):
         wanted["control"] = film
+    if task == "animate2":
+        return {"control": film, "reference": wanted["first"]}
     return wanted | ({"reference": moving_square(4, 1, height, width)} if task.startswith("control_") else {})
 
 
@@ -265,6 +268,27 @@ def test_video_to_video_is_what_diffusers_pipeline_gives(twins):
                       max_sequence_length=512, output_type="np").frames[0]
         assert abs(video.movedim(1, -1).numpy() / 255 - want).mean() < 0.003
         assert abs(video.float() - film).mean() > 1
+
+
+@pytest.mark.slow
+def test_animate_replaces_a_character_as_diffusers_pipeline_does(tmp_path):
+    twin = Twin("tiny_wan_animate", write_checkpoint(tmp_path / "checkpoint", "tiny_wan_animate"), [])
+    ours, theirs = sampler_and_pipeline(twin, None)
+    height, width = size_of(twin.name)
+    own, given = inputs_of("animate", height, width)
+    mask = torch.zeros_like(own["control"])
+    mask[:, :, : height // 2 - 4], mask[4:, :, :, 24:] = 255, 100
+    own |= {"background": moving_square(7, NUM_FRAMES, height, width), "control_mask": mask}
+    tokens = ours.encoders.image_tokens(own["reference"], 1)["image"]
+    theirs.encode_image = lambda images, device: tokens
+    settings = sampling.Settings(3, (3.0, 3.0), 5.0, Bucket(NUM_FRAMES, height, width), "")
+    video = sampling.sample(ours, "a square", 1, settings, sampling.Inputs(own)).movedim(1, -1).numpy() / 255
+    for mode in ("replace", "animate"):
+        want = theirs(prompt="a square", negative_prompt="", height=height, width=width, num_inference_steps=3,
+                      mode=mode, background_video=pil(own["background"]), mask_video=pil(mask), guidance_scale=3.0,
+                      generator=torch.Generator().manual_seed(1), max_sequence_length=512, output_type="np",
+                      **given).frames[0]
+        assert (abs(video - want).mean() < 0.003) == (mode == "replace")
 
 
 @pytest.mark.slow

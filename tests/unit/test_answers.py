@@ -66,7 +66,7 @@ def test_check_imports_neither_torch_nor_a_library_of_models(arguments, tmp_path
 
 @pytest.mark.parametrize("words", [
     ["inspect", "no.safetensors"], ["merge", "no", "lora.safetensors", "out"],
-    ["new", "x", "--clips", "no", "--model", "tiny_wan", "--trigger", "a", "--gpu", "24gb"]])
+    ["new", "x", "--clips", "no", "--model", "tiny_wan", "--trigger", "a"], ["inspect", __file__]])
 def test_files_that_are_not_there_are_told_without_torch(words, tmp_path):
     assert imported(words, tmp_path, 2) == set()
 
@@ -75,6 +75,13 @@ def test_a_cache_that_lacks_entries_is_told_without_torch(arguments, tmp_path):
     empty = f"data.cache_dir={tmp_path / 'empty'}"
     assert imported(["train", *arguments, empty], tmp_path, 2) == {"hydra", "omegaconf"}
     assert imported(["train", *arguments, "lora.targets=nosuch"], tmp_path, 2) == {"hydra", "omegaconf"}
+
+
+@pytest.mark.parametrize("words", [
+    ["sample", "sampler.loras=[no.safetensors=0.5]"], ["train", f"lora.start_from={__file__}"],
+    ["tune", "--over", "optim.lrr=1,2"]])
+def test_files_that_are_no_lora_and_keys_to_tune_are_told_without_torch(words, tmp_path):
+    assert imported([words[0], "recipe=demo_anime", *words[1:]], tmp_path, 2) <= {"hydra", "omegaconf"}
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ def test_every_yaml_composes():
     for recipe in RECIPES:
         assert config.load([f"recipe={recipe}"]).run.name == recipe
     groups = [p for p in folder.glob("*/*.yaml") if p.parent.name != "recipe"]
-    assert len(groups) == 34
+    assert len(groups) == 35
     for path in groups:
         composed = config.load(["recipe=demo_anime", f"{path.parent.name}={path.stem}"])
         part = vars_of(composed)[path.parent.name]
@@ -98,7 +98,7 @@ def test_what_a_section_says_of_itself_is_no_key():
 
 def test_every_key_has_a_sentence_in_help():
     described = config.described()
-    assert len(described) == 123
+    assert len(described) == 125
     assert [key for key, (_, sentence) in described.items() if not sentence.endswith(".")] == []
 
 

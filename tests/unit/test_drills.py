@@ -383,7 +383,10 @@ def test_the_recipes_for_real_wan_take_the_samplers_numbers_from_the_variants_ta
         if name.startswith("demo_"):
             continue
         assert "# Cost by `wantrain plan`, largest clips: rtx4090 " in text, name
-        assert "docs/recipes.md" in " ".join(head), name
+        known = " ".join(line.removeprefix("# ") for line in head).partition("Known (docs/recipes.md): ")[2]
+        assert known.startswith("measured on Wan nothing, no GPU has run it; "), name
+        assert "by public results on other models " in known.partition("Not known: ")[0], name
+        assert "learning rate, steps" in known.partition("Not known: ")[2], name
         assert (own.num_steps, own.guidance, own.shift, own.num_frames, own.resolution) == (None,) * 5, name
         assert "celanime" not in text
         assert "blueprnt" not in text
@@ -500,12 +503,13 @@ def test_a_recipe_and_a_manifest_written_on_windows_are_found(monkeypatch, tmp_p
 
 
 @pytest.mark.parametrize(("typed", "said", "meant"), [
-    (["prune", "cache", "delete=true"], "delete=true is not allowed: no, yes", "delete=yes"),
+    (["prune", "cache", "delete=true"], "delete=true is not allowed: no, yes", "wantrain prune cache delete=yes"),
     (["prune", "cache", "dlete=yes"], "dlete=yes is not known; there are delete, verify",
-     "delete=yes    or wantrain prune --help"),
-    (["convert", "a.safetensors", "b.safetensors", "dtype=bf16"], "dtype=bf16 is not allowed", "dtype=bfloat16"),
+     "wantrain prune cache delete=yes    or wantrain prune --help"),
+    (["convert", "a.safetensors", "b.safetensors", "dtype=bf16"], "dtype=bf16 is not allowed",
+     "wantrain convert a.safetensors b.safetensors dtype=bfloat16"),
     (["convert", "a.safetensors", "b.safetensors", "format=comfyui"], "format=comfyui is not allowed",
-     "format=universal"),
+     "wantrain convert a.safetensors b.safetensors format=universal"),
     (["extract", "a", "b", "c", "rank=zero"], "rank=zero is not allowed: a whole number from 1",
      "wantrain extract --help"),
     (["doctor", "here"], "doctor takes no file, and got 1: here", "wantrain doctor")])

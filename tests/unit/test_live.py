@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -62,6 +64,22 @@ def test_samples_are_those_of_the_exported_lora_and_training_is_as_without_them(
             assert_same(written[run / "live" / f"{column}_{number:03d}.mp4"],
                         written[run / "samples" / f"{number:03d}_{name}.mp4"])
     assert not torch.equal(written[run / "live" / "base_000.mp4"], written[run / "live" / "step_000004_000.mp4"])
+
+
+def test_how_much_seeds_differ_is_judged_as_a_share_of_the_base(trained, written):
+    """The middle frames as 16 x 16 means, by numpy; None where the step has no samples yet."""
+    run = trained("run", "sampler.prompts=[a circle]", "sampler.seeds=[0,1]", "sampler.every_steps=4", "optim.lr=0.05",
+                  "validation.every_steps=2", "validation.sigmas=[0.5]", "validation.unrelated=[]")
+
+    def differ(column):
+        one, other = (written[run / "live" / f"{column}_{number:03d}.mp4"] for number in (0, 1))
+        small = [frames[len(frames) // 2].numpy().reshape(3, 16, frames.shape[2] // 16, 16, frames.shape[3] // 16).mean(
+            (2, 4)) for frames in (one, other)]
+        return abs(small[0] - small[1]).mean()
+
+    share = differ("step_000004") / differ("base")
+    assert json.loads((run / "judgement.json").read_text())["diversity"] == [None, pytest.approx(share, rel=1e-4)]
+    assert share != 1
 
 
 def test_a_sample_leaves_no_memory_behind(arguments, cached):

@@ -19,14 +19,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
+from tests.conftest import arguments_for
 from tests.runs import state
-from wantrain import files, lock, logs, metrics, outside, pictures
+from wantrain import cli, files, lock, logs, metrics, outside
 from wantrain.engine import checkpoint, mirror, saved
 from wantrain.engine.checkpoint import Writer
 from wantrain.engine.saved import CheckpointStore, Progress, Record
@@ -583,30 +585,75 @@ def test_wandb_without_network_and_a_broken_tensorboard_cost_no_training(wantrai
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory, clips, cache_dir):
+    """The folder of a training with both trackers, one of them named twice, with validation and samples."""
+    run = tmp_path_factory.mktemp("tracked") / "run"
+    own = [*arguments_for(clips, cache_dir, run), "tracker=tensorboard", "validation.every_steps=2",
+           "tracker.names=[tensorboard,wandb,tensorboard]", "validation.sigmas=[0.5]", "validation.unrelated=[]",
+           "sampler.every_steps=4"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        for verb in ("cache", "train"):
+            assert cli.main([verb, *own]) == 0
+    return run
+
+
 @pytest.mark.slow
-def test_tensorboard_has_the_numbers_of_the_lines_pictures_and_texts(trained, tmp_path):
+def test_tensorboard_has_the_numbers_of_the_lines_samples_curves_by_sigma_and_the_verdict(tracked):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = trained("run", "tracker=tensorboard", "tracker.names=[tensorboard,tensorboard]")
-    events = EventAccumulator(str(run / "trackers" / "wantrain"))
+    events = EventAccumulator(str(tracked / "trackers" / "wantrain"))
     events.Reload()
-    lines = metrics.read(run / "metrics.jsonl")
+    lines = metrics.read(tracked / "metrics.jsonl")
     for name in ("loss", "grad_norm", "lr"):
         assert [(event.step, event.value) for event in events.Scalars(f"train/{name}")] == [
             (line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines]
-    pictures.write_mp4(tmp_path / "a.mp4", torch.arange(5, dtype=torch.uint8)[:, None, None, None].expand(
-        5, 3, 32, 48) * 50, 16)
-    found = trackers(["tensorboard"], tmp_path)
-    found.show({"samples/000": tmp_path / "a.mp4"}, 7)
-    found.tell("verdict", "Usable: steps 5 to 7.", 7)
-    assert found.close(30) == ""
-    events = EventAccumulator(str(tmp_path / "trackers" / "p"))
-    events.Reload()
-    [shown] = events.Images("samples/000")
-    picture = np.asarray(Image.open(io.BytesIO(shown.encoded_image_string)))
-    assert (shown.step, picture.shape) == (7, (32, 48, 3))
-    assert abs(int(picture.mean()) - 100) < 6, "the third of five frames"
-    assert b"Usable: steps 5 to 7." in events.Tensors("verdict/text_summary")[0].tensor_proto.string_val[0]
+    judged = json.loads((tracked / "judgement.json").read_text())
+    assert [(event.step, event.value) for event in events.Scalars("validation_by_sigma/0.5000")] == [
+        (step, pytest.approx(loss, rel=1e-6)) for step, loss in zip([2, 4], judged["by_sigma"]["0.5000"]["loss"],
+                                                                    strict=True)]
+    for name, column in (("samples", "step_000004"), ("samples_base", "base")):
+        [shown] = events.Images(f"{name}/000")
+        picture = np.asarray(Image.open(io.BytesIO(shown.encoded_image_string))).astype(int)
+        with av.open(str(tracked / "live" / f"{column}_000.mp4")) as container:
+            third = list(container.decode(video=0))[2].to_ndarray(format="rgb24").astype(int)
+        assert shown.step == 4
+        assert abs(picture - third).mean() < 2, "the third of five frames"
+    told = events.Tensors("verdict/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert told == "\n\n".join(judged["verdict"]["sentences"])
+
+
+def wandb_records(data):
+    """The records of a .wandb file: behind 7 bytes a log of LevelDB, whose blocks of 32 KiB hold parts of records, each
+    behind (checksum, length, kind); kinds 1 and 4 end a record.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record as Logged
+
+    place, found = 7, b""
+    while place + 7 <= len(data):
+        if (left := 32768 - place % 32768) < 7:
+            place += left
+            continue
+        length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        found += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            yield Logged.FromString(found)
+            found = b""
+
+
+@pytest.mark.slow
+def test_wandb_has_the_videos_curves_by_sigma_and_the_verdict(tracked):
+    [file], history, summary = (tracked / "wandb").glob("offline-run-*/*.wandb"), {}, {}
+    for record in wandb_records(file.read_bytes()):
+        for kept, items in ((history, record.history.item), (summary, record.summary.update)):
+            kept.update({"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items})
+    judged = json.loads((tracked / "judgement.json").read_text())
+    assert history["validation_by_sigma/0.5000"] == judged["by_sigma"]["0.5000"]["loss"][-1]
+    assert summary["verdict"] == "\n\n".join(judged["verdict"]["sentences"])
+    video = file.parent / "files" / history["samples/000/path"]
+    assert video.read_bytes() == (tracked / "live" / "step_000004_000.mp4").read_bytes()
 
 
 @pytest.mark.slow

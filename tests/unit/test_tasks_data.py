@@ -45,7 +45,7 @@ def world(tmp_path_factory):
     """A checkpoint for each task, clips without partners, and files to sample from."""
     root = tmp_path_factory.mktemp("tasks")
     for name in ("tiny_wan_control", "tiny_wan_vace", "tiny_wan_i2v", "tiny_wan_flf2v", "tiny_wan_ti2v",
-                 "tiny_wan_s2v"):
+                 "tiny_wan_animate", "tiny_wan_s2v"):
         write_checkpoint(root / name, name)
     write_clips(root / "clips")
     with_partners(root / "controlled", control="+.mp4")
@@ -112,14 +112,26 @@ def test_vace_with_neither_control_nor_reference(refused, tmp_path, partners):
 
 @pytest.mark.parametrize(("name", "kind", "ending"), [
     ("tiny_wan", "control", ".mp4"), ("tiny_wan", "reference", ".png"), ("tiny_wan_i2v", "control_mask", ".mp4"),
-    ("tiny_wan_ti2v", "control", ".mp4"), ("tiny_wan_control", "reference", ".png"),
+    ("tiny_wan_ti2v", "control", ".mp4"), ("tiny_wan_vace", "background", ".mp4"),
+    ("tiny_wan_control", "reference", ".png"),
     ("tiny_wan_control", "control_mask", ".mp4")])
 def test_what_a_task_would_ignore(refused, tmp_path, name, kind, ending):
-    more = {"control": "+.mp4"} if name == "tiny_wan_control" else {}
+    more = {"control": "+.mp4"} if name in ("tiny_wan_control", "tiny_wan_vace") else {}
     wrong, to_do = refused("train", name, clips=with_partners(tmp_path / "set", **more, **{kind: ending}))
     assert wrong.startswith(f"1 clips have a {kind}, such as style/a.mp4, and {name} (")
     assert "takes none: it would be ignored" in wrong
     assert f"take the column or the folder `{kind}` out" in to_do
+
+
+@pytest.mark.parametrize(("name", "given", "lacks"), [
+    ("tiny_wan_animate", "background", "control_mask"), ("tiny_wan_animate", "control_mask", "background"),
+    ("tiny_wan_vace", "control_mask", "control")])
+def test_a_partner_that_says_nothing_without_another(refused, tmp_path, name, given, lacks):
+    rest = {"reference": "+.png"} if name == "tiny_wan_vace" else {"control": "+.mp4", "face": "+.mp4",
+                                                                   "reference": "+.png"}
+    wrong, to_do = refused("check", name, clips=with_partners(tmp_path / "set", **rest, **{given: ".mp4"}))
+    assert wrong.startswith(f"1 clips have a {given} and no {lacks}, such as style/a.mp4, and {name} (")
+    assert f"add the column or the folder `{lacks}`" in to_do
 
 
 @pytest.mark.parametrize(("partners", "why"), [
@@ -210,7 +222,8 @@ def inputs(world):
 def test_an_input_that_nobody_knows(refused, inputs):
     wrong, _ = refused("sample", "tiny_wan_i2v", inputs(start="image.png"))
     assert "sampler.inputs = " in wrong
-    assert "is not allowed: first, last, control, control_mask, reference, face, camera, audio, video" in wrong
+    assert ("is not allowed: first, last, control, control_mask, background, reference, face, camera, audio, "
+            "video") in wrong
 
 
 @pytest.mark.parametrize(("name", "given", "allowed"), [
@@ -275,6 +288,14 @@ def test_an_image_in_place_of_a_control_video(refused, inputs, name):
 def test_a_reference_that_is_a_video(refused, inputs):
     wrong, _ = refused("sample", "tiny_wan_vace", inputs(reference="film.mp4"))
     assert "film.mp4" in wrong
+
+
+@pytest.mark.parametrize(("given", "lacks"), [("background", "control_mask"), ("control_mask", "background")])
+def test_half_of_a_replacement(refused, inputs, given, lacks):
+    rest = {"control": "film.mp4", "face": "film.mp4", "reference": "image.png"}
+    wrong, to_do = refused("sample", "tiny_wan_animate", inputs(**rest, **{given: "film.mp4"}))
+    assert f"takes {given} and {lacks} together, and there is no {lacks}" in wrong
+    assert to_do == f"add {lacks}: VIDEO, or take {given} out"
 
 
 def test_a_mask_of_no_control_video(refused, inputs):

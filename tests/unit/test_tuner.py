@@ -16,7 +16,7 @@ from wantrain import config as schema
 from wantrain.engine.stopping import Stopper
 from wantrain.recipe.heldout import max_rows
 from wantrain.terms import Interrupted, UserError
-from wantrain.tuner import search, told
+from wantrain.tuner import search, settings, told
 from wantrain.tuner.search import Round, Speed
 from wantrain.tuner.trainings import Arm, Outcome, Planned, Trainings, share_base, stopping_at, take_place
 from wantrain.tuner.tune import open_arms
@@ -24,18 +24,18 @@ from wantrain.validation import Interval
 
 
 def test_over_is_read_by_key_and_brackets_keep_their_commas():
-    assert search.read_over(["lora.rank=8,16", "lora.targets=[attn],[attn,ffn]", "data.sources.a.path=x=y"]) == {
+    assert settings.read_over(["lora.rank=8,16", "lora.targets=[attn],[attn,ffn]", "data.sources.a.path=x=y"]) == {
         "lora.rank": ["8", "16"], "lora.targets": ["[attn]", "[attn,ffn]"], "data.sources.a.path": ["x=y"]}
 
 
 @pytest.mark.parametrize("words", [["optim.lr"], ["optim.lr="], ["optim.lr=1,,2"], ["optim.lr=1", "optim.lr=2"]])
 def test_over_refuses_what_names_no_values(words):
     with pytest.raises(UserError, match=r"--over optim\.lr"):
-        search.read_over(words)
+        settings.read_over(words)
 
 
 def test_the_product_has_every_combination_once():
-    assert search.product({"a": ["1", "2"], "b": ["x", "y"]}) == {
+    assert settings.product({"a": ["1", "2"], "b": ["x", "y"]}) == {
         "a=1 b=x": ("a=1", "b=x"), "a=1 b=y": ("a=1", "b=y"), "a=2 b=x": ("a=2", "b=x"), "a=2 b=y": ("a=2", "b=y")}
 
 
@@ -218,7 +218,7 @@ def test_a_recipe_that_is_there_is_not_overwritten(wantrain, capsys, monkeypatch
 
 
 def test_alpha_keeps_its_share_of_the_rank(arguments, cached):
-    config = schema.load([*arguments, "lora.alpha=8"])
-    arms = open_arms(config, ["lora.rank=2,4,8"], [*arguments, "lora.alpha=8"], None)
+    words = [*arguments, "lora.alpha=8"]
+    arms = open_arms(settings.configs_of(schema.load(words), ["lora.rank=2,4,8"], words, None), words)
     assert {name: arm.recipe.config.lora.alpha for name, arm in arms.items()} == {
         "default": 8, "lora.rank=2": 4, "lora.rank=8": 16}

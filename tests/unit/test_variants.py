@@ -50,6 +50,7 @@ SCHEDULES = {
     "wan22_fun_5b_control": FUN_5B,
     "wan22_fun_5b_camera": FUN_5B,
     "wan22_animate_14b": (5, None, (1, 1), 20, 30, 77),
+    "wan22_animate2_14b": (5, None, (3, 3), 40, 24, 81),
     "wan22_s2v_14b": (3, None, (4.5, 4.5), 40, 16, 81),
     "tiny_wan": (3, None, (5, 5), 50, 16, 9),
 }
@@ -58,6 +59,7 @@ TWINS = {
     "tiny_wan_a14b": "wan22_t2v_a14b", "tiny_wan_i2v": "wan21_i2v_14b_480p", "tiny_wan_i2v_a14b": "wan22_i2v_a14b",
     "tiny_wan_flf2v": "wan21_flf2v_14b", "tiny_wan_ti2v": "wan22_ti2v_5b", "tiny_wan_vace": "wan21_vace_1b3",
     "tiny_wan_control": "wan21_fun_1b3_control", "tiny_wan_animate": "wan22_animate_14b",
+    "tiny_wan_animate2": "wan22_animate2_14b",
     "tiny_wan_control_v11": "wan21_fun_v11_1b3_control", "tiny_wan_control_a14b": "wan22_fun_a14b_control",
     "tiny_wan_control_5b": "wan22_fun_5b_control", "tiny_wan_camera": "wan21_fun_v11_1b3_camera",
     "tiny_wan_camera_5b": "wan22_fun_5b_camera", "tiny_wan_vace_a14b": "wan22_vace_fun_a14b",
@@ -251,7 +253,7 @@ def test_unsupported_families_are_recognised(mark: str, family: str) -> None:
     "models/Wan2.1-T2V-14B-CausVid/model.safetensors", "wan2.1_t2v_14B_4steps_fp8.safetensors",
     "Wan2.1-T2V-14B-AnyFlow/transformer"])
 def test_a_distilled_base_is_refused_with_what_to_train_on(name: str) -> None:
-    with pytest.raises(UserError, match="train on wan21_t2v_14b or wan22_t2v_a14b, and sample with the few-step LoRA"):
+    with pytest.raises(UserError, match=r"train on wan21_t2v_14b( or wan22_t2v_a14b)?, and sample with the few-step"):
         detect(T2V_14B, name).resolve("wan21_t2v_14b")
 
 

@@ -16,8 +16,9 @@ def test_the_page_is_up_to_date() -> None:
 
 
 def test_every_variant_has_one_column() -> None:
-    """But Animate, whose own names test_animate_names.py has, and the random twins of the tests."""
-    published = sorted(name for name, v in VARIANTS.items() if not (v.architecture.animate or "tiny_wan_" in name))
+    """But Animate and Animate-2, whose names test_animate_names.py and test_driven.py have, and the tests' twins."""
+    published = sorted(name for name, v in VARIANTS.items()
+                       if not (v.architecture.animate or v.architecture.driven or "tiny_wan_" in name))
     assert sorted(name for kind in tiny.TRANSFORMERS for name in weight_table.variants_of(kind)) == published
 
 

@@ -52,7 +52,7 @@ PYTHON = {
     "SaveVideo": "video filename_prefix format codec",
 }
 PAGE_ONLY = ("control_after_generate", "upload")
-WITHOUT = {"wan22_fun_5b_inp", "wan22_fun_5b_camera"}
+WITHOUT = {"wan22_fun_5b_inp", "wan22_fun_5b_camera", "wan22_animate2_14b"}
 """Of these no workflow of ComfyUI was at hand."""
 INPUTS = {"i2v": {"first": "a/photo.png"}, "flf2v": {"first": "x.png", "last": "y.png"}, "ti2v": {"first": "p.png"},
           "control": {"control": "pose.mp4", "first": "p.png"},
@@ -60,7 +60,8 @@ INPUTS = {"i2v": {"first": "a/photo.png"}, "flf2v": {"first": "x.png", "last": "
           "control_inpaint": {"control": "pose.mp4", "reference": "r.png"}, "camera": {"first": "p.png"},
           "camera_inpaint": {"first": "p.png"},
           "vace": {"control": "c.mp4", "control_mask": "m.mp4", "reference": "r.png"},
-          "animate": {"control": "c.mp4", "face": "f.mp4", "reference": "r.png"},
+          "animate": {"control": "c.mp4", "face": "f.mp4", "reference": "r.png", "background": "b.mp4",
+                      "control_mask": "m.mp4"},
           "s2v": {"audio": "a/voice.mp3", "reference": "r.png"}}
 
 

@@ -135,8 +135,8 @@ def _refuse_other_shapes(composed: DictConfig) -> None:
 
 
 def _quoted(text: str) -> str:
-    """A text as Hydra's grammar takes it whole."""
-    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", text) + "'" if not re.fullmatch(r"[\w/.-]+", text, re.ASCII) else text
+    """A text as Hydra's grammar takes it whole, and as text: a recipe may be named 5, null or true."""
+    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", text) + "'"
 
 
 def _put(config: DictConfig, key: str, value: Any) -> None:

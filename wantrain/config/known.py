@@ -101,7 +101,7 @@ def annotation(key: str) -> Any:
     return None
 
 
-def _fits(text: str, key: str) -> bool:
+def fits(text: str, key: str) -> bool:
     """Whether a text that was typed for another key is a value of this one."""
     try:
         convert(read_text(text), annotation(key))
@@ -117,7 +117,7 @@ def known_key(key: str, groups: Sequence[str], text: str = "") -> str:
             raise UserError(f"unknown config key {key}; a variable of the environment stands before the command",
                             f"{key}={shlex.quote(text)} wantrain ...")
         close = nearest_keys(key, groups)
-        meant = f"{shlex.quote(f'{close[0]}={text}')}    or {HELP}" if close and _fits(text, close[0]) else HELP
+        meant = f"{shlex.quote(f'{close[0]}={text}')}    or {HELP}" if close and fits(text, close[0]) else HELP
         raise UserError(f"unknown config key {key}" + (f"; did you mean {' or '.join(close)}?" if close else ""), meant)
     return key
 

@@ -6,6 +6,7 @@ brackets and equal signs mean something, never sees them.
 
 from __future__ import annotations
 
+import gc
 import re
 import shlex
 import sys
@@ -22,6 +23,7 @@ from wantrain.config.known import (
     annotation,
     choice,
     choices,
+    fits,
     groups_of,
     known_key,
     nearest_keys,
@@ -60,9 +62,15 @@ def load(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
     seen: set[Path] = set()
     for group, name in asked.groups.items():
         examine(places, group, name, seen)
-    from wantrain.config.composing import compose  # Hydra, which faults and help come before
+    is_collecting = gc.isenabled()
+    gc.disable()  # composing makes a hundred thousand objects that stay, and would look through them again and again
+    try:
+        from wantrain.config.composing import compose  # Hydra, which faults and help come before
 
-    return compose(asked, own, places)
+        return compose(asked, own, places)
+    finally:
+        if is_collecting:
+            gc.enable()
 
 
 def load_yaml(text: str) -> Config:
@@ -161,7 +169,13 @@ def _of_node(key: str, node: Node) -> list[tuple[str, Any]]:
 
 def refused(key: str, text: str, error: Unfit) -> UserError:
     """The error for a value that its key cannot have."""
-    is_list = typing.get_origin(annotation(key)) is list
+    wanted = annotation(key)
+    is_list = typing.get_origin(wanted) is list
+    values = text.strip("[] ").split(",")
+    if values[1:] and wanted in (int, float) and "comma" not in error.allowed and all(fits(v, key) for v in values):
+        return UserError(f"{key} = {text!r} is not allowed: {error.allowed}, one at a time",
+                         f"{pasted(key, values[0].strip())}    or all, compared: wantrain tune NAME --over "
+                         f"{pasted(key, ','.join(value.strip() for value in values))}")
     example = error.example if error.example and not (is_list and error.example[0] != "[") else example_of(key)
     form = f", in the form {example}" if is_list and "[" not in error.allowed else ""
     return UserError(f"{key} = {text!r} is not allowed: {error.allowed}{form}", pasted(key, example))

@@ -95,11 +95,11 @@ TYPICAL = {8: "rtx4060", 12: "rtx3060", 16: "rtx4060ti", 24: "rtx3090", 32: "rtx
 
 def card_of(given: str) -> Card:
     """The card of a name such as `RTX 4090`, or of a size of memory such as `24gb` at the speed of a common card."""
-    name = re.sub(r"(nvidia|geforce|[\s_-])", "", given.lower())
+    name = re.sub(r"nvidia|geforce|[\s_]|(?<=\w)-", "", given.lower())
     named = {key.replace("_", ""): card for key, card in CARDS.items()}
     if name in named:
         return named[name]
-    if size := re.fullmatch(r"(\d+(?:\.\d+)?)(gb|gib|g)", name):
+    if (size := re.fullmatch(r"(\d+(?:\.\d+)?)(gb|gib|g)", name)) and float(size[1]):
         memory = float(size[1])
         like = CARDS[TYPICAL[min(TYPICAL, key=lambda known: abs(known - memory))]]
         return replace(like, name=f"{memory:g} GiB at the speed of {like.name}", memory_gib=memory)

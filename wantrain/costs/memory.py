@@ -98,7 +98,8 @@ class Job:
     def tokens(self) -> int:
         """Tokens of all rows that one process holds."""
         own = self.batch
-        return own.rows * own.bucket.num_tokens(self.variant.multiple_px) // own.sequence_parallel
+        streams = 2 if self.variant.architecture.driven else 1
+        return streams * own.rows * own.bucket.num_tokens(self.variant.multiple_px) // own.sequence_parallel
 
     @property
     def block(self) -> Sizes:
@@ -106,7 +107,7 @@ class Job:
         a = self.variant.architecture
         text = self.batch.rows * (TEXT_LEN + inventory.image_tokens(self.variant))
         return Sizes(self.tokens, text, a.dim, a.ffn_dim, a.num_heads, self.itemsize,
-                     self.adapter.kind in ("lora", "rslora"))
+                     self.adapter.kind in ("lora", "rslora") and not a.driven)
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,7 +127,7 @@ class Cache:
             return read_entry(path)
         except UserError as error:
             raise UserError(f"the cache entry of {describe(entry)} is damaged: {path}",
-                            f"rm {path} && {self.build_command}") from error
+                            f"rm {shlex.quote(str(path))} && {self.build_command}") from error
 
     @property
     def _faults(self) -> Path:
@@ -170,7 +170,8 @@ def read_entry(path: Path) -> dict[str, torch.Tensor]:
 
     tensors, metadata = read_tensors(path)
     if metadata != {"digest": digest_tensors(tensors)}:
-        raise UserError(f"{path} is damaged: its checksum differs", f"rm {path}, then run `wantrain cache` again")
+        raise UserError(f"{path} is damaged: its checksum differs",
+                        f"rm {shlex.quote(str(path))}    then run `wantrain cache` again")
     return tensors
 
 
@@ -202,8 +203,8 @@ def claims(folder: Path) -> list[Claim]:
             content = json.loads(note.read_text(encoding="utf-8"))
             found.append(Claim(str(content["run"]), str(content.get("folder", "")), note, list(content["entries"])))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{note}, which says what a run needs, is damaged: {error}", f"rm {note}, and run "
-                            "`wantrain cache` of that recipe again") from error
+            raise UserError(f"{note}, which says what a run needs, is damaged: {error}",
+                            f"rm {shlex.quote(str(note))}    then run `wantrain cache` of that recipe again") from error
     return sorted(found, key=lambda claim: (claim.run, claim.folder))
 
 

@@ -33,7 +33,7 @@ from wantrain.data.tables import (
     spelled,
     suffixes_of,
 )
-from wantrain.files import atomic_path
+from wantrain.files import atomic_path, like
 from wantrain.outside import remote_errors
 from wantrain.terms import PARTNERS, Clip, Media, Remote, UserError
 
@@ -170,8 +170,10 @@ def _rows(source: ClipSource, account: Account) -> Iterator[tuple[str, Row | str
     elif not source.is_remote and not source.local.exists():
         if source.local.is_symlink():
             source.local.stat()  # says that it is a loop of links
-        raise UserError(f"source {source.name!r}: {path} does not exist", f"set {source.path_key} to a "
-                        "folder of clips with .txt captions, a .jsonl, .csv, .parquet or .tar, or a URL")
+        words = [source.path_key, like(path) or "FOLDER"]
+        raise UserError(f"source {source.name!r}: {path} does not exist",
+                        (shlex.join(words) if words[0].startswith("--") else shlex.quote("=".join(words)))
+                        + "    a folder of clips with .txt captions, a .jsonl, .csv, .parquet or .tar, or a URL")
     elif suffix in (*JSON_SUFFIXES, *CSV_SUFFIXES):
         import fsspec
 

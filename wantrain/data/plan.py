@@ -163,7 +163,7 @@ def _fault_of_picture(planned: Sequence[PlannedClip], kind: str, seen: MediaInfo
         return (f" is {seen.width}x{seen.height}, the clip {own.width}x{own.height}: of another shape they would be "
                 "cropped to other places")
     needed = max(p.latest_s or p.start_s for p in planned)
-    moves = seen.duration_s or kind in ("control", "face")  # an image stands for a mask that does not move
+    moves = seen.duration_s or kind in ("control", "background", "face")  # an image stands for a still mask
     is_too_short = moves and count_frames(seen, needed, clip.end_s, planned[0].fps) < planned[0].bucket.num_frames
     return f" ends before it, after {seen.duration_s:g} s" if is_too_short else ""
 

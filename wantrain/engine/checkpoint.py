@@ -29,6 +29,7 @@ from wantrain.engine.saved import (
     Progress,
     Record,
     checksums,
+    damaged,
     mirrored_or_told,
     progress_of,
     record_of,
@@ -100,17 +101,16 @@ def load(path: Path, fingerprint: Mapping[str, Any] | None, defaults: Mapping[st
     try:
         intact = (path / CHECKSUMS).read_bytes() == checksums(path).encode()
     except OSError as error:
-        raise Damaged(f"checkpoint {path} is incomplete: {error}", f"rm -r {path}, and start again") from error
+        raise damaged(path, f"incomplete: {error}") from error
     if not intact:
-        raise Damaged(f"checkpoint {path} is damaged: its files are not those that were written",
-                      f"rm -r {path}, and start again")
+        raise damaged(path, "damaged: its files are not those that were written")
     progress, record = progress_of(path), record_of(path)
     if fingerprint is not None:
         refuse_another_config(record.fingerprint, fingerprint, defaults or {}, any_base)
     try:
         tensors, _ = read_tensors(path / TENSORS)
     except UserError as error:
-        raise Damaged(f"checkpoint {path} is damaged: {error.message}", f"rm -r {path}, and start again") from error
+        raise damaged(path, f"damaged: {error.message}") from error
     return progress, tensors
 
 

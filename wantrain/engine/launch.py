@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
+from contextvars import ContextVar
 from datetime import timedelta
 
 import torch
@@ -108,16 +111,24 @@ def refuse_precision(asked: str) -> None:
 
 
 def end(accelerator: Accelerator, another_follows: bool) -> None:
-    """Free the model. The process group ends too, unless another training follows in these processes."""
+    """Free the model. The process group ends too, unless another training, or more stages follow in these processes."""
     accelerator.free_memory()
-    if not another_follows:
+    if not another_follows and not _lasts.get():
         accelerator.end_training()
 
 
-def go_on_alone() -> None:
-    """What follows in this process takes it for the only one: the others of the launch have left."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
-        os.environ.pop(name, None)
+_lasts: ContextVar[bool] = ContextVar("_lasts", default=False)
+
+
+@contextlib.contextmanager
+def lasting(accelerator: Accelerator) -> Iterator[None]:
+    """In the block no training ends the process group: it ends with the block, where nothing goes wrong there."""
+    before = _lasts.set(True)
+    try:
+        yield
+    finally:
+        _lasts.reset(before)
+    accelerator.end_training()
 
 
 def _without_shared_memory_op() -> None:

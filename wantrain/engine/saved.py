@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime
@@ -49,6 +50,11 @@ class Record:
 
 class Damaged(UserError):
     """A checkpoint whose files are incomplete, or differ from those that were written."""
+
+
+def damaged(path: Path, what: str) -> Damaged:
+    """The error for a checkpoint of which this is wrong."""
+    return Damaged(f"checkpoint {path} is {what}", f"rm -r {shlex.quote(str(path))}    then run the same command again")
 
 
 class CheckpointStore(NamedTuple):
@@ -142,7 +148,7 @@ def _state(path: Path, made: type[T]) -> T:
         if not _is_sound(found):
             raise ValueError("a value that wantrain never writes")
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise Damaged(f"checkpoint {path} is damaged: {STATE}: {error}", f"rm -r {path}, and start again") from error
+        raise damaged(path, f"damaged: {STATE}: {error}") from error
     return found
 
 

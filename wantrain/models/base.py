@@ -5,6 +5,7 @@ Where the parts are and what they hold is told without torch: each method import
 
 from __future__ import annotations
 
+import difflib
 import shlex
 import tempfile
 from collections import Counter
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from wantrain.files import digest_path, digest_text
 from wantrain.models import hub, names, sizes
 from wantrain.models.containers import Container, find_parts, open_container
-from wantrain.models.detection import detect, expert_named, stated_vace_layers
+from wantrain.models.detection import detect, expert_named, part_held, stated_vace_layers
 from wantrain.models.lora_names import is_lora, lora_argument, refuse_other_experts_file
 from wantrain.models.variants import Expert, Variant, diffusers_config, is_diffusers_config
 from wantrain.models.weight_files import ContainerError, parse_json
@@ -96,6 +97,17 @@ class Base:
         with torch.device("meta"):
             return self._transformer_class.from_config(self._transformer_config())
 
+    def refuse_other_parts(self) -> None:
+        """Raise ContainerError for a single file, beside the transformer's, whose tensors are those of another part."""
+        for part, wanted in {"vae": "VAE", "text_encoder": "umT5 text encoder",
+                             "image_encoder": "CLIP image encoder"}.items():
+            if part in self.parts and self.parts[part].is_file():
+                container = open_container(self.parts[part])
+                _refuse_lora(container, wanted)
+                if (held := part_held(container.names())) and held != wanted:
+                    raise ContainerError(container.path, f"is a {held}, and model.parts.{part} is a {wanted}",
+                                         "two paths exchanged")
+
     def detected(self) -> str:
         """Detect the variant from the transformer's tensors, and say it; raises UserError when it is not `variant`."""
         return self._detected(open_container(self.parts["transformer"]))
@@ -105,6 +117,7 @@ class Base:
         if self.expert and named not in (None, self.expert):
             raise UserError(f"{self.parts['transformer']} is named as the {named} noise expert, but is "
                             f"given as the {self.expert} one", "exchange model.parts.high and model.parts.low")
+        _refuse_lora(container)
         detection = detect(container.shapes(), str(self.parts["transformer"]), container.config)
         detection.resolve(self.variant.name)
         kinds = sorted({container.dtype_of(name) for name in container.names()})
@@ -277,7 +290,9 @@ def find(variant: Variant, path: str | None, parts: Mapping[str, str], merge: Se
     """
     required = required_parts(variant)
     if unknown := sorted(set(parts) - set(required)):
-        raise UserError(f"model.parts.{unknown[0]} is not allowed: {', '.join(required)}", "rename the key")
+        key = f"model.parts.{(difflib.get_close_matches(unknown[0], required, 1) or required)[0]}"
+        raise UserError(f"unknown config key model.parts.{unknown[0]}; there are {', '.join(required)}",
+                        shlex.quote(f"{key}={parts[unknown[0]]}"))
     found: dict[str, Path] = {}
     absent: dict[str, set[str]] = {}
     if path:
@@ -330,6 +345,13 @@ def _is_whole(folder: Path, wanted: Collection[str]) -> bool:
         return False
 
 
+def _refuse_lora(container: Container, wanted: str = "transformer") -> None:
+    """Raise ContainerError for a LoRA, or a checkpoint of its training, in place of a part of the base."""
+    if is_lora(container.names()):
+        raise ContainerError(container.path, f"is a LoRA, and a {wanted} is asked for", "two paths exchanged",
+                             f"wantrain inspect {shlex.quote(str(container.path))}")
+
+
 def open_transformer(where: str) -> Container:
     """The transformer of a file, of a folder with its shards, or of a whole checkpoint's folder; or a model id's.
 
@@ -343,9 +365,7 @@ def open_transformer(where: str) -> Container:
                             f"say which: {parts['high']}")
         path = parts["transformer"]
     container = open_container(path)
-    if is_lora(container.names()):
-        raise ContainerError(path, "is a LoRA, and a transformer is asked for", "two paths exchanged",
-                             f"wantrain inspect {shlex.quote(str(path))}")
+    _refuse_lora(container)
     try:
         names.official_names(container.names())
     except names.UnknownName as error:

@@ -22,6 +22,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch.nn import functional
 
 from wantrain.models.block_operations import EAGER, Attention, Operations, split
+from wantrain.models.driven import WanDrivenTransformer3DModel
 from wantrain.models.offload import Offload, Parcel
 from wantrain.models.products import Product, Products, product_of
 from wantrain.models.quantised import QuantisedLinear
@@ -421,8 +422,9 @@ def compute(block: Any, policy: Policy, given: BlockInputs) -> torch.Tensor:
 
 
 def can_train(transformer: Any) -> bool:
-    """Whether the blocks' adapters are LoRAs, the kind that this backward pass knows."""
-    return all(products_of(block) is not None for block in blocks_of(transformer))
+    """Whether the blocks are plain ones and their adapters LoRAs, which this backward pass knows."""
+    return not isinstance(transformer, WanDrivenTransformer3DModel) and all(
+        products_of(block) is not None for block in blocks_of(transformer))
 
 
 def blocks_of(transformer: Any) -> list[Any]:

@@ -180,6 +180,11 @@ class _Start:
         video, = self.graph.titled(name, "LoadVideo", self.file(name, ".mp4"), "image")
         return self.graph.add("GetVideoComponents", video=video)[0]
 
+    def mask(self) -> Output | None:
+        """What of the video is to be made anew."""
+        frames = self.frames("control_mask")
+        return self.graph.add("ImageToMask", "red", image=frames)[0] if frames else None
+
     def seen(self, image: Output | None) -> Output | None:
         """What the CLIP tower sees in a picture, all of it squashed as in training; None where the variant has none."""
         if image is None or not self.variant.architecture.image_dim:
@@ -248,16 +253,15 @@ def _camera(own: _Start) -> list[Output]:
 
 
 def _vace(own: _Start) -> list[Output]:
-    mask = own.frames("control_mask")
-    masks = own.graph.add("ImageToMask", "red", image=mask)[0] if mask else None
-    return own.node("WanVaceToVideo", 1.0, control_video=own.frames("control"), control_masks=masks,
+    return own.node("WanVaceToVideo", 1.0, control_video=own.frames("control"), control_masks=own.mask(),
                     reference_image=own.image("reference"))
 
 
 def _animate(own: _Start) -> list[Output]:
     reference = own.image("reference")
     return own.node("WanAnimateToVideo", 5, 0, clip_vision_output=own.seen(reference), reference_image=reference,
-                    face_video=own.frames("face"), pose_video=own.frames("control"))
+                    face_video=own.frames("face"), pose_video=own.frames("control"),
+                    background_video=own.frames("background"), character_mask=own.mask())
 
 
 def _s2v(own: _Start) -> list[Output]:

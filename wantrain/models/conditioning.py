@@ -17,21 +17,21 @@ import torch
 from diffusers import AutoencoderKLWan
 from transformers import CLIPVisionModel, Wav2Vec2Model
 
-from wantrain.models.encode import decode_latents, encode_frames
+from wantrain.models.encode import decode_latents, encode_frames, pad_text
 from wantrain.models.loading import free_bytes
 from wantrain.models.vae import to_pixels
 from wantrain.models.variants import Task, Variant
 from wantrain.terms import SOUND_RATE, WINDOW, Bucket
 
 Frames = Mapping[str, torch.Tensor]
-"""frames_FCHW uint8 by name: first and last (one frame each), control, control_mask, reference, face; and camera
-[F, 16] (wantrain.data.cameras) and audio [samples] (wantrain.data.sound), float32.
+"""frames_FCHW uint8 by name: first and last (one frame each), control, control_mask, background, reference, face; and
+camera [F, 16] (wantrain.data.cameras) and audio [samples] (wantrain.data.sound), float32.
 """
 
 Condition = dict[str, torch.Tensor]
 """Of one sample: `channels` [C, T, H, W] behind the noisy latents, `image` [images, tokens, D] of CLIP, `vace`
-[96, T, H, W], `pose` [C, T, H, W], `face` [3, F, S, S] uint8, `reference` [C, 1, H, W], `camera` [F, 16],
-`audio` [states, D, F - 1]."""
+[96, T, H, W], `pose` [C, T, H, W], `face` [3, F, S, S] uint8, `reference` [C, 1, H, W], `camera` [F, 16], `audio`
+[states, D, F - 1]; `driving` [C, T, H, W] with `driving_image` [1, tokens, D] and `driving_text` [L, D]."""
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -133,13 +133,15 @@ def _given_frames(encoders: Encoders, given: Mapping[int, torch.Tensor | None], 
         if frame is not None:
             pixels_FCHW[place], mask_F[place] = to_pixels(frame[0]), 1
     latents_CTHW = encoders.latents(pixels_FCHW)
-    return {"channels": torch.cat([fold_mask(mask_F, latents_CTHW.shape[1:]), latents_CTHW])}
+    return {"channels": torch.cat([fold_mask(mask_F[:, None, None].expand(-1, *latents_CTHW.shape[2:])), latents_CTHW])}
 
 
-def fold_mask(mask_F: torch.Tensor, shape_THW: Sequence[int]) -> torch.Tensor:
-    """The frames' mask as [4, T, H, W]: a latent frame has the values of its four; the first frame fills one alone."""
-    mask_4T = torch.cat([mask_F[:1].expand(4), mask_F[1:]]).view(-1, 4).T
-    return mask_4T[:, :, None, None].expand(4, *shape_THW).contiguous()
+def fold_mask(mask_FHW: torch.Tensor) -> torch.Tensor:
+    """The frames' mask, of the latents' size, as [4, T, H, W]: a latent frame has the values of its four; the first
+    frame fills one alone.
+    """
+    four_of_each = torch.cat([mask_FHW[:1].expand(4, -1, -1), mask_FHW[1:]])
+    return four_of_each.view(-1, 4, *mask_FHW.shape[1:]).transpose(0, 1).contiguous()
 
 
 def encode_control(encoders: Encoders, frames: Frames, bucket: Bucket) -> Condition:
@@ -201,15 +203,35 @@ def encode_vace(encoders: Encoders, frames: Frames, bucket: Bucket) -> Condition
 
 
 def encode_animate(encoders: Encoders, frames: Frames, bucket: Bucket) -> Condition:
-    """Wan-Animate in its animation mode: `pose` latents of the control video, the `face` as pixels, and a `reference`
-    [C, 1, H, W] before the latents; `channels` [4 + C, 1 + T, H, W] are that reference, known, then grey, unknown.
+    """Wan-Animate: `pose` latents of the control video, the `face` as pixels, and a `reference` [C, 1, H, W] before the
+    latents; `channels` [4 + C, 1 + T, H, W] are that reference, known, then grey, unknown. Given a `background`, then
+    that: known but for what the control mask says to make anew, where another is replaced.
     """
-    reference_C1HW = encoders.latents(frames["reference"])
+    if "background" in frames:
+        mask_FHW = frames["control_mask"][:, 0, ::8, ::8].expand(bucket.num_frames, -1, -1)  # nearest, red, as theirs
+        rest = torch.cat([fold_mask(1 - mask_FHW / WHITE), encoders.latents(frames["background"])])
+    else:
+        rest = _given_frames(encoders, {}, bucket)["channels"]
+    return _behind_reference(encoders, frames["reference"], rest) | {
+        "pose": encoders.latents(frames["control"]), "face": frames["face"].movedim(0, 1).contiguous()}
+
+
+def _behind_reference(encoders: Encoders, reference: torch.Tensor, rest_CTHW: torch.Tensor) -> Condition:
+    """A reference before the latents, known, and its CLIP tokens; `rest_CTHW` are mask and latents of what follows."""
+    reference_C1HW = encoders.latents(reference)
     known = torch.cat([torch.ones(4, *reference_C1HW.shape[1:]), reference_C1HW])
-    rest = _given_frames(encoders, {}, bucket)["channels"]
-    return {"channels": torch.cat([known, rest], dim=1), "reference": reference_C1HW,
-            "pose": encoders.latents(frames["control"]), "face": frames["face"].movedim(0, 1).contiguous(),
-            **encoders.image_tokens(frames["reference"], 1)}
+    return {"channels": torch.cat([known, rest_CTHW], dim=1), "reference": reference_C1HW,
+            **encoders.image_tokens(reference, 1)}
+
+
+def encode_animate2(encoders: Encoders, frames: Frames, bucket: Bucket) -> Condition:
+    """Animate-2: a `reference` before the latents, with grey behind it, and a `driving` video with the CLIP tokens of
+    its first frame. Its text is put beside it by `arrange`.
+    """
+    grey = _given_frames(encoders, {}, bucket)["channels"]
+    seen = encoders.image_tokens(frames["control"][:1], 1)
+    return _behind_reference(encoders, frames["reference"], grey) | {
+        "driving": encoders.latents(frames["control"]), **({"driving_image": seen["image"]} if seen else {})}
 
 
 def encode_speech(encoders: Encoders, frames: Frames, bucket: Bucket) -> Condition:
@@ -226,7 +248,11 @@ def encode_speech(encoders: Encoders, frames: Frames, bucket: Bucket) -> Conditi
 
 
 def without_prompt(condition: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """The condition for guidance's call without the prompt: face and sound are left out with it, the rest stays."""
+    """The condition for guidance's call without the prompt: face and sound are left out with it, the rest stays; a
+    transformer with a driving video is told.
+    """
+    if "driving" in condition:
+        return {**condition, "unprompted": torch.ones(1)}
     return {name: torch.zeros_like(tensor) if name in ("face", "audio") else tensor
             for name, tensor in condition.items()}
 
@@ -241,18 +267,18 @@ def fold_pixels(mask_FHW: torch.Tensor, shape_THW: Sequence[int]) -> torch.Tenso
 ENCODE: dict[Task, Callable[[Encoders, Frames, Bucket], Condition]] = {
     "i2v": encode_i2v, "flf2v": encode_flf2v, "control": encode_control, "control_reference": encode_control_reference,
     "control_inpaint": encode_control_inpaint, "camera": encode_camera, "camera_inpaint": encode_camera_inpaint,
-    "vace": encode_vace, "animate": encode_animate, "s2v": encode_speech}
+    "vace": encode_vace, "animate": encode_animate, "animate2": encode_animate2, "s2v": encode_speech}
 """t2v and ti2v encode nothing more: ti2v's first latent frame is the clip's own."""
 
 
-def arrange(variant: Variant, encoded: Condition, latents_CTHW: torch.Tensor, first: bool
-            ) -> tuple[Condition, torch.Tensor, torch.Tensor | None]:
+def arrange(variant: Variant, encoded: Condition, latents_CTHW: torch.Tensor, first: bool,
+            text: Callable[[str], torch.Tensor]) -> tuple[Condition, torch.Tensor, torch.Tensor | None]:
     """(condition for the transformer, latents_CTHW, known_T) of a sample.
 
     `first`: whether the first latent frame of `latents_CTHW` is given, where the task leaves that open
     (Variant.leaves_first_open). A reference goes before the latents where the transformer has no place of its own for
-    it; of S2V it is the first latent frame. known_T is 1 for latent frames that are given clean
-    (Variant.first_is_clean).
+    it; of S2V it is the first latent frame. `text` gives the features of the variant's own prompt, if it has one.
+    known_T is 1 for latent frames that are given clean (Variant.first_is_clean).
     """
     first = latents_CTHW.shape[1] > 1 and (first or not variant.leaves_first_open)
     known_T = None
@@ -266,6 +292,8 @@ def arrange(variant: Variant, encoded: Condition, latents_CTHW: torch.Tensor, fi
         start = encoded.get("reference", latents_CTHW[:, :1])
         return {"pose": torch.zeros_like(latents_CTHW[:, 1:]), **condition}, torch.cat(
             [start, latents_CTHW[:, 1:]], dim=1), known_T
+    if variant.second_prompt:
+        condition["driving_text"] = pad_text(text(variant.second_prompt))
     if "reference" in encoded:
         latents_CTHW = torch.cat([encoded["reference"], latents_CTHW], dim=1)
     return condition, latents_CTHW, known_T

@@ -8,6 +8,7 @@ weight * scale in float32, then cast. Layouts and who writes them: docs/facts.md
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -273,7 +274,7 @@ def _weight_files(folder: Path) -> list[Path]:
         _check_shards(folder, files)
     if not files:
         raise ContainerError(folder, "holds no weights (.safetensors, .pth, .gguf)", "an interrupted download, or the "
-                             "folder above or below the right one", f"look at it: ls -R {folder}")
+                             "folder above or below the right one", f"ls -R {shlex.quote(str(folder))}")
     if absent := [p.name for p in files if not p.is_file()]:
         raise ContainerError(folder, f"lacks {len(absent)} of {len(files)} shards: {', '.join(absent[:3])}",
                              "an interrupted download")
@@ -319,7 +320,7 @@ def find_parts(folder: Path) -> dict[str, Path]:
         if not list(folder.glob("diffusion_pytorch_model*")):
             raise ContainerError(folder, "holds no Wan transformer (transformer/, high_noise_model/ or "
                                  "diffusion_pytorch_model*)", "the folder above or below the right one",
-                                 f"look at it: ls -R {folder}")
+                                 f"ls -R {shlex.quote(str(folder))}")
         parts["transformer"] = folder
     return parts
 

@@ -6,12 +6,12 @@ Sources: docs/facts.md, "Detection"; the order of questions is ComfyUI's.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from wantrain.models.names import transformer_to_diffusers
+from wantrain.models.names import driven_to_official, transformer_to_diffusers
 from wantrain.models.variants import HEAD_DIM, VARIANTS, AnimateSizes, Architecture, Expert, SpeechSizes, Variant
 from wantrain.terms import UserError
 
@@ -68,6 +68,19 @@ class Detection:
         return VARIANTS[stated or self.candidates[0]]
 
 
+PART_MARKS = {
+    "VAE": ("encoder.conv1.weight", "encoder.conv_in.weight"),
+    "umT5 text encoder": ("token_embedding.weight", "shared.weight"),
+    "CLIP image encoder": ("visual.cls_embedding", "embeddings.class_embedding",
+                           "vision_model.embeddings.class_embedding"),
+}
+
+
+def part_held(names: Collection[str]) -> str | None:
+    """Which part of a checkpoint tensors of these names are, in words; None for a transformer and all else."""
+    return next((part for part, marks in PART_MARKS.items() if any(mark in names for mark in marks)), None)
+
+
 def detect(shapes: Shapes, file_name: str | None, config: Mapping[str, Any] | None = None) -> Detection:
     """Tell the variant from a transformer's tensor names and shapes (official or diffusers names, bare).
 
@@ -77,6 +90,8 @@ def detect(shapes: Shapes, file_name: str | None, config: Mapping[str, Any] | No
     UserError when the tensors are no Wan transformer at all.
     """
     layout: Layout = "official" if "head.modulation" in shapes else "diffusers"
+    is_driven = any(driven_to_official(name) != name for name in shapes)
+    shapes = {driven_to_official(name): shape for name, shape in shapes.items()}
     for mark, family in _UNSUPPORTED.items():
         if any(name.startswith(mark) for name in shapes):
             return Detection(layout, (), (), False, None, f"this is a {family} transformer (it has {mark}*), which "
@@ -87,15 +102,19 @@ def detect(shapes: Shapes, file_name: str | None, config: Mapping[str, Any] | No
         raise UserError(f"config.json states {len(stated)} vace_layers, and the transformer has "
                         f"{len(architecture.vace_layers)} VACE blocks", "take both from one model")
     # The number of heads is a size that shapes do not show; those of Animate's and S2V's own modules are taken on
-    # trust, and so is where VACE's blocks attach, if the config states it.
+    # trust, and so is where VACE's blocks attach, if the config states it. Names may show a driving video; its shapes
+    # are I2V's.
     fitting = tuple(name for name, own in ((name, variant.architecture) for name, variant in VARIANTS.items())
-                    if (bool(own.animate), bool(own.speech)) == (bool(architecture.animate), bool(architecture.speech))
+                    if is_driven <= own.driven
+                    and (bool(own.animate), bool(own.speech)) == (bool(architecture.animate), bool(architecture.speech))
                     and own == replace(architecture, num_heads=own.num_heads, animate=own.animate, speech=own.speech,
-                                       vace_layers=own.vace_layers if stated else architecture.vace_layers))
+                                       vace_layers=own.vace_layers if stated else architecture.vace_layers,
+                                       driven=own.driven))
     part, advice = _derived(file_name)
     if part and fitting:
-        return Detection(layout, (), (), False, None, f"{part!r} names {advice.format(' or '.join(fitting))}. If it is "
-                         "none, give it another name")
+        agreeing = _left(fitting, _said(file_name)) or fitting
+        return Detection(layout, (), (), False, None, f"{part!r} names {advice.format(' or '.join(agreeing))}. If it "
+                         "is none, give it another name")
     if not fitting:
         return Detection(layout, (), (), False, None, f"a Wan transformer of no known variant's sizes: {architecture}")
     return _narrow(layout, fitting, file_name)
@@ -195,7 +214,7 @@ def _count_blocks(shapes: Shapes, prefix: str) -> int:
 # What a file name can say: each mark's pattern has the value as its group.
 _GENERATION = re.compile(r"(?<![a-z0-9])wan[-_ ]?2[._]?([12])(?![0-9])")
 _RESOLUTION = re.compile(r"(?<![0-9])(480p|720p)(?![a-z0-9])")
-_KIND = re.compile(r"(?<![a-z0-9])(t2v|i2v|flf2v|ti2v|s2v|vace|inp|control|camera)(?:aint)?(?![a-z0-9])")
+_KIND = re.compile(r"(?<![a-z0-9])(t2v|i2v|flf2v|ti2v|s2v|vace|inp|control|camera|animate[-_ ]?2)(?:aint)?(?![a-z0-9])")
 _NOISE = re.compile(r"(?<![a-z])(high|low)[-_. ]?noise")
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z][a-z])")
 _LAST_EXPERT = re.compile(r"(?<![a-z])(high|low)(?=(?:[-_. ](?:v?\d\w*|[a-z]{1,5}\d+\w*|noise|model|expert|lora|"
@@ -224,7 +243,7 @@ def _said_by(part: str) -> _Said:
     expert = set(_NOISE.findall(_CAMEL.sub("_", part).lower()))
     if "wan22" in generation and not expert:
         expert = set(_BARE_EXPERT.findall(text))
-    kind = set(_KIND.findall(text))
+    kind = {re.sub("[-_ ]", "", word) for word in _KIND.findall(text)}
     for strong, weak in _IMPLIED_KINDS.items():
         kind -= weak if strong in kind else set()
     return _Said(generation | ({"wan22"} if expert else set()), set(_RESOLUTION.findall(text)), kind, expert)
@@ -281,9 +300,15 @@ def _agrees(variant: Variant, said: _Said) -> bool:
                ((generation, said.generation), (resolution, said.resolution), (kind, said.kind)))
 
 
+def _left(fitting: tuple[str, ...], said: _Said) -> tuple[str, ...]:
+    """Those that the file name leaves. Animate-2 has to be named where the tensors could be image-to-video's."""
+    return tuple(name for name in fitting if _agrees(VARIANTS[name], said)
+                 and (said.kind or len(fitting) == 1 or not VARIANTS[name].architecture.driven))
+
+
 def _narrow(layout: Layout, fitting: tuple[str, ...], file_name: str | None) -> Detection:
     said = _said(file_name)
-    agreeing = tuple(name for name in fitting if _agrees(VARIANTS[name], said))
+    agreeing = _left(fitting, said)
     if said.resolution:
         agreeing = tuple(n for n in agreeing if n.endswith(tuple(said.resolution))) or agreeing
     fit = f"the tensors fit {' or '.join(fitting)}"

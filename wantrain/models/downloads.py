@@ -16,6 +16,7 @@ from httpx2 import HTTPError, Request
 from huggingface_hub import DryRunFileInfo, HfApi, constants, get_session, get_token, parse_hf_uri, snapshot_download
 from huggingface_hub.errors import FileMetadataError, HfUriError, IncompleteSnapshotError, OfflineModeIsEnabled
 
+from wantrain.files import like
 from wantrain.outside import Caught
 from wantrain.terms import UserError
 
@@ -85,12 +86,15 @@ def command(where: str) -> str:
 
 def _parse(where: str) -> _Wanted:
     word, _, name = where.rpartition(":")
+    close = like(where)  # of a file or folder within folders that are here: no id is meant
     with contextlib.suppress(HfUriError, KeyError):
         hub, id_ = _HUBS[word], parse_hf_uri(f"hf://{name}")
         # The parser takes off a leading slash and datasets/ or models/; with those it is a path, not a model's id.
-        if name.startswith(id_.id) and ".." not in name and (id_.path_in_repo or not id_.id.endswith(_WEIGHTS)):
+        if name.startswith(id_.id) and ".." not in name and not (close and id_.path_in_repo) and (
+                id_.path_in_repo or not id_.id.endswith(_WEIGHTS)):
             return _Wanted(where, hub, id_.id, id_.revision, id_.path_in_repo)
-    raise UserError(f"{where} does not exist (looked at from {Path.cwd()}), and is no model id",
+    raise UserError(f"{where} does not exist (looked at from {Path.cwd()}), and is no model id"
+                    + (f"; did you mean {close}?" if close else ""),
                     "correct the path, or give an id: owner/name, with @revision or /file/or/folder/in/it behind and "
                     "hf: or modelscope: in front where it matters")
 

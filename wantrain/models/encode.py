@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
@@ -109,8 +110,11 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
 
 
 _ARGUMENTS = {"pose": "pose_hidden_states", "vace": "control_hidden_states", "reference": "reference_hidden_states",
-              "audio": "audio_hidden_states"}
-"""What a transformer calls the latents, and the sound's features, of a condition."""
+              "audio": "audio_hidden_states", "driving": "driving_hidden_states", "driving_text": "driving_text"}
+"""What a transformer calls the latents of a condition, a sound's features, and the text of a driving video."""
+
+_TOKENS = {"image": "encoder_hidden_states_image", "driving_image": "driving_image"}
+"""What it calls CLIP tokens."""
 
 
 def predict_velocity(transformer: torch.nn.Module, noisy_BCTHW: torch.Tensor, sigma: torch.Tensor,
@@ -121,15 +125,17 @@ def predict_velocity(transformer: torch.nn.Module, noisy_BCTHW: torch.Tensor, si
     is that of wantrain.models.conditioning, stacked.
     """
     given = dict(condition or {})
-    more = {}
+    more: dict[str, Any] = {}
     if (channels := given.get("channels")) is not None:
         noisy_BCTHW = torch.cat([noisy_BCTHW, channels.to(noisy_BCTHW.dtype)], dim=1)
-    if (image_BNLD := given.get("image")) is not None:
-        more["encoder_hidden_states_image"] = image_BNLD.to(text_BLD.dtype).flatten(0, 1)  # diffusers' way with two
     if (face := given.get("face")) is not None:
         more["face_pixel_values"] = to_pixels(face).to(noisy_BCTHW.dtype)
     if (camera := given.get("camera")) is not None:
         more["camera_hidden_states"] = camera  # float32: its rays are made of it
+    if "unprompted" in given:
+        more["unprompted"] = True
+    more |= {argument: given[name].to(text_BLD.dtype).flatten(0, 1)  # diffusers' way with two images of a sample
+             for name, argument in _TOKENS.items() if name in given}
     more |= {argument: given[name].to(noisy_BCTHW.dtype) for name, argument in _ARGUMENTS.items() if name in given}
     if sigma.ndim == 2:
         sigma = sigma.repeat_interleave(noisy_BCTHW.shape[3] * noisy_BCTHW.shape[4] // 4, dim=1)

@@ -90,8 +90,8 @@ def _checkpoint(transformer: WanTransformer3DModel, memory: BlockMemory) -> None
     """diffusers' own blocks, where ours cannot be: an engine that divides weights gathers those of a module when that
     is called, and our backward pass does not call the parts of a block.
     """
-    others = "adapters other than lora and rslora, and weights that ZeRO-3 or FSDP2 divides, are trained through " \
-        "diffusers' blocks. Allowed there:"
+    others = "Animate-2, adapters other than lora and rslora, and weights that ZeRO-3 or FSDP2 divides, are trained " \
+        "through diffusers' blocks. Allowed there:"
     if memory.offload:
         raise UserError(f"memory.offload = true: {others} false", "set memory.offload=false")
     keeps = {memory.keep} if isinstance(memory.keep, str) else set(memory.keep)

@@ -5,9 +5,7 @@ Source: VideoX-Fun; docs/facts.md, "Variants". tests/parity/test_fun.py holds bo
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import diffusers
@@ -16,6 +14,7 @@ from diffusers import WanTransformer3DModel
 from torch.nn import functional
 
 from wantrain.models.camera import rays
+from wantrain.models.driven import WanDrivenTransformer3DModel, edited
 from wantrain.models.speech import WanSpeechTransformer3DModel
 from wantrain.models.variants import Variant
 
@@ -94,20 +93,10 @@ class CameraBlock(torch.nn.Module):
         return found
 
 
-@contextlib.contextmanager
-def edited(module: torch.nn.Module, edit: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """In the block, what the module answers is edited."""
-    handle = module.register_forward_hook(lambda _, __, output: edit(output))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-_FUN = (WanFunControlTransformer3DModel, WanFunCameraTransformer3DModel)
-for _own in _FUN:  # diffusers reads the names of a config's keys from the signature
+_PLAIN = (WanFunControlTransformer3DModel, WanFunCameraTransformer3DModel, WanDrivenTransformer3DModel)
+for _own in _PLAIN:  # diffusers reads the names of a config's keys from the signature
     functools.update_wrapper(_own.__init__, WanTransformer3DModel.__init__)
-OWN = {own.__name__: own for own in (*_FUN, WanSpeechTransformer3DModel)}
+OWN = {own.__name__: own for own in (*_PLAIN, WanSpeechTransformer3DModel)}
 """Our classes by name."""
 
 

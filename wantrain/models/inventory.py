@@ -22,7 +22,7 @@ AUDIO_ENCODER_PARAMETERS = 315_437_696
 """Of the published wav2vec2 without its head."""
 
 _CONDITION = {"i2v": (1, 4), "flf2v": (1, 4), "control": (1, 0), "control_reference": (1, 0), "control_inpaint": (2, 4),
-              "camera_inpaint": (1, 4), "vace": (2, 64), "animate": (2, 4)}
+              "camera_inpaint": (1, 4), "vace": (2, 64), "animate": (2, 4), "animate2": (2, 4)}
 """What the cache keeps of a window for its task (wantrain.models.conditioning.encode): how many times the channels of
 its latents, and how many more.
 """
@@ -48,7 +48,7 @@ def condition_bytes(variant: Variant, bucket: Bucket, has_reference: bool = Fals
     shape_THW, a = variant.latent_THW(bucket), variant.architecture
     videos, masks = _CONDITION.get(variant.task, (0, 0))
     size, channels = math.prod(shape_THW), videos * a.out_channels + masks
-    images = image_tokens(variant) * (a.image_dim or 0)
+    images = image_tokens(variant) * (a.image_dim or 0) * (2 if a.driven else 1)
     face = 3 * bucket.num_frames * a.animate.motion_encoder_size ** 2 if a.animate else 0
     more = (channels + a.out_channels) * size // shape_THW[0] if has_reference else 0
     sound = a.speech.audio_states * a.speech.audio_dim * (bucket.num_frames - 1) if a.speech else 0

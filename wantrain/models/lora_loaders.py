@@ -32,6 +32,7 @@ _PRODUCT = "applies nothing of a LoHa or LoKr"
 _LENGTHS = "leaves out the lengths of a DoRA"
 _DIFFS = "applies the low-rank part alone"
 _NO_MODEL = "has no such model"
+_ANIMATE: tuple[Task, ...] = ("animate", "animate2")
 _LATER_FUN: tuple[Task, ...] = ("control_reference", "control_inpaint", "camera", "camera_inpaint")
 _FUN: tuple[Task, ...] = ("control", *_LATER_FUN)
 
@@ -80,7 +81,8 @@ LOADERS: dict[str, Loader] = {
          ("comfy_updown", "conv"): "raises: a convolution is left over",
          ("kohya", "incomplete"): "raises: it wants every attention and ffn Linear of all blocks, and nothing else",
          ("product",): "raises: it reads no LoHa or LoKr", ("diff",): "leaves out differences of norms",
-         ("diff_m",): "raises: it reads no change of modulation"},
+         ("diff_m",): "raises: it reads no change of modulation",
+         ("for animate2",): "raises: its class of Animate-2 has other names"},
         (*_LATER_FUN, "s2v"), "raises, or applies nothing"),
     "PEFT": Loader(("peft",), {}, unknown="asks for a folder with adapter_config.json"),
     "DiffSynth-Studio": Loader(
@@ -102,18 +104,18 @@ LOADERS: dict[str, Loader] = {
          ("head",): "applies what is in blocks alone", ("conv",): "applies what is in blocks alone",
          ("animate",): "applies what is in blocks alone", ("product",): _PRODUCT, ("dora",): _LENGTHS,
          ("diff",): _DIFFS, ("diff_m",): _DIFFS},
-        ("vace", "animate", *_FUN, "s2v", "flf2v")),
+        ("vace", *_ANIMATE, *_FUN, "s2v", "flf2v")),
     "diffusion-pipe": Loader(
         ("universal",),
         {("alpha",): "raises on an alpha", ("ranks",): f"{_ONE_RANK}, raises", ("head",): "raises: has no LoRA outside "
          "the blocks", ("conv",): "raises on a convolution", ("product",): "raises on a LoHa or LoKr",
          ("dora",): "raises on a DoRA", ("diff",): "raises on whole differences", ("diff_m",): "raises on whole "
          "differences"},
-        ("vace", "animate", *_FUN, "s2v"), "raises: it does not know these names"),
+        ("vace", *_ANIMATE, *_FUN, "s2v"), "raises: it does not know these names"),
     "musubi-tuner": Loader(
         ("kohya",), {("conv",): "raises on a convolution of three dimensions", ("dora",): _LENGTHS,
                      ("diff",): _DIFFS, ("diff_m",): _DIFFS},
-        ("vace", "animate", *_LATER_FUN, "s2v", "ti2v"), f"{_NAMES}; wantrain convert IN OUT format=kohya"),
+        ("vace", *_ANIMATE, *_LATER_FUN, "s2v", "ti2v"), f"{_NAMES}; wantrain convert IN OUT format=kohya"),
     "LyCORIS": Loader(("lycoris",), {}, unknown=_NAMES),
 }
 """In SimpleTuner too for LyCORIS; ComfyUI and WanVideoWrapper have every task."""

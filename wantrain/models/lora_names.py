@@ -12,7 +12,7 @@ from wantrain.models import hub
 from wantrain.models.containers import open_raw
 from wantrain.models.detection import expert_named
 from wantrain.models.variants import Expert
-from wantrain.models.weight_files import ContainerError
+from wantrain.models.weight_files import ContainerError, kind_of
 from wantrain.options import split_strength
 from wantrain.terms import UserError
 
@@ -34,17 +34,32 @@ def lora_argument(argument: str) -> tuple[Path, float]:
 
     Raises UserError.
     """
+    where, strength = named(argument)
+    return hub.local(where), strength
+
+
+def named(argument: str) -> tuple[str, float]:
+    """As `lora_argument`, with the file as it is named."""
     if Path(argument).expanduser().exists():
-        return Path(argument).expanduser(), 1.0
+        return argument, 1.0
     where, strength = split_strength(argument)
     if strength is None:
         where, _, word = argument.rpartition("=")
         if where and Path(where).expanduser().exists():
             raise UserError(f"{argument}: the strength {word!r} is not a number", f"{where}=0.8")
-        return hub.local(argument), 1.0
+        return argument, 1.0
     if not math.isfinite(strength):
         raise UserError(f"{argument}: the strength {strength} is no finite number", f"{where}=0.8")
-    return hub.local(where), strength
+    return where, strength
+
+
+def refuse_other_files(names: Iterable[str]) -> None:
+    """Raise UserError for a path or model id with nothing there, and for a file that by its name and first bytes, or a
+    folder that by what it holds, is no LoRA: before libraries are imported that take seconds.
+    """
+    for name in names:
+        if "{expert}" not in name and (path := hub.here(name)) and (file := weights_of(path)).is_file():
+            kind_of(file)
 
 
 def merge_override(path: Path) -> str:

@@ -305,9 +305,24 @@ def transformer_rename(names: Collection[str]) -> Rename:
     """From a transformer file's names (official or diffusers, bare) to the diffusers module's."""
     if "head.modulation" in names:
         return lambda name: animate_to_diffusers(name) if name.startswith(ANIMATE_ONLY) else (
-            transformer_to_diffusers(name),)
+            transformer_to_diffusers(driven_to_official(name)),)
     return lambda name: (name if name.startswith(ANIMATE_ONLY) else transformer_to_diffusers(
         transformer_to_official(name)),)
+
+
+def driven_to_official(name: str) -> str:
+    """The official name in image-to-video of a tensor of Animate-2, whose official file wraps each block once more, and
+    of which diffusers has the Linears of attention renamed; any other name stays.
+    """
+    if found := _DRIVEN.fullmatch(name):
+        block, attention, leaf, rest = found.groups()
+        return f"{block}{attention or ''}{_DRIVEN_LEAVES.get(leaf, leaf) if attention else leaf}{rest}"
+    return name
+
+
+_DRIVEN = re.compile(r"(blocks\.\d+\.)(?:block\.)?((?:self|cross)_attn\.)?(to_out\.0|\w+)(.*)")
+_DRIVEN_LEAVES = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o", "add_k_proj": "k_img", "add_v_proj": "v_img",
+                  "norm_added_k": "norm_k_img"}
 
 
 def animate_to_diffusers(name: str) -> tuple[str, ...]:
@@ -358,7 +373,7 @@ ANIMATE_ONLY = ("pose_patch_embedding.", "motion_encoder.", "face_encoder.", "fa
 def official_names(names: Collection[str]) -> dict[str, str]:
     """A transformer file's names (official or diffusers, bare) -> the official ones. Raises UnknownName."""
     if "head.modulation" in names:
-        return {name: name for name in names}
+        return {name: driven_to_official(name) for name in names}
     return {name: name if name.startswith(ANIMATE_ONLY) else transformer_to_official(name) for name in names}
 
 

@@ -123,7 +123,7 @@ PROFILES = {
         "unipc": Solver(_UNIPC, FLOW, _diffusers_unipc),
         "dpmpp": Solver(_DPMPP, FLOW, _down_to_0(1 - SMALLEST)),
         "euler": Solver(_EULER, {}, _diffusers_euler, False),
-    }, shift=3.0, shifts={"flf2v": 16.0, "ti2v": 5.0, "animate": 5.0}),
+    }, shift=3.0, shifts={"flf2v": 16.0, "ti2v": 5.0, "animate": 5.0, "animate2": 5.0}),
 }
 
 

@@ -8,13 +8,13 @@ tests/parity/test_tasks.py holds it against diffusers' pipeline of every task th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from wantrain import flow, lora
-from wantrain.models import conditioning
+from wantrain.models import caching, conditioning
 from wantrain.models.conditioning import Encoders, Frames
 from wantrain.models.encode import pad_text, predict_velocity
 from wantrain.models.profiles import PROFILES, Solver, Steps
@@ -29,6 +29,7 @@ class Settings:
     `guidance` is (low noise, high noise); where there is one transformer the first counts. `strength` is how much of
     the schedule a video that is given to start from goes through (Meng et al. 2022, SDEdit). `profile` is the tool
     whose sigmas and noise these are (PROFILES); `solver` one of its solvers, None for its own choice.
+    `first_block_cache` is the threshold of wantrain.models.caching, None for none.
     """
 
     num_steps: int
@@ -39,6 +40,7 @@ class Settings:
     strength: float = 1.0
     profile: str = "official"
     solver: str | None = None
+    first_block_cache: float | None = None
 
     @property
     def num_steps_from_video(self) -> int:
@@ -129,7 +131,7 @@ def begin(pipeline: Pipeline, prompt: str, seed: int, settings: Settings, inputs
     if first is not None:
         clean[:, :1] = pipeline.encoders.latents(first)
     encoded = conditioning.encode(variant, pipeline.encoders, inputs.frames, bucket)
-    condition, clean, known_T = conditioning.arrange(variant, encoded, clean, first is not None)
+    condition, clean, known_T = conditioning.arrange(variant, encoded, clean, first is not None, pipeline.text)
     drawn_on = device if PROFILES[settings.profile].draws_on_device else torch.device("cpu")
     noise = torch.randn(1, *clean.shape, device=drawn_on, generator=torch.Generator(drawn_on).manual_seed(seed))
     return noise.to(device), DenoisingInputs(
@@ -166,15 +168,34 @@ class DenoisingInputs:
 
 def denoise(pipeline: Pipeline, settings: Settings, noise_BCTHW: torch.Tensor, given: DenoisingInputs) -> torch.Tensor:
     """Latents from noise, or from a video at the settings' strength; known frames stay as they are."""
-    latents = noise_BCTHW
-    for after_a_step in denoising(pipeline, settings, noise_BCTHW, given):
-        latents = after_a_step
+    latents, _ = cached(pipeline, settings, noise_BCTHW, given)
     return latents
+
+
+def cached(pipeline: Pipeline, settings: Settings, noise_BCTHW: torch.Tensor, given: DenoisingInputs
+           ) -> tuple[torch.Tensor, float]:
+    """(the latents of `denoise`, the share of passes that the settings' cache has saved)."""
+    latents = noise_BCTHW
+    with caching.first_block(pipeline.transformers, settings.first_block_cache) as passes:
+        for after_a_step in denoising(pipeline, settings, noise_BCTHW, given):
+            latents = after_a_step
+    return latents, passes.saved
+
+
+@torch.no_grad()
+def cache_error(pipeline: Pipeline, prompt: str, seed: int, settings: Settings, inputs: Inputs) -> tuple[float, float]:
+    """(how far the settings' cache moves the latents of a sample, as a share of their length; the share of passes that
+    it saves there), by sampling both ways.
+    """
+    noise, given = begin(pipeline, prompt, seed, settings, inputs)
+    latents, saved = cached(pipeline, settings, noise, given)
+    plain = denoise(pipeline, replace(settings, first_block_cache=None), noise, given)
+    return float((latents - plain).norm() / plain.norm()), saved
 
 
 def denoising(pipeline: Pipeline, settings: Settings, noise_BCTHW: torch.Tensor, given: DenoisingInputs
               ) -> Iterator[torch.Tensor]:
-    """The latents of `denoise` after each step, so that several samples can be denoised in turn."""
+    """The latents of `denoise` after each step, so that several samples can be denoised in turn: without a cache."""
     sigmas, latents = settings.sigmas, noise_BCTHW
     if given.from_video:
         sigmas = sigmas[settings.num_steps - settings.num_steps_from_video :]
@@ -213,9 +234,11 @@ def guided(transformer: torch.nn.Module, latents: torch.Tensor, sigma: torch.Ten
            guidance: float) -> torch.Tensor:
     """Velocity by classifier-free guidance (Ho & Salimans 2021), float32; at 1 or below the prompt alone."""
     prompt_BLD, negative_BLD = given.texts_BLD
-    with_prompt = predict_velocity(transformer, latents, sigma, prompt_BLD, given.condition).float()
+    with caching.told(transformer, "prompt"):
+        with_prompt = predict_velocity(transformer, latents, sigma, prompt_BLD, given.condition).float()
     if guidance <= 1:
         return with_prompt
-    without = predict_velocity(transformer, latents, sigma, negative_BLD,
-                               conditioning.without_prompt(given.condition)).float()
+    with caching.told(transformer, "negative prompt"):
+        without = predict_velocity(transformer, latents, sigma, negative_BLD,
+                                   conditioning.without_prompt(given.condition)).float()
     return without + guidance * (with_prompt - without)

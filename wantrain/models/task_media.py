@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from wantrain.models.variants import Task
@@ -14,7 +15,8 @@ class TaskMedia:
 
     A clip must have one of each group of `partners_needed`; `partners` are all that it may have. A sample cannot do
     without `inputs_needed`; `inputs` are all that it may be given. `encoded` is what the condition of a window is made
-    of, where WINDOW stands for the window's own frames.
+    of, where WINDOW stands for the window's own frames. `together` are pairs of which the first says nothing without
+    the second.
     """
 
     partners_needed: tuple[tuple[str, ...], ...] = ()
@@ -22,9 +24,16 @@ class TaskMedia:
     inputs_needed: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
     encoded: tuple[str, ...] = ()
+    together: tuple[tuple[str, str], ...] = ()
+
+    def lacking(self, given: Collection[str]) -> tuple[str, str] | None:
+        """The first of `together` of which the first is given alone; None where there is none."""
+        return next((pair for pair in self.together if pair[0] in given and pair[1] not in given), None)
 
 
 _POSE = ("control", "face", "reference")
+_REPLACED = (*_POSE, "control_mask", "background")
+_DRIVEN = ("control", "reference")
 _SPEECH = ("audio", "reference", "control")
 _VACE = ("control", "control_mask", "reference")
 _CONTROL = TaskMedia((("control",),), ("control", "reference"), ("control",), ("control", "reference", "first"),
@@ -36,9 +45,12 @@ _TASKS: dict[Task, TaskMedia] = {
     "ti2v": TaskMedia(inputs=("first",)),
     "control": TaskMedia((("control",),), ("control",), ("control",), ("control", "first"), (WINDOW, "control")),
     "control_reference": _CONTROL, "control_inpaint": _CONTROL, "camera": _CAMERA, "camera_inpaint": _CAMERA,
-    "animate": TaskMedia(tuple((name,) for name in _POSE), _POSE, _POSE, _POSE, _POSE),
+    "animate": TaskMedia(tuple((name,) for name in _POSE), _REPLACED, _POSE, _REPLACED, _REPLACED,
+                         (("background", "control_mask"), ("control_mask", "background"))),
+    "animate2": TaskMedia((("control",), ("reference",)), _DRIVEN, _DRIVEN, _DRIVEN, _DRIVEN),
     "s2v": TaskMedia((), _SPEECH, ("audio", "reference"), _SPEECH, (WINDOW, *_SPEECH)),
-    "vace": TaskMedia((("control", "reference"),), _VACE, (), _VACE, _VACE),
+    "vace": TaskMedia((("control", "reference"),), _VACE, (), _VACE, _VACE,
+                      (("control_mask", "control"),)),
 }
 
 

@@ -14,7 +14,7 @@ from wantrain.models.names import VaeVersion
 from wantrain.terms import NUM_TIMESTEPS, Bucket
 
 Task = Literal["t2v", "i2v", "flf2v", "vace", "control", "control_reference", "control_inpaint", "camera",
-               "camera_inpaint", "ti2v", "animate", "s2v"]
+               "camera_inpaint", "ti2v", "animate", "animate2", "s2v"]
 """How a variant conditions; Fun-InP conditions as i2v does."""
 
 Expert = Literal["high", "low"]
@@ -23,6 +23,9 @@ HEAD_DIM = 128
 PATCH = (1, 2, 2)
 CLIP_DIM = 1280
 FLF_TOKENS = 514
+DRIVING_PROMPT = "人物动作的参考视频"
+"""Animate-2's own text of its driving video: a reference video of a person's motion."""
+
 NATIVE_PX: dict[VaeVersion, tuple[int, int]] = {"2.1": (480, 832), "2.2": (704, 1280)}
 
 
@@ -60,7 +63,8 @@ class Architecture:
     """Sizes of one transformer. `image_dim` None: no CLIP image tokens; `vace_layers` empty: not VACE.
 
     `image_tokens`, `ref_conv`, `control_adapter`, `animate` and `speech` are the extra tensors of FLF2V, Fun-Control
-    (from V1.1 on), Fun-Camera, Animate and S2V.
+    (from V1.1 on), Fun-Camera, Animate and S2V. `driven`: a driving video's tokens go through every block beside the
+    clip's own, as Animate-2 has them; its tensors are those of image-to-video.
     """
 
     dim: int
@@ -78,6 +82,7 @@ class Architecture:
     ref_conv: bool = False
     control_adapter: bool = False
     animate: AnimateSizes | None = None
+    driven: bool = False
     speech: SpeechSizes | None = None
 
 
@@ -117,6 +122,11 @@ class Variant:
         return sizes.motion_encoder_size if sizes else 1
 
     @property
+    def second_prompt(self) -> str:
+        """The text that goes with every driving video; empty where the variant takes none."""
+        return DRIVING_PROMPT if self.architecture.driven else ""
+
+    @property
     def native_tokens(self) -> int:
         """Transformer tokens of a clip of the native length and size (480 x 832 px; 704 x 1280 for TI2V-5B)."""
         height, width = NATIVE_PX[self.vae]
@@ -142,6 +152,12 @@ class Variant:
         """Whether a reference is shown whole on white; else it is cropped as the clip's first frame would be."""
         return self.task != "s2v"
 
+    @property
+    def has_plain_blocks(self) -> bool:
+        """Whether nothing is added to what passes from block to block, as VACE, Animate and S2V do."""
+        own = self.architecture
+        return not own.vace_layers and own.animate is None and own.speech is None
+
     def is_high(self, timestep: float) -> bool:
         """Whether the high noise expert works at this timestep; where there is one transformer, always."""
         return self.boundary is None or timestep >= self.boundary * NUM_TIMESTEPS
@@ -159,7 +175,7 @@ class Variant:
         special = {"WanAnimateTransformer3DModel": own.animate, "WanVACETransformer3DModel": own.vace_layers,
                    "WanFunControlTransformer3DModel": own.ref_conv,
                    "WanFunCameraTransformer3DModel": own.control_adapter,
-                   "WanSpeechTransformer3DModel": own.speech}
+                   "WanDrivenTransformer3DModel": own.driven, "WanSpeechTransformer3DModel": own.speech}
         return next((name for name, has in special.items() if has), "WanTransformer3DModel")
 
 
@@ -226,6 +242,7 @@ VARIANTS: dict[str, Variant] = {variant.name: variant for variant in (
             None, None, 5.0, 50, _FUN, **_2_2),
     Variant("wan22_animate_14b", "animate", replace(_14B_I2V, animate=AnimateSizes()), None, None, 5.0, 20, (1.0, 1.0),
             fps=30, num_frames=77),
+    Variant("wan22_animate2_14b", "animate2", replace(_14B_I2V, driven=True), None, None, 5.0, 40, (3.0, 3.0), fps=24),
     Variant("tiny_wan", "t2v", _TINY, None, None, 3.0, 50, num_frames=9),
     # For the tests of every task; their weights are random.
     Variant("tiny_wan_a14b", "t2v", _TINIER, None, None, 12.0, 40, (3.0, 4.0), 0.875, num_frames=9),
@@ -244,6 +261,8 @@ VARIANTS: dict[str, Variant] = {variant.name: variant for variant in (
     Variant("tiny_wan_animate", "animate", replace(_TINIER_CLIP, in_channels=36, animate=AnimateSizes(
         16, 8, 4, 16, 16, 2, 2, (("4", 16), ("8", 16), ("16", 16)))), None, None, 5.0, 20, (1.0, 1.0), fps=30,
             num_frames=9),
+    Variant("tiny_wan_animate2", "animate2", replace(_TINIER_CLIP, in_channels=36, driven=True), None, None, 5.0, 40,
+            (3.0, 3.0), fps=24, num_frames=9),
     Variant("tiny_wan_control", "control", replace(_TINIER_CLIP, in_channels=48), None, None, 3.0, 50, _FUN,
             num_frames=9),
     Variant("tiny_wan_control_v11", "control_reference", replace(_TINIER_CLIP, in_channels=48, ref_conv=True),

@@ -78,7 +78,7 @@ def kind_of(path: Path) -> ContainerKind:
             raise ContainerError(path, "is no regular file", "a pipe, a device or a folder", "name a file")
         if path.suffix not in SUFFIXES:
             raise ContainerError(path, f"has the suffix {path.suffix!r}; wantrain reads {', '.join(SUFFIXES)}",
-                                 "not a weight file", "point at the weights")
+                                 "not a weight file", f"ls {shlex.quote(str(path.parent))}")
         with path.open("rb") as file:
             head = file.read(512)
     except OSError as error:

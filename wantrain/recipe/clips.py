@@ -65,8 +65,8 @@ class Clips:
 
     @property
     def captions(self) -> list[str]:
-        """Every text that training may draw, the empty one first."""
-        texts = ["", *(text for p in self.everything
+        """Every text that training may draw, the empty one first, and one that goes with every sample."""
+        texts = ["", *filter(None, [self.variant.second_prompt]), *(text for p in self.everything
                        for text in captions_of(p.clip, self.config.data.tag_orders))]
         return [*texts, *(words for text in dict.fromkeys(texts) if (words := self.class_caption(text)) is not None)]
 
@@ -201,9 +201,11 @@ def refuse_partners(variant: Variant, clips: Sequence[Clip]) -> None:
             raise UserError(f"{len(owners)} clips have a {kind}, such as {owners[0]}, and {variant.name} "
                             f"({variant.task}) takes none: it would be ignored",
                             f"take the column or the folder `{kind}` out of the source")
-    if alone := [c.id for c in clips if "control_mask" in c.partners and "control" not in c.partners]:
-        raise UserError(f"{len(alone)} clips have a control_mask and no control, such as {alone[0]}: it says what of a "
-                        "control video to make anew", "add the control video, or take the mask out: docs/tasks.md")
+    if alone := [(c.id, pair) for c in clips if (pair := task.lacking(c.partners))]:
+        id_, (kind, other) = alone[0]
+        raise UserError(f"{len(alone)} clips have a {kind} and no {other}, such as {id_}, and {variant.name} "
+                        f"({variant.task}) takes them together",
+                        f"add the column or the folder `{other}` to the source, or take `{kind}` out: docs/tasks.md")
 
 
 def num_workers(config: Config) -> int:

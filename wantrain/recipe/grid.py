@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from wantrain.config import Config
 from wantrain.engine import launch
 from wantrain.engine.rendezvous import LONGEST_S, Rendezvous
 from wantrain.engine.saved import step_of
+from wantrain.files import read_object, write_json
 from wantrain.jobs import progress
 from wantrain.models import sampling
 from wantrain.models.lora_formats import read_lora
@@ -26,10 +28,12 @@ from wantrain.recipe.exporting import checkpoint_lora
 from wantrain.recipe.folders import checkpoints_of
 from wantrain.recipe.recipe import Recipe
 from wantrain.recipe.records import Shot
-from wantrain.recipe.sampler import LoraFiles, Studio, lora_files, lora_uses, sampled
+from wantrain.recipe.sampler import LoraFiles, Studio, lora_files, lora_uses, sampled, sampler_settings
 from wantrain.results import Column, Prompt
 
 BASE = Column("base", "base")
+
+CACHE = "first_block_cache.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,16 +104,36 @@ def make(recipe: Recipe, shots: Sequence[Shot], folder: Path, meeting: Rendezvou
     missing = [shot for shot in shots if not records.is_there(recipe, shot, folder)]
     meeting.flags(0)  # all have looked before any video appears
     mine = missing[process::number]
+    if number > 1:
+        print(f"process {process} makes {len(mine)} of {len(missing)} videos")
     studio = Studio(recipe, [shot.caption for shot in mine])
     with progress(len(mine), 0, "video", "samples", process == 0) as bar:
         for shot in mine:
             frames_FCHW = sample_shot(recipe, studio, shot)
             records.write(folder / shot.name, recipe, frames_FCHW, records.record_of(recipe, shot, frames_FCHW))
             bar.update()
+    if process == 0 and mine and recipe.config.sampler.first_block_cache:
+        measure_cache(recipe, studio, mine[-1], folder)
     meeting.flags(0)
     if len(missing) < len(shots) and process == 0:
         print(f"{len(shots) - len(missing)} of {len(shots)} videos in {folder} were there already")
     return studio
+
+
+def measure_cache(recipe: Recipe, studio: Studio, shot: Shot, folder: Path) -> None:
+    """Sample one of the videos with the first-block cache and without; say what it costs and saves, and keep that."""
+    settings, pipeline = sampler_settings(recipe), studio.pipeline(shot.loras)
+    sampling.set_strength(pipeline, shot.column.strength)
+    error, saved = sampling.cache_error(pipeline, shot.caption, shot.seed, settings, shot.inputs)
+    print(f"sampler.first_block_cache={settings.first_block_cache:g}: {shot.name} has latents {100 * error:.1f} % from "
+          f"those without it, and {100 * saved:.0f} % of its passes went through the first block alone")
+    write_json(folder / CACHE, {"sampler.first_block_cache": settings.first_block_cache, "video": shot.name,
+                                "error": error, "passes saved": saved})
+
+
+def cache_measured(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """What `measure_cache` found of the videos in the folder, as a part of their provenance."""
+    return {"first-block cache": read_object(folder / CACHE)} if recipe.config.sampler.first_block_cache else {}
 
 
 def sample_shot(recipe: Recipe, studio: Studio, shot: Shot) -> torch.Tensor:

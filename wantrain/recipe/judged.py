@@ -102,7 +102,8 @@ def judge(clips: Clips, shots: Sequence[Shot], folder: Path, fps: float) -> tupl
                                         ("texture", "texture", TEXTURE))]
     for name, about in judging.METRICS.items():
         if name == "diversity":
-            found = {column: told for column, rows in columns.items() if (told := diversity(rows))}
+            found = {column: told for column, rows in columns.items() if (told := diversity(
+                [(shot.place[0], one.middle_CHW) for shot, one in rows]))}
             reference = None
         else:
             found = {column: mean for column, of_column in videos.items() if (mean := mean_of(of_column, name))}
@@ -118,11 +119,11 @@ def mean_of(videos: Iterable[Judged], name: str) -> tuple[float, float | None] |
     return validation.interval(torch.tensor(values)).told if values else None
 
 
-def diversity(rows: Iterable[tuple[Shot, Judged]]) -> tuple[float, float | None] | None:
-    """Of a column: the mean over prompts, each with several seeds; None without those."""
+def diversity(rows: Iterable[tuple[int, torch.Tensor]]) -> tuple[float, float | None] | None:
+    """Of a column's (place of the prompt, middle_CHW): the mean over prompts, each with several seeds; None without."""
     by_prompt: dict[int, list[torch.Tensor]] = {}
-    for shot, one in rows:
-        by_prompt.setdefault(shot.place[0], []).append(one.middle_CHW)
+    for place, middle_CHW in rows:
+        by_prompt.setdefault(place, []).append(middle_CHW)
     values = [judging.diversity(seeds) for seeds in by_prompt.values() if len(seeds) > 1]
     return validation.interval(torch.tensor(values)).told if values else None
 

@@ -11,7 +11,7 @@ import torch
 
 from wantrain import validation
 from wantrain.files import write_json
-from wantrain.recipe import drifting
+from wantrain.recipe import drifting, live
 from wantrain.recipe.heldout import HELDOUT, TRAINED, Losses, Validation
 from wantrain.terms import PlannedClip
 from wantrain.verdict import Measured, Verdict, memorised_from, verdict
@@ -42,13 +42,13 @@ def judgement(made: Validation, steps: Sequence[int]) -> tuple[dict[str, Any], V
     now = {name: [by_clip(made.steps[step], name) for step in steps] for name in made.sets}
     gained = {name: [own - base[name] for own in now[name]] for name in made.sets}
     best = min(now[HELDOUT], key=lambda own: float(own.mean()))
-    drift = drift_of(made, steps)
+    drift, diversity = drift_of(made, steps), live.diversity_shares(made.training.recipe.run_dir, steps)
     measured = Measured(
         steps, [float(own.mean()) for own in now[HELDOUT]],
         [validation.interval(own - best).told for own in now[HELDOUT]],
         [validation.interval(own).told for own in gained[HELDOUT]],
         [validation.difference(*pair).told for pair in zip(gained[HELDOUT], gained[TRAINED], strict=True)]
-        if TRAINED in made.sets else [], drift["mean"] if drift else [])
+        if TRAINED in made.sets else [], drift["mean"] if drift else [], diversity)
     judged = verdict(measured, expected_memorising(made))
 
     def of_set(name: str) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def judgement(made: Validation, steps: Sequence[int]) -> tuple[dict[str, Any], V
                 "minus_base": [validation.interval(own).told for own in gained[name]]}
 
     return {"steps": steps, "heldout": of_set(HELDOUT), "trained": of_set(TRAINED) if TRAINED in made.sets else None,
-            "gap": measured.gap, "by_sigma": by_sigma(made, steps), "drift": drift,
+            "gap": measured.gap, "by_sigma": by_sigma(made, steps), "drift": drift, "diversity": diversity,
             "clips": [of_clip(planned, name, float(base[name][place]), [float(own[place]) for own in now[name]])
                       for name, own_set in made.sets.items() for place, planned in enumerate(own_set.clips)],
             "verdict": {"best": judged.best, "from": judged.first, "to": judged.last,

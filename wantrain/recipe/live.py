@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -17,22 +17,22 @@ from pathlib import Path
 import torch
 
 from wantrain import config as schema
-from wantrain import costs, engine, lora, pictures, results
+from wantrain import costs, engine, judging, lora, pictures, results
 from wantrain.engine import optimizers
 from wantrain.files import digest_text
 from wantrain.models import sampling, sequence
 from wantrain.models.base import Base
 from wantrain.models.loading import let_go
 from wantrain.models.sampling import Inputs, Pipeline
-from wantrain.recipe import passing
+from wantrain.recipe import judged, passing
 from wantrain.recipe.grid import BASE
 from wantrain.recipe.sampler import inputs_of, open_sampling, sampler_settings
 from wantrain.recipe.samples import Encode
 from wantrain.recipe.training import Training
-from wantrain.results import Column, Prompt, Results, Video
+from wantrain.results import Column, Metric, Prompt, Results, Video
 from wantrain.terms import UserError
 
-NAME = "live"
+NAME, DIVERSITY = "live", "diversity"
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,21 +193,46 @@ class Live:
                 ) -> Results:
         """Decode and write the videos of a column, each with a picture to show before it plays."""
         recipe, settings = self.training.recipe, sampler_settings(self.training.recipe)
-        videos = []
+        videos, middles = [], []
         for job, own in zip(jobs, latents[: len(jobs)], strict=True):
             frames_FCHW = sampling.finish(pipeline, settings, own[None])
             path = self.folder / f"{column.id}_{job.number:03d}.mp4"
             pictures.write_mp4(path, frames_FCHW, recipe.variant.fps)
-            pictures.write_png(path.with_suffix(".png"), frames_FCHW[len(frames_FCHW) // 2])
+            middles.append((job.place, frames_FCHW[len(frames_FCHW) // 2].clone()))  # a view would keep the video
+            pictures.write_png(path.with_suffix(".png"), middles[-1][1])
             videos.append(Video(path.name, column.id, job.place, job.seed, job.prompt))
         others = [one for one in done.columns if one.id != column.id]
-        made = replace(done, columns=[*others, column],
+        made = replace(done, columns=[*others, column], metrics=with_diversity(done, column, middles),
                        videos=[*(one for one in done.videos if one.column != column.id), *videos])
         results.write(self.folder, made)
         name = "samples_base" if column == BASE else "samples"
         self.training.trackers.show({f"{name}/{job.number:03d}": self.folder / video.file
                                      for job, video in zip(jobs, videos, strict=True)}, self.training.progress.step)
         return made
+
+
+def with_diversity(done: Results, column: Column, middles: Sequence[tuple[int, torch.Tensor]]) -> list[Metric]:
+    """The metrics of what is done, and how much the column's seeds differ, where a prompt has several."""
+    found, about = judged.diversity(middles), judging.METRICS[DIVERSITY]
+    ids = {own.id for own in done.columns}
+    columns = {name: told for metric in done.metrics for name, told in metric.columns.items() if name in ids}
+    if found:
+        columns[column.id] = found
+    return [Metric(DIVERSITY, about.label, about.tells, about.better, columns)] if columns else []
+
+
+def diversity_shares(run_dir: Path, steps: Sequence[int]) -> list[float | None]:
+    """How much the seeds of a training's samples differ, as a share of the base's: what the newest samples until each
+    step have, None where there are none; [] where no step has any.
+    """
+    with contextlib.suppress(UserError):
+        made = results.read(run_dir / NAME)
+        means = {name: mean for metric in made.metrics for name, (mean, _) in metric.columns.items()}
+        sampled = {one.step: means[one.id] for one in made.columns if one.step is not None and one.id in means}
+        if sampled and means.get(BASE.id):
+            newest = [max((step for step in sampled if step <= until), default=None) for until in steps]
+            return [None if step is None else sampled[step] / means[BASE.id] for step in newest]
+    return []
 
 
 def column_of(training: Training, step: int) -> Column:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -132,8 +133,8 @@ def read(path: Path) -> Record:
         return Record(**json.loads(text))
     except (ValueError, TypeError) as error:
         raise UserError(f"--like {path}: it does not say how it was sampled, as the videos of `wantrain sample` do "
-                        "where nobody has encoded them anew", f"wantrain sample --like {path.with_suffix('.json')}"
-                        ) from error
+                        "where nobody has encoded them anew",
+                        shlex.join(["wantrain", "sample", "--like", str(path.with_suffix(".json"))])) from error
 
 
 def refuse_other_files(like: Record) -> None:

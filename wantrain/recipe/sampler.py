@@ -66,7 +66,7 @@ def settings_of(config: Config, variant: Variant) -> sampling.Settings:
         variant.guidance,
         shift=profile.shift_of(variant) if own.shift is None else own.shift,
         bucket=bucket, negative_prompt=own.negative_prompt, strength=own.strength,
-        profile=own.profile.name, solver=own.solver and own.solver.name,
+        profile=own.profile.name, solver=own.solver and own.solver.name, first_block_cache=own.first_block_cache,
     )
 
 
@@ -107,7 +107,8 @@ def load_pipeline(recipe: Recipe, loras: LoraFiles, captions: Sequence[str] = ()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     texts = encode.Texts(lambda: recipe.load_text(device))
     if captions:
-        texts.prepare([*captions, recipe.config.sampler.negative_prompt])
+        own = recipe.variant.second_prompt
+        texts.prepare([*captions, recipe.config.sampler.negative_prompt, *([own] if own else [])])
     encoders = recipe.load_encoders(device)
     transformers: list[torch.nn.Module] = []
     in_turn = False
@@ -215,9 +216,9 @@ def read_inputs(recipe: Recipe, given: Mapping[str, str], bucket: Bucket) -> sam
         raise UserError(f"{about} takes no {unknown[0]}, but {', '.join(sorted(allowed))}", "rename or remove it")
     if lacking := [name for name in task.inputs_needed if name not in given]:
         raise UserError(f"{about} cannot do without {' and '.join(lacking)}", example_of_inputs(variant))
-    if "control_mask" in given and "control" not in given:
-        raise UserError(f"{about}: control_mask says what of a control video to make anew, and there is no control",
-                        "add control: VIDEO, or take control_mask out")
+    if pair := task.lacking(given):
+        raise UserError(f"{about} takes {pair[0]} and {pair[1]} together, and there is no {pair[1]}",
+                        f"add {pair[1]}: VIDEO, or take {pair[0]} out")
     frames = {name: read_input(variant, name, Path(where), bucket) for name, where in given.items()}
     if "video" in given and not settings.num_steps_from_video:
         raise UserError(f"sampler.strength = {settings.strength:g} of {settings.num_steps} steps leaves none",

@@ -145,7 +145,7 @@ def sample_of(clips: Clips, source: Encode, planned: PlannedClip, caption: str, 
     """One training or held-out sample; `first`: whether its first frame is given, where the task leaves that open."""
     window = source.window(planned)
     condition, latents_CTHW, known_T = conditioning.arrange(clips.variant, dict(window.condition), window.latents_CTHW,
-                                                            first)
+                                                            first, source.text)
     mask = window.mask_1THW
     if mask is not None and (before := latents_CTHW.shape[1] - window.latents_CTHW.shape[1]):
         whole = mask.expand(1, *window.latents_CTHW.shape[1:])

@@ -39,7 +39,8 @@ def run(config: Config, arguments: Sequence[str]) -> None:
         print(f"export       {own.export_path}")
     for fault in evaluation_faults(clips):
         print(f"evaluate     not yet: {fault.message}")
-    print(f"trackers     {', '.join(['jsonl', *config.tracker.names])} (wandb {metrics.wandb_mode()})")
+    mode = f" (wandb {metrics.wandb_mode()})" if "wandb" in config.tracker.names else ""
+    print(f"trackers     {', '.join(['jsonl', *config.tracker.names])}{mode}")
     print(f"next: {shlex.join(['wantrain', 'cache' if to_make else 'train', *arguments])}")
 
 
@@ -52,6 +53,7 @@ def print_base(recipe: Recipe) -> None:
           + (", or in fewer bits, as the training finds room" if recipe.known_form is None else ""))
     for part, path in base.parts.items():
         print(f"  {part:13}{path}")
+    base.refuse_other_parts()
     for own in recipe.trainings():
         if "transformer" in own.base.parts:
             print(f"  detected   {own.base.detected()}")

@@ -13,14 +13,14 @@ from wantrain.engine import launch
 from wantrain.files import read_object
 from wantrain.models.lora_formats import read_lora
 from wantrain.pages import run_page
-from wantrain.recipe import grid, judged
+from wantrain.recipe import extending, grid, judged
 from wantrain.recipe.clips import evaluation_faults, open_clips
 from wantrain.recipe.draft import evaluation_prompts
 from wantrain.recipe.grid import Stack
 from wantrain.recipe.recipe import Recipe
 from wantrain.recipe.sampler import LoraFiles, inputs_of, open_sampling
 from wantrain.recipe.samples import Cached, samples_of
-from wantrain.results import Column, Metric
+from wantrain.results import Column, Metric, Prompt
 from wantrain.validation import HeldOut, Share
 
 
@@ -36,8 +36,9 @@ def run(config: Config, arguments: Sequence[str]) -> None:
         inputs = inputs_of(recipe, len(prompts), lambda: clips)
         cached = Cached(clips)
         columns = columns_of(config, grid.stacks_of(recipe, arguments))
-    shots = grid.shots_of(columns, prompts, config.evaluate.seeds, inputs, config.data.trigger)
-    folder = recipe.run_dir / "report"
+        folder = recipe.run_dir / "report"
+        texts = extending.captions(recipe, [prompt.text for prompt in prompts], folder)
+    shots = grid.shots_of(columns, list(map(Prompt, texts)), config.evaluate.seeds, inputs, config.data.trigger)
     studio = grid.make(recipe, shots, folder, meeting)
     losses: judged.Losses = {}
     if not config.sampler.fast_lora:  # with one the base is no longer what was trained on
@@ -52,7 +53,7 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     results.write(folder, results.Results(
         config.run.name, config.data.trigger, recipe.variant.fps, [column for column, _ in columns], prompts,
         grid.videos_of(shots, folder, {name: one.numbers for name, one in videos.items()}), metrics,
-        schema.flat(config), provenance(recipe, columns, losses)))
+        schema.flat(config), provenance(recipe, columns, losses) | grid.cache_measured(recipe, folder)))
     print(*told([column for column, _ in columns], metrics), sep="\n")
     print(f"report: {run_page.write(recipe.run_dir)} and {folder / results.NAME}")
 

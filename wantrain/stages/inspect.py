@@ -13,7 +13,7 @@ from typing import cast
 from wantrain.lora import MAGNITUDE, inner_rank
 from wantrain.models import hub, lora_formats
 from wantrain.models.containers import Container, find_parts, open_container, open_raw
-from wantrain.models.detection import detect, fitting_lora
+from wantrain.models.detection import detect, fitting_lora, part_held
 from wantrain.models.lora_checks import product_size
 from wantrain.models.lora_formats import LoraFile, products, split_extra
 from wantrain.models.lora_loaders import told
@@ -21,13 +21,6 @@ from wantrain.models.lora_names import PEFT_WEIGHTS, is_lora, is_run, said_exper
 from wantrain.models.lora_updates import is_zero, pair_norm, product_norm
 from wantrain.models.variants import Expert
 from wantrain.models.weight_files import ContainerError
-
-PART_MARKS = {
-    "VAE": ("encoder.conv1.weight", "encoder.conv_in.weight"),
-    "umT5 text encoder": ("token_embedding.weight", "shared.weight"),
-    "CLIP image encoder": ("visual.cls_embedding", "embeddings.class_embedding",
-                           "vision_model.embeddings.class_embedding"),
-}
 
 
 def run(given: argparse.Namespace) -> None:
@@ -116,6 +109,5 @@ def _weights(path: Path, container: Container) -> None:
     print(f"file      {path}: {container.kind}" + (f", names under {container.prefix}*" if container.prefix else ""))
     print(f"tensors   {len(shapes)}, {sum(map(math.prod, shapes.values())):,} parameters")
     print(f"stored as {', '.join(f'{k} x {n}' for k, n in Counter(map(container.dtype_of, shapes)).most_common())}")
-    part = next((name for name, marks in PART_MARKS.items() if any(mark in shapes for mark in marks)), None)
-    print(f"holds     {part or detect(shapes, str(path), container.config).message}"
+    print(f"holds     {part_held(shapes) or detect(shapes, str(path), container.config).message}"
           + (", and its tokenizer" if container.spiece_model() else ""))

@@ -89,9 +89,9 @@ def diffusers_folder_config(container: Container) -> dict[str, object]:
         return container.config or {}
     stated = stated_vace_layers(container.config or {})
     detection = detect(container.shapes(), str(container.path), container.config)
-    variant = detection.resolve(detection.fitting[0] if detection.fitting else None)  # they differ in schedules only
-    if any(name.startswith(OWN_ONLY) for name in container.names()):
-        raise UserError(f"{container.path} is a {variant.name}, of which diffusers has no class: it would not read "
-                        "such a folder", "layout=official")
+    variant = detection.resolve(next(iter(detection.candidates), None))  # they differ in schedules only
+    if variant.architecture.driven or any(name.startswith(OWN_ONLY) for name in container.names()):
+        raise UserError(f"{container.path} is a {variant.name}, whose class here is not diffusers': it would not "
+                        "read such a folder", "layout=official")
     return {"_class_name": variant.transformer_class, **diffusers_config(variant),
             **({"vace_layers": list(stated)} if stated else {})}

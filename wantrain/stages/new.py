@@ -15,6 +15,7 @@ from typing import Any
 
 from wantrain import costs
 from wantrain.config import configs_folder, recipes
+from wantrain.config.values import nearest
 from wantrain.data import manifest, media, plan
 from wantrain.data.apart import hold_out
 from wantrain.data.buckets import buckets
@@ -68,18 +69,19 @@ class New:
 
 def run(given: argparse.Namespace) -> None:
     """Ask for what is not given, look, choose, write, and say why."""
-    name = given.NAME
+    name = given.NAME.removesuffix(".yaml")
     refuse_name(name)
-    asks = not given.yes and sys.stdin.isatty() and sys.stdout.isatty()
-    model = given.model or asked(asks, "model", f"Base ({', '.join(models())})", MODEL, given.yes)
+    model = given.model or asked(given, "model", f"Base ({', '.join(models())})", MODEL)
     if model not in models():
-        raise UserError(f"--model {model} is not there; there are {', '.join(models())}", f"--model {MODEL}")
-    variant, (card_gib, why) = VARIANTS[model], card(given.gpu)
-    where = given.clips or asked(asks, "clips", "Folder of clips, or manifest", "", given.yes)
+        close = nearest(model, models())
+        raise UserError(f"--model {model} is not there; " + (f"did you mean {close[0]}? There" if close else "there")
+                        + f" are {', '.join(models())}", f"--model {(close or [MODEL])[0]}")
+    where = given.clips or asked(given, "clips", "Folder of clips, or manifest", "")
     clips = listing("clips", where)
     opening = common_opening([clip.caption for clip in clips])
-    trigger = given.trigger or asked(asks, "trigger", "Made-up words that call it", opening or name, given.yes)
-    plain = given.plain or (asked(asks, "plain", "Folder of ordinary clips, or nothing", "", True) if asks else "")
+    trigger = given.trigger.strip() or asked(given, "trigger", "Made-up words that call it", opening or name)
+    variant, (card_gib, why) = VARIANTS[model], card(given.gpu)
+    plain = given.plain or asked(given, "plain", "Folder of ordinary clips, or nothing", "")
     sets = sort_out(clips, listing("plain", plain), listing("heldout", given.heldout))
     seen = look([*sets.training, *sets.plain, *sets.heldout], sets.found, variant)
     new = New(name, model, trigger, {"clips": where, "plain": plain, "heldout": given.heldout}, sets,
@@ -106,19 +108,24 @@ def models() -> list[str]:
     return sorted(path.stem for path in (configs_folder() / "model").glob("*.yaml"))
 
 
-def asked(asks: bool, option: str, question: str, default: str, may_default: bool) -> str:
-    """The answer of a person at a terminal, else the default. UserError where nobody can be asked."""
+def asked(given: argparse.Namespace, option: str, question: str, default: str) -> str:
+    """The answer of a person at a terminal, else the default. UserError where nobody can be asked, or answers nothing
+    to what is needed.
+    """
+    asks = not given.yes and sys.stdin.isatty() and sys.stdout.isatty()
     if asks:
         try:
             answer = input(f"{question}{f' [{default}]' if default else ''}: ").strip()
         except EOFError:
             answer = ""
-        if answer or default or may_default:
+        if answer or default or option == "plain":
             return answer or default
-    elif may_default and default:
+    elif option == "plain" or (given.yes and default):
         return default
+    said = {"clips": "FOLDER", "trigger": "my words", "model": MODEL}
+    words = [f"--{name} {shlex.quote(getattr(given, name).strip() or value)}" for name, value in said.items()]
     raise UserError(f"--{option} is not given" + ("" if asks else ", and there is no terminal to ask at"),
-                    f"wantrain new NAME --clips FOLDER --trigger \"my words\" --model {MODEL}"
+                    f"wantrain new {shlex.quote(given.NAME)} {' '.join(words)}"
                     + ("" if option == "clips" else "    or --yes, which takes defaults"))
 
 

@@ -9,7 +9,7 @@ from wantrain import config as schema
 from wantrain import results
 from wantrain.config import Config
 from wantrain.engine import launch
-from wantrain.recipe import grid, records
+from wantrain.recipe import extending, grid, records
 from wantrain.recipe.clips import open_clips
 from wantrain.recipe.recipe import Recipe
 from wantrain.recipe.records import Record, Shot
@@ -32,7 +32,8 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     grid.contact_sheet(folder / "contact_sheet.png", shots, folder)
     results.write(folder, results.Results(
         config.run.name, config.data.trigger, recipe.variant.fps, columns, list(map(Prompt, config.sampler.prompts)),
-        grid.videos_of(shots, folder, {}), settings=schema.flat(config)))
+        grid.videos_of(shots, folder, {}), settings=schema.flat(config),
+        provenance=grid.cache_measured(recipe, folder)))
     print(f"{len(shots)} videos and contact_sheet.png in {folder}")
 
 
@@ -75,4 +76,5 @@ def shots_of(recipe: Recipe, arguments: Sequence[str]) -> list[Shot]:
     columns: list[tuple[Column, LoraFiles | None]] = [(grid.BASE, None)] if 0 in own.strengths else []
     columns += [(stack.column(strength), stack.loras) for stack in (grid.stacks_of(recipe, arguments) if strengths
                                                                     else ()) for strength in strengths]
-    return grid.shots_of(columns, list(map(Prompt, own.prompts)), own.seeds, inputs)
+    texts = extending.captions(recipe, own.prompts, recipe.run_dir / "samples")
+    return grid.shots_of(columns, list(map(Prompt, texts)), own.seeds, inputs)

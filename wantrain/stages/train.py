@@ -199,8 +199,6 @@ def train(training: Training, source: Encode, stopper: Stopper) -> None:
             alarms = watch.alarms(tokens, numbers["step_s"], waited_s, held_bytes(training.device))
             if heldout and (progress.step % config.validation.every_steps == 0 or progress.step == last):
                 numbers |= heldout.numbers(progress.step)
-                verdict = judgement.write(heldout)
-                track_verdict(training, verdict)
                 board.say(f"step {progress.step}: validation loss {numbers['validation_loss']:.5f}")
             if progress.step % config.train.log_every == 0 or "validation_loss" in numbers:
                 board.write(progress.step, numbers)
@@ -213,6 +211,9 @@ def train(training: Training, source: Encode, stopper: Stopper) -> None:
                 save(training)
             if "sample" in asked or live.is_due(progress.step):
                 board.say(live.sample(progress.step))
+            if heldout and "validation_loss" in numbers:  # after the samples, whose seeds count in it
+                verdict = judgement.write(heldout)
+                track_verdict(training, verdict)
             for news in filter(None, (training.writer.news(), training.trackers.news(), compiled, *alarms)):
                 board.say(news)
             if "stop" in asked:

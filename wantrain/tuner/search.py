@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from wantrain import validation
-from wantrain.config.values import read_text
 from wantrain.terms import UserError
 from wantrain.validation import Interval
 
@@ -43,27 +41,6 @@ class Speed:
         last = len(rounds) - 1
         return sum(math.ceil((own.num_settings + (i == last)) * own.num_seeds / self.num_processes)
                    * (self.beside_s + own.num_steps * self.step_s) for i, own in enumerate(rounds))
-
-
-def read_over(words: Sequence[str]) -> dict[str, list[str]]:
-    """`KEY=VALUE,VALUE` of each --over, by key; commas inside of brackets part nothing. Raises UserError."""
-    found: dict[str, list[str]] = {}
-    for word in words:
-        key, equals, text = word.partition("=")
-        values = [node.text for node in read_text(f"[{text}]").items or ()]
-        if not equals or not all(values) or not values:
-            raise UserError(f"--over {word} is not allowed: KEY=VALUE,VALUE,...", "--over optim.lr=1e-4,3e-4")
-        if key in found:
-            raise UserError(f"--over {key} stands twice", f"--over {key}={','.join([*found[key], *values])}")
-        found[key] = list(dict.fromkeys(values))
-    return found
-
-
-def product(over: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
-    """Every combination of the values: its words by its name."""
-    combined = [tuple(f"{key}={value}" for key, value in zip(over, values, strict=True))
-                for values in itertools.product(*over.values())]
-    return {" ".join(words): words for words in combined}
 
 
 def rounds(num_settings: int, num_steps: int, num_seeds: int, num_halvings: int) -> list[Round]:

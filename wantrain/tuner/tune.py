@@ -26,17 +26,13 @@ from wantrain.stages import cache
 from wantrain.terms import UserError
 from wantrain.tuner import search, told
 from wantrain.tuner.search import Round, Speed
+from wantrain.tuner.settings import DEFAULT
 from wantrain.tuner.told import Row
 from wantrain.tuner.trainings import STOPPED, Arm, Outcome, Planned, Trainings, num_processes
 
-DEFAULT = "default"
 MARK = "Written by wantrain tune"
 OPENING_STEPS = 5
 """Of the training that measures the base for all others, and how fast this machine is."""
-
-SECTIONS = ("lora", "optim", "sigma", "loss", "data", "high", "low")
-FIXED = ("data.heldout", "data.trigger", "data.cache_dir", "data.mode", "high.num_steps", "low.num_steps")
-"""Keys of these sections that say what is measured, or for how long, and not how it is trained."""
 
 RESERVE_STEPS = 2
 """So long before a budget's end trainings are asked to stop: they finish the step at hand, and save."""
@@ -67,14 +63,17 @@ class Found:
         return all(one.fault != STOPPED for of_seed in self.outcomes.values() for one in of_seed.values())
 
 
-def run(config: Config, arguments: Sequence[str], given: argparse.Namespace, overrides: Sequence[str],
+def run(configs: Mapping[str, Config], arguments: Sequence[str], given: argparse.Namespace, overrides: Sequence[str],
         config_dir: Path | None) -> None:
-    """Search, and write what was found. Everything that can be wrong is told before anything heavy begins."""
+    """Search among the settings (`settings.configs_of`), and write what was found. Everything that can be wrong is told
+    before anything heavy begins.
+    """
+    config = configs[DEFAULT]
     until_s = time.time() + given.minutes * 60 if given.minutes else math.inf
     words = [*overrides, *(["--config-dir", str(config_dir)] if config_dir else [])]
     refuse(config)
     parent, path = recipe_path(config, overrides)
-    arms = open_arms(config, given.over, overrides, config_dir)
+    arms = open_arms(configs, overrides)
     num_steps = given.steps or config.train.num_steps
     asked = Asked([name for name in arms if name != DEFAULT], num_steps,
                   [config.train.seed + number for number in range(given.seeds)], until_s)
@@ -132,26 +131,8 @@ def recipe_path(config: Config, overrides: Sequence[str]) -> tuple[str, Path]:
     return parent.stem if parent.suffix == ".yaml" else str(parent), path
 
 
-def open_arms(config: Config, over: Sequence[str], overrides: Sequence[str], config_dir: Path | None
-              ) -> dict[str, Arm]:
-    """The default and every combination, by name, each composed and looked into. A combination that is the default
-    again is left out. Raises UserError for what cannot be trained, or not be compared.
-    """
-    asked = search.read_over(over)
-    for key in asked:
-        if key.partition(".")[0] not in SECTIONS or key in FIXED:
-            raise UserError(f"--over {key} is not allowed: keys of {', '.join(SECTIONS)} that say how it is trained "
-                            "(steps and seeds: --steps N, --seeds N)", "--over optim.lr=1e-4,3e-4")
-    configs = {DEFAULT: config}
-    for name, words in search.product(asked).items():
-        own = schema.load([*overrides, *words], config_dir)
-        if "lora.rank" in asked and "lora.alpha" not in asked:  # as where an expert has a rank of its own
-            alpha = config.lora.alpha / config.lora.rank * own.lora.rank
-            own = replace(own, lora=replace(own.lora, alpha=alpha))
-        configs |= {name: own} if schema.flat(own) != schema.flat(config) else {}
-    if len(configs) == 1:
-        raise UserError("there is nothing to compare the recipe with: --over names no other value",
-                        "--over optim.lr=1e-4,3e-4")
+def open_arms(configs: Mapping[str, Config], overrides: Sequence[str]) -> dict[str, Arm]:
+    """Each setting looked into. Raises UserError for what cannot be trained, or not be compared."""
     arms = {name: arm_of(name, own, overrides) for name, own in configs.items()}
     for name, arm in arms.items():
         if measured_at(arm) != measured_at(arms[DEFAULT]):

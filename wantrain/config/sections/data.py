@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
@@ -24,6 +25,7 @@ from wantrain.config.sections.parts import (
     near_size,
     size_rule,
 )
+from wantrain.files import like
 from wantrain.models.variants import VARIANTS
 from wantrain.terms import UserError
 
@@ -146,7 +148,8 @@ def refuse_absent_clips(config: Config) -> None:
     for key, path in {**paths, "data.heldout": config.data.heldout or ""}.items():
         if path and not _may_hold_clips(path):
             about = "; a backslash parts no folders here" if "\\" in path else ""
-            raise UserError(f"{key} = {path!r} does not exist{about}", f"set {key} to a folder of clips with .txt "
+            raise UserError(f"{key} = {path!r} does not exist{about}",
+                            shlex.quote(f"{key}={like(path) or 'FOLDER'}") + "    a folder of clips with .txt "
                             "captions, a .jsonl, .csv, .parquet or .tar, or a URL")
 
 

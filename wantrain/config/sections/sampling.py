@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from wantrain.config.schema import Config
 
 VIDEO_FORMATS = ("webp", "png")
-SAMPLER_INPUTS = ("first", "last", "control", "control_mask", "reference", "face", "camera", "audio", "video")
+SAMPLER_INPUTS = ("first", "last", "control", "control_mask", "background", "reference", "face", "camera", "audio",
+                  "video")
 
 
 class SamplerProfile(Enum):
@@ -45,6 +46,8 @@ class Sampler(Section):
     may_change: ClassVar[tuple[str, ...]] = ("*",)
     prompts: list[str] = field(default_factory=list)
     """What to sample; FILE.txt stands for its lines, a prompt each, but for empty ones and those that begin with #."""
+    extend_prompts: str | None = None
+    """A chat model (folder or model id, such as Qwen's) that puts prompts into more words; null: as they stand."""
     negative_prompt: str = ""
     """What guidance moves away from."""
     seeds: list[Seed] = field(default_factory=lambda: [0])
@@ -70,7 +73,7 @@ class Sampler(Section):
     formats: list[str] = field(default_factory=list)
     """What each video is written as besides mp4 (H.264, plays in browsers): webp (animated), png (a frame sheet)."""
     inputs: list[dict[str, str]] = field(default_factory=list)
-    """Files of each prompt: first, last, control, control_mask, reference, face, camera, audio, video; one for all."""
+    """Files for each prompt or all: first, last, control(_mask), background, reference, face, camera, audio, video."""
     strength: float = 0.7
     """Share of the schedule that a `video` of sampler.inputs goes through; 1 keeps nothing of it."""
     loras: list[str] = field(default_factory=list)
@@ -79,6 +82,8 @@ class Sampler(Section):
     """Columns beside that LoRA: steps of the run's checkpoints, `all` of them, other LoRA files (as in loras)."""
     fast_lora: str | None = None
     """A few-step LoRA, FILE or FILE=STRENGTH, under every video, the base's too; num_steps is then 4, guidance 1."""
+    first_block_cache: FloatAbove0 | None = None
+    """Leave out all blocks but the first where that changes by at most this share, e.g. 0.1; null: never."""
 
     def rules(self, config: Config) -> Iterator[Rule]:
         yield from _text_and_seed_rules("sampler", self.prompts, self.seeds)
@@ -96,6 +101,9 @@ class Sampler(Section):
         yield len(self.inputs) in (0, 1, len(self.prompts)), "sampler.inputs", len(self.inputs), \
             "one for all prompts, or one for each"
         yield 0 < self.strength <= 1, "sampler.strength", self.strength, "in (0, 1]"
+        yield self.first_block_cache is None or VARIANTS[config.model.variant].has_plain_blocks, \
+            "sampler.first_block_cache", self.first_block_cache, \
+            f"null for {config.model.variant}, whose transformer adds to what passes from block to block"
         yield self.solver is not SamplerSolver.euler or self.profile is not SamplerProfile.official, "sampler.solver", \
             "euler", "unipc or dpmpp with sampler.profile=official, which has no other"
 

@@ -197,3 +197,5 @@ class Memory(Section):
             f"at most {most}, the blocks of {config.model.variant}"
         yield not self.swap or config.lora.kind.name in ("lora", "rslora"), "memory.swap", self.swap, \
             f"0 with lora.kind={config.lora.kind.name}, which is trained through diffusers' blocks"
+        yield not (self.swap and own.driven), "memory.swap", self.swap, \
+            f"0 with {config.model.variant}, which is trained through diffusers' blocks"
