@@ -269,9 +269,13 @@ def write_world(folder: Path, task: str) -> Path:
             write_medium(folder / "background", name, 60 + number)
     if task == "vace":
         write_masks(folder / "control_mask", "masked", "with_both")
-        for number, name in enumerate(("with_both", "with_reference")):
-            pictures.write_png(folder / "reference" / f"{name}.png", moving_square(80 + number, 1, 40, 40)[0])
+        write_references(folder, "with_both", "with_reference")
     return folder
+
+
+def write_references(folder: Path, *names: str) -> None:
+    for number, name in enumerate(names):
+        pictures.write_png(folder / "reference" / f"{name}.png", moving_square(80 + number, 1, 40, 40)[0])
 
 
 def write_spoken(folder: Path) -> None:
