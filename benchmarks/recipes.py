@@ -305,6 +305,7 @@ def tables(known: Mapping[str, Any]) -> Iterator[str]:
         yield from (f"| {row.name} | {len(row.seeds)} | {' | '.join(row.cells[:4])} |"
                     for row in sorted(rows, key=lambda row: row.loss))
         yield from ("", verdict(name, rows))
+    yield from ("", together({name: from_json(own) for name, own in known["worlds"].items()}))
 
 
 def verdict(world: str, rows: Sequence[Row]) -> str:
@@ -315,6 +316,19 @@ def verdict(world: str, rows: Sequence[Row]) -> str:
     rest = [name for name in changes if name not in (*better, *worse)]
     return (f"{world}: shown better than the default: {', '.join(better) or 'none'}; shown worse: "
             f"{', '.join(worse) or 'none'}; not shown to differ: {', '.join(rest) or 'none'}.")
+
+
+def together(worlds: Mapping[str, Results]) -> str:
+    """The same of all arms in all worlds, each interval widened so that all hold at once (Bonferroni)."""
+    pairs = [(name, found, arm) for name, found in worlds.items() for arm in found.outcomes if arm != DEFAULT]
+    better, worse = [], []
+    for name, found, arm in pairs:
+        losses = [{seed: one.losses for seed, one in found.outcomes[which].items()} for which in (arm, DEFAULT)]
+        change = search.change(losses[0], losses[1], found.learnt, len(pairs))
+        better += [f"{arm} ({name})"] if change.mean + change.half < 0 else []
+        worse += [f"{arm} ({name})"] if change.mean - change.half > 0 else []
+    return (f"Of all {len(pairs)} comparisons at once (Bonferroni): shown better than the default: "
+            f"{', '.join(better) or 'none'}; shown worse: {', '.join(worse) or 'none'}.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

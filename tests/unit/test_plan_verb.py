@@ -166,19 +166,3 @@ def test_rates_that_are_measured_here_take_the_tables_place(planned, monkeypatch
         assert own["step"]["seconds"] == pytest.approx(slower * table["step"]["seconds"])
     assert cli.main(["plan", "recipe=anime_1b3", "--gpu", "here"]) == 0
     assert "a card (24 GiB): arithmetic at rates measured here" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_the_costs_in_the_heads_of_recipes_are_the_plans(capsys):
-    """As the recipe says where that fits, else the fastest that does."""
-    names = [name for name in config.recipes() if not name.startswith("demo_")]
-    assert len(names) == 10
-    for name in names:
-        told = []
-        for card in ("rtx4090", "h100"):
-            assert cli.main(["plan", f"recipe={name}", "--gpu", card]) == 0
-            found = re.search(r"^(?:as the recipe says|fastest that fits) +([\d.]+) GiB, fits; ([\d.]+) s a step, "
-                              r"([\d.]+) hours", capsys.readouterr().out, re.MULTILINE)
-            told.append("{} {:.0f} GiB, {:.0f} s a step, {:.0f} hours".format(card, *map(float, found.groups())))
-        text = (config.configs_folder() / "recipe" / f"{name}.yaml").read_text()
-        assert f"# Cost by `wantrain plan`, largest clips: {'; '.join(told)}.\n" in text

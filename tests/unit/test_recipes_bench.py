@@ -16,6 +16,7 @@ from benchmarks import patches, recipes
 from tests import tiny_models
 from wantrain.terms import Batch
 from wantrain.tuner.told import Row
+from wantrain.tuner.trainings import Outcome
 from wantrain.validation import Interval
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +41,22 @@ def test_better_and_worse_are_whole_intervals() -> None:
         ("a", -0.2, 0.1), ("b", 0.2, 0.1), ("c", -0.1, 0.2), ("d", 0.1, 0.2), ("e", -1.0, math.nan)))]
     assert recipes.verdict("style", rows) == ("style: shown better than the default: a; shown worse: b; not shown to "
                                               "differ: c, d.")
+
+
+def test_the_more_are_compared_the_wider_each_interval() -> None:
+    """An arm better by a tenth, with seeds and clips that differ by hundredths: shown among two, and not among 60."""
+    def outcomes(mean: float, spread: float) -> dict[int, Outcome]:
+        return {seed: Outcome({clip: mean + spread * (seed - 1) * (1 + place) for place, clip in enumerate("abcd")})
+                for seed in range(3)}
+
+    arms = {"default": outcomes(1, 0), "better": outcomes(0.9, 0.01), "clear": outcomes(0.5, 0.001)}
+    said = recipes.together({"style": recipes.Results(list("abcd"), [], {}, arms)})
+    assert said.startswith("Of all 2 comparisons at once (Bonferroni): shown better than the default: better (style), "
+                           "clear (style); shown worse: none")
+    many = arms | {f"alike {number}": outcomes(1, 0) for number in range(58)}
+    said = recipes.together({"style": recipes.Results(list("abcd"), [], {}, many)})
+    assert said == ("Of all 60 comparisons at once (Bonferroni): shown better than the default: clear (style); shown "
+                    "worse: none.")
 
 
 def test_the_tables_of_the_docs_are_those_of_the_results() -> None:

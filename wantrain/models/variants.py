@@ -154,9 +154,11 @@ class Variant:
 
     @property
     def has_plain_blocks(self) -> bool:
-        """Whether nothing is added to what passes from block to block, as VACE, Animate and S2V do."""
+        """Whether nothing is added to what passes from block to block, as VACE, Animate and S2V do, or goes beside it,
+        as Animate-2 has it.
+        """
         own = self.architecture
-        return not own.vace_layers and own.animate is None and own.speech is None
+        return not (own.vace_layers or own.animate or own.driven or own.speech)
 
     def is_high(self, timestep: float) -> bool:
         """Whether the high noise expert works at this timestep; where there is one transformer, always."""
