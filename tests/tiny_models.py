@@ -50,11 +50,13 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "fun_5b_inp": {"in_channels": 100, "out_channels": 48},
     "fun_5b_control": {"in_channels": 148, "out_channels": 48},
     "fun_5b_camera": {"in_channels": 100, "out_channels": 48},
+    "s2v": {"audio_dim": 16, "audio_states": 3, "audio_tokens": 2, "audio_layers": [0, 1]},
 }
 OWN_CLASSES: dict[str, type[torch.nn.Module]] = {
     **dict.fromkeys(("vace", "vace_a14b"), WanVACETransformer3DModel),
     **dict.fromkeys(("fun_v11_control", "fun_a14b_control", "fun_5b_control"), fun.WanFunControlTransformer3DModel),
-    **dict.fromkeys(("fun_v11_camera", "fun_a14b_camera", "fun_5b_camera"), fun.WanFunCameraTransformer3DModel)}
+    **dict.fromkeys(("fun_v11_camera", "fun_a14b_camera", "fun_5b_camera"), fun.WanFunCameraTransformer3DModel),
+    "s2v": fun.WanSpeechTransformer3DModel}
 EXPERTS = tuple(kind for kind in TRANSFORMERS if "a14b" in kind)
 """The kinds of which a checkpoint has two, for high and low noise."""
 WIDE: dict[str, Any] = {"attention_head_dim": 128, "ffn_dim": 256, "text_dim": 256, "freq_dim": 256, "image_dim": 256,

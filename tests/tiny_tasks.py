@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import wave
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForCTC,
+)
 
 from tests import tiny_models as tiny
 from tests.conftest import SIZE, moving_square, write_clips
@@ -26,10 +34,15 @@ from wantrain.models.variants import VARIANTS, diffusers_config
 CLIP = {**tiny.CLIP, "hidden_size": 32, "image_size": 8, "patch_size": 4}
 """Five tokens a picture, as wide as the tiny variants' image_dim."""
 
+WAV2VEC2 = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+            "conv_dim": (16,) * 7, "feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True,
+            "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "vocab_size": 8}
+"""Of the kind of wav2vec2-large-xlsr-53."""
+
 TASKS = ("tiny_wan", "tiny_wan_a14b", "tiny_wan_i2v", "tiny_wan_i2v_a14b", "tiny_wan_flf2v", "tiny_wan_ti2v",
          "tiny_wan_vace", "tiny_wan_control", "tiny_wan_animate", "tiny_wan_vace_a14b", "tiny_wan_inp_5b",
          "tiny_wan_control_v11", "tiny_wan_control_a14b", "tiny_wan_control_5b", "tiny_wan_camera",
-         "tiny_wan_camera_5b", "tiny_wan_animate2")
+         "tiny_wan_camera_5b", "tiny_wan_animate2", "tiny_wan_s2v")
 PIPELINES = {"t2v": "WanPipeline", "i2v": "WanImageToVideoPipeline", "flf2v": "WanImageToVideoPipeline",
              "ti2v": "WanImageToVideoPipeline", "vace": "WanVACEPipeline", "animate": "WanAnimatePipeline"}
 """diffusers' pipeline of each task; Fun's have none."""
@@ -85,6 +98,9 @@ def write_checkpoint(folder: Path, name: str) -> Path:
         CLIPImageProcessor(crop_size=8, size=8).save_pretrained(folder / "image_processor")
         index |= {"image_encoder": ["transformers", "CLIPVisionModel"],
                   "image_processor": ["transformers", "CLIPImageProcessor"]}
+    if variant.architecture.speech:
+        random(Wav2Vec2ForCTC(Wav2Vec2Config(**WAV2VEC2)), 8).save_pretrained(folder / "audio_encoder")
+        Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(folder / "audio_encoder")
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
@@ -118,8 +134,14 @@ def pipeline(found: Base, loras: Mapping[str | None, Path] | None = None) -> sam
 def write_partners(folder: Path, task: str, number: int, height: int = 2 * SIZE[0], width: int = 2 * SIZE[1]) -> None:
     """For `clip_0` to `clip_N`: a control video, for VACE also a mask for every clip and a reference for every second,
     for Animate a face and a reference, and for every second a
-    background with its mask, for later Fun-Control a reference for every second; for Fun-Camera its moves.
+    background with its mask, for later Fun-Control a reference for every second; for Fun-Camera its moves; for S2V a
+    sound, and for every second a reference and a pose.
     """
+    for i in range(number if task == "s2v" else 0):
+        write_sound(folder / "audio" / f"clip_{i}.wav", 200 + 50 * i)
+        if i % 2:
+            pictures.write_png(folder / "reference" / f"clip_{i}.png", moving_square(300 + i, 1, 40, 60)[0])
+            pictures.write_mp4(folder / "control" / f"clip_{i}.mp4", moving_square(200 + i, 9, height, width), 16)
     for i in range(number if task.startswith("camera") else 0):
         write_move(folder / "camera" / f"clip_{i}.txt", f"{('pan_left', 'zoom_in', 'clockwise')[i % 3]} {0.5 + i}")
     for i in range(number if task.startswith("control") or task in ("vace", "animate", "animate2") else 0):
@@ -134,6 +156,21 @@ def write_partners(folder: Path, task: str, number: int, height: int = 2 * SIZE[
             pictures.write_mp4(folder / "background" / f"clip_{i}.mp4", moving_square(270 + i, 9, height, width), 16)
         if task in ("animate", "animate2") or (task in ("vace", "control_reference", "control_inpaint") and i % 2):
             pictures.write_png(folder / "reference" / f"clip_{i}.png", moving_square(300 + i, 1, 40, 60)[0])
+
+
+def tone(hz: float, seconds: float = 1.0, rate: int = 16_000) -> np.ndarray:
+    """A tone that grows louder, of 16 bits."""
+    times = np.arange(round(seconds * rate)) / rate
+    return np.round(20_000 * times / seconds * np.sin(2 * np.pi * hz * times)).astype(np.int16)
+
+
+def write_sound(path: Path, hz: float, seconds: float = 1.0, rate: int = 16_000) -> Path:
+    """A wav file, by the standard library."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, rate, 0, "NONE", ""))
+        file.writeframes(tone(hz, seconds, rate).tobytes())
+    return path
 
 
 def write_move(path: Path, line: str) -> None:
@@ -152,7 +189,8 @@ def write_set(folder: Path, name: str) -> Path:
         write_move(folder / "style" / "camera" / "picture.txt", "static 1")
     kinds = {"control": ["control"], "vace": ["control"], "animate": ["control", "face", "reference"],
              "animate2": ["control", "reference"]}
-    for kind in ("", *kinds.get(task.partition("_")[0], [])):
+    for kind in ("", *kinds.get(task.partition("_")[0], [])) if task != "s2v" else ():  # a picture has no sound
         pictures.write_png(folder / "style" / kind / "picture.png", moving_square(400, 1, 2 * SIZE[0], 2 * SIZE[1])[0])
-    (folder / "style" / "picture.txt").write_text("sqstyle, a picture of a square")
+    if task != "s2v":
+        (folder / "style" / "picture.txt").write_text("sqstyle, a picture of a square")
     return folder

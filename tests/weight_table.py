@@ -75,7 +75,7 @@ def error(part: str, container: str) -> float | None:
 def _signature(a: Architecture) -> tuple[object, ...]:
     """What of an architecture decides which tensors there are."""
     return (a.in_channels, a.out_channels, a.image_dim is None, a.image_tokens is None, bool(a.vace_layers), a.ref_conv,
-            a.control_adapter, a.animate is None, a.driven)
+            a.control_adapter, a.animate is None, a.driven, a.speech is None)
 
 
 def variants_of(kind: str) -> list[str]:
@@ -132,9 +132,9 @@ Each column stands for these variants, which have the same tensors in other size
 
 {_table(["column", "variants"], ([f"`{kind}`", ", ".join(variants_of(kind))] for kind in tiny.TRANSFORMERS))}
 
-For the extra tensors of some Fun models (`ref_conv`, `control_adapter`) diffusers has no class:
+For the extra tensors of some Fun models (`ref_conv`, `control_adapter`) and of S2V diffusers has no class:
 {without_class}.
-Their twin is a class of ours (wantrain/models/fun.py), and `merge` writes them with `layout=official` alone.
+Their twin is a class of ours (wantrain/models/fun.py, speech.py), and `merge` writes them with `layout=official` alone.
 
 ## VAE and encoders
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:  # the worker processes that look into files need no torch
 NUM_TIMESTEPS = 1000
 """The timestep told to the model is NUM_TIMESTEPS * sigma, float32, formed only at the model's door."""
 
+SOUND_RATE = 16_000
+"""Samples a second of the sound that wav2vec2 hears (docs/facts.md, "Sound")."""
+
 TEXT_LEN = 512
 """Text is zero-padded to exactly this many tokens, and Wan attends to the padding (docs/facts.md, "Encoders")."""
 
@@ -124,9 +127,10 @@ OF_A_PLACE = re.compile(r"data\.sources\.[^.]*\.(path$|columns(\.|$))")
 WINDOW = "clip"
 """The name of a window itself among its partners."""
 
-PARTNERS = ("control", "control_mask", "background", "reference", "face", "camera", "mask")
+PARTNERS = ("control", "control_mask", "background", "reference", "face", "camera", "audio", "mask")
 """What may go with a clip: a control video, the mask of what is to be made anew (white), the background without it, a
-reference image, the video of a face, a text file of camera poses, and the mask of where the loss looks (white)."""
+reference image, the video of a face, a text file of camera poses, a sound, and the mask of where the loss looks
+(white)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +162,8 @@ class MediaInfo:
     """What a look into a file told: digest of its bytes, length, size as shown, number of frames, and who reads it.
 
     `why_not_decord` is empty when decord does, "image" for an image. `surprises` is what a person would want to know
-    of its pictures (HDR, interlaced, transparent, ...), or empty. `fault` is empty for a usable file.
+    of its pictures (HDR, interlaced, transparent, ...), or empty. `fault` is empty for a usable file. `sound_s` is when
+    its sound ends, 0 where it has none.
     """
 
     digest: str = ""
@@ -169,6 +174,7 @@ class MediaInfo:
     num_frames: int = 0
     surprises: str = ""
     fault: str = ""
+    sound_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -324,13 +324,13 @@ SOURCES: dict[str, Source] = {
     "LyCORIS": Source("KohakuBlueleaf/LyCORIS", "4.1.3", "run earlier, not read"),
 }
 MODELS_LACKED: dict[str, tuple[str, ...]] = {
-    "diffusers": ("control_reference", "control_inpaint", "camera", "camera_inpaint"),
+    "diffusers": ("control_reference", "control_inpaint", "camera", "camera_inpaint", "s2v"),
     "ai-toolkit": ("vace", "animate", "animate2", "control", "control_reference", "control_inpaint", "camera",
-                   "camera_inpaint", "flf2v"),
+                   "camera_inpaint", "s2v", "flf2v"),
     "diffusion-pipe": ("vace", "animate", "animate2", "control", "control_reference", "control_inpaint", "camera",
-                       "camera_inpaint"),
+                       "camera_inpaint", "s2v"),
     "musubi-tuner": ("vace", "animate", "animate2", "control_reference", "control_inpaint", "camera", "camera_inpaint",
-                     "ti2v"),
+                     "s2v", "ti2v"),
 }
 """Tasks of which a tool has no model: read for diffusers, diffusion-pipe and musubi-tuner, not for ai-toolkit."""
 

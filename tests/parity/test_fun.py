@@ -6,7 +6,6 @@ float64 and with nothing of diffusers.
 
 from __future__ import annotations
 
-import math
 from itertools import product
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from tests import tiny_models as tiny
+from tests.official import attention
 from tests.tiny_tasks import random
 from wantrain.models.camera import rays
 from wantrain.models.fun import class_of
@@ -23,40 +23,6 @@ from wantrain.models.variants import VARIANTS, diffusers_config
 Tensor = torch.Tensor
 T, H, W = 3, 4, 6
 """Latent frames, height and width."""
-
-
-def rotated(x: Tensor, size: tuple[int, int, int]) -> Tensor:
-    """[B, L, heads, d], turned by place: pairs of numbers as complex ones."""
-    d = x.shape[-1]
-    parts = [d - 4 * (d // 6), 2 * (d // 6), 2 * (d // 6)]
-    angles = []
-    for place in product(*map(range, size)):
-        angles.append([p * 10000 ** (-2 * i / part) for p, part in zip(place, parts, strict=True)
-                       for i in range(part // 2)])
-    turn = torch.polar(torch.ones(len(angles), d // 2, dtype=torch.float64), torch.tensor(angles, dtype=torch.float64))
-    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turn[:, None]).flatten(-2)
-
-
-def attention(w: dict[str, Tensor], name: str, heads: int, x: Tensor, other: Tensor, *, image: Tensor | None = None,
-              size: tuple[int, int, int] | None = None) -> Tensor:
-    def linear(part: str, given: Tensor) -> Tensor:
-        return functional.linear(given, w[f"{name}.{part}.weight"], w[f"{name}.{part}.bias"])
-
-    def normed(part: str, given: Tensor) -> Tensor:
-        return given * (given.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * w[f"{name}.{part}.weight"]
-
-    def seen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (one.unflatten(-1, (heads, -1)) for one in (q, k, v))
-        if size:
-            q, k = rotated(q, size), rotated(k, size)
-        weights = torch.einsum("blhd,bmhd->bhlm", q, k).div(math.sqrt(q.shape[-1])).softmax(-1)
-        return torch.einsum("bhlm,bmhd->blhd", weights, v).flatten(2)
-
-    q = normed("norm_q", linear("q", x))
-    out = seen(q, normed("norm_k", linear("k", other)), linear("v", other))
-    if image is not None:
-        out = out + seen(q, normed("norm_k_img", linear("k_img", image)), linear("v_img", image))
-    return linear("o", out)
 
 
 def official(w: dict[str, Tensor], heads: int, x: Tensor, t: Tensor, text: Tensor, *, image: Tensor | None = None,
@@ -102,10 +68,11 @@ def official(w: dict[str, Tensor], heads: int, x: Tensor, t: Tensor, text: Tenso
         given = functional.layer_norm(image, image.shape[-1:], w["img_emb.proj.0.weight"], w["img_emb.proj.0.bias"])
         given = linear("img_emb.proj.3", functional.gelu(linear("img_emb.proj.1", given)))
         image = functional.layer_norm(given, given.shape[-1:], w["img_emb.proj.4.weight"], w["img_emb.proj.4.bias"])
+    places = list(product(*map(range, size)))
     for n in range(sum(name.endswith("norm3.weight") for name in w)):
         m = (w[f"blocks.{n}.modulation"][:, None] + e0).unbind(2)
         own = layer(x) * (1 + m[1]) + m[0]
-        x = x + attention(w, f"blocks.{n}.self_attn", heads, own, own, size=size) * m[2]
+        x = x + attention(w, f"blocks.{n}.self_attn", heads, own, own, places=places) * m[2]
         own = functional.layer_norm(x, x.shape[-1:], w[f"blocks.{n}.norm3.weight"], w[f"blocks.{n}.norm3.bias"], 1e-6)
         x = x + attention(w, f"blocks.{n}.cross_attn", heads, own, context, image=image)
         own = functional.gelu(linear(f"blocks.{n}.ffn.0", layer(x) * (1 + m[4]) + m[3]), approximate="tanh")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import wave
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,7 +23,8 @@ from diffusers import AutoencoderKLWan
 from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
 
 from tests.conftest import moving_square
-from tests.tiny_tasks import write_checkpoint
+from tests.official import heard
+from tests.tiny_tasks import write_checkpoint, write_sound
 from wantrain import config as schema
 from wantrain import flow, pictures
 from wantrain.data.decode import read_clip
@@ -52,7 +54,8 @@ MEAN_22 = tuple(0.03 * i - 0.7 for i in range(48))
 FPS = {"tiny_wan_ti2v": 24, "tiny_wan_control_5b": 24, "tiny_wan_camera_5b": 24, "tiny_wan_animate": 30}
 SHIFTS = {"tiny_wan": 3, "tiny_wan_a14b": 12, "tiny_wan_i2v": 3, "tiny_wan_i2v_a14b": 5, "tiny_wan_flf2v": 16,
           "tiny_wan_ti2v": 5, "tiny_wan_vace": 16, "tiny_wan_control": 3, "tiny_wan_control_v11": 3,
-          "tiny_wan_control_5b": 5, "tiny_wan_camera": 3, "tiny_wan_camera_5b": 5, "tiny_wan_animate": 5}
+         "tiny_wan_control_5b": 5, "tiny_wan_camera": 3, "tiny_wan_camera_5b": 5, "tiny_wan_animate": 5,
+          "tiny_wan_s2v": 3}
 NEWER = ("tiny_wan_ti2v", "tiny_wan_control_5b", "tiny_wan_camera_5b")
 """Those with the 2.2 VAE."""
 WITHIN = {("tiny_wan_a14b", "high"): (0.875, 1), ("tiny_wan_a14b", "low"): (0, 0.875),
@@ -245,7 +248,7 @@ def write_medium(folder: Path, name: str, seed: int) -> None:
 def write_world(folder: Path, task: str) -> Path:
     """video_0, video_1 and picture with captions; for control and VACE what goes with them."""
     names = ["guided", "masked", "with_both", "with_reference"] if task == "vace" else ["video_0", "video_1"]
-    names.append("picture")
+    names += ["picture"] * (task != "s2v")  # which has no sound
     for number, name in enumerate(names):
         write_medium(folder, name, number)
         (folder / f"{name}.txt").write_text(f"a square of {'very ' * number}small size")
@@ -254,6 +257,8 @@ def write_world(folder: Path, task: str) -> Path:
         if task == "animate":
             write_medium(folder / "face", name, 90 + number)
             pictures.write_png(folder / "reference" / f"{name}.png", moving_square(80 + number, 1, 40, 40)[0])
+    if task == "s2v":
+        write_spoken(folder)
     if "control_" in task:
         pictures.write_png(folder / "reference" / "video_0.png", moving_square(80, 1, 40, 40)[0])
     if "camera" in task:
@@ -264,9 +269,21 @@ def write_world(folder: Path, task: str) -> Path:
             write_medium(folder / "background", name, 60 + number)
     if task == "vace":
         write_masks(folder / "control_mask", "masked", "with_both")
-        for number, name in enumerate(("with_both", "with_reference")):
-            pictures.write_png(folder / "reference" / f"{name}.png", moving_square(80 + number, 1, 40, 40)[0])
+        write_references(folder, "with_both", "with_reference")
     return folder
+
+
+def write_references(folder: Path, *names: str) -> None:
+    for number, name in enumerate(names):
+        pictures.write_png(folder / "reference" / f"{name}.png", moving_square(80 + number, 1, 40, 40)[0])
+
+
+def write_spoken(folder: Path) -> None:
+    """Sounds of two rates; a reference for one film, a pose for the other."""
+    for number, rate in enumerate((16_000, 44_100)):
+        write_sound(folder / "audio" / f"video_{number}.wav", 250 + 150 * number, rate=rate)
+    pictures.write_png(folder / "reference" / "video_0.png", moving_square(80, 1, 40, 40)[0])
+    write_medium(folder / "control", "video_1", 71)
 
 
 def write_cameras(folder: Path) -> None:
@@ -353,6 +370,9 @@ def check(twin: Twin, step: Step, expert: str | None = None, exact: bool = True)
         if before:
             reference = path.parent / "reference" / f"{path.stem}.png"
             clean = torch.cat([twin.official.clip(reference, 1, twin.size, contain=True), clean], 1)
+        if "audio" in batch.condition and path.stem == "video_0":  # S2V: a reference in the place of the first frame
+            reference = path.parent / "reference" / "video_0.png"
+            clean = torch.cat([twin.official.clip(reference, 1, twin.size), clean[:, 1:]], 1)
         sigma_T = sigma_B[i].expand(clean.shape[1]).clone()
         if given["timestep"].ndim == 2 and (given["timestep"][i] == 0).any():
             sigma_T[0] = 0  # where: test_ti2v_...
@@ -649,3 +669,35 @@ def test_a_sample_of_a_batch_computes_what_it_does_alone(twins, name):
                 known_BT=None if batch.known_BT is None else batch.known_BT[one], noise_BCTHW=batch.noise_BCTHW[one],
                 sigma_B=batch.sigma_B[one], index_B=batch.index_B[one], planned_B=batch.planned_B[one])).loss_B)
         torch.testing.assert_close(step.loss_B, torch.cat(alone), rtol=1e-5, atol=1e-6)
+
+
+def test_s2v_is_given_the_reference_clean_the_sound_of_every_frame_but_one_and_the_pose(twins):
+    """A sound of another rate is heard at 16 kHz; without a reference the clip's own first frame stands for it."""
+    twin = twins("tiny_wan_s2v")
+    steps = twin.steps(end=3)
+    assert kinds(steps) == {NUM_FRAMES}
+    seen = set()
+    for step in steps:
+        check(twin, step)
+        assert step.given.keys() == {"hidden_states", "timestep", "encoder_hidden_states", "audio_hidden_states",
+                                     "pose_hidden_states"}
+        for i, planned in enumerate(step.batch.planned_B):
+            path = planned.clip.path
+            seen.add(path.stem)
+            each = twin.size[0] * twin.size[1] // 256
+            assert not step.given["timestep"][i][:each].any()
+            assert step.given["timestep"][i][each:].all()
+            with wave.open(str(path.parent / "audio" / f"{path.stem}.wav")) as file:
+                rate, data = file.getframerate(), np.frombuffer(file.readframes(file.getnframes()), np.int16) / 32768
+            times = np.arange(NUM_FRAMES * 1000 - 1000) / 16_000
+            samples = data[: len(times)] if rate == 16_000 else np.interp(times, np.arange(len(data)) / rate, data)
+            wanted = heard(twin.checkpoint / "audio_encoder", samples.astype(np.float32), NUM_FRAMES - 1)
+            torch.testing.assert_close(step.given["audio_hidden_states"][i], wanted, rtol=1e-4,
+                                       atol=1e-4 if rate == 16_000 else 0.05)
+            pose, control = step.given["pose_hidden_states"][i], path.parent / "control" / path.name
+            want = torch.zeros_like(pose)
+            if control.exists():
+                pixels = twin.official.pixels(control, NUM_FRAMES, twin.size)
+                want = twin.official.latents(torch.cat([pixels[:, :1], pixels[:, :-1]], 1))[:, 1:]
+            same(pose, want, exact=False)
+    assert seen == {"video_0", "video_1"}

@@ -21,7 +21,16 @@ from safetensors.torch import load_file
 
 from tests import tiny_models as tiny
 from tests.conftest import NUM_FRAMES, arguments_for, moving_square
-from tests.tiny_tasks import PIPELINES, TASKS, official_steps, pipeline, random, write_checkpoint, write_set
+from tests.tiny_tasks import (
+    PIPELINES,
+    TASKS,
+    official_steps,
+    pipeline,
+    random,
+    tone,
+    write_checkpoint,
+    write_set,
+)
 from wantrain import cli, pictures
 from wantrain.models import base, conditioning, sampling
 from wantrain.models.variants import VARIANTS
@@ -187,7 +196,7 @@ def trained(twin: Twin, run: Path) -> dict[str | None, Path]:
             for expert in twin.variant.experts or (None,)}
 
 
-@pytest.mark.parametrize("name", tasks((), ("tiny_wan_control",),
+@pytest.mark.parametrize("name", tasks((), ("tiny_wan_control", "tiny_wan_s2v"),
                                        [name for name in TASKS if name not in WITH_PIPELINE]))
 def test_what_diffusers_has_no_pipeline_for_trains_resumes_and_samples_as_the_merged_official_file(
         twins, tmp_path, name):
@@ -213,15 +222,20 @@ def test_what_diffusers_has_no_pipeline_for_trains_resumes_and_samples_as_the_me
     sampling.set_strength(ours, 0)
     assert (sampling.sample(ours, "a square", 1, settings, inputs) - want).abs().mean() > 2, "the LoRA is not heard"
     given = dict(inputs.frames)
-    for kind in ("reference", "camera", *["control"] * twin.variant.architecture.driven):
+    for kind in ("reference", "camera", "audio", *["control"] * twin.variant.architecture.driven):
         if kind in given:
-            given[kind] = given[kind] * 1.5 if kind == "camera" else moving_square(8, len(given[kind]), height, width)
+            changed = {"camera": lambda one: one * 1.5, "audio": lambda one: one.abs()}.get(
+                kind, lambda one: moving_square(8, len(one), height, width))
+            given[kind] = changed(given[kind])
             other = sampling.sample(folded, "a square", 1, settings, sampling.Inputs(given))
             assert (other - want).abs().mean() > 0.3, f"the {kind} is not heard"
 
 
 def own_inputs_of(task: str, height: int, width: int):
-    """What a task of Fun, and Animate-2, is sampled from."""
+    """What a task of Fun, Animate-2 and S2V are sampled from."""
+    if task == "s2v":
+        return {"reference": moving_square(4, 1, height, width),
+                "audio": torch.from_numpy(tone(300, (NUM_FRAMES - 1) / 16) / 32768).float()}
     film, wanted = moving_square(3, NUM_FRAMES, height, width), {"first": moving_square(6, 1, height, width)}
     if task.startswith("camera"):
         zoom = np.tile([0.6, 0.6, 0.5, 0.5, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0], (NUM_FRAMES, 1))

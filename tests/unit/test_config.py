@@ -21,7 +21,7 @@ def test_every_yaml_composes():
     for recipe in RECIPES:
         assert config.load([f"recipe={recipe}"]).run.name == recipe
     groups = [p for p in folder.glob("*/*.yaml") if p.parent.name != "recipe"]
-    assert len(groups) == 34
+    assert len(groups) == 35
     for path in groups:
         composed = config.load(["recipe=demo_anime", f"{path.parent.name}={path.stem}"])
         part = vars_of(composed)[path.parent.name]

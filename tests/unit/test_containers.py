@@ -30,7 +30,7 @@ from wantrain.models.loading import load_into
 Weights = tiny.Tensors
 KEEP = ("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
 LATER = ("fun_v11_camera", "fun_a14b_control", "fun_a14b_camera", "vace_a14b", "fun_5b_inp", "fun_5b_control",
-         "fun_5b_camera")
+         "fun_5b_camera", "s2v")
 """Kinds that are in the long tier: their modules are those of others, at other sizes."""
 CELLS = [*(pytest.param(*cell, marks=[pytest.mark.slow, pytest.mark.long] if cell[0] in LATER else [])
            for cell in itertools.product(tiny.TRANSFORMERS, tiny.CONTAINERS)),

@@ -98,7 +98,7 @@ def test_every_name_comes_back(which: str, data: st.DataObject, number: int) -> 
     "", "blocks.0", "blocks.0.self_attn", "blocks.x.self_attn.q", "blocks.00.self_attn.q", "blocks.{}.self_attn.q",
     "blocks.0.self_attn.q.lora_A.weight", "blocks.0.self_attn.norm_q.bias", "blocks.0.modulation.weight",
     "model.diffusion_model.blocks.0.self_attn.q.weight", "blocks.0.attn1.to_q", "blocks.0.self_attn.q.weight.",
-    "xblocks.0.self_attn.q", "casual_audio_encoder.encoder.final_linear.weight",
+    "xblocks.0.self_attn.q", "audio_proj.audio_proj_glob_1.layer.weight",
 ])
 def test_unknown_names_raise(name: str) -> None:
     with pytest.raises(UnknownName, match="not a name of the official Wan transformer"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import moving_square
-from tests.tiny_tasks import write_checkpoint
+from tests.tiny_tasks import write_checkpoint, write_sound
 from wantrain import cli, pictures
 from wantrain.models.variants import VARIANTS
 
@@ -45,7 +45,7 @@ def world(tmp_path_factory):
     """A checkpoint for each task, clips without partners, and files to sample from."""
     root = tmp_path_factory.mktemp("tasks")
     for name in ("tiny_wan_control", "tiny_wan_vace", "tiny_wan_i2v", "tiny_wan_flf2v", "tiny_wan_ti2v",
-                 "tiny_wan_animate"):
+                 "tiny_wan_animate", "tiny_wan_s2v"):
         write_checkpoint(root / name, name)
     write_clips(root / "clips")
     with_partners(root / "controlled", control="+.mp4")
@@ -157,6 +157,25 @@ def test_a_control_video_that_ends_before_its_clip_and_one_that_is_damaged(refus
     assert "data.allow_drops=true" in to_do
 
 
+def test_clips_without_sound_for_a_task_that_hears_and_a_checkpoint_that_cannot(refused, world, tmp_path):
+    wrong, to_do = refused("train", "tiny_wan_s2v")
+    assert wrong.startswith("2 clip(s) cannot be used")
+    assert f"style/a.mp4: its audio {world}/clips/a.mp4 has no sound" in wrong
+    assert "data.allow_drops=true" in to_do
+    write_sound(write_clips(tmp_path / "set") / "audio" / "a.wav", 300)
+    write_sound(tmp_path / "set" / "audio" / "b.wav", 300, seconds=0.2)
+    wrong, _ = refused("train", "tiny_wan_s2v", clips=tmp_path / "set")
+    assert f"style/b.mp4: its audio {tmp_path}/set/audio/b.wav ends before it, after 0.2 s" in wrong
+    deaf = tmp_path / "deaf"
+    deaf.mkdir()
+    for part in (world / "tiny_wan_s2v").iterdir():
+        if part.name != "audio_encoder":
+            (deaf / part.name).symlink_to(part)
+    wrong, to_do = refused("check", "tiny_wan_s2v", f"model.path={deaf}", clips=tmp_path / "set")
+    assert wrong == f"model.path = {deaf} holds no audio_encoder, and model.parts.audio_encoder is not set"
+    assert to_do.startswith("set model.parts.audio_encoder=FILE_OR_FOLDER")
+
+
 def test_a_column_that_names_a_missing_control_video(refused, tmp_path):
     write_clips(tmp_path / "set")
     (tmp_path / "set" / "m.csv").write_text("video,caption,control\na.mp4,x,gone.mp4\n")
@@ -206,14 +225,16 @@ def inputs(world):
 def test_an_input_that_nobody_knows(refused, inputs):
     wrong, _ = refused("sample", "tiny_wan_i2v", inputs(start="image.png"))
     assert "sampler.inputs = " in wrong
-    assert "is not allowed: first, last, control, control_mask, background, reference, face, camera, video" in wrong
+    assert ("is not allowed: first, last, control, control_mask, background, reference, face, camera, audio, "
+            "video") in wrong
 
 
 @pytest.mark.parametrize(("name", "given", "allowed"), [
     ("tiny_wan", "control", "video"), ("tiny_wan", "first", "video"), ("tiny_wan_i2v", "last", "first, video"),
     ("tiny_wan_flf2v", "reference", "first, last, video"), ("tiny_wan_ti2v", "control", "first, video"),
     ("tiny_wan_control", "reference", "control, first, video"),
-    ("tiny_wan_vace", "first", "control, control_mask, reference, video")])
+    ("tiny_wan_vace", "first", "control, control_mask, reference, video"),
+    ("tiny_wan_s2v", "first", "audio, control, reference, video")])
 def test_an_input_of_another_task(refused, inputs, name, given, allowed):
     wrong, _ = refused("sample", name, inputs(**{given: "image.png"}))
     assert wrong.startswith(f"sampler.inputs: {name} (")

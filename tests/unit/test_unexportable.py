@@ -19,7 +19,7 @@ from wantrain.terms import UserError
 PRESETS = ("attn", "attn_ffn", "all_linear")
 FAMILIES = {"t2v": "t2v", "ti2v": "t2v", "i2v": "i2v", "flf2v": "i2v", "control": "i2v", "control_reference": "i2v",
             "control_inpaint": "t2v", "camera": "i2v", "camera_inpaint": "t2v", "vace": "vace", "animate": "animate",
-            "animate2": "i2v"}
+            "animate2": "i2v", "s2v": "t2v"}
 
 
 def state_of(module: torch.nn.Module, preset: str, kind: str, rank: int = 4, alpha: float = 3) -> AdapterState:

@@ -51,6 +51,7 @@ SCHEDULES = {
     "wan22_fun_5b_camera": FUN_5B,
     "wan22_animate_14b": (5, None, (1, 1), 20, 30, 77),
     "wan22_animate2_14b": (5, None, (3, 3), 40, 24, 81),
+    "wan22_s2v_14b": (3, None, (4.5, 4.5), 40, 16, 81),
     "tiny_wan": (3, None, (5, 5), 50, 16, 9),
 }
 # The tests' twins have the schedule of what they stand for, and short clips.
@@ -62,7 +63,7 @@ TWINS = {
     "tiny_wan_control_v11": "wan21_fun_v11_1b3_control", "tiny_wan_control_a14b": "wan22_fun_a14b_control",
     "tiny_wan_control_5b": "wan22_fun_5b_control", "tiny_wan_camera": "wan21_fun_v11_1b3_camera",
     "tiny_wan_camera_5b": "wan22_fun_5b_camera", "tiny_wan_vace_a14b": "wan22_vace_fun_a14b",
-    "tiny_wan_inp_5b": "wan22_fun_5b_inp",
+    "tiny_wan_inp_5b": "wan22_fun_5b_inp", "tiny_wan_s2v": "wan22_s2v_14b",
 }
 
 
@@ -233,7 +234,8 @@ def test_what_the_config_states_must_fit_the_tensors() -> None:
 
 
 @pytest.mark.parametrize(("mark", "family"), [
-    ("casual_audio_encoder.encoder.final_linear.weight", "Wan2.2-S2V"),
+    ("patch_embedding_global.weight", "WanDancer"),
+    ("patch_embedding_pose.weight", "SCAIL"),
     ("audio_proj.audio_proj_glob_1.layer.bias", "HuMo"),
     ("fps_embedding.weight", "SkyReels-V2"),
     ("blocks.0.to_gate_compress.weight", "FastWan"),

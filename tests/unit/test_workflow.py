@@ -44,6 +44,9 @@ PYTHON = {
     "WanAnimateToVideo": "positive negative vae width height length batch_size clip_vision_output? reference_image? "
                          "face_video? pose_video? continue_motion_max_frames background_video? character_mask? "
                          "continue_motion? video_frame_offset",
+    "WanSoundImageToVideo": "positive negative vae width height length batch_size audio_encoder_output? ref_image? "
+                            "control_video? ref_motion?",
+    "AudioEncoderLoader": "audio_encoder_name", "AudioEncoderEncode": "audio_encoder audio", "LoadAudio": "audio",
     "TrimVideoLatent": "samples trim_amount", "LoadImage": "image", "LoadVideo": "file", "GetVideoComponents": "video",
     "ImageToMask": "image channel", "VAEDecode": "samples vae", "CreateVideo": "images fps audio?",
     "SaveVideo": "video filename_prefix format codec",
@@ -58,7 +61,8 @@ INPUTS = {"i2v": {"first": "a/photo.png"}, "flf2v": {"first": "x.png", "last": "
           "camera_inpaint": {"first": "p.png"},
           "vace": {"control": "c.mp4", "control_mask": "m.mp4", "reference": "r.png"},
           "animate": {"control": "c.mp4", "face": "f.mp4", "reference": "r.png", "background": "b.mp4",
-                      "control_mask": "m.mp4"}}
+                      "control_mask": "m.mp4"},
+          "s2v": {"audio": "a/voice.mp3", "reference": "r.png"}}
 
 
 def config(*words: str) -> Config:
@@ -111,7 +115,8 @@ def test_every_task_has_a_graph_that_comfyui_takes(name: str, given: bool) -> No
     assert "SaveVideo" in {type_ for type_, _ in sent.values()}
     assert only(sent, "CreateVideo")["fps"] == variant.fps
     if variant.task in INPUTS and given:
-        names = {inputs.get("image", inputs.get("file")) for type_, inputs in sent.values() if type_.startswith("Load")}
+        names = {inputs.get(key) for type_, inputs in sent.values() if type_.startswith("Load")
+                 for key in ("image", "file", "audio")}
         assert {path.rpartition("/")[2] for path in INPUTS[variant.task].values()} <= names
 
 

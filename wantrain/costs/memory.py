@@ -214,7 +214,7 @@ def kept_in_all(job: Job, policy: MemoryPolicy) -> float:
 def _beside_blocks(job: Job) -> float:
     """What lasts through a step beside what blocks keep: the rotary embedding's factors; gradients for the text where
     its embedding is adapted; what the adapters around VACE's blocks keep; where every token is told its own timestep,
-    that in all its forms.
+    that in all its forms; what S2V's attention to sound is computed again from.
     """
     a, own = job.variant.architecture, job.block
     adapted = job.adapter.ranks(a)
@@ -223,7 +223,9 @@ def _beside_blocks(job: Job) -> float:
         size += TEXT_GRADIENTS * own.itemsize * own.text * own.dim
     if "vace_blocks.0.proj_out" in adapted:
         size += len(a.vace_layers) * own.nbytes(ADAPTED_PROJECTIONS[own.itemsize])
-    if job.variant.vae == "2.2":
+    if a.speech:
+        size += own.nbytes(Tensors(len(a.speech.audio_layers)))
+    if job.variant.first_is_clean:
         size += own.nbytes(TOKEN_TIMESTEPS[own.itemsize, "condition_embedder.time_proj" in adapted])
     return size
 
@@ -275,8 +277,10 @@ def encoding_phases(variant: Variant, bucket: Bucket, itemsize: int, encoders: s
     text = TEXT_ENCODER_NUMBERS * stored + TEXT_EMBEDDING_NUMBERS * (itemsize - stored)
     image = IMAGE_ENCODER_NUMBERS * (1 if encoders != "dtype" else 4) if variant.architecture.image_dim else 0
     working = bucket.height * bucket.width * (each + for_frame * bucket.num_frames) * vae_itemsize / 4
+    audio = 4 * inventory.AUDIO_ENCODER_PARAMETERS if variant.architecture.speech else 0
     phases = {"texts": {"text encoder": text},
-              "clips": {"image encoder": image, "VAE": vae_itemsize * VAE_NUMBERS[variant.vae],
+              "clips": {"image encoder": image, **({"audio encoder": audio} if audio else {}),
+                        "VAE": vae_itemsize * VAE_NUMBERS[variant.vae],
                         "working activations": round(working)}}
     return {name: {**parts, MARGIN: CONTEXT_BYTES + round(FRAGMENTS * sum(parts.values()))}
             for name, parts in phases.items()}

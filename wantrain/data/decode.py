@@ -14,7 +14,7 @@ import decord
 import numpy as np
 import torch
 
-from wantrain.data import cameras
+from wantrain.data import cameras, sound
 from wantrain.data.films import FINE_GRACE_S, Unreachable, count_frames, frames_at, pixels_of
 from wantrain.data.media import local, probe, read_image
 from wantrain.terms import WINDOW, Bucket, PlannedClip, UserError
@@ -84,8 +84,8 @@ def _read_decord(path: Path, index_F: np.ndarray, fitted: Fit) -> dict[int, torc
 
 
 def read_window(planned: PlannedClip) -> torch.Tensor:
-    """The frames of a planned window as training sees them, frames_FCHW uint8; or its cameras [F, 16] float32. Raises
-    UserError.
+    """The frames of a planned window as training sees them, frames_FCHW uint8; or its cameras [F, 16], or the
+    samples of its sound, float32. Raises UserError.
     """
     clip, path = planned.clip, None
     try:
@@ -93,6 +93,9 @@ def read_window(planned: PlannedClip) -> torch.Tensor:
             if planned.found.why_not_decord == cameras.KIND:
                 return torch.from_numpy(cameras.of_film(path, planned.found, planned.start_s, planned.fps,
                                                         planned.bucket))
+            if planned.found.why_not_decord == sound.KIND:
+                seconds = (planned.bucket.num_frames - 1) / planned.fps
+                return torch.from_numpy(sound.read(path, probe(path), planned.start_s, seconds))
             return read_clip(path, planned.start_s, clip.end_s, planned.fps, planned.bucket,
                              contain=planned.contain)
     except UserError as error:

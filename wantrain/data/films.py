@@ -76,7 +76,7 @@ class Probe:
     `stream` is the film's index among the file's streams, `pixel_aspect` a stored pixel's width by its height. Where
     `in_order`, the file does not say when frames are shown: they follow each other as they are decoded. Without
     `seeks`, decoding must begin at the file's beginning, and frames in order are counted. `surprises` is what a person
-    would want to know, or empty.
+    would want to know, or empty. `sound_s` is when the sound ends, 0 where there is none.
     """
 
     times_s: np.ndarray
@@ -92,6 +92,7 @@ class Probe:
     in_order: bool = False
     seeks: bool = True
     surprises: str = ""
+    sound_s: float = 0.0
 
     @property
     def grace_s(self) -> float:
@@ -235,10 +236,26 @@ def _probe(container: av.container.InputContainer, path: Path) -> Probe:
     if upright.swaps:
         width, height = height, width
     num, den = seen.tick_s.as_integer_ratio()
+    heard_s = sound_s(container, times[0] * seen.tick_s)
     return Probe(np.array([float((time - times[0]) * num / den) for time in times]), float(duration_s), width, height,
                  _why_not_decord(container, stream, seen, in_order, upright), times[0] * seen.tick_s, seen.tick_s,
                  stream.index, upright, float(aspect), in_order,
-                 seeks=not (seen.first.format.has_palette or is_counted), surprises=_surprises(seen.first, aspect))
+                 seeks=not (seen.first.format.has_palette or is_counted), surprises=_surprises(seen.first, aspect),
+                 sound_s=float(duration_s) if heard_s is None else heard_s)
+
+
+def sound_s(container: av.container.InputContainer, start_s: Fraction) -> float | None:
+    """How many seconds after `start_s` the first sound of a file ends, as its header says; 0 where there is none, None
+    where it does not say.
+    """
+    if not container.streams.audio:
+        return 0.0
+    own = container.streams.audio[0]
+    if own.duration is not None and own.time_base is not None:
+        return max(0.0, float(((own.start_time or 0) + own.duration) * own.time_base - start_s))
+    if container.duration is None:
+        return None
+    return max(0.0, float(Fraction((container.start_time or 0) + container.duration, av.time_base) - start_s))
 
 
 def _times(seen: _Demuxed, in_order: bool, is_counted: bool) -> tuple[Sequence[Fraction | int], Fraction | int]:

@@ -31,6 +31,7 @@ from wantrain.data.tables import (
     proposed,
     rows_of,
     spelled,
+    suffixes_of,
 )
 from wantrain.files import atomic_path, like
 from wantrain.outside import remote_errors
@@ -301,7 +302,7 @@ def _media(value: Any, source: ClipSource) -> Media | None:
 
 def _kept(data: bytes, suffix: str, folder: Path) -> Path:
     """Bytes from a row as a file, named by its content."""
-    if suffix.lower() not in SUFFIXES:
+    if suffix.lower() not in SUFFIXES | suffixes_of("audio"):
         suffix = ".png" if data[:4] in (b"\x89PNG", b"RIFF") or data[:3] == b"\xff\xd8\xff" else ".mp4"
     path = folder / f"{hashlib.blake2b(data, digest_size=16).hexdigest()}{suffix.lower()}"
     if not path.exists():

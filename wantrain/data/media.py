@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from wantrain.data import cameras, films
+from wantrain.data import cameras, films, sound
 from wantrain.data.films import TRANSPARENT, Probe, Unreachable, broken, on_white, unreachable
 from wantrain.files import digest_file, digest_text
 from wantrain.journal import Journal, by_workers
 from wantrain.outside import remote_errors
 from wantrain.terms import IMAGE_SUFFIXES, Media, MediaInfo, Remote, UserError
 
-LOOK_VERSION = 3
+LOOK_VERSION = 4
 """Raise this when `Found` or what fills it changes."""
 
 NEARLY_SQUARE = 0.02
@@ -47,6 +47,8 @@ def _probe_file(path: Path, size: int, mtime_ns: int, ctime_ns: int) -> Probe:
     if path.suffix.lower() == cameras.SUFFIX:
         cameras.read(path)
         return Probe(np.zeros(1), 0.0, 0, 0, cameras.KIND)
+    if path.suffix.lower() in sound.SUFFIXES:
+        return sound.probe(path)
     return films.probe(path)
 
 
@@ -139,7 +141,7 @@ def look(media: Media) -> MediaInfo:
         with local(media) as path:
             seen = probe(path)
             return MediaInfo(digest_file(path), round(seen.duration_s, 6), seen.width, seen.height, seen.why_not_decord,
-                         len(seen.times_s), seen.surprises)
+                         len(seen.times_s), seen.surprises, sound_s=round(seen.sound_s, 6))
     except UserError as error:
         fault = error.message.partition(" cannot be decoded: ")[2] or error.message
         return MediaInfo(fault=fault.replace(str(path), str(media)) if path else fault)

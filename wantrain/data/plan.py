@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from wantrain.data import cameras
+from wantrain.data import cameras, sound
 from wantrain.data.films import count_frames
 from wantrain.terms import PARTNERS, Bucket, Clip, Dropped, Media, MediaInfo, PlannedClip
 
@@ -24,7 +24,7 @@ MOST_CROPPED = 0.75
 @dataclass(frozen=True, slots=True)
 class Rules:
     """How clips become windows: `fps` of the model, `extract` one of EXTRACTIONS, `limits` [low, high] by measurement
-    (None: no bound). The video of a face becomes a square of `face_px`.
+    (None: no bound). The video of a face becomes a square of `face_px`; a reference is shown whole, or cropped.
     """
 
     buckets: Sequence[Bucket]
@@ -32,6 +32,7 @@ class Rules:
     extract: str = "head"
     limits: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
     face_px: int = 512
+    whole_reference: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +112,10 @@ def _place(clip: Clip, found: Mapping[Media, MediaInfo], rules: Rules) -> list[P
     planned = [PlannedClip(clip, best, seen, fps, round(clip.start_s + first / fps, 6),
                            round(clip.start_s + last / fps, 6) if rules.extract == "random" and last else None)
                for first in windows(available, best.num_frames, rules.extract)]
-    return _with_partners(planned, found, rules.face_px)
+    return _with_partners(planned, found, rules)
 
 
-def _with_partners(planned: list[PlannedClip], found: Mapping[Media, MediaInfo], face_px: int
+def _with_partners(planned: list[PlannedClip], found: Mapping[Media, MediaInfo], rules: Rules
                    ) -> list[PlannedClip] | Dropped:
     """The windows with those of their partners; one that is too short, or a reference that moves, drops the clip."""
     clip = planned[0].clip
@@ -127,23 +128,34 @@ def _with_partners(planned: list[PlannedClip], found: Mapping[Media, MediaInfo],
         if kind == "camera":  # its poses belong to the frames of the clip's own film
             own = replace(p.found, digest=seen.digest, why_not_decord=cameras.KIND, surprises="")
             return replace(p, clip=replace(clip, path=medium), found=own)
+        if kind == "audio":
+            return replace(p, clip=replace(clip, path=medium), found=replace(seen, why_not_decord=sound.KIND,
+                                                                             surprises=""))
         bucket = p.bucket if seen.duration_s else replace(p.bucket, num_frames=1)
         if kind == "face":
-            bucket = replace(bucket, height=face_px, width=face_px)
-        return replace(p, clip=replace(clip, path=medium), bucket=bucket, found=seen, contain=kind == "reference")
+            bucket = replace(bucket, height=rules.face_px, width=rules.face_px)
+        return replace(p, clip=replace(clip, path=medium), bucket=bucket, found=seen,
+                       contain=kind == "reference" and rules.whole_reference)
 
     return [replace(p, partners={kind: partner(p, kind, m) for kind, m in clip.partners.items()}) for p in planned]
 
 
 def _fault_of_partner(planned: Sequence[PlannedClip], kind: str, seen: MediaInfo) -> str:
     """Why a partner cannot be used with these windows of its clip, to be put behind its name; '' where it can."""
-    own, clip = planned[0].found, planned[0].clip
     if seen.fault:
         return f": {seen.fault}"
     if (kind == "camera") != (seen.why_not_decord == cameras.KIND):
         return f" is {'no' if kind == 'camera' else 'a'} text file of a camera's poses"
-    if kind == "camera":
-        return ""
+    if kind == "audio":
+        return _fault_of_sound(planned, seen)
+    if seen.why_not_decord == sound.KIND:
+        return " is a sound"
+    return "" if kind == "camera" else _fault_of_picture(planned, kind, seen)
+
+
+def _fault_of_picture(planned: Sequence[PlannedClip], kind: str, seen: MediaInfo) -> str:
+    """As `_fault_of_partner`, of a film or an image."""
+    own, clip = planned[0].found, planned[0].clip
     if kind == "reference" and seen.duration_s:
         return f" is a video of {seen.duration_s:g} s, not an image"
     of_same_frame = kind not in ("reference", "face")
@@ -154,6 +166,17 @@ def _fault_of_partner(planned: Sequence[PlannedClip], kind: str, seen: MediaInfo
     moves = seen.duration_s or kind in ("control", "background", "face")  # an image stands for a still mask
     is_too_short = moves and count_frames(seen, needed, clip.end_s, planned[0].fps) < planned[0].bucket.num_frames
     return f" ends before it, after {seen.duration_s:g} s" if is_too_short else ""
+
+
+def _fault_of_sound(planned: Sequence[PlannedClip], seen: MediaInfo) -> str:
+    """As `_fault_of_partner`. Of a window's frames the first has no sound."""
+    num_frames = planned[0].bucket.num_frames - 1
+    if not seen.sound_s:
+        return " has no sound"
+    if not num_frames:
+        return " goes with a window of one frame, which has none"
+    ends_s = max(p.latest_s or p.start_s for p in planned) + num_frames / planned[0].fps
+    return f" ends before it, after {seen.sound_s:g} s" if seen.sound_s < ends_s - sound.GRACE_S else ""
 
 
 def cropped(bucket: Bucket, found: MediaInfo) -> float:

@@ -13,10 +13,9 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from wantrain.data import cameras
 from wantrain.data.folders import Account
-from wantrain.data.tables import text_of
-from wantrain.terms import IMAGE_SUFFIXES, PARTNERS, VIDEO_SUFFIXES, Remote, UserError
+from wantrain.data.tables import suffixes_of, text_of
+from wantrain.terms import PARTNERS, Remote, UserError
 
 Row = dict[str, Any]
 
@@ -34,7 +33,8 @@ def read_shards(pattern: str, names: Collection[str], account: Account) -> Itera
     wildcards.
 
     KEY.txt and KEY.*.txt are captions, KEY.json holds columns (of texts those that we know, and `names`),
-    KEY.control.mp4, KEY.camera.txt and their like are partners, and members of other kinds are passed over.
+    KEY.control.mp4, KEY.camera.txt, KEY.audio.wav and their like are partners, and members of other kinds are passed
+    over.
     """
     import fsspec  # only where there are shards
 
@@ -66,8 +66,9 @@ def _samples(file: Any, url: str, version: str, texts: Collection[str], account:
                     account.pass_over("no files" if key else "hidden", member.name)
                 continue
             value: Any = None
-            if path.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES or kind == f"camera{cameras.SUFFIX}":
-                kind = kind.rpartition(".")[0] or "video"
+            media = kind.rpartition(".")[0] or "video"
+            if path.suffix.lower() in suffixes_of(media):
+                kind = media
                 value = Remote(url, path.name, version, member.offset_data, member.size)
             elif path.suffix.lower() in (".txt", ".json"):
                 opened = tar.extractfile(member)

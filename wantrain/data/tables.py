@@ -12,11 +12,11 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from wantrain.data import cameras
+from wantrain.data import cameras, sound
 from wantrain.files import of_windows
 from wantrain.terms import IMAGE_SUFFIXES, PARTNERS, VIDEO_SUFFIXES
 
@@ -37,9 +37,12 @@ ALIASES = {
 
 SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES
 
-def suffixes_of(kind: str) -> Collection[str]:
+_OTHERS = {"camera": frozenset({cameras.SUFFIX}), "audio": sound.SUFFIXES | VIDEO_SUFFIXES}
+
+
+def suffixes_of(kind: str) -> frozenset[str]:
     """Endings of the files of one kind of media."""
-    return (cameras.SUFFIX,) if kind == "camera" else SUFFIXES
+    return _OTHERS.get(kind, SUFFIXES)
 
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")

@@ -22,18 +22,21 @@ from wantrain.models.detection import detect, expert_named, part_held, stated_va
 from wantrain.models.lora_names import is_lora, lora_argument, refuse_other_experts_file
 from wantrain.models.variants import Expert, Variant, diffusers_config, is_diffusers_config
 from wantrain.models.weight_files import ContainerError, parse_json
-from wantrain.terms import TEXT_LEN, UserError
+from wantrain.terms import SOUND_RATE, TEXT_LEN, UserError
 
 if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
-    from transformers import CLIPVisionModel
+    from transformers import CLIPVisionModel, Wav2Vec2Model
 
     from wantrain.models.conditioning import Encoders
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny_wan"
 TextPipeline: TypeAlias = "WanPipeline"
 """The pipeline of a tokenizer and a text encoder alone."""
+
+_NOT_IN_TRAINING = {"mask_time_prob": 0.0, "mask_feature_prob": 0.0}
+"""What hides parts of the sound while wav2vec2 itself is trained."""
 
 SHARED_PARTS = ("vae", "text_encoder", "tokenizer")
 
@@ -224,21 +227,52 @@ class Base:
         load_into(module, container, names.clip_rename(container.names()), dtype=dtype, device=device)
         return module.requires_grad_(False).eval().to(device)
 
+    def audio_encoder(self, device: torch.device) -> Wav2Vec2Model:
+        """The wav2vec2 that S2V hears with, frozen, in float32."""
+        import torch
+        from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+        from wantrain.models.loading import empty_weights, load_into
+
+        own, path = self.variant.architecture.speech, self.parts["audio_encoder"]
+        assert own is not None, "of S2V alone"
+        container = open_container(path)
+        config = Wav2Vec2Config(**{**(container.config or sizes.WAV2VEC2_XLSR), **_NOT_IN_TRAINING})
+        about = path / "preprocessor_config.json"
+        rate = parse_json(about, about.name, about.read_bytes()).get("sampling_rate") if about.is_file() else SOUND_RATE
+        found, wanted = (config.hidden_size, config.num_hidden_layers + 1), (own.audio_dim, own.audio_states)
+        if found != wanted or rate != SOUND_RATE:
+            raise ContainerError(path, f"gives {found[1]} hidden states of {found[0]} numbers at {rate} Hz, "
+                                 f"{self.variant.name} takes {wanted[1]} of {wanted[0]} at {SOUND_RATE} Hz",
+                                 "another wav2vec2", "set model.parts.audio_encoder to the folder "
+                                 "wav2vec2-large-xlsr-53-english that came with the checkpoint")
+        with empty_weights():
+            module = Wav2Vec2Model(config)
+        load_into(module, container, names.wav2vec2_rename(container.names()), dtype=torch.float32, device=device)
+        return module.requires_grad_(False).eval().to(device)
+
     def encoders(self, device: torch.device, vae_dtype: torch.dtype | None = None, form: str = "",
                  gib: float | None = None) -> Encoders:
-        """The VAE, and the CLIP tower where the variant has one; `form` as for `text`, `gib` as for Encoders."""
+        """The VAE, and CLIP tower or wav2vec2 where the variant has it; `form` as for `text`, `gib` as for Encoders."""
         import torch
 
         from wantrain.models.conditioning import Encoders
 
-        image = self.image_encoder(torch.float32, device, form) if self.variant.architecture.image_dim else None
-        return Encoders(self.vae(device, vae_dtype), image, gib)
+        more = encoder_parts(self.variant)
+        image = self.image_encoder(torch.float32, device, form) if "image_encoder" in more else None
+        audio = self.audio_encoder(device) if "audio_encoder" in more else None
+        return Encoders(self.vae(device, vae_dtype), image, gib, audio)
+
+
+def encoder_parts(variant: Variant) -> tuple[str, ...]:
+    """The parts that make of a clip's media, besides the VAE, what its task needs."""
+    own = variant.architecture
+    return ("image_encoder",) * bool(own.image_dim) + ("audio_encoder",) * bool(own.speech)
 
 
 def required_parts(variant: Variant) -> tuple[str, ...]:
     """The parts that a whole checkpoint must have."""
-    image_encoder = ("image_encoder",) if variant.architecture.image_dim else ()
-    return (*(variant.experts or ("transformer",)), *SHARED_PARTS, *image_encoder)
+    return (*(variant.experts or ("transformer",)), *SHARED_PARTS, *encoder_parts(variant))
 
 
 def expert_path(name: str, expert: Expert | None) -> str:

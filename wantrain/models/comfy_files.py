@@ -20,12 +20,13 @@ FILES = {
     "wan22_fun_5b_control": "wan2.2_fun_control_5B_bf16.safetensors",
     "wan22_t2v_a14b": _A14B.format("t2v"), "wan22_i2v_a14b": _A14B.format("i2v"),
     "wan22_fun_a14b_inp": _A14B.format("fun_inpaint"), "wan22_ti2v_5b": "wan2.2_ti2v_5B_fp16.safetensors",
-    "wan22_animate_14b": "wan2.2_animate_14B_bf16.safetensors",
+    "wan22_s2v_14b": "wan2.2_s2v_14B_bf16.safetensors", "wan22_animate_14b": "wan2.2_animate_14B_bf16.safetensors",
 }
 """What the transformer's file is called in ComfyUI's own examples; {} is the expert."""
 
 NOT_TAKEN = {"control_inpaint": "first"}
 """What ComfyUI's node of a task has no place for, of what the task may be given."""
 
+AUDIO_FILE = "wav2vec2_large_english_fp16.safetensors"
 TEXT_FILE, CLIP_VISION_FILE = "umt5_xxl_fp8_e4m3fn_scaled.safetensors", "clip_vision_h.safetensors"
 VAE_FILES = {"2.1": "wan_2.1_vae.safetensors", "2.2": "wan2.2_vae.safetensors"}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
-from wantrain.models.comfy_files import CLIP_VISION_FILE, FILES, TEXT_FILE, VAE_FILES
+from wantrain.models.comfy_files import AUDIO_FILE, CLIP_VISION_FILE, FILES, TEXT_FILE, VAE_FILES
 from wantrain.models.comfy_nodes import CAMERA_MOVES, NODES, faults
 from wantrain.models.sampling import Settings
 from wantrain.models.task_media import media_of_task
@@ -171,13 +171,13 @@ class _Start:
         """A picture that ComfyUI's user picks."""
         if not self.has(name):
             return None
-        return self.graph.titled(name, "LoadImage", self._file(name, ".png"), "image")[0]
+        return self.graph.titled(name, "LoadImage", self.file(name, ".png"), "image")[0]
 
     def frames(self, name: str) -> Output | None:
         """The frames of a video that ComfyUI's user picks."""
         if not self.has(name):
             return None
-        video, = self.graph.titled(name, "LoadVideo", self._file(name, ".mp4"), "image")
+        video, = self.graph.titled(name, "LoadVideo", self.file(name, ".mp4"), "image")
         return self.graph.add("GetVideoComponents", video=video)[0]
 
     def mask(self) -> Output | None:
@@ -197,7 +197,8 @@ class _Start:
         return self.graph.add(kind, *self.size, *more, positive=self.positive, negative=self.negative, vae=self.vae,
                               **links)
 
-    def _file(self, name: str, suffix: str) -> str:
+    def file(self, name: str, suffix: str) -> str:
+        """What an input's file is called where the user has named none."""
         return PurePath(self.wanted.inputs.get(name, name + suffix)).name
 
 
@@ -263,6 +264,17 @@ def _animate(own: _Start) -> list[Output]:
                     background_video=own.frames("background"), character_mask=own.mask())
 
 
+def _s2v(own: _Start) -> list[Output]:
+    """Its latent has no frame of the reference, of which the sample's first four frames are."""
+    width, height, num_frames, batch = own.size
+    loader, = own.graph.add("AudioEncoderLoader", AUDIO_FILE)
+    sound, = own.graph.titled("audio", "LoadAudio", own.file("audio", ".wav"))
+    heard, = own.graph.add("AudioEncoderEncode", audio_encoder=loader, audio=sound)
+    return own.graph.add("WanSoundImageToVideo", width, height, max(1, num_frames - 4), batch, positive=own.positive,
+                         negative=own.negative, vae=own.vae, audio_encoder_output=heard,
+                         ref_image=own.image("reference"), control_video=own.frames("control"))
+
+
 _TASKS = {"t2v": _t2v, "i2v": _i2v, "flf2v": _flf2v, "ti2v": _ti2v, "control": _control,
           "control_reference": _control_reference, "control_inpaint": _control_inpaint, "camera": _camera,
-          "camera_inpaint": _camera, "vace": _vace, "animate": _animate}
+          "camera_inpaint": _camera, "vace": _vace, "animate": _animate, "s2v": _s2v}

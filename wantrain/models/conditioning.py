@@ -12,39 +12,44 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionModel, Wav2Vec2Model
 
 from wantrain.models.encode import decode_latents, encode_frames, pad_text
 from wantrain.models.loading import free_bytes
 from wantrain.models.vae import to_pixels
 from wantrain.models.variants import Task, Variant
-from wantrain.terms import WINDOW, Bucket
+from wantrain.terms import SOUND_RATE, WINDOW, Bucket
 
 Frames = Mapping[str, torch.Tensor]
 """frames_FCHW uint8 by name: first and last (one frame each), control, control_mask, background, reference, face; and
-camera [F, 16] float32 (wantrain.data.cameras).
+camera [F, 16] (wantrain.data.cameras) and audio [samples] (wantrain.data.sound), float32.
 """
 
 Condition = dict[str, torch.Tensor]
 """Of one sample: `channels` [C, T, H, W] behind the noisy latents, `image` [images, tokens, D] of CLIP, `vace`
-[96, T, H, W], `pose` [C, T, H, W], `face` [3, F, S, S] uint8, `reference` [C, 1, H, W], `camera` [F, 16]; `driving`
-[C, T, H, W] with `driving_image` [1, tokens, D] and `driving_text` [L, D]."""
+[96, T, H, W], `pose` [C, T, H, W], `face` [3, F, S, S] uint8, `reference` [C, 1, H, W], `camera` [F, 16], `audio`
+[states, D, F - 1]; `driving` [C, T, H, W] with `driving_image` [1, tokens, D] and `driving_text` [L, D]."""
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 WHITE = 255
+STATES_A_SECOND, VIDEO_RATE = 50, 30
+"""Of wav2vec2's hidden states; and what they are brought to before those of the frames are taken."""
 
 @dataclass(frozen=True, slots=True)
 class Encoders:
-    """The models that turn frames into conditions. `image` is None where the variant has no CLIP tokens. The VAE works
-    in tiles where the whole picture would take more than is left of `gib` GiB, or of all that the device has.
+    """The models that turn frames into conditions. `image` is None where the variant has no CLIP tokens, `audio` where
+    it does not hear. The VAE works in tiles where the whole picture would take more than is left of `gib` GiB, or of
+    all that the device has.
     """
 
     vae: AutoencoderKLWan
     image: CLIPVisionModel | None
     gib: float | None = None
+    audio: Wav2Vec2Model | None = None
 
     def latents(self, frames_FCHW: torch.Tensor) -> torch.Tensor:
         """encode.encode_frames within what is left now."""
@@ -72,6 +77,24 @@ class Encoders:
         mean, std = (torch.tensor(values, device=pixels.device).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
         hidden = self.image(((pixels - mean) / std).to(self.image.dtype), output_hidden_states=True).hidden_states[-2]
         return {"image": hidden.float().cpu()}
+
+
+    @torch.no_grad()
+    def sound_states(self, samples: torch.Tensor, num_frames: int) -> torch.Tensor:
+        """All hidden states of wav2vec2 at the time of each frame, [states, D, frames] float32 on the CPU.
+
+        As the official code: the samples normed, the states' 50 a second brought to 30 by lines between them, and of
+        these the one nearest to a frame's time; zeros behind the last.
+        """
+        assert self.audio is not None, "a task that hears has its encoder"
+        given = samples.to(self.audio.device)
+        given = (given - given.mean()) / (given.var(unbiased=False) + 1e-7).sqrt()
+        states = torch.cat(self.audio(given[None], output_hidden_states=True).hidden_states).transpose(1, 2)
+        length = int(states.shape[2] / STATES_A_SECOND * VIDEO_RATE)
+        found = torch.nn.functional.interpolate(states, length, mode="linear", align_corners=True)
+        times_s = np.arange(num_frames) * (len(samples) / SOUND_RATE / num_frames)
+        places = torch.from_numpy(np.round(times_s * VIDEO_RATE).astype(int))
+        return torch.nn.functional.pad(found, (0, max(0, int(places[-1]) + 1 - length)))[..., places].float().cpu()
 
 
 def of_window(frames: Frames, bucket: Bucket) -> Frames:
@@ -211,13 +234,27 @@ def encode_animate2(encoders: Encoders, frames: Frames, bucket: Bucket) -> Condi
         "driving": encoders.latents(frames["control"]), **({"driving_image": seen["image"]} if seen else {})}
 
 
+def encode_speech(encoders: Encoders, frames: Frames, bucket: Bucket) -> Condition:
+    """S2V: wav2vec2's states of the `audio` of all frames but one; the latents of a `reference`, where there is one;
+    and the `pose` latents of a control video, one frame late as the sound is: all as DiffSynth trains it.
+    """
+    condition = {"audio": encoders.sound_states(frames["audio"], bucket.num_frames - 1)}
+    if "reference" in frames:
+        condition["reference"] = encoders.latents(frames["reference"])
+    if "control" in frames:
+        poses_FCHW = frames["control"]
+        condition["pose"] = encoders.latents(torch.cat([poses_FCHW[:1], poses_FCHW[:-1]]))[:, 1:]
+    return condition
+
+
 def without_prompt(condition: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """The condition for guidance's call without the prompt: the face is left out with the prompt, the rest stays; a
+    """The condition for guidance's call without the prompt: face and sound are left out with it, the rest stays; a
     transformer with a driving video is told.
     """
     if "driving" in condition:
         return {**condition, "unprompted": torch.ones(1)}
-    return {**condition, "face": torch.zeros_like(condition["face"])} if "face" in condition else condition
+    return {name: torch.zeros_like(tensor) if name in ("face", "audio") else tensor
+            for name, tensor in condition.items()}
 
 
 def fold_pixels(mask_FHW: torch.Tensor, shape_THW: Sequence[int]) -> torch.Tensor:
@@ -230,7 +267,7 @@ def fold_pixels(mask_FHW: torch.Tensor, shape_THW: Sequence[int]) -> torch.Tenso
 ENCODE: dict[Task, Callable[[Encoders, Frames, Bucket], Condition]] = {
     "i2v": encode_i2v, "flf2v": encode_flf2v, "control": encode_control, "control_reference": encode_control_reference,
     "control_inpaint": encode_control_inpaint, "camera": encode_camera, "camera_inpaint": encode_camera_inpaint,
-    "vace": encode_vace, "animate": encode_animate, "animate2": encode_animate2}
+    "vace": encode_vace, "animate": encode_animate, "animate2": encode_animate2, "s2v": encode_speech}
 """t2v and ti2v encode nothing more: ti2v's first latent frame is the clip's own."""
 
 
@@ -240,17 +277,21 @@ def arrange(variant: Variant, encoded: Condition, latents_CTHW: torch.Tensor, fi
 
     `first`: whether the first latent frame of `latents_CTHW` is given, where the task leaves that open
     (Variant.leaves_first_open). A reference goes before the latents where the transformer has no place of its own for
-    it. `text` gives the features of the variant's own prompt, if it has one. known_T is 1 for latent frames that are
-    given clean, as checkpoints with the 2.2 VAE have their first.
+    it; of S2V it is the first latent frame. `text` gives the features of the variant's own prompt, if it has one.
+    known_T is 1 for latent frames that are given clean (Variant.first_is_clean).
     """
     first = latents_CTHW.shape[1] > 1 and (first or not variant.leaves_first_open)
     known_T = None
-    if first and variant.vae == "2.2":
+    if first and variant.first_is_clean:
         known_T = torch.zeros(latents_CTHW.shape[1])
         known_T[0] = 1
     if variant.task.startswith(("control", "camera")):
         return _of_fun(encoded, latents_CTHW, first), latents_CTHW, known_T
     condition = {name: tensor for name, tensor in encoded.items() if name != "reference"}
+    if variant.architecture.speech:
+        start = encoded.get("reference", latents_CTHW[:, :1])
+        return {"pose": torch.zeros_like(latents_CTHW[:, 1:]), **condition}, torch.cat(
+            [start, latents_CTHW[:, 1:]], dim=1), known_T
     if variant.second_prompt:
         condition["driving_text"] = pad_text(text(variant.second_prompt))
     if "reference" in encoded:

@@ -302,6 +302,7 @@ _PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("text_encoder", ("text_encoder", "models_t5_umt5-xxl-enc-bf16.pth", "models_t5_umt5-xxl-enc-bf16.safetensors")),
     ("image_encoder", ("image_encoder", "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
                        "models_clip_open-clip-xlm-roberta-large-vit-huge-14.safetensors")),
+    ("audio_encoder", ("audio_encoder", "wav2vec2-large-xlsr-53-english")),
     ("tokenizer", ("tokenizer", "google/umt5-xxl")),
 )
 
@@ -309,8 +310,8 @@ _PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
 def find_parts(folder: Path) -> dict[str, Path]:
     """The parts of a whole checkpoint folder, diffusers or official, each openable with `open_container`.
 
-    Keys: `transformer`, or `high` and `low`; `vae`, `text_encoder`, `image_encoder`, `tokenizer`, where they exist.
-    Raises ContainerError when the folder has no transformer.
+    Keys: `transformer`, or `high` and `low`; `vae`, `text_encoder`, `image_encoder`, `audio_encoder` and `tokenizer`
+    where they exist. Raises ContainerError when the folder has no transformer.
     """
     parts = {part: folder / name for part, names in _PARTS for name in reversed(names) if (folder / name).exists()}
     if "low" not in parts and "high" in parts:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wantrain.models.names import driven_to_official, transformer_to_diffusers
-from wantrain.models.variants import HEAD_DIM, VARIANTS, AnimateSizes, Architecture, Expert, Variant
+from wantrain.models.variants import HEAD_DIM, VARIANTS, AnimateSizes, Architecture, Expert, SpeechSizes, Variant
 from wantrain.terms import UserError
 
 Layout = Literal["official", "diffusers"]
@@ -30,7 +30,6 @@ _DERIVED = (
 _UNSUPPORTED: dict[str, str] = {
     "fps_embedding.": "SkyReels-V2 (diffusion forcing)",
     "blocks.0.to_gate_compress.": "FastWan (distilled)",
-    "casual_audio_encoder.": "Wan2.2-S2V",
     "audio_proj.audio_proj_glob_1.": "HuMo",
     "patch_embedding_mask.": "SCAIL-2",
     "patch_embedding_pose.": "SCAIL",
@@ -102,15 +101,15 @@ def detect(shapes: Shapes, file_name: str | None, config: Mapping[str, Any] | No
     if stated and len(stated) != len(architecture.vace_layers):
         raise UserError(f"config.json states {len(stated)} vace_layers, and the transformer has "
                         f"{len(architecture.vace_layers)} VACE blocks", "take both from one model")
-    # The number of heads is a size that shapes do not show; those of Animate's encoders are taken on trust, and so is
-    # where VACE's blocks attach, if the config states it. Names may show a driving video; its shapes are I2V's.
-    fitting = tuple(name for name, variant in VARIANTS.items()
-                    if is_driven <= variant.architecture.driven
-                    and bool(variant.architecture.animate) == bool(architecture.animate)
-                    and variant.architecture == replace(
-                        architecture, num_heads=variant.architecture.num_heads,
-                        vace_layers=variant.architecture.vace_layers if stated else architecture.vace_layers,
-                        animate=variant.architecture.animate, driven=variant.architecture.driven))
+    # The number of heads is a size that shapes do not show; those of Animate's and S2V's own modules are taken on
+    # trust, and so is where VACE's blocks attach, if the config states it. Names may show a driving video; its shapes
+    # are I2V's.
+    fitting = tuple(name for name, own in ((name, variant.architecture) for name, variant in VARIANTS.items())
+                    if is_driven <= own.driven
+                    and (bool(own.animate), bool(own.speech)) == (bool(architecture.animate), bool(architecture.speech))
+                    and own == replace(architecture, num_heads=own.num_heads, animate=own.animate, speech=own.speech,
+                                       vace_layers=own.vace_layers if stated else architecture.vace_layers,
+                                       driven=own.driven))
     part, advice = _derived(file_name)
     if part and fitting:
         agreeing = _left(fitting, _said(file_name)) or fitting
@@ -158,6 +157,7 @@ def read_architecture(shapes: Shapes, layout: Layout) -> Architecture:
         ref_conv="ref_conv.weight" in shapes,
         control_adapter="control_adapter.conv.weight" in shapes,
         animate=AnimateSizes() if any(name.startswith("face_adapter.") for name in shapes) else None,
+        speech=SpeechSizes() if "casual_audio_encoder.weights" in shapes else None,
     )
 
 
@@ -186,6 +186,8 @@ def _has_linear(a: Architecture, module: str, size: tuple[int, int]) -> bool:
         known = {"text_embedding.0": text, "text_embedding.2": (a.dim, a.dim), "time_embedding.0": time,
                  "time_embedding.2": (a.dim, a.dim), "time_projection.1": (6 * a.dim, a.dim), "head.head": out}
         image = {"img_emb.proj.1": (a.image_dim, a.image_dim), "img_emb.proj.3": (a.dim, a.image_dim)}
+        if a.speech and (own := _SOUND_LINEAR.fullmatch(module)):
+            return size == ((2 if own[1] else 1) * a.dim, a.dim)
         return size == (known | (image if a.image_dim else {})).get(module)
     is_vace, block, leaf = place[1] is not None, int(place[2]), place[3]
     wanted = {"ffn.0": (a.ffn_dim, a.dim), "ffn.2": (a.dim, a.ffn_dim)}.get(leaf, (a.dim, a.dim))
@@ -194,6 +196,10 @@ def _has_linear(a: Architecture, module: str, size: tuple[int, int]) -> bool:
     if leaf in ("before_proj", "after_proj") and not is_vace:
         return False
     return size == wanted and block < (len(a.vace_layers) if is_vace else a.num_layers)
+
+
+_SOUND_LINEAR = re.compile(r"casual_audio_encoder\.encoder\.final_linear|audio_injector\.(?:injector\.\d+\.[qkvo]|"
+                           r"(injector_adain_layers)\.\d+\.linear)")
 
 
 def _count_blocks(shapes: Shapes, prefix: str) -> int:
@@ -208,7 +214,7 @@ def _count_blocks(shapes: Shapes, prefix: str) -> int:
 # What a file name can say: each mark's pattern has the value as its group.
 _GENERATION = re.compile(r"(?<![a-z0-9])wan[-_ ]?2[._]?([12])(?![0-9])")
 _RESOLUTION = re.compile(r"(?<![0-9])(480p|720p)(?![a-z0-9])")
-_KIND = re.compile(r"(?<![a-z0-9])(t2v|i2v|flf2v|ti2v|vace|inp|control|camera|animate[-_ ]?2)(?:aint)?(?![a-z0-9])")
+_KIND = re.compile(r"(?<![a-z0-9])(t2v|i2v|flf2v|ti2v|s2v|vace|inp|control|camera|animate[-_ ]?2)(?:aint)?(?![a-z0-9])")
 _NOISE = re.compile(r"(?<![a-z])(high|low)[-_. ]?noise")
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z][a-z])")
 _LAST_EXPERT = re.compile(r"(?<![a-z])(high|low)(?=(?:[-_. ](?:v?\d\w*|[a-z]{1,5}\d+\w*|noise|model|expert|lora|"

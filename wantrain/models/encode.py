@@ -110,8 +110,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
 
 
 _ARGUMENTS = {"pose": "pose_hidden_states", "vace": "control_hidden_states", "reference": "reference_hidden_states",
-              "driving": "driving_hidden_states", "driving_text": "driving_text"}
-"""What a transformer calls the latents of a condition, and the text of a driving video."""
+              "audio": "audio_hidden_states", "driving": "driving_hidden_states", "driving_text": "driving_text"}
+"""What a transformer calls the latents of a condition, a sound's features, and the text of a driving video."""
 
 _TOKENS = {"image": "encoder_hidden_states_image", "driving_image": "driving_image"}
 """What it calls CLIP tokens."""

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from wantrain.models.camera import rays
 from wantrain.models.driven import WanDrivenTransformer3DModel, edited
+from wantrain.models.speech import WanSpeechTransformer3DModel
 from wantrain.models.variants import Variant
 
 
@@ -92,10 +93,11 @@ class CameraBlock(torch.nn.Module):
         return found
 
 
-OWN = {own.__name__: own for own in (WanFunControlTransformer3DModel, WanFunCameraTransformer3DModel,
-                                    WanDrivenTransformer3DModel)}
-for _own in OWN.values():  # diffusers reads the names of a config's keys from the signature
+_PLAIN = (WanFunControlTransformer3DModel, WanFunCameraTransformer3DModel, WanDrivenTransformer3DModel)
+for _own in _PLAIN:  # diffusers reads the names of a config's keys from the signature
     functools.update_wrapper(_own.__init__, WanTransformer3DModel.__init__)
+OWN = {own.__name__: own for own in (*_PLAIN, WanSpeechTransformer3DModel)}
+"""Our classes by name."""
 
 
 def class_of(variant: Variant) -> Any:

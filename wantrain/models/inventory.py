@@ -18,6 +18,9 @@ _FLOAT32 = {"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}
 TOKENS_OF_AN_IMAGE = 257
 """Of the published CLIP tower: 224 px in patches of 14, and one for all."""
 
+AUDIO_ENCODER_PARAMETERS = 315_437_696
+"""Of the published wav2vec2 without its head."""
+
 _CONDITION = {"i2v": (1, 4), "flf2v": (1, 4), "control": (1, 0), "control_reference": (1, 0), "control_inpaint": (2, 4),
               "camera_inpaint": (1, 4), "vace": (2, 64), "animate": (2, 4), "animate2": (2, 4)}
 """What the cache keeps of a window for its task (wantrain.models.conditioning.encode): how many times the channels of
@@ -48,7 +51,8 @@ def condition_bytes(variant: Variant, bucket: Bucket, has_reference: bool = Fals
     images = image_tokens(variant) * (a.image_dim or 0) * (2 if a.driven else 1)
     face = 3 * bucket.num_frames * a.animate.motion_encoder_size ** 2 if a.animate else 0
     more = (channels + a.out_channels) * size // shape_THW[0] if has_reference else 0
-    return 4 * (channels * size + images + more) + face
+    sound = a.speech.audio_states * a.speech.audio_dim * (bucket.num_frames - 1) if a.speech else 0
+    return 4 * (channels * size + images + more + sound) + face
 
 
 def tensors(a: Architecture) -> dict[str, tuple[int, ...]]:
@@ -67,7 +71,7 @@ def tensors(a: Architecture) -> dict[str, tuple[int, ...]]:
 def linears(a: Architecture) -> dict[str, tuple[int, int]]:
     """(inputs, outputs) of every Linear by module name, as lora.targets matches them."""
     return {name.removesuffix(".weight"): (shape[1], shape[0]) for name, shape in tensors(a).items()
-            if name.endswith(".weight") and len(shape) == 2}
+            if name.endswith(".weight") and len(shape) == 2 and name != "trainable_cond_mask.weight"}
 
 
 def _linear(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
@@ -123,6 +127,8 @@ def _outside(a: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"{image}.pos_embed", (1, a.image_tokens, a.image_dim)
     if a.animate:
         yield from _face(a)
+    if a.speech:
+        yield from _sound(a)
     if a.ref_conv:
         yield from _square("ref_conv", a.out_channels, a.dim, PATCH[1]).items()
     if a.control_adapter:
@@ -152,11 +158,40 @@ def _face(a: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"face_adapter.{number}.norm_{part}.weight", (a.dim // a.num_heads,)
 
 
+def _sound(a: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """S2V's own modules."""
+    own = a.speech
+    assert own is not None, "of S2V alone"
+    yield from _patches("cond_encoder", a.out_channels, a.dim).items()
+    yield "trainable_cond_mask.weight", (3, a.dim)
+    for name, factor in (("proj", 1), ("proj_2x", 2), ("proj_4x", 4)):
+        sides = [factor * side for side in PATCH]
+        yield f"frame_packer.{name}.weight", (a.dim, a.out_channels, *sides)
+        yield f"frame_packer.{name}.bias", (a.dim,)
+    heard = "casual_audio_encoder"
+    yield f"{heard}.weights", (1, own.audio_states, 1, 1)
+    yield f"{heard}.encoder.padding_tokens", (1, 1, 1, a.dim)
+    quarter, half = a.dim // 4, a.dim // 2
+    for name, inputs, outputs in (("conv1_local", own.audio_dim, quarter * own.audio_tokens),
+                                  ("conv1_global", own.audio_dim, quarter), ("conv2", quarter, half),
+                                  ("conv3", half, a.dim)):
+        yield f"{heard}.encoder.{name}.conv.weight", (outputs, inputs, 3)
+        yield f"{heard}.encoder.{name}.conv.bias", (outputs,)
+    yield from _linear(f"{heard}.encoder.final_linear", a.dim, a.dim).items()
+    for number in range(len(own.audio_layers)):
+        for part in "qkvo":
+            yield from _linear(f"audio_injector.injector.{number}.{part}", a.dim, a.dim).items()
+        for part in "qk":
+            yield f"audio_injector.injector.{number}.norm_{part}.weight", (a.dim,)
+        yield from _linear(f"audio_injector.injector_adain_layers.{number}.linear", a.dim, 2 * a.dim).items()
+
+
 def published_gb(variant: Variant) -> float:
     """About what a whole checkpoint takes in bfloat16: its transformers, the text encoder and the image encoder."""
     transformer = variant.num_parameters or sum(map(math.prod, tensors(variant.architecture).values()))
     return 2 * (transformer * max(1, len(variant.experts)) + _text_encoder_parameters()
-                + (_image_encoder_parameters() if variant.architecture.image_dim else 0)) / 1e9
+                + (_image_encoder_parameters() if variant.architecture.image_dim else 0)
+                + (AUDIO_ENCODER_PARAMETERS if variant.architecture.speech else 0)) / 1e9
 
 
 def _text_encoder_parameters() -> int:

@@ -83,7 +83,7 @@ LOADERS: dict[str, Loader] = {
          ("product",): "raises: it reads no LoHa or LoKr", ("diff",): "leaves out differences of norms",
          ("diff_m",): "raises: it reads no change of modulation",
          ("for animate2",): "raises: its class of Animate-2 has other names"},
-        _LATER_FUN, "raises, or applies nothing"),
+        (*_LATER_FUN, "s2v"), "raises, or applies nothing"),
     "PEFT": Loader(("peft",), {}, unknown="asks for a folder with adapter_config.json"),
     "DiffSynth-Studio": Loader(
         ("universal", "comfy_updown", "diffsynth"),
@@ -104,18 +104,18 @@ LOADERS: dict[str, Loader] = {
          ("head",): "applies what is in blocks alone", ("conv",): "applies what is in blocks alone",
          ("animate",): "applies what is in blocks alone", ("product",): _PRODUCT, ("dora",): _LENGTHS,
          ("diff",): _DIFFS, ("diff_m",): _DIFFS},
-        ("vace", *_ANIMATE, *_FUN, "flf2v")),
+        ("vace", *_ANIMATE, *_FUN, "s2v", "flf2v")),
     "diffusion-pipe": Loader(
         ("universal",),
         {("alpha",): "raises on an alpha", ("ranks",): f"{_ONE_RANK}, raises", ("head",): "raises: has no LoRA outside "
          "the blocks", ("conv",): "raises on a convolution", ("product",): "raises on a LoHa or LoKr",
          ("dora",): "raises on a DoRA", ("diff",): "raises on whole differences", ("diff_m",): "raises on whole "
          "differences"},
-        ("vace", *_ANIMATE, *_FUN), "raises: it does not know these names"),
+        ("vace", *_ANIMATE, *_FUN, "s2v"), "raises: it does not know these names"),
     "musubi-tuner": Loader(
         ("kohya",), {("conv",): "raises on a convolution of three dimensions", ("dora",): _LENGTHS,
                      ("diff",): _DIFFS, ("diff_m",): _DIFFS},
-        ("vace", *_ANIMATE, *_LATER_FUN, "ti2v"), f"{_NAMES}; wantrain convert IN OUT format=kohya"),
+        ("vace", *_ANIMATE, *_LATER_FUN, "s2v", "ti2v"), f"{_NAMES}; wantrain convert IN OUT format=kohya"),
     "LyCORIS": Loader(("lycoris",), {}, unknown=_NAMES),
 }
 """In SimpleTuner too for LyCORIS; ComfyUI and WanVideoWrapper have every task."""

@@ -25,7 +25,7 @@ from wantrain.models.lora_formats import (
     split_extra,
 )
 from wantrain.models.lora_names import PEFT_CONFIG, PEFT_WEIGHTS
-from wantrain.models.names import ANIMATE, FUN_ONLY, module_to_diffusers
+from wantrain.models.names import ANIMATE, OWN_ONLY, module_to_diffusers
 from wantrain.tensors import digest_tensors, write_tensors
 from wantrain.terms import UserError
 
@@ -115,7 +115,7 @@ def inexpressible(grammar: Grammar, pairs: Pairs, extras: Extras, dtype: torch.d
                                             if not split_extra(n)[1].startswith(grammar.extras or "\n")],
         "convolutions, which its readers refuse": [m for m, p in pairs.items() if p.a.ndim > 2 and not grammar.conv],
         "modules that diffusers does not have": [m for m in modules if grammar.diffusers_names
-                                                   and m.startswith(FUN_ONLY)],
+                                                   and m.startswith(OWN_ONLY)],
         "modules of Wan-Animate, which have no official name here": [
             m for m in modules if not grammar.diffusers_names and ANIMATE.is_module(m)],
         f"an alpha/rank that cannot be folded exactly in {dtype} (it is no power of two)": [

@@ -138,8 +138,15 @@ _TRANSFORMER: list[Row] = [
     ("head.modulation", "scale_shift_table", ()),
     *_under([("blocks.{}.", "blocks.{}.")], _BLOCK),
     *_under([("vace_blocks.{}.", "vace_blocks.{}.")], _VACE_BLOCK),
-    *((stem, stem, LINEAR) for stem in ("ref_conv", "control_adapter.conv", *(
-        f"control_adapter.residual_blocks.{{}}.conv{i}" for i in (1, 2)))),
+    *((stem, stem, LINEAR) for stem in (
+        "ref_conv", "control_adapter.conv", *(f"control_adapter.residual_blocks.{{}}.conv{i}" for i in (1, 2)),
+        "cond_encoder", *(f"frame_packer.proj{size}" for size in ("", "_2x", "_4x")),
+        *(f"casual_audio_encoder.encoder.{layer}" for layer in (
+            "conv1_local.conv", "conv1_global.conv", "conv2.conv", "conv3.conv", "final_linear")),
+        *(f"audio_injector.injector.{{}}.{x}" for x in "qkvo"), "audio_injector.injector_adain_layers.{}.linear")),
+    *((stem, stem, SCALE) for stem in (
+        "trainable_cond_mask", *(f"audio_injector.injector.{{}}.norm_{x}" for x in "qk"))),
+    *((name, name, ()) for name in ("casual_audio_encoder.weights", "casual_audio_encoder.encoder.padding_tokens")),
 ]
 
 _ANIMATE: list[Row] = [(stem, stem, LINEAR) for stem in (
@@ -355,8 +362,9 @@ _ANIMATE_OFFICIAL: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 """Official names -> diffusers': {} are the groups, {2} the first as a number less one."""
 
-FUN_ONLY = ("ref_conv", "control_adapter.")
-"""Wan-Fun's own modules, which diffusers' classes do not have."""
+OWN_ONLY = ("ref_conv", "control_adapter.", "cond_encoder.", "frame_packer.", "casual_audio_encoder.",
+            "audio_injector.", "trainable_cond_mask.")
+"""Modules of Wan-Fun and S2V, which diffusers' classes do not have."""
 
 ANIMATE_ONLY = ("pose_patch_embedding.", "motion_encoder.", "face_encoder.", "face_adapter.")
 """Wan-Animate's own modules under diffusers' names, which are theirs everywhere here."""
@@ -407,5 +415,21 @@ def clip_rename(names: Collection[str]) -> Rename:
         bare = name.removeprefix("vision_model.")
         clip_to_official(bare)
         return (bare,)
+
+    return rename
+
+
+def wav2vec2_rename(_: Collection[str]) -> Rename:
+    """From a wav2vec2 file's names (transformers', with or without `wav2vec2.`) to Wav2Vec2Model's. What recognises
+    words (`lm_head`), and what stands for masked sound in its own training, are not needed.
+    """
+    halves = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
+
+    def rename(name: str) -> tuple[str, ...]:
+        bare = name.removeprefix("wav2vec2.")
+        owner, _, leaf = bare.rpartition(".")
+        if bare.startswith("lm_head.") or bare == "masked_spec_embed":
+            return ()
+        return (f"{owner}.{halves.get(leaf, leaf)}",)
 
     return rename

@@ -17,6 +17,10 @@ CLIP_VIT_H: dict[str, Any] = {
     "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
     "image_size": 224, "patch_size": 14, "hidden_act": "gelu",
 }
+WAV2VEC2_XLSR: dict[str, Any] = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True,
+}
 VAES: dict[VaeVersion, dict[str, Any]] = {
     "2.1": {},  # diffusers' defaults
     "2.2": {

@@ -34,6 +34,7 @@ class TaskMedia:
 _POSE = ("control", "face", "reference")
 _REPLACED = (*_POSE, "control_mask", "background")
 _DRIVEN = ("control", "reference")
+_SPEECH = ("audio", "reference", "control")
 _VACE = ("control", "control_mask", "reference")
 _CONTROL = TaskMedia((("control",),), ("control", "reference"), ("control",), ("control", "reference", "first"),
                      (WINDOW, "control", "reference"))
@@ -47,6 +48,7 @@ _TASKS: dict[Task, TaskMedia] = {
     "animate": TaskMedia(tuple((name,) for name in _POSE), _REPLACED, _POSE, _REPLACED, _REPLACED,
                          (("background", "control_mask"), ("control_mask", "background"))),
     "animate2": TaskMedia((("control",), ("reference",)), _DRIVEN, _DRIVEN, _DRIVEN, _DRIVEN),
+    "s2v": TaskMedia((), _SPEECH, ("audio", "reference"), _SPEECH, (WINDOW, *_SPEECH)),
     "vace": TaskMedia((("control", "reference"),), _VACE, (), _VACE, _VACE,
                       (("control_mask", "control"),)),
 }

@@ -14,7 +14,7 @@ from wantrain.models.names import VaeVersion
 from wantrain.terms import NUM_TIMESTEPS, Bucket
 
 Task = Literal["t2v", "i2v", "flf2v", "vace", "control", "control_reference", "control_inpaint", "camera",
-               "camera_inpaint", "ti2v", "animate", "animate2"]
+               "camera_inpaint", "ti2v", "animate", "animate2", "s2v"]
 """How a variant conditions; Fun-InP conditions as i2v does."""
 
 Expert = Literal["high", "low"]
@@ -47,12 +47,24 @@ class AnimateSizes:
 
 
 @dataclass(frozen=True, slots=True)
+class SpeechSizes:
+    """Sizes of what S2V hears with: wav2vec2's width and its hidden states, the tokens of a latent frame's sound, the
+    blocks behind which these are heard.
+    """
+
+    audio_dim: int = 1024
+    audio_states: int = 25
+    audio_tokens: int = 4
+    audio_layers: tuple[int, ...] = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)
+
+
+@dataclass(frozen=True, slots=True)
 class Architecture:
     """Sizes of one transformer. `image_dim` None: no CLIP image tokens; `vace_layers` empty: not VACE.
 
-    `image_tokens`, `ref_conv`, `control_adapter` and `animate` are the extra tensors of FLF2V, Fun-Control (from V1.1
-    on), Fun-Camera and Animate. `driven`: a driving video's tokens go through every block beside the clip's own, as
-    Animate-2 has them; its tensors are those of image-to-video.
+    `image_tokens`, `ref_conv`, `control_adapter`, `animate` and `speech` are the extra tensors of FLF2V, Fun-Control
+    (from V1.1 on), Fun-Camera, Animate and S2V. `driven`: a driving video's tokens go through every block beside the
+    clip's own, as Animate-2 has them; its tensors are those of image-to-video.
     """
 
     dim: int
@@ -71,6 +83,7 @@ class Architecture:
     control_adapter: bool = False
     animate: AnimateSizes | None = None
     driven: bool = False
+    speech: SpeechSizes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,12 +143,22 @@ class Variant:
         return self.task == "ti2v" or self.task.startswith("control")
 
     @property
+    def first_is_clean(self) -> bool:
+        """Whether a first latent frame that is given stays clean, at timestep 0."""
+        return self.vae == "2.2" or self.task == "s2v"
+
+    @property
+    def shows_reference_whole(self) -> bool:
+        """Whether a reference is shown whole on white; else it is cropped as the clip's first frame would be."""
+        return self.task != "s2v"
+
+    @property
     def has_plain_blocks(self) -> bool:
-        """Whether nothing is added to what passes from block to block, as VACE and Animate do, or goes beside it, as
-        Animate-2 has it.
+        """Whether nothing is added to what passes from block to block, as VACE, Animate and S2V do, or goes beside it,
+        as Animate-2 has it.
         """
         own = self.architecture
-        return not (own.vace_layers or own.animate or own.driven)
+        return not (own.vace_layers or own.animate or own.driven or own.speech)
 
     def is_high(self, timestep: float) -> bool:
         """Whether the high noise expert works at this timestep; where there is one transformer, always."""
@@ -149,12 +172,12 @@ class Variant:
 
     @property
     def transformer_class(self) -> str:
-        """The class that holds this transformer: diffusers', or of wantrain.models.fun or driven."""
+        """The class that holds this transformer: diffusers', or of wantrain.models.fun.OWN."""
         own = self.architecture
         special = {"WanAnimateTransformer3DModel": own.animate, "WanVACETransformer3DModel": own.vace_layers,
                    "WanFunControlTransformer3DModel": own.ref_conv,
                    "WanFunCameraTransformer3DModel": own.control_adapter,
-                   "WanDrivenTransformer3DModel": own.driven}
+                   "WanDrivenTransformer3DModel": own.driven, "WanSpeechTransformer3DModel": own.speech}
         return next((name for name, has in special.items() if has), "WanTransformer3DModel")
 
 
@@ -210,6 +233,7 @@ VARIANTS: dict[str, Variant] = {variant.name: variant for variant in (
     Variant("wan22_fun_a14b_camera", "camera_inpaint", replace(_14B, in_channels=36, control_adapter=True),
             1101, 14_792_233_024, 5.0, 50, _FUN, 0.9),
     Variant("wan22_ti2v_5b", "ti2v", _5B, 825, 4_999_787_712, 5.0, 50, **_2_2),
+    Variant("wan22_s2v_14b", "s2v", replace(_14B, speech=SpeechSizes()), 1260, 16_295_755_609, 3.0, 40, (4.5, 4.5)),
     # Of these no digest of the public files is at hand: their sizes are those that VideoX-Fun's pipelines ask for.
     Variant("wan22_vace_fun_a14b", "vace", replace(_14B, vace_layers=tuple(range(0, 40, 5))), None, None,
             12.0, 50, (5.0, 5.0), 0.875),
@@ -254,6 +278,8 @@ VARIANTS: dict[str, Variant] = {variant.name: variant for variant in (
     Variant("tiny_wan_camera_5b", "camera_inpaint", replace(_TINIER, in_channels=100, out_channels=48,
                                                             control_adapter=True),
             None, None, 5.0, 50, _FUN, fps=24, num_frames=9, vae="2.2", multiple_px=32),
+    Variant("tiny_wan_s2v", "s2v", replace(_TINIER, speech=SpeechSizes(24, 3, 2, (0, 1))), None, None, 3.0, 40,
+            (4.5, 4.5), num_frames=9),
 )}
 
 
@@ -282,6 +308,8 @@ def diffusers_config(variant: Variant) -> dict[str, Any]:
         config |= {**asdict(a.animate), "latent_channels": a.out_channels}
         channels = config.pop("channels")
         config["motion_encoder_channel_sizes"] = dict(channels) if channels else None
+    if a.speech:
+        config |= asdict(a.speech)
     if a.vace_layers:
         config |= {"vace_layers": list(a.vace_layers), "vace_in_channels": a.vace_in_channels}
     return config

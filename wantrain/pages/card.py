@@ -13,7 +13,7 @@ from wantrain.results import Column, Results, Video
 
 KIND: dict[Task, str] = {
     **dict.fromkeys(("t2v", "ti2v"), "text-to-video"),
-    **dict.fromkeys(("i2v", "flf2v", "camera", "camera_inpaint"), "image-to-video"),
+    **dict.fromkeys(("i2v", "flf2v", "camera", "camera_inpaint", "s2v"), "image-to-video"),
     **dict.fromkeys(("vace", "control", "control_reference", "control_inpaint", "animate",
                      "animate2"), "video-to-video")}
 """The hub's word for each task."""

@@ -20,7 +20,7 @@ from wantrain.data.plan import Plan
 from wantrain.files import digest_text
 from wantrain.jobs import cores
 from wantrain.models import inventory
-from wantrain.models.base import Base
+from wantrain.models.base import Base, encoder_parts
 from wantrain.models.task_media import media_of_task
 from wantrain.models.variants import Variant
 from wantrain.recipe.recipe import Recipe, open_recipe, outline
@@ -121,12 +121,12 @@ def open_clips(recipe: Recipe, arguments: Sequence[str], refuse: bool = True) ->
     config, data, variant = recipe.config, recipe.config.data, recipe.variant
     cache = open_cache(recipe, arguments)
     listed = list_clips(config)
-    training = [clip for name in data.sources for clip in listed[name].clips]
-    heldout = listed[HELDOUT].clips if HELDOUT in listed else []
+    training = with_sound(variant, [clip for name in data.sources for clip in listed[name].clips])
+    heldout = with_sound(variant, listed[HELDOUT].clips if HELDOUT in listed else [])
     refuse_partners(variant, [*training, *heldout])
     infos = media.look_all(plan.files_of(training + heldout), cache.folder, num_workers(config), data.timeout_s)
     rules = plan.Rules(buckets(data.num_frames, data.resolutions, variant.multiple_px, data.max_tokens_per_clip),
-                       variant.fps, data.extract.name, data.limits, variant.face_px)
+                       variant.fps, data.extract.name, data.limits, variant.face_px, variant.shows_reference_whole)
     placed = _without_faults(plan.place(training, infos, rules), cache)
     apart = _without_faults(plan.place(heldout, infos, replace(rules, extract="head", limits={})), cache)
     if refuse:
@@ -177,8 +177,15 @@ def conditioning_of(base: Base, memo: Path, form: str) -> Conditioning:
     names = media_of_task(base.variant.task).encoded
     if not names:
         return Conditioning()
-    image = [base.digest("image_encoder", memo), *filter(None, [form])] if base.variant.architecture.image_dim else [""]
-    return Conditioning(digest_text(base.variant.task, *image), names)
+    parts = [base.digest(part, memo) for part in encoder_parts(base.variant)]
+    return Conditioning(digest_text(base.variant.task, *([*parts, *filter(None, [form])] if parts else [""])), names)
+
+
+def with_sound(variant: Variant, clips: Sequence[Clip]) -> list[Clip]:
+    """The clips; where the task hears, and no sound goes with a clip, that is its own film's."""
+    if "audio" not in media_of_task(variant.task).partners:
+        return list(clips)
+    return [replace(clip, partners={"audio": clip.path, **clip.partners}) for clip in clips]
 
 
 def refuse_partners(variant: Variant, clips: Sequence[Clip]) -> None:

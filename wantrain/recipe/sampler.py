@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from wantrain.config import Config, Dtype
-from wantrain.data import cameras, decode, media
+from wantrain.data import cameras, decode, media, sound
 from wantrain.data.buckets import buckets
 from wantrain.models import conditioning, encode, fit, hub, sampling
 from wantrain.models.base import expert_path
@@ -28,7 +28,7 @@ from wantrain.terms import Bucket, UserError
 STILLS = ("first", "last", "reference")
 """Inputs of a sample that are images."""
 
-KINDS_OF_FILES = {**dict.fromkeys(STILLS, "IMAGE"), "camera": "POSES.txt"}
+KINDS_OF_FILES = {**dict.fromkeys(STILLS, "IMAGE"), "camera": "POSES.txt", "audio": "SOUND"}
 """What an input is called in examples, where it is no video."""
 
 WORKING = 12
@@ -232,6 +232,8 @@ def read_input(variant: Variant, name: str, path: Path, bucket: Bucket) -> torch
         raise UserError(f"sampler.inputs: {name} = {path} does not exist", "give the path of an image or video")
     if name == "camera":
         return torch.from_numpy(cameras.of_sample(path, bucket))
+    if name == "audio":
+        return torch.from_numpy(sound.read(path, media.probe(path), 0.0, (bucket.num_frames - 1) / variant.fps))
     is_image = media.look(path).duration_s == 0
     if name in STILLS:
         if not is_image:
@@ -244,4 +246,5 @@ def read_input(variant: Variant, name: str, path: Path, bucket: Bucket) -> torch
         bucket = replace(bucket, num_frames=1)
     if name == "face":
         bucket = replace(bucket, height=variant.face_px, width=variant.face_px)
-    return decode.read_clip(path, 0.0, None, variant.fps, bucket, contain=name == "reference")
+    return decode.read_clip(path, 0.0, None, variant.fps, bucket,
+                            contain=name == "reference" and variant.shows_reference_whole)

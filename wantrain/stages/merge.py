@@ -16,7 +16,7 @@ from wantrain.models.containers import Container
 from wantrain.models.detection import detect, expert_named, stated_vace_layers
 from wantrain.models.lora_names import lora_argument, weights_of
 from wantrain.models.lora_updates import STORAGE, Update, merged_tensor, plan_merge, read_given
-from wantrain.models.names import ANIMATE_ONLY, FUN_ONLY, official_names, transformer_to_diffusers
+from wantrain.models.names import ANIMATE_ONLY, OWN_ONLY, official_names, transformer_to_diffusers
 from wantrain.models.outputs import check_file, check_folder
 from wantrain.models.variants import Expert, diffusers_config, is_diffusers_config
 from wantrain.tensors import stream_tensors
@@ -90,7 +90,7 @@ def diffusers_folder_config(container: Container) -> dict[str, object]:
     stated = stated_vace_layers(container.config or {})
     detection = detect(container.shapes(), str(container.path), container.config)
     variant = detection.resolve(next(iter(detection.candidates), None))  # they differ in schedules only
-    if variant.architecture.driven or any(name.startswith(FUN_ONLY) for name in container.names()):
+    if variant.architecture.driven or any(name.startswith(OWN_ONLY) for name in container.names()):
         raise UserError(f"{container.path} is a {variant.name}, whose class here is not diffusers': it would not "
                         "read such a folder", "layout=official")
     return {"_class_name": variant.transformer_class, **diffusers_config(variant),

@@ -192,7 +192,7 @@ def sampler_size(new: New) -> list[str]:
     if not media_of_task(variant.task).encoded or not new.clips.heldout:
         return []
     rules = plan.Rules(buckets(made.num_frames, made.resolutions, variant.multiple_px, made.max_tokens),
-                       variant.fps, face_px=variant.face_px)
+                       variant.fps, face_px=variant.face_px, whole_reference=variant.shows_reference_whole)
     placed = plan.place(new.clips.heldout, new.clips.found, rules).used
     return [f"  num_frames: {p.bucket.num_frames}  # of the held-out clips, which samples begin from\n"
             f"  resolution: [{p.bucket.height}, {p.bucket.width}]" for p in placed[:1]]

@@ -15,7 +15,7 @@ import torch
 
 from wantrain import pictures
 from wantrain.config import Config
-from wantrain.data import cameras, decode, plan
+from wantrain.data import cameras, decode, plan, sound
 from wantrain.data.cache import missing
 from wantrain.data.captions import captions_of
 from wantrain.data.folders import Account
@@ -26,6 +26,9 @@ from wantrain.pages import html
 from wantrain.recipe.clips import Clips, first_words, holding_trigger, num_workers, open_clips
 from wantrain.recipe.recipe import Recipe, open_recipe
 from wantrain.terms import TEXT_LEN, WINDOW, Bucket, PlannedClip
+
+TOLD = {cameras.KIND: cameras.told, "audio": sound.told}
+"""Partners that a page tells of, and cannot show as a picture."""
 
 SHOWN_PX = 416
 """Longest side of a clip on the page: sixty of 480p would be 100 MB."""
@@ -183,13 +186,13 @@ def cards(clips: Clips, shown: Sequence[PlannedClip], count: Callable[[str], int
                 "name": planned.name, "file": str(planned.clip.path), "bucket": str(planned.bucket),
                 "fault": fault, "video": "" if frames is None else media_url(frames, clips.variant.fps),
                 "partners": [(name, media_url(array, clips.variant.fps), len(array) == 1)
-                             for name, array in found.items() if name not in (WINDOW, cameras.KIND)],
+                             for name, array in found.items() if name not in (WINDOW, *TOLD)],
                 "is_image": planned.bucket.num_frames == 1, "size": f"{planned.found.width}x{planned.found.height}",
                 "from_s": f"{planned.start_s:.2f}", "to_s": f"{to_s:.2f}",
                 "span": span_of(planned), "cropped": f"{plan.cropped(planned.bucket, planned.found):.0%}",
                 "captions": [(text, count(text)) for text in texts],
                 "measures": {k: f"{v:g}" for k, v in planned.clip.measures.items() if v is not None}
-                | ({cameras.KIND: cameras.told(found[cameras.KIND])} if cameras.KIND in found else {}),
+                | {name: TOLD[name](array) for name, array in found.items() if name in TOLD},
             }
             bar.update()
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from wantrain.config.schema import Config
 
 VIDEO_FORMATS = ("webp", "png")
-SAMPLER_INPUTS = ("first", "last", "control", "control_mask", "background", "reference", "face", "camera", "video")
+SAMPLER_INPUTS = ("first", "last", "control", "control_mask", "background", "reference", "face", "camera", "audio",
+                  "video")
 
 
 class SamplerProfile(Enum):
@@ -72,7 +73,7 @@ class Sampler(Section):
     formats: list[str] = field(default_factory=list)
     """What each video is written as besides mp4 (H.264, plays in browsers): webp (animated), png (a frame sheet)."""
     inputs: list[dict[str, str]] = field(default_factory=list)
-    """Files for each prompt or all: first, last, control, control_mask, background, reference, face, camera, video."""
+    """Files for each prompt or all: first, last, control(_mask), background, reference, face, camera, audio, video."""
     strength: float = 0.7
     """Share of the schedule that a `video` of sampler.inputs goes through; 1 keeps nothing of it."""
     loras: list[str] = field(default_factory=list)
