@@ -6,11 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from tests.conftest import write_clips
+from tests.distributed.forked import forking
 from tests.runs import lines, same_bits, state
 
 pytestmark = pytest.mark.slow
@@ -104,29 +104,28 @@ def test_a_stage_that_fails_ends_it_with_its_own_message(folder):
 
 
 @pytest.mark.usefixtures("as_a_terminal_has_it")
-@pytest.mark.parametrize("stage", [pytest.param(stage, marks=[] if stage == "train" else pytest.mark.long)
-                                   for stage in STAGES])
-def test_stopped_in_any_stage_the_same_command_goes_on(whole, folder, stage, tmp_path):
-    """Ctrl-C as soon as the stage has begun; then the run is that of one that nothing stopped."""
+def test_stopped_in_every_stage_the_same_command_goes_on(whole, folder, tmp_path):
+    """Ctrl-C as soon as a stage has begun, in one stage after the other; in the end the run is that of one that nothing
+    stopped. Forks of one process: its imports would take most of the time.
+    """
+    run, recipes = tmp_path / "run", folder / "recipes"
+    command = ["run", f"recipe={recipes / 'sq.yaml'}", *FEW, f"data.sources.clips.path={recipes / 'sq.train.jsonl'}",
+               f"data.heldout={recipes / 'sq.heldout.jsonl'}", f"run.dir={run}", f"data.cache_dir={tmp_path / 'cache'}"]
+    with forking() as forker:
+        for number, stage in enumerate(STAGES, 1):
+            log = tmp_path / f"{stage}.log"
+            pid, = forker.start(command, log, 1, None)
+            begins = run / "metrics.jsonl" if stage == "train" else log  # before it listens, it is a stop in loading
+            while not begins.is_file() or f"[{number}/6] {stage}\n" not in log.read_text():
+                assert not forker.wait([pid], 0.02), log.read_text()
+            os.kill(pid, signal.SIGINT)
+            assert forker.wait([pid]) == {pid: 130}, log.read_text()
+            assert "next: wantrain run recipe=" in log.read_text()
+        forker.run(command, tmp_path / "last.log", 1, None)
+    assert (tmp_path / "last.log").read_text().splitlines()[-1].startswith("done: ")
     _, undisturbed = whole
-    own = [*FEW, f"run.dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}"]
-    stopped = subprocess.Popen([*WANTRAIN, "run", "sq", *own], cwd=folder, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, env={**ENVIRONMENT, "PYTHONUNBUFFERED": "1"})
-    for line in stopped.stdout:
-        if line.startswith("[") and line.strip().endswith(f"] {stage}"):
-            break
-    if stage == "train":  # not before it listens: it would be the same as a stop in loading
-        while not list((tmp_path / "run").glob("metrics.jsonl")):
-            time.sleep(0.05)
-    stopped.send_signal(signal.SIGINT)
-    rest, told = stopped.communicate(timeout=120)
-    assert stopped.returncode == 130, rest + told
-    assert "next: wantrain run sq" in told
-    said = call(folder, "run", "sq", *own)
-    assert said.splitlines()[-1].startswith("done: ")
-    _, tensors = state(tmp_path / "run")
-    assert same_bits(tensors, state(undisturbed)[1])
-    assert {path.name for path in (tmp_path / "run" / "samples").iterdir()} == {
+    assert same_bits(state(run)[1], state(undisturbed)[1])
+    assert {path.name for path in (run / "samples").iterdir()} == {
         path.name for path in (undisturbed / "samples").iterdir()}
 
 

@@ -4,6 +4,7 @@ modular pipeline makes of its inputs; and its files, under every naming, told fr
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -165,14 +166,20 @@ def test_gradients_are_the_same_where_blocks_keep_their_inputs_alone():
     assert (steps[0] - steps[1]) / 2e-3 == pytest.approx(sum(one.norm().item() for one in way), rel=0.02)
 
 
+@functools.cache
+def published() -> dict[str, torch.Tensor]:
+    """Names and shapes of diffusers' class as it is published."""
+    with torch.device("meta"):
+        return WanAnimate2Transformer3DModel().state_dict()
+
+
 def found_in(state: dict[str, torch.Tensor], name: str | None) -> Detection:
     return detect({name: tuple(tensor.shape) for name, tensor in state.items()}, name)
 
 
 def test_every_published_naming_is_told_and_loads(tmp_path):
     own = VARIANTS["wan22_animate2_14b"]
-    with torch.device("meta"):
-        state = WanAnimate2Transformer3DModel().state_dict()
+    state = published()
     like = VARIANTS["wan21_i2v_14b_480p"]
     assert len(state) == like.num_tensors
     assert sum(tensor.numel() for tensor in state.values()) == like.num_parameters
@@ -200,8 +207,7 @@ def test_every_published_naming_is_told_and_loads(tmp_path):
                                   "wan_animate_2_bf16_distillation.safetensors",
                                   "Wan2.2-Animate-2-14B-Distilled-Diffusers/transformer/model.safetensors"])
 def test_the_distilled_one_is_refused_with_what_to_train_on(name):
-    with torch.device("meta"):
-        state = WanAnimate2Transformer3DModel().state_dict()
+    state = published()
     for named in (state, official(state), plain(state)):
         with pytest.raises(UserError, match="a distilled base") as refused:
             found_in(named, name).resolve()

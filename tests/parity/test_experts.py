@@ -225,5 +225,5 @@ def test_what_is_no_pair_is_refused(wantrain, own, a14b, capsys, tmp_path):
     exchanged = base.find(VARIANTS["tiny_wan_a14b"], str(a14b), {"high": str(tmp_path / "wan2.2_low_noise")})
     with pytest.raises(UserError, match="is named as the low noise expert, but is given as the high one"):
         exchanged.each()[0].detected()
-    with pytest.raises(UserError, match=r"model\.parts\.transformer is not allowed: high, low"):
+    with pytest.raises(UserError, match=r"unknown config key model\.parts\.transformer; there are high, low"):
         base.find(VARIANTS["tiny_wan_a14b"], str(a14b), {"transformer": "x"})

@@ -80,6 +80,7 @@ def test_what_a_cache_costs_is_measured_told_and_kept(wantrain, tmp_path, capsys
     assert results.read(tmp_path / "run" / "samples").provenance == {"first-block cache": kept}, "a second time as well"
 
 
-def test_a_transformer_that_adds_between_its_blocks_is_refused_by_name(arguments):
-    with pytest.raises(UserError, match=r"sampler.first_block_cache.*null for tiny_wan_vace"):
-        load([*arguments, "model.variant=tiny_wan_vace", "sampler.first_block_cache=0.1"])
+@pytest.mark.parametrize("name", ["tiny_wan_vace", "tiny_wan_animate", "tiny_wan_animate2"])
+def test_a_transformer_that_adds_between_its_blocks_is_refused_by_name(arguments, name):
+    with pytest.raises(UserError, match=rf"sampler.first_block_cache.*null for {name}, "):
+        load([*arguments, f"model.variant={name}", "sampler.first_block_cache=0.1"])

@@ -44,7 +44,7 @@ def test_better_and_worse_are_whole_intervals() -> None:
 
 
 def test_the_more_are_compared_the_wider_each_interval() -> None:
-    """An arm is better by a tenth, with seeds and clips that differ by hundredths: shown among two, not among 60."""
+    """An arm better by a tenth, with seeds and clips that differ by hundredths: shown among two, and not among 60."""
     def outcomes(mean: float, spread: float) -> dict[int, Outcome]:
         return {seed: Outcome({clip: mean + spread * (seed - 1) * (1 + place) for place, clip in enumerate("abcd")})
                 for seed in range(3)}

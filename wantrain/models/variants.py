@@ -131,8 +131,11 @@ class Variant:
 
     @property
     def has_plain_blocks(self) -> bool:
-        """Whether nothing is added to what passes from block to block, as VACE and Animate do."""
-        return not self.architecture.vace_layers and self.architecture.animate is None
+        """Whether nothing is added to what passes from block to block, as VACE and Animate do, or goes beside it, as
+        Animate-2 has it.
+        """
+        own = self.architecture
+        return not (own.vace_layers or own.animate or own.driven)
 
     def is_high(self, timestep: float) -> bool:
         """Whether the high noise expert works at this timestep; where there is one transformer, always."""
