@@ -106,8 +106,8 @@ CHANGES = {
     "alpha_sqrt": Kind(("lora.alpha=5.657",), 32**0.25),
     "alpha_1": Kind(("lora.alpha=1",), math.sqrt(32)),
     "rslora": Kind(("lora.kind=rslora",), 32**-0.25),
-    "dora": Kind(("lora.kind=dora",)),
-    "lokr": Kind(("lora.kind=lokr",)),
+    "dora": Kind(("lora.kind=dora", "export.format=diffusers")),
+    "lokr": Kind(("lora.kind=lokr", "export.format=lycoris")),
     "lora_plus_4": Kind(("optim.lora_plus=4",), 0.5),
     "shift_5": Kind(("sigma.shift=5",)),
     "shift_1": Kind(("sigma.shift=1",)),
@@ -115,9 +115,8 @@ CHANGES = {
     "min_snr": Kind(("loss.weighting=min_snr",)),
     "cosine": Kind(("optim.schedule=cosine",)),
     "batch_8": Kind(("data.batch_size=8", "train.micro_batch_size=8"), math.sqrt(2), share=0.5),
-    "ema": Kind(("optim.ema_decay=0.9",)),
     "schedule_free": Kind(("optim.name=schedule_free",)),
-    "prodigy": Kind(("optim.name=prodigy", "optim.weight_decay=0"), lr=1.0),
+    "prodigy": Kind(("optim.name=prodigy", "optim.lr=1", "optim.weight_decay=0"), lr=1.0),
     "dropout": Kind(("data.caption_dropout=0.1",)),
     "no_plain": Kind(("data.sources.regularisation.weight=0.001",)),
     "twice_plain": Kind(("data.sources.regularisation.weight=2",)),
@@ -257,7 +256,7 @@ def measure(bench: Bench, name: str, arms: Sequence[str], rates: dict[str, dict[
 
 
 def as_json(found: Results) -> dict[str, Any]:
-    """What a test and `--tables` read; losses to six digits."""
+    """What a test and `--tables` read; losses to six digits. Left out are arms that no training of came to a result."""
     def rounded(losses: Mapping[str, float]) -> dict[str, float]:
         return {name: round(loss, 6) for name, loss in losses.items()}
 
@@ -266,7 +265,7 @@ def as_json(found: Results) -> dict[str, Any]:
             "rates": {arm: {f"{lr:.6g}": round(loss, 6) for lr, loss in own.items()}
                       for arm, own in found.rates.items()},
             "losses": {arm: {str(seed): rounded(one.losses) for seed, one in own.items() if not one.fault}
-                       for arm, own in found.outcomes.items()}}
+                       for arm, own in found.outcomes.items() if not all(one.fault for one in own.values())}}
 
 
 def from_json(told_of: Mapping[str, Any]) -> Results:
