@@ -265,8 +265,8 @@ def _run(verb: str, rest: list[str]) -> int:
 
 
 def _refuse_missing(config: Config, verb: str) -> None:
-    """Raise UserError for what the config names as a LoRA and is none, and for a language model that is not there, where
-    the verb takes them.
+    """Raise UserError for what the config names as a LoRA and is none, and for a chat model that is nowhere, where the
+    verb takes them.
     """
     lora_names = importlib.import_module("wantrain.models.lora_names")
     own = [lora_names.named(word)[0] for word in config.model.merge]
