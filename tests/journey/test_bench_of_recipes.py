@@ -16,7 +16,7 @@ from tools.tiny_world import worlds
 from wantrain import config as schema
 from wantrain.stages import train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
