@@ -1,15 +1,15 @@
 """wantrain's defaults against those of seven other trainers, and single changes of its own, on the embedded base.
 
     python -m benchmarks.recipes --out runs/recipes [--worlds style motion subject] [--arms default musubi ...]
-                                 [--steps 24] [--seeds 3] [--minutes 60]
+                                 [--steps 24] [--seeds 6] [--minutes 60]
     python -m benchmarks.recipes --tables benchmarks/recipes.json
 
-Three worlds of tools.tiny_world.worlds: a style, a motion, a subject. In the first of them wantrain's default and each
-peer are trained with one seed at learning rates a factor of 2 apart, until the best has a worse one on both sides. At
-its best each is trained with all seeds in every world; a single change keeps the default's. All begin from the same
-weights of the base, see the clips in the same order with the same noise, and are measured by the same rows of held-out
-clips. Told of each world are held-out losses with intervals of 95 % against the default, over seeds and clips, and what
-became of plain clips.
+Three worlds of tools.tiny_world.worlds: a style, a motion, a subject. In each of them wantrain's default and each peer
+are trained with a seed of the search's own at four learning rates a factor of 2 apart, and at more until the best has a
+worse one on both sides. At its best each is trained with all seeds; a single change keeps the default's. All begin from
+the same weights of the base, see the clips in the same order with the same noise, and are measured by the same rows of
+held-out clips. Told of each world are held-out losses with intervals of 95 % against the default, over seeds and clips,
+and what became of plain clips.
 
 Each training is a JSON line in OUT/WORLD/trainings.jsonl; what is there is not trained again. After --minutes all
 stops, and the same command goes on. OUT/recipes.json has the losses of all commands of one OUT with as many steps;
@@ -44,7 +44,11 @@ from wantrain.tuner.trainings import STOPPED, Arm, Job, Outcome, Planned, Traini
 
 FIRST_LR = 1e-3
 """Where the search begins, for an adapter that is not scaled down."""
-MOST_LRS = 6
+LRS = (0.5, 1.0, 2.0, 4.0)
+"""What is tried of that at least."""
+MOST_LRS = 7
+SEARCH_SEED = 100
+"""Of the search alone: a seed that has chosen a learning rate would flatter it."""
 DEFAULT = "default"
 
 
@@ -216,8 +220,8 @@ class World:
 
 
 def searched(loss_of: Callable[[float], float], first: float) -> dict[float, float]:
-    """Losses by learning rate: two, and on in steps of 2 until the best has a worse neighbour on both sides."""
-    losses = {lr: loss_of(lr) for lr in (first, 2 * first)}
+    """Losses by learning rate: four, and on in steps of 2 until the best has a worse neighbour on both sides."""
+    losses = {first * times: loss_of(first * times) for times in LRS}
     while len(losses) < MOST_LRS:
         best = min(losses, key=losses.__getitem__)
         following = {min(losses): best / 2, max(losses): best * 2}.get(best)
@@ -231,8 +235,8 @@ def best_of(losses: Mapping[float, float]) -> float:
     return min(losses, key=losses.__getitem__)
 
 
-def measure(bench: Bench, name: str, arms: Sequence[str], rates: dict[str, dict[float, float]]) -> Iterator[Results]:
-    """One world: its results after each arm. `rates` are those of the search, which is filled in the first."""
+def measure(bench: Bench, name: str, arms: Sequence[str]) -> Iterator[Results]:
+    """One world: its results after each arm."""
     folder = bench.out / "worlds" / name
     if not folder.exists():
         write_world(folder, WORLDS[name])
@@ -242,14 +246,14 @@ def measure(bench: Bench, name: str, arms: Sequence[str], rates: dict[str, dict[
     found = Results(learnt, plain, {}, {})
 
     def loss_of(arm: str, lr: float) -> float:
-        came = world.train(arm, lr, 0)
+        came = world.train(arm, lr, SEARCH_SEED)
         return math.inf if came.fault else search.mean(came.losses, learnt)
 
     for arm in arms:
         kind = ARMS[arm]
-        if arm not in rates and (arm == DEFAULT or arm in PEERS):
-            rates[arm] = found.rates[arm] = searched(partial(loss_of, arm), FIRST_LR * kind.times)
-        lr = best_of(rates[arm]) if arm in rates else kind.lr or best_of(rates[DEFAULT]) * kind.times
+        if arm == DEFAULT or arm in PEERS:
+            found.rates[arm] = searched(partial(loss_of, arm), FIRST_LR * kind.times)
+        lr = best_of(found.rates[arm]) if arm in found.rates else kind.lr or best_of(found.rates[DEFAULT]) * kind.times
         for seed in range(bench.num_seeds):
             found.outcomes.setdefault(arm, {})[seed] = world.train(arm, lr, seed)
         yield found
@@ -293,8 +297,8 @@ def tables(known: Mapping[str, Any]) -> Iterator[str]:
     for name, own in known["worlds"].items():
         found = from_json(own)
         if found.rates:
-            yield from ("", f"{name}: held-out loss after {known['steps']} steps with seed 0, by learning rate", "",
-                        "| arm | |", "|---|---|")
+            yield from ("", f"{name}: held-out loss after {known['steps']} steps, by learning rate", "", "| arm | |",
+                        "|---|---|")
             yield from (f"| {arm} | {', '.join(f'{lr:.4g}: {loss:.4f}' for lr, loss in sorted(losses.items()))} |"
                         for arm, losses in found.rates.items())
         rows = [found.row(arm) for arm, outcomes in found.outcomes.items() if outcomes]
@@ -337,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--worlds", nargs="*", default=list(WORLDS), choices=WORLDS)
     parser.add_argument("--arms", nargs="*", default=list(PEERS), choices=[*PEERS, *CHANGES], help="beside the default")
     parser.add_argument("--steps", type=int, default=24, help="optimizer steps of each training")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of each arm at its learning rate")
+    parser.add_argument("--seeds", type=int, default=6, help="trainings of each arm at its learning rate")
     parser.add_argument("--minutes", type=float, default=math.inf, help="when to stop")
     given = parser.parse_args(arguments)
     if given.tables:
@@ -346,11 +350,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.out is None:
         parser.error("--out FOLDER or --tables FILE")
     bench = Bench(given.out, given.steps, given.seeds, time.time() + given.minutes * 60)
-    rates: dict[str, dict[float, float]] = {}
     path = given.out / "recipes.json"
     try:
         for world in given.worlds:
-            for found in measure(bench, world, [DEFAULT, *given.arms], rates):
+            for found in measure(bench, world, [DEFAULT, *given.arms]):
                 add(path, given.steps, world, found)
     except Stopped:
         print("the minutes are over: the same command goes on")

@@ -24,8 +24,8 @@ RESULTS = ROOT / "benchmarks" / "recipes.json"
 
 
 @pytest.mark.parametrize(("best", "tried"), [
-    (1.0, [0.5, 1, 2]), (2.0, [1, 2, 4]), (0.5, [0.25, 0.5, 1, 2]), (8.0, [1, 2, 4, 8, 16]),
-    (1000.0, [1, 2, 4, 8, 16, 32])])
+    (1.0, [0.5, 1, 2, 4]), (2.0, [0.5, 1, 2, 4]), (0.5, [0.25, 0.5, 1, 2, 4]), (8.0, [0.5, 1, 2, 4, 8, 16]),
+    (1000.0, [0.5, 1, 2, 4, 8, 16, 32])])
 def test_the_search_ends_where_the_best_has_a_worse_one_on_both_sides(best: float, tried: list[float]) -> None:
     losses = recipes.searched(lambda lr: abs(math.log(lr / best)), 1.0)
     assert sorted(losses) == tried
