@@ -56,9 +56,12 @@ def test_operations_are_what_autograd_says_of_plain_ones() -> None:
         torch.testing.assert_close(EAGER.in_heads_backward(gradient, x.detach(), scale, weight, own), wanted.float())
 
 
+@pytest.mark.parametrize("in_parts", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_gelu_and_its_gradient_in_parts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gelu_and_its_gradient(dtype: torch.dtype, in_parts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts, as on a CPU, and at once, as on a GPU."""
     monkeypatch.setattr(block_operations, "_PART", 1000)
+    monkeypatch.setattr(block_operations, "_goes_in_parts", lambda x: in_parts)
     x = torch.cat([torch.linspace(-30, 30, 1201), torch.randn(1199)]).view(2, 1200).to(dtype)
     gradient, exact = torch.randn(2, 1200).to(dtype), x.double().requires_grad_()
     plain = torch.nn.functional.gelu(exact, approximate="tanh")

@@ -96,13 +96,17 @@ _PART = 2 ** 16
 """Numbers that go through all operations of a GELU before the next ones do: on a CPU they stay in its cache."""
 
 
+def _goes_in_parts(x: torch.Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
 def gelu_backward(x: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """GELU (tanh) of x again, and the gradient for x, from one sigmoid. It takes the memory of `gradient`, that for the
     GELU's answer, which is lost.
     """
-    if x.device.type != "cpu":
-        raised = functional.gelu(x, approximate="tanh")
-        return raised, torch.ops.aten.gelu_backward(gradient, x, approximate="tanh")
+    if not _goes_in_parts(x):
+        torch.ops.aten.gelu_backward.grad_input(gradient, x, approximate="tanh", grad_input=gradient)
+        return functional.gelu(x, approximate="tanh"), gradient
     raised, one, zero = torch.empty_like(x), torch.ones(()), torch.zeros(())
     sigmoids, slopes = torch.empty(2, min(_PART, x.numel()))  # one memory for all parts
     for part, out, given in zip(*(torch.split(t.view(-1), _PART) for t in (x, raised, gradient)), strict=True):
