@@ -113,11 +113,11 @@ def test_what_is_chosen_fits_is_the_fastest_of_those_and_has_its_neighbours():
 
 def test_a_product_in_bytes_takes_a_slice_at_a_time():
     assert block.SLICE == quantised.SLICE
-    # Two numbers of four bytes and one of one, of 2,048 tokens at the widest; a weight; a tensor of the feed-forward's
-    # width less than when its inner values are raised again, which takes more where clips are long.
+    # Two numbers of four bytes and one of one, of half of 3,120 tokens at the widest; a weight; a tensor of the
+    # feed-forward's width less than when its inner values are raised again, which takes more where clips are long.
     own = job("wan21_t2v_14b", Bucket(5, 480, 832)).block
     assert block.working_bytes(own, "all", "int8") - block.working_bytes(own, "all", "dtype") == \
-        2048 * 13_824 * 9 + 5120 * 13_824 - 2 * own.tokens * 13_824
+        1560 * 13_824 * 9 + 5120 * 13_824 - 2 * own.tokens * 13_824
     own = job("wan21_t2v_14b").block
     assert block.working_bytes(own, "all", "int8") == block.working_bytes(own, "all", "dtype")
 

@@ -6,6 +6,7 @@ is kept follows from what it says, and the rest was counted (tests/memory_oracle
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -60,7 +61,7 @@ CASTING = {2: 6, 4: 4}
 """Bytes that a weight of fp8 takes while it is cast, by bytes of a number: in float32, and as it will be."""
 
 SLICE = 2048
-"""Tokens that a product in bytes takes at once (wantrain.models.quantised)."""
+"""Tokens that a product in bytes takes at once, at the most: in nearly equal parts (wantrain.models.quantised)."""
 
 INT8_SLICE_BYTES = 9
 """Of each of these tokens, and of each number of the widest input or answer: one byte, and two numbers of four."""
@@ -92,7 +93,8 @@ def working_bytes(own: Sizes, keep: str, form: str) -> float:
         return own.nbytes(OTHER_WORKING[keep])
     weight, inner, most = own.dim * own.ffn_dim, own.nbytes(Tensors(0, 1)), own.nbytes(BACKWARD[own.itemsize])
     if form == "int8":
-        most = max(most, most - inner + weight + INT8_SLICE_BYTES * own.ffn_dim * min(SLICE, own.tokens))
+        at_once = math.ceil(own.tokens / math.ceil(own.tokens / SLICE))
+        most = max(most, most - inner + weight + INT8_SLICE_BYTES * own.ffn_dim * at_once)
     elif form != "dtype":
         casting = CASTING[own.itemsize] if form == "fp8" else 0
         most = max(most, most - inner + own.itemsize * weight, most - 2 * inner + casting * weight)
