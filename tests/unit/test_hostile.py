@@ -88,12 +88,12 @@ def frames_of(path):
 def test_a_worker_that_crashes_hangs_or_exits_stops_no_other_item(ordered):
     items = ["a", "crash", "b", "hang", "c", "raise", "d"]
     results = {item: (result, why) for item, result, why in
-               in_workers(misbehave, items, 1, 0.5, "data.timeout_s", ordered=ordered)}
+               in_workers(misbehave, items, 1, 1.5, "data.timeout_s", ordered=ordered)}
     assert results.keys() == set(items)
     assert [results[item] for item in "abcd"] == [(item, None) for item in "abcd"]
     assert results["crash"] == (None, Failure(Ending.CRASHED, "its reader crashed (exit code -11)"))
     assert results["raise"] == (None, Failure(Ending.CRASHED, "its reader crashed (exit code 3)"))
-    late = Failure(Ending.TIMED_OUT, "not finished after 0.5 s; allow more with data.timeout_s")
+    late = Failure(Ending.TIMED_OUT, "not finished after 1.5 s; allow more with data.timeout_s")
     assert results["hang"] == (None, late)
 
 
