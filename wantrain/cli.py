@@ -273,7 +273,7 @@ def _refuse_missing(config: Config, verb: str) -> None:
     if verb in ("run", "check", "train"):
         own += filter(None, [config.lora.start_from])
     if verb in ("run", "check", "sample", "evaluate"):
-        own += filter(None, [config.sampler.fast_lora, *(split_strengths(word)[0] for word in config.sampler.loras)])
+        own += [split_strengths(word)[0] for word in filter(None, [config.sampler.fast_lora, *config.sampler.loras])]
         if config.sampler.extend_prompts:
             importlib.import_module("wantrain.models.hub").here(config.sampler.extend_prompts)
     if own:
