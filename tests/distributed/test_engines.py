@@ -17,7 +17,13 @@ from wantrain.engine.optimizers import OPTIMIZERS
 FILES = {"DDP": "ddp", "ZeRO-1": "zero1", "ZeRO-2": "zero2", "ZeRO-3": "zero3", "ZeRO-3 offload": "zero3_offload",
          "FSDP2": "fsdp2"}
 REPEATING = ("ZeRO-1", "ZeRO-3 offload")
-"""Engines with which wantrain does nothing else than with ZeRO-2 and ZeRO-3; what they train is in the tier long."""
+"""Engines with which wantrain does nothing else than with ZeRO-2 and ZeRO-3; what they train is in the tier long. So is
+what other engines than DDP train with other optimizers than AdamW.
+"""
+
+
+def is_long(row):
+    return not row.refused and (row.engine in REPEATING or (row.engine != "DDP" and row.optimizer != "adamw"))
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +33,7 @@ def bench(forker, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", [
-    pytest.param(row, marks=pytest.mark.long if row.engine in REPEATING and not row.refused else ()) for row in ROWS],
-    ids=str)
+    pytest.param(row, marks=pytest.mark.long if is_long(row) else ()) for row in ROWS], ids=str)
 def test_the_page_says_what_is_found(bench, row):
     if not row.refused and row.optimizer in PACKAGES:
         pytest.importorskip(PACKAGES[row.optimizer])
