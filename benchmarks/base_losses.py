@@ -20,7 +20,8 @@ import torch
 from torch.nn import functional
 
 from benchmarks.base_forms import forms, transformer_of
-from wantrain import cli, flow
+from benchmarks.memorising import trained
+from wantrain import flow
 
 FIELDS, TEXT_DIM = (4, 16, 5, 16, 16), 4096
 """A batch of the twin's latents [B, C, T, H, W], of 320 tokens each."""
@@ -33,9 +34,7 @@ def demo_loss(out: Path, form: str, seed: int, num_steps: int) -> float:
         own = ["recipe=demo_anime", "tracker=none", f"run.dir={run}", f"data.cache_dir={out / 'cache'}",
                f"memory.base={form}", f"train.seed={seed}", f"train.num_steps={num_steps}",
                f"train.save_every={num_steps}", f"validation.every_steps={num_steps}", "sampler.every_steps=0"]
-        for verb in ("cache", "train"):
-            if cli.main([verb, *own]):
-                raise SystemExit(f"{verb} failed")
+        trained(own)
     return float(json.loads((run / "judgement.json").read_text())["heldout"]["loss"][-1])
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import io
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,16 @@ def write_clips(folder: Path, number: int, caption: str, first_seed: int = 0) ->
         pictures.write_mp4(folder / f"clip_{i}.mp4", moving_square(first_seed + i, 9, 2 * SIZE[0], 2 * SIZE[1]), 16)
         (folder / f"clip_{i}.txt").write_text(caption.format(i))
     return folder
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
+    """A shard of (name, bytes), in this order."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
 
 
 def write_style(folder: Path) -> Path:

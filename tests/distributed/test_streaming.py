@@ -5,13 +5,11 @@ The launched script is `wantrain` with a note of every sample that a process is 
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -19,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import moving_square
+from tests.conftest import moving_square, write_tar
 from tests.runs import LAUNCH, numbers, state
 from wantrain import cli, pictures
 
@@ -56,11 +54,7 @@ def write_shards(folder: Path) -> Path:
         pictures.write_mp4(folder / "x.mp4", moving_square(number, 8 if number < NUM_SHORT else 12, 32, 48), 16)
         members += [(f"{number}.mp4", (folder / "x.mp4").read_bytes()), (f"{number}.txt", b"sqstyle, no %d" % number)]
     for shard, part in enumerate((members[:6] + members[12:], members[6:12])):
-        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
-            for name, data in part:
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+        write_tar(folder / f"{shard}.tar", part)
     return folder / "*.tar"
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.conftest import moving_square
+from tests.conftest import moving_square, write_tar
 from wantrain.data import cameras, decode, manifest, media, plan
 from wantrain.data.manifest import ClipSource
 from wantrain.pictures import write_mp4
@@ -111,12 +109,8 @@ def test_a_folder_a_manifest_and_a_shard_bring_cameras(tmp_path: Path) -> None:
     poses = write(tmp_path / "set" / "camera" / "a.txt", [line(k) for k in range(9)])
     (tmp_path / "set.jsonl").write_text(
         '{"video": "set/a.mp4", "caption": "a square", "camera": "set/camera/a.txt"}\n')
-    with tarfile.open(tmp_path / "set.tar", "w") as tar:
-        for name, data in (("a.mp4", (tmp_path / "set" / "a.mp4").read_bytes()), ("a.txt", b"a square"),
-                           ("a.camera.txt", poses.read_bytes())):
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+    write_tar(tmp_path / "set.tar", (("a.mp4", (tmp_path / "set" / "a.mp4").read_bytes()), ("a.txt", b"a square"),
+                                     ("a.camera.txt", poses.read_bytes())))
     shown = []
     for source in ("set", "set.jsonl", "set.tar"):
         clip, = manifest.read(ClipSource("s", str(tmp_path / source)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import tarfile
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
@@ -12,7 +10,7 @@ import av
 import numpy as np
 import pytest
 
-from tests.conftest import moving_square
+from tests.conftest import moving_square, write_tar
 from tests.tiny_tasks import tone, write_sound
 from wantrain.data import decode, films, manifest, media, plan, sound
 from wantrain.data.manifest import ClipSource
@@ -87,12 +85,8 @@ def test_a_folder_a_manifest_and_a_shard_bring_sounds_and_a_film_its_own(tmp_pat
     (tmp_path / "set" / "a.txt").write_text("a square")
     beside = write_sound(tmp_path / "set" / "audio" / "a.wav", 200)
     (tmp_path / "set.jsonl").write_text('{"video": "set/a.mkv", "caption": "a square", "audio": "set/audio/a.wav"}\n')
-    with tarfile.open(tmp_path / "set.tar", "w") as tar:
-        for name, data in (("a.mkv", (tmp_path / "set" / "a.mkv").read_bytes()), ("a.txt", b"a square"),
-                           ("a.audio.wav", beside.read_bytes())):
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+    write_tar(tmp_path / "set.tar", (("a.mkv", (tmp_path / "set" / "a.mkv").read_bytes()), ("a.txt", b"a square"),
+                                     ("a.audio.wav", beside.read_bytes())))
     for source in ("set", "set.jsonl", "set.tar"):
         clip, = with_sound(VARIANTS["tiny_wan_s2v"], manifest.read(ClipSource("s", str(tmp_path / source))))
         window, = planned(clip)

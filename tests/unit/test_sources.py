@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import moving_square
+from tests.conftest import moving_square, write_tar
 from wantrain import pictures
 from wantrain.data import decode, manifest, media
 from wantrain.data.shards import LONGEST_TEXT_BYTES
@@ -117,16 +117,6 @@ def write_parquet(path, lines, **kinds):
 
 
 ENCODED = {"video": datasets.Video(), "control": datasets.Video(), "mask": datasets.Image()}
-
-
-def write_tar(path, members):
-    """A shard of (name, bytes), in this order."""
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return path
 
 
 def samples(folder, texts_in_json=False):

@@ -90,8 +90,8 @@ def detect(shapes: Shapes, file_name: str | None, config: Mapping[str, Any] | No
     UserError when the tensors are no Wan transformer at all.
     """
     layout: Layout = "official" if "head.modulation" in shapes else "diffusers"
-    is_driven = any(driven_to_official(name) != name for name in shapes)
-    shapes = {driven_to_official(name): shape for name, shape in shapes.items()}
+    given, shapes = shapes, {driven_to_official(name): shape for name, shape in shapes.items()}
+    is_driven = shapes.keys() != given.keys()
     for mark, family in _UNSUPPORTED.items():
         if any(name.startswith(mark) for name in shapes):
             return Detection(layout, (), (), False, None, f"this is a {family} transformer (it has {mark}*), which "
