@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tests.allocations import Allocations
 from wantrain import flow
 from wantrain.lora import Spec
-from wantrain.models import block_operations
+from wantrain.models import block_operations, four_bits
 from wantrain.models.block import BlockMemory, train_blocks
 from wantrain.models.copies import LateCopies
 from wantrain.models.encode import autocast, predict_velocity
@@ -72,6 +72,7 @@ def counted(step: Step, fake: bool = True) -> Counted:
             parameter.grad = torch.zeros_like(parameter)
         with Allocations() as allocations, pytest.MonkeyPatch.context() as patch:
             patch.setattr(LateCopies, "host", allocations.elsewhere(LateCopies.host))
+            patch.setattr(four_bits, "unpacked", unpacked)
             if fake:  # a fake operation costs as much, however small it is
                 patch.setattr(block_operations, "_goes_in_parts", lambda x: False)
             if step.swap or step.offload:
@@ -88,7 +89,9 @@ def transformer(step: Step) -> torch.nn.Module:
     kept = set(class_of(step.variant)._keep_in_fp32_modules)
     with torch.device("meta"):
         model = class_of(step.variant).from_config(diffusers_config(step.variant))
-        if step.form:
+        if step.form == "nf4":
+            put_in_four_bits(model)
+        elif step.form:
             quantise(model, step.form, may_use_bytes=True)
     for name, parameter in model.named_parameters():
         layer = model.get_submodule(name.rpartition(".")[0])
@@ -99,6 +102,23 @@ def transformer(step: Step) -> torch.nn.Module:
     fit(model, torch.device("cuda"), NewAdapter(step.targets, Spec(step.rank, step.rank, step.kind), 0),
         memory=BlockMemory(step.keep))
     return model
+
+
+def put_in_four_bits(model: torch.nn.Module) -> None:
+    """The bytes and scales that bitsandbytes would make, which need not be there for their sizes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(four_bits, "fault", lambda form: None)
+        quantise(model, "nf4")
+    for layer in model.modules():
+        if isinstance(layer, QuantisedLinear):
+            out, width = layer.out_features, layer.in_features
+            layer.weight = layer.keep(torch.empty(out, width // 2, dtype=torch.int8),
+                                      torch.empty(out, width // four_bits.RUN))
+
+
+def unpacked(stored: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In the place of bitsandbytes' kernel, which writes straight into its answer."""
+    return torch.empty(len(stored), 2 * stored.shape[1], dtype=dtype)
 
 
 def fill(model: torch.nn.Module) -> None:

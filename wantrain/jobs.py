@@ -37,6 +37,9 @@ CGROUP = Path("/sys/fs/cgroup")
 QUOTAS = ("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")
 """Where cgroup 2 and cgroup 1 say `MICROSECONDS PERIOD` that a container may compute; `max` and -1 are no limit."""
 
+LEAVING_S = 5.0
+"""What a worker without an item may take to end, before it is killed."""
+
 
 class Ending(enum.Enum):
     """How the work on an item came out: with a result, with a result that tells what is wrong with the item, or with
@@ -143,14 +146,17 @@ class _Worker:
             except (EOFError, OSError):
                 self.process.join()
                 failure = Failure(Ending.CRASHED, f"its reader crashed (exit code {self.process.exitcode})")
+        self.process.kill()
         self.end()
         self.start()
         return None, failure
 
     def end(self) -> None:
+        self.pipe.close()
+        if self.item is None:  # it leaves by itself, and gives back what it holds of the system
+            self.process.join(LEAVING_S)
         self.process.kill()
         self.process.join()
-        self.pipe.close()
         self.written.unlink(missing_ok=True)
 
 

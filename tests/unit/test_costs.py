@@ -147,7 +147,8 @@ FEW = {"1b3, swapped": job("wan21_t2v_1b3", SMALL, layers=4), "i2v": job("wan21_
 @pytest.mark.parametrize(("which", "base", "keep", "swap"), [
     ("1b3, swapped", "int8", "inputs", 3), ("i2v", "dtype", "attention", 0),
     *(pytest.param(*given, marks=pytest.mark.slow) for given in (
-        ("float32", "dtype", "all", 0), ("vace", "fp8", "all", 0), ("5b", "dtype", "all", 0)))])
+        ("float32", "dtype", "all", 0), ("vace", "fp8", "all", 0), ("5b", "dtype", "all", 0),
+        ("1b3, swapped", "nf4", "attention", 2)))])
 def test_the_peak_is_what_counting_allocations_finds(which, base, keep, swap):
     assert abs(error_of(FEW[which], replace(policy(FEW[which], base, keep), swap=swap))) < 0.02
 
@@ -162,7 +163,7 @@ def drawn(seed):
     own = job(variant.name, bucket, layers=draw.randint(2, 5), rows=draw.choice([1, 1, 2]),
               targets=draw.choice([("attn",), ("attn_ffn",), ("all_linear",), (r"blocks\.1\..*ffn.*",)]),
               rank=draw.choice([4, 16, 32, 128]), itemsize=draw.choice([2, 2, 4]))
-    used = policy(own, draw.choice(["dtype", "int8", "fp8"]), draw.choice(costs.KEEPS))
+    used = policy(own, draw.choice(["dtype", "int8", "fp8", "nf4"]), draw.choice(costs.KEEPS))
     return own, replace(used, swap=draw.choice([0, 0, draw.randint(1, own.num_blocks)]))
 
 

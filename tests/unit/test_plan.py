@@ -7,6 +7,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -502,3 +504,17 @@ def test_a_look_that_crashes_or_hangs_takes_no_other_with_it():
     assert got[work[1]] == (None, Failure(Ending.CRASHED, "its reader crashed (exit code 7)"))
     assert got[work[2]][1].ending is Ending.TIMED_OUT
     assert got[work[3]] == ("last", None)
+
+
+HOLDS_A_LOCK = """
+from wantrain.jobs import in_workers
+if __name__ == "__main__":
+    print(list(in_workers(eval, ["globals().update(kept=__import__('multiprocessing').Lock())"], 1, 60.0)))
+"""
+
+
+def test_workers_give_back_what_they_hold_of_the_system(tmp_path):
+    script = tmp_path / "holds_a_lock.py"
+    script.write_text(HOLDS_A_LOCK)
+    done = subprocess.run([sys.executable, script], check=False, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")  # Python tells of semaphores that nobody gave back
