@@ -131,8 +131,9 @@ def main() -> None:
     contestants = {"diffusers + PEFT": Blocks(transformer_of(given.rank), side, given.text),
                    "diffusers + PEFT, checkpointed": Blocks(transformer_of(given.rank), side, given.text,
                                                             checkpointed=True)}
-    for keep in KEEPS:
-        contestants[f"wantrain, memory.keep={keep}"] = Blocks(trained(transformer_of(given.rank), keep), side,
+    for keep in (*KEEPS, ("attention", "inputs")):
+        told = keep if isinstance(keep, str) else f"auto, as {' and '.join(keep)}"
+        contestants[f"wantrain, memory.keep={told}"] = Blocks(trained(transformer_of(given.rank), keep), side,
                                                               given.text)
     floor = Floor(ARCHITECTURE, tokens, given.text, given.rank)
     print(f"{tokens} tokens, text {given.text}, rank {given.rank}, {given.rounds} rounds")
@@ -148,7 +149,7 @@ def main() -> None:
             print(f"{ratio:7.3f} x bare passes, sampling: {name}", flush=True)
 
 
-def trained(model: torch.nn.Module, keep: str) -> torch.nn.Module:
+def trained(model: torch.nn.Module, keep: str | tuple[str, ...]) -> torch.nn.Module:
     """The same, with wantrain's blocks."""
     train_blocks(model, BlockMemory(keep), CPU)
     return model
