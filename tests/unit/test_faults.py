@@ -68,7 +68,7 @@ def test_a_skipped_step_leaves_the_update_out_and_is_counted(trained, poison):
 def test_a_run_with_a_skipped_step_resumes_bitwise(trained, poison):
     """Also the number of updates, by which AdamW corrects its moments."""
     poison(1)
-    own = ["train.on_nonfinite=skip", "train.micro_batch_size=2", "optim.ema_decay=0.9"]
+    own = ["train.on_nonfinite=skip", "train.micro_batch_size=2", "optim.ema=0.3"]
     whole = trained("whole", *own)
     trained("parts", *own, "train.num_steps=2")
     parts = trained("parts", *own)

@@ -15,7 +15,7 @@ from tests.conftest import opened
 from wantrain import engine, lora
 from wantrain.config import defaults, load
 from wantrain.engine import checkpoint, optimizers, snapshot, states
-from wantrain.engine.ema import Ema, decay_at
+from wantrain.engine.ema import Ema, share_at
 from wantrain.engine.optimizers import OPTIMIZERS, OptimizerKind
 from wantrain.engine.saved import CheckpointStore, Progress, Record
 from wantrain.models import base
@@ -69,6 +69,9 @@ class Learner:
                 self.ema.update(step + 1)
         return self
 
+    def at_average(self):
+        return optimizers.at_average(self.accelerator, self.model, self.optimizer, self.kind, self.ema)
+
     def tensors(self):
         return snapshot.gather(self.accelerator, self.model, self.optimizer, self.kind, self.ema)
 
@@ -82,7 +85,7 @@ class Learner:
 def learner():
     """learner("adamw", ...) -> a fresh training with that optimizer."""
 
-    def call(name, factors=None, ema_decay=None, weight_decay=0.01):
+    def call(name, factors=None, mean_age=None, weight_decay=0.01):
         if OPTIMIZERS[name].package:
             pytest.importorskip(OPTIMIZERS[name].package)
         accelerator = Accelerator(cpu=True, mixed_precision="no")
@@ -91,7 +94,7 @@ def learner():
         groups = optimizers.groups(own, factors or dict.fromkeys(own, 1.0))
         model, optimizer = accelerator.prepare(tiny, optimizers.make(
             name, groups, lr=LR[name], betas=[0.9, 0.99], eps=1e-8, weight_decay=weight_decay))
-        ema = None if ema_decay is None else Ema(accelerator, model, ema_decay)
+        ema = None if mean_age is None else Ema(accelerator, model, mean_age)
         return Learner(accelerator, model, optimizer, OPTIMIZERS[name], ema, LR[name])
 
     return call
@@ -105,7 +108,7 @@ def same_bits(a, b):
 @pytest.mark.parametrize("k", [0, 1, 50])
 def test_n_steps_are_k_and_resume_and_the_rest_bitwise(learner, tmp_path, name, k):
     settings = {"factors": None if name == "prodigy" else FACTORS,
-                "ema_decay": None if name == "schedule_free" else 0.5}
+                "mean_age": None if name == "schedule_free" else 0.2}
     whole = learner(name, **settings).train(range(MANY)).tensors()
     part = learner(name, **settings).train(range(k)).tensors()
     saved = checkpoint.save(CheckpointStore(tmp_path), Progress(k), part, Record({}))
@@ -120,7 +123,7 @@ def test_what_a_checkpoint_holds(learner):
         return {key.rpartition("|")[2] for key in learner(name, **settings).train(range(2)).tensors()}
 
     assert keys("adamw") == {"value", "exp_avg", "exp_avg_sq"}
-    assert keys("adamw", ema_decay=0.9) == {"value", "exp_avg", "exp_avg_sq", "ema"}
+    assert keys("adamw", mean_age=0.2) == {"value", "y", "exp_avg", "exp_avg_sq"}
     assert keys("prodigy") == {"value", "exp_avg", "exp_avg_sq", "s", "p0", "k", "d", "d_max", "d_numerator"}
     assert keys("schedule_free") == {"value", "y", "z", "exp_avg_sq", "k", "weight_sum", "lr_max"}
 
@@ -152,13 +155,14 @@ def test_adamw_is_torchs(learner):
     assert same_bits(own.tensors(), other.train(range(STEPS)).tensors())
 
 
-def test_schedule_free_saves_and_validates_at_its_average_and_is_not_moved_by_it(learner):
-    quiet, looked_at = (learner("schedule_free", FACTORS) for _ in range(2))
+@pytest.mark.parametrize(("name", "mean_age"), [("schedule_free", None), ("adamw", 0.2)])
+def test_what_is_saved_and_validated_is_the_average_and_nothing_is_moved_by_it(learner, name, mean_age):
+    quiet, looked_at = (learner(name, FACTORS, mean_age) for _ in range(2))
     for step in range(STEPS):
         quiet.train([step])
         looked_at.train([step])
         before = looked_at.model.A.detach().clone()
-        with optimizers.at_average(looked_at.accelerator, looked_at.model, looked_at.optimizer, looked_at.kind):
+        with looked_at.at_average():
             inside = looked_at.model.A.detach().clone()
         assert torch.equal(looked_at.model.A, before)
     saved = looked_at.tensors()
@@ -166,14 +170,15 @@ def test_schedule_free_saves_and_validates_at_its_average_and_is_not_moved_by_it
     assert torch.equal(inside, saved["A|value"])
     assert torch.equal(before, saved["A|y"])
     assert not torch.equal(inside, before)
-    quiet.optimizer.eval()  # the library's own way there
-    assert torch.equal(quiet.model.A, saved["A|value"])
-    assert torch.equal(quiet.model.B, saved["B|value"])
+    if name == "schedule_free":
+        quiet.optimizer.eval()  # the library's own way there
+        assert torch.equal(quiet.model.A, saved["A|value"])
+        assert torch.equal(quiet.model.B, saved["B|value"])
 
 
 def test_before_its_first_step_schedule_free_is_at_its_average(learner):
     own = learner("schedule_free")
-    with optimizers.at_average(own.accelerator, own.model, own.optimizer, own.kind):
+    with own.at_average():
         assert torch.equal(own.model.A, Tiny().A)
 
 
@@ -184,7 +189,7 @@ def test_the_learning_rate_of_a_group_is_its_factor_times_the_rate(learner, name
     own.model.B.data.fill_(0.1)
     before = {n: p.detach().clone() for n, p in own.model.named_parameters()}
     own.train([0])
-    with optimizers.at_average(own.accelerator, own.model, own.optimizer, own.kind):
+    with own.at_average():
         for leaf, factor in {"A": 0.5, "B": 16.0}.items():
             moved = (own.model.get_parameter(leaf) - before[leaf]).abs()
             torch.testing.assert_close(moved.median(), torch.tensor(factor * LR[name] / 3), rtol=0.02, atol=0)
@@ -234,32 +239,46 @@ def test_schedules_are_their_closed_forms(schedule, shape, warmup, num_steps):
 
 
 def test_the_average_is_the_recurrence_over_the_values_of_the_steps(learner):
-    own = learner("adamw", ema_decay=0.4)
-    expected = {name: value.double() for name, value in checkpoint.values(own.tensors()).items()}
-    for step in range(STEPS):
-        now = checkpoint.values(own.train([step]).tensors())
-        decay = min(0.4, (2 + step) / (11 + step))
-        expected = {name: decay * expected[name] + (1 - decay) * now[name].double() for name in expected}
-    for name, average in checkpoint.values(own.tensors(), "ema").items():
-        torch.testing.assert_close(average.double(), expected[name], rtol=1e-5, atol=1e-7)
-    assert [decay_at(step, 0.9) for step in (1, 8, 79, 80, 81)] == [2 / 11, 0.5, 80 / 89, 0.9, 0.9]
+    own = learner("adamw", mean_age=0.25)
+    values = [checkpoint.values(own.train([step]).tensors(), "y") for step in range(STEPS)]
+    weights = torch.ones(STEPS, dtype=torch.float64)  # by hand: step t keeps (1 - 1 / t)^3 of what was before
+    for step in range(1, STEPS + 1):
+        kept = (1 - 1 / step) ** 3
+        weights[: step - 1] *= kept
+        weights[step - 1] = 1 - kept
+    for name, average in checkpoint.values(own.tensors()).items():
+        expected = sum(weight * own[name].double() for weight, own in zip(weights, values, strict=True))
+        torch.testing.assert_close(average.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("mean_age", [0.05, 0.2, 0.5])
+def test_the_mean_age_of_an_average_is_its_share_of_any_number_of_steps(mean_age):
+    for num_steps in (200, 5000):
+        weights, kept = [], 1.0
+        for step in range(num_steps, 0, -1):
+            weights.append(kept * share_at(step, mean_age))
+            kept *= 1 - share_at(step, mean_age)
+        assert sum(weights) == pytest.approx(1)
+        age = sum(age * weight for age, weight in enumerate(weights)) / num_steps
+        assert age == pytest.approx(mean_age, abs=0.01)
 
 
 def test_the_average_does_not_feed_back(learner):
-    with_it, without = learner("adamw", ema_decay=0.9), learner("adamw")
-    assert same_bits(checkpoint.values(with_it.train(range(3)).tensors()),
+    with_it, without = learner("adamw", mean_age=0.2), learner("adamw")
+    assert same_bits(checkpoint.values(with_it.train(range(3)).tensors(), "y"),
                      checkpoint.values(without.train(range(3)).tensors()))
 
 
 @pytest.mark.slow
 def test_train_export_and_sample_with_the_average(wantrain, tmp_path, capsys):
-    """Through the verbs: both files are written and proven, and either can be sampled with."""
+    """Through the verbs: what is exported and sampled is the average."""
     run = tmp_path / "run"
-    more = ["optim.lora_plus=4", "optim.lr_factors={attn: 0.5}", "optim.ema_decay=0.99"]
+    more = ["optim.lora_plus=4", "optim.lr_factors={attn: 0.5}", "optim.ema=0.3"]
     assert wantrain("check", "optim.lr_factors={proj_out: 2}") == 2
     capsys.readouterr()
     assert wantrain("check", *more) == 0
-    assert "adamw, learning rate 0.001, 0.002, 0.004, 0.008, average with decay 0.99" in capsys.readouterr().out
+    assert ("adamw, learning rate 0.001, 0.002, 0.004, 0.008, exported as an average of mean age 0.3 of the steps"
+            in capsys.readouterr().out)
     assert wantrain("train", *more, "train.num_steps=2") == 0
     assert wantrain("train", *more) == 0
     assert wantrain("export", *more) == 0
@@ -267,18 +286,17 @@ def test_train_export_and_sample_with_the_average(wantrain, tmp_path, capsys):
     transformer = base.find(VARIANTS["tiny_wan"], "embedded", {}).meta_transformer()
     plain = base.find(VARIANTS["tiny_wan"], "embedded", {}).meta_transformer()
     lora.inject(transformer, ["attn_ffn"], lora.Spec(4, 4), 0)
-    for key, name in (("value", "demo_anime"), ("ema", "demo_anime_ema")):
-        path = run / "export" / f"{name}.safetensors"
-        given = read_adapter(path, plain)
-        own = lora.adapter_state(checkpoint.values(tensors, key), lora.scales(transformer))
-        for module, leaves in own.tensors.items():
-            theirs = given.tensors[module]
-            torch.testing.assert_close(theirs["lora_B"] @ theirs["lora_A"] * given.scales[module],
-                                       leaves["lora_B"] @ leaves["lora_A"] * own.scales[module])
-    assert read_tensors(path)[1]["wantrain.ema_decay"] == "0.99"
-    values, averages = (checkpoint.values(tensors, key) for key in ("value", "ema"))
-    assert all(averages[name].any() and not torch.equal(values[name], averages[name])
-               for name in values if "lora_B" in name)
+    path = run / "export" / "demo_anime.safetensors"
+    given = read_adapter(path, plain)
+    own = lora.adapter_state(checkpoint.values(tensors), lora.scales(transformer))
+    for module, leaves in own.tensors.items():
+        theirs = given.tensors[module]
+        torch.testing.assert_close(theirs["lora_B"] @ theirs["lora_A"] * given.scales[module],
+                                   leaves["lora_B"] @ leaves["lora_A"] * own.scales[module])
+    assert read_tensors(path)[1]["wantrain.ema"] == "0.3"
+    averages, last = (checkpoint.values(tensors, key) for key in ("value", "y"))
+    assert all(averages[name].any() and not torch.equal(last[name], averages[name])
+               for name in averages if "lora_B" in name)
     assert wantrain("sample", *more, f"sampler.loras={path}", "sampler.strengths=[1]") == 0
     assert all(math.isfinite(json.loads(line)["loss"]) for line in (run / "metrics.jsonl").read_text().splitlines())
 
@@ -292,7 +310,7 @@ def test_validation_under_schedule_free_is_at_its_average_and_moves_nothing(want
                         f"validation.every_steps={every}") == 0
         kept.append(checkpoint.load(tmp_path / name / "checkpoints" / "step_000002", None)[1])
     assert same_bits(*kept)
-    training = prepare(*opened([*arguments, "train.num_steps=2", "validation.every_steps=1"]))
+    training = prepare(*opened([*arguments, "train.num_steps=2", "validation.every_steps=1", "optim.ema=null"]))
     for name, value in checkpoint.values(kept[0]).items():
         training.model.get_parameter(name).data.copy_(value)
     measuring = open_validation(training, Cached(training.clips))
@@ -308,10 +326,10 @@ def test_validation_under_schedule_free_is_at_its_average_and_moves_nothing(want
     (["optim.name=prodigy", "optim.lr=1", "optim.lora_plus=2"], r"optim\.lora_plus = 2.*prodigy"),
     (["optim.name=prodigy", "optim.lr=1", "optim.lr_factors={attn: 2}"], r"optim\.lr_factors.*prodigy"),
     (["optim.name=schedule_free", "optim.schedule=cosine"], r"optim\.schedule = 'cosine'.*constant"),
-    (["optim.name=schedule_free", "optim.ema_decay=0.9"], r"optim\.ema_decay = 0\.9.*null"),
     (["optim.name=schedule_free", "optim.betas=[0, 0.99]"], r"optim\.betas.*first"),
     (["optim.betas=[0.9, 1]"], r"optim\.betas.*\[0, 1\)"),
-    (["optim.ema_decay=1"], r"optim\.ema_decay"),
+    (["optim.ema=0.99"], r"optim\.ema = 0\.99.*at most 0\.5"),
+    (["optim.ema_decay=0.99"], r"optim\.ema_decay; did you mean optim\.ema\?"),
     (["optim.lora_plus=0"], r"optim\.lora_plus"),
     (["optim.lora_plus=16", "lora.kind=lokr"], r"optim\.lora_plus = 16.*lokr"),
     (["optim.lr_factors={attn: 0}"], r"optim\.lr_factors"),

@@ -41,8 +41,8 @@ from wantrain.outside import Outside
 from wantrain.tensors import read_tensors, write_tensors
 from wantrain.terms import UserError
 
-VALUE, EMA, POINT = "value", "ema", "y"
-"""Keys beside those of the optimizer: what the adapter is, its average, and where schedule-free trains on."""
+VALUE, POINT = "value", "y"
+"""Keys beside those of the optimizer: what the adapter is, and, where that is an average, where training goes on."""
 
 
 def values(tensors: Mapping[str, torch.Tensor], key: str = VALUE) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""An exponential moving average of the adapter, beside the training: it never feeds back."""
+"""An average of the adapter over its steps, beside the training: it never feeds back."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from accelerate import Accelerator
 from wantrain.engine.states import parameters_of, whole
 
 
-def decay_at(step: int, decay: float) -> float:
-    """The decay of step `step` (from 1): the usual warm-up min(decay, (1 + step) / (10 + step)).
+def share_at(step: int, mean_age: float) -> float:
+    """What of the average the values of step `step` (from 1) become.
 
-    So that the average leaves the start, where an adapter has no effect, within a few steps, whatever the decay.
+    So each step counts as step^g in the average, whose mean age is 1 / (g + 2) of the steps so far (Karras et al. 2024,
+    section 3.1: a power function). It needs no length of the training, and forgets the start, where an adapter has no
+    effect, at any length.
     """
-    return min(decay, (1 + step) / (10 + step))
+    return 1 - (1 - 1 / step) ** (1 / mean_age - 1)
 
 
 class Ema:
@@ -25,16 +27,15 @@ class Ema:
     under ZeRO-3 and FSDP2 alone the adapter is gathered at each step.
     """
 
-    def __init__(self, accelerator: Accelerator, model: torch.nn.Module, decay: float) -> None:
-        self._accelerator, self._parameters, self._decay = accelerator, parameters_of(accelerator, model), decay
+    def __init__(self, accelerator: Accelerator, model: torch.nn.Module, mean_age: float) -> None:
+        self._accelerator, self._parameters, self._mean_age = accelerator, parameters_of(accelerator, model), mean_age
         with whole(accelerator, self._parameters) as values:
             self.tensors = {name: value.float().clone() for name, value in values.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """average <- average + (1 - decay) (value - average), after step `step` (from 1). Every process must call it.
-        """
-        share = 1 - decay_at(step, self._decay)
+        """Take in the values after step `step` (from 1). Every process must call it."""
+        share = share_at(step, self._mean_age)
         with whole(self._accelerator, self._parameters) as values:
             for name, average in self.tensors.items():
                 average.lerp_(values[name], share)

@@ -16,7 +16,8 @@ import torch
 from accelerate import Accelerator
 
 from wantrain.engine import is_fsdp, offloads_optimizer, zero_stage
-from wantrain.engine.states import parameters_of, states
+from wantrain.engine.ema import Ema
+from wantrain.engine.states import fill, parameters_of, states, whole
 from wantrain.terms import UserError
 
 
@@ -134,24 +135,22 @@ def averaged(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any) -
 
 
 @contextlib.contextmanager
-def at_average(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any, kind: OptimizerKind) -> Iterator[None]:
-    """In the block, the model holds the values that the optimizer has found; after it, those that it trains at.
+def at_average(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any, kind: OptimizerKind, ema: Ema | None
+               ) -> Iterator[None]:
+    """In the block, the model holds what a checkpoint gives as the adapter; after it, the values that it trains at.
 
-    Only schedule-free keeps the two apart. Going there and back by its own formula would round each time, and
-    validation would move the training; so the model gets its own bits back. Every process must call it.
+    They differ where an average is kept, `ema` or that of schedule-free. Going there and back by the latter's formula
+    would round each time, and validation would move the training; so the model gets its own bits back. Every process
+    must call it.
     """
-    if not kind.averages:
+    if ema is None and not kind.averages:
         yield
         return
     parameters = parameters_of(accelerator, model)
-    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    _fill(parameters, averaged(accelerator, model, optimizer))
+    with whole(accelerator, parameters) as values:
+        before = {name: value.clone() for name, value in values.items()}
+    fill(accelerator, parameters, averaged(accelerator, model, optimizer) if ema is None else ema.tensors)
     try:
         yield
     finally:
-        _fill(parameters, before)
-
-
-def _fill(parameters: Mapping[str, torch.nn.Parameter], values: Mapping[str, torch.Tensor]) -> None:
-    for name, value in values.items():
-        parameters[name].data.copy_(value)
+        fill(accelerator, parameters, before)

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from wantrain.engine import is_deepspeed
-from wantrain.engine.checkpoint import EMA, POINT, VALUE, values
+from wantrain.engine.checkpoint import POINT, VALUE, values
 from wantrain.engine.ema import Ema
 from wantrain.engine.optimizers import OptimizerKind, average, beta_of
 from wantrain.engine.states import COUNT, State, inner, is_zero3, link, parameters_of, sharded_like, states
@@ -20,17 +20,18 @@ def gather(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any, kin
            ) -> dict[str, torch.Tensor]:
     """All that the next step needs, whole and on the CPU; every process must call it.
 
-    `NAME|value` is what the adapter is, `NAME|KEY` each tensor that the optimizer keeps for it (absent before the
-    first step), `NAME|ema` its average; `(group N)|KEY` are the numbers that the optimizer keeps for a param group.
+    `NAME|value` is what the adapter is, `NAME|y` where training goes on if that is an average, `NAME|KEY` each tensor
+    that the optimizer keeps for it (absent before the first step); `(group N)|KEY` are the numbers that the optimizer
+    keeps for a param group.
     """
     tensors: dict[str, torch.Tensor] = {}
     for name, value, kept in states(accelerator, model, optimizer):
         own = {VALUE: value, **kept}
         if kind.averages:
             own |= {POINT: value, VALUE: average(value, kept["z"], beta_of(optimizer)) if kept else value}
+        elif ema is not None:
+            own |= {POINT: value, VALUE: ema.tensors[name]}
         tensors |= {f"{name}|{key}": _saved(tensor) for key, tensor in own.items()}
-    if ema is not None:
-        tensors |= {f"{name}|{EMA}": _saved(tensor) for name, tensor in ema.tensors.items()}
     for number, group in enumerate(inner(accelerator, optimizer).param_groups):
         for key in kind.scalars:
             number_type = torch.int64 if isinstance(group[key], int) else torch.float64
@@ -52,9 +53,9 @@ def restore(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any, *,
     kept: dict[str, dict[str, torch.Tensor]] = {name: {} for name in parameters}
     for full, tensor in tensors.items():
         name, _, key = full.rpartition("|")
-        if name in kept and key not in (VALUE, EMA, POINT):
+        if name in kept and key not in (VALUE, POINT):
             kept[name][key] = tensor
-    point = values(tensors, POINT if kind.averages else VALUE)
+    point = values(tensors, VALUE if ema is None and not kind.averages else POINT)
     found = [State(name, point[name], kept[name]) for name in parameters]
     if is_deepspeed(accelerator):
         _restore_deepspeed(optimizer, parameters, found)
@@ -70,7 +71,7 @@ def restore(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any, *,
     for number, group in enumerate(itself.param_groups):
         group |= {key: tensors[f"(group {number})|{key}"].item() for key in kind.scalars}
     if ema is not None:
-        ema.restore(values(tensors, EMA))
+        ema.restore(values(tensors))
 
 
 def _restore_deepspeed(optimizer: Any, parameters: Mapping[str, torch.nn.Parameter], found: Sequence[State]) -> None:

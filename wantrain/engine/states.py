@@ -46,6 +46,21 @@ def whole(accelerator: Accelerator, parameters: Mapping[str, torch.nn.Parameter]
         yield {name: p.detach() for name, p in parameters.items()}
 
 
+def fill(accelerator: Accelerator, parameters: Mapping[str, torch.nn.Parameter], values: Mapping[str, torch.Tensor]
+         ) -> None:
+    """Put whole values, by name, into the model; the optimizer's own are left as they are. Every process must call it.
+    """
+    if zero_stage(accelerator) < 3:
+        for name, value in values.items():
+            parameters[name].data.copy_(sharded_like(value, parameters[name]))
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameters[name] for name in values], modifier_rank=0):
+        for name, value in values.items():
+            parameters[name].data.copy_(value)
+
+
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor whole, whether it is or FSDP2 has sharded it. Every process must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -21,7 +21,7 @@ def job_of(config: Config, bucket: Bucket, num_processes: int) -> costs.Job:
     """The training of one transformer, at its largest clips; `config` is that of its expert."""
     own, loss = config.lora, config.loss
     adapter = costs.Adapter(tuple(own.targets), own.rank, own.kind.name, tuple(own.rank_pattern.items()),
-                            config.optim.name.name, config.optim.ema_decay is not None)
+                            config.optim.name.name, config.optim.keeps_average)
     batch = costs.MicroBatch(bucket, config.train.micro_batch_size, bool(loss.class_words),
                              config.train.sequence_parallel)
     asks_base = bool(loss.class_words or loss.mask_preserve) or any(s.preserve for s in config.data.sources.values())

@@ -26,17 +26,12 @@ class Written:
     worst: float
 
 
-def write_adapter(path: Path, config: Config, found: Checkpoint, key: str = checkpoint.VALUE) -> Written | None:
-    """Write one adapter of a checkpoint (its values or their average) in the config's format; None where it has none.
-    """
+def write_adapter(path: Path, config: Config, found: Checkpoint) -> Written:
+    """Write one adapter of a checkpoint in the config's format."""
     record, form = saved.record_of(found.path), config.export.format.name
-    if not (values := checkpoint.values(found.tensors, key)):
-        return None
-    state = lora.adapter_state(values, record.scales)
+    state = lora.adapter_state(checkpoint.values(found.tensors), record.scales)
     pairs, extras = from_adapter(state)
     about = metadata(record, found.progress.step)
-    if key == checkpoint.EMA:
-        about["wantrain.ema_decay"] = str(record.fingerprint["optim.ema_decay"])
     worst = write_proven(LoraFile(path, form, pairs, extras), form, about, config.export.dtype.name, state)
     return Written(len(pairs) or len(products(extras)), worst)
 

@@ -21,9 +21,9 @@ def checkpoints_of(config: Config, expert: Expert | None) -> CheckpointStore:
     return CheckpointStore(run_dir(config, expert) / "checkpoints", mirror, own.keep_checkpoints, own.keep_every)
 
 
-def workflow_path(config: Config, what: str = "") -> Path:
-    """Where `export` writes the ComfyUI workflow of the adapter, or of both experts', or of `what` of them."""
-    return Path(config.run.dir) / "export" / f"{config.run.name}{what}.workflow.json"
+def workflow_path(config: Config) -> Path:
+    """Where `export` writes the ComfyUI workflow of the adapter, or of both experts'."""
+    return Path(config.run.dir) / "export" / f"{config.run.name}.workflow.json"
 
 
 def export_path(config: Config, expert: Expert | None, what: str = "") -> Path:

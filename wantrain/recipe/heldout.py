@@ -18,7 +18,6 @@ import torch
 
 from wantrain import config as schema
 from wantrain import lora, objective, validation
-from wantrain.engine import optimizers
 from wantrain.files import digest_text, write_json
 from wantrain.recipe import drifting
 from wantrain.recipe.drifting import Drift, Squares, open_drift
@@ -93,8 +92,7 @@ class Validation:
     def numbers(self, step: int) -> dict[str, float]:
         """Measure now, after `step`, and say it in numbers; every process must call it."""
         began = time.perf_counter()
-        with optimizers.at_average(self.training.accelerator, self.training.model, self.training.optimizer,
-                                   self.training.kind):
+        with self.training.at_average():
             now = measured(self.training, self.sets, self.rows)
             if self.drift is not None:
                 self.moved[step] = self.drift.measure()

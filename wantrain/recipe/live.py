@@ -18,7 +18,6 @@ import torch
 
 from wantrain import config as schema
 from wantrain import costs, engine, judging, lora, pictures, results
-from wantrain.engine import optimizers
 from wantrain.files import digest_text
 from wantrain.models import sampling, sequence
 from wantrain.models.base import Base
@@ -95,8 +94,7 @@ class Live:
         found: list[torch.Tensor] = []
         fault = ""
         try:
-            with torch.no_grad(), optimizers.at_average(training.accelerator, training.model, training.optimizer,
-                                                        training.kind):
+            with torch.no_grad(), training.at_average():
                 self.check()
                 done = training.rendezvous.first(self.begun() if training.accelerator.is_main_process else None)
                 wanted = [*([] if BASE in done.columns else [BASE]), column_of(training, step)]

@@ -47,6 +47,7 @@ def file_metadata(recipe: Recipe, clips: Clips) -> dict[str, str]:
         "base_digest": recipe.base_digest,
         "merged": " ".join(f"{Path(path).name}={strength:g}" for path, strength in recipe.base.merged),
         "expert": recipe.base.expert or "", "sigmas": " ".join(f"{sigma:g}" for sigma in recipe.sigmas),
+        "ema": f"{config.optim.ema:g}" if config.optim.keeps_average else "",
         "targets": " ".join(config.lora.targets), "num_heldout": str(len(clips.heldout)),
     }
     return {

@@ -73,6 +73,10 @@ class Training:
     def kind(self) -> optimizers.OptimizerKind:
         return optimizers.OPTIMIZERS[self.config.optim.name.name]
 
+    def at_average(self) -> contextlib.AbstractContextManager[None]:
+        """In the block, the model is what a checkpoint of now gives as the adapter. Every process must call it."""
+        return optimizers.at_average(self.accelerator, self.model, self.optimizer, self.kind, self.ema)
+
     def losses(self, batch: Batch) -> torch.Tensor:
         """loss_B of a micro-batch."""
         return objective.losses(self.model, batch, self.recipe.objective, device=self.device, dtype=self.recipe.dtype,
@@ -205,7 +209,7 @@ def loaded(recipe: Recipe, clips: Clips, accelerator: Accelerator, policy: costs
         model, optimizer = accelerator.prepare(transformer, optimizers.make(
             optim.name.name, groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay),
             device_placement=[False, True] if policy.swap else None)
-    ema = None if optim.ema_decay is None else Ema(accelerator, model, optim.ema_decay)
+    ema = Ema(accelerator, model, optim.ema) if optim.ema is not None and optim.keeps_average else None
     writer = Writer(recipe.checkpoints, own.stall_timeout_s / 2)  # others wait meanwhile
     return Training(recipe, clips, accelerator, policy, rendezvous, model, optimizer, ema, modules, kernels, errors,
                     Progress(), writer, record, Trackers())

@@ -76,8 +76,9 @@ def print_training(recipe: Recipe, clips: Clips) -> None:
     samples = float(sum(p.clip.repeats for p in clips.planned))
     seen = config.train.num_steps * config.data.batch_size
     optim = config.optim
+    average = f", exported as an average of mean age {optim.ema:g} of the steps" if optim.keeps_average else ""
     print(f"optimizer    {expert}{optim.name.name}, learning rate {', '.join(f'{rate:g}' for rate in adapter.rates)}"
-          f"{f', average with decay {optim.ema_decay:g}' if optim.ema_decay else ''}")
+          f"{average}")
     print(f"steps        {expert}{config.train.num_steps} of {config.data.batch_size} samples = {seen / samples:.1f} "
           f"epochs of {samples:g} samples")
     for density in dict.fromkeys(map(recipe.density, dict.fromkeys(p.bucket for p in clips.planned))):

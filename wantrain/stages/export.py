@@ -28,14 +28,12 @@ def run(config: Config, arguments: Sequence[str]) -> None:
     found = {expert: newest(expert_config(config, expert), expert) for expert in experts_of(config)}
     if absent := [expert for expert, one in found.items() if one is None]:
         raise UserError(f"no checkpoint in {checkpoints_of(config, absent[0]).folder}", next_command(arguments, found))
-    written: set[str] = set()
     for expert, one in found.items():
         assert one is not None, "refused above"
-        written.update(export_one(expert_config(config, expert), expert, one))
-    for what in sorted(written):
-        paths = {expert: export_path(config, expert, what) for expert in variant_of(config).experts or (None,)}
-        there = {expert: path for expert, path in paths.items() if path.exists()}  # the other one of an earlier export
-        print(write_workflow(config, workflow_path(config, what), there))
+        export_one(expert_config(config, expert), expert, one)
+    paths = {expert: export_path(config, expert) for expert in variant_of(config).experts or (None,)}
+    there = {expert: path for expert, path in paths.items() if path.exists()}  # the other one of an earlier export
+    print(write_workflow(config, workflow_path(config), there))
 
 
 def next_command(arguments: Sequence[str], found: Mapping[Expert | None, Checkpoint | None]) -> str:
@@ -67,17 +65,12 @@ def newest(config: Config, expert: Expert | None) -> Checkpoint | None:
     return found
 
 
-def export_one(config: Config, expert: Expert | None, found: Checkpoint) -> list[str]:
-    """One adapter in the format asked for, and its average if one was kept; what of it was written."""
+def export_one(config: Config, expert: Expert | None, found: Checkpoint) -> None:
+    """One adapter in the format asked for, and what was written in words."""
     step, kind, form = found.progress.step, saved.record_of(found.path).kind, config.export.format.name
     print("".join(f"{message}; step {step} is exported\n" for message in found.passed), end="")
-    written = []
-    for key, what in ((checkpoint.VALUE, ""), (checkpoint.EMA, "_ema")):
-        path = export_path(config, expert, what)
-        if (made := write_adapter(path, config, found, key)) is None:
-            continue
-        print(f"exported {path} ({form}): {kind} on {made.num_modules} modules, step {step}; read back against the "
-              f"checkpoint, largest relative error of a delta {made.worst:.1e}")
-        print(told(read_lora(path), variant_of(config).task))
-        written.append(what)
-    return written
+    path = export_path(config, expert)
+    made = write_adapter(path, config, found)
+    print(f"exported {path} ({form}): {kind} on {made.num_modules} modules, step {step}; read back against the "
+          f"checkpoint, largest relative error of a delta {made.worst:.1e}")
+    print(told(read_lora(path), variant_of(config).task))

@@ -49,8 +49,9 @@ class Optim(Section):
     """LoRA+: the learning rate of the B matrices is lr times this; its authors recommend 16, with a smaller lr."""
     lr_factors: dict[str, float] = field(default_factory=dict)
     """Factors on lr for the modules that a preset or regular expression matches; the last that matches counts."""
-    ema_decay: float | None = None
-    """Also keep and export an average of the adapter with this decay a step, e.g. 0.99 to 0.9999; null keeps none."""
+    ema: float | None = 0.2
+    """What is validated, sampled and exported is an average of the adapter over the steps so far, whose mean age is
+    this share of them; null: its last values. schedule_free has an average of its own, and takes none of this."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     """Decay of the mean gradient and of the mean square (schedule_free: the first is its interpolation)."""
     eps: FloatAbove0 = 1e-8
@@ -64,12 +65,17 @@ class Optim(Section):
     max_grad_norm: FloatAbove0 = 1.0
     """Gradients are clipped to this global L2 norm."""
 
+    @property
+    def keeps_average(self) -> bool:
+        """Whether an average is kept beside the adapter."""
+        return self.ema is not None and self.name is not Optimizer.schedule_free
+
     def rules(self, config: Config) -> Iterator[Rule]:
         yield all(f > 0 for f in self.lr_factors.values()), "optim.lr_factors", self.lr_factors, "positive numbers"
         yield len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, \
             "two numbers in [0, 1)"
-        yield self.ema_decay is None or 0 < self.ema_decay < 1, "optim.ema_decay", self.ema_decay, \
-            "between 0 and 1, e.g. 0.999, or null"
+        yield self.ema is None or 0 < self.ema <= 0.5, "optim.ema", self.ema, \
+            "a share of the steps so far, above 0 and at most 0.5 (all of them alike), or null"
         yield self.lr * self.weight_decay < 1, "optim.weight_decay", self.weight_decay, \
             f"below 1 / optim.lr ({self.lr:g}): each step takes their product off every weight"
         kind = config.lora.kind.name
@@ -89,8 +95,6 @@ class Optim(Section):
     def _schedule_free_rules(self) -> Iterator[Rule]:
         yield self.schedule is Schedule.constant, "optim.schedule", self.schedule.name, \
             "constant with optim.name=schedule_free, whose average takes the schedule's place; warmup_steps is allowed"
-        yield self.ema_decay is None, "optim.ema_decay", self.ema_decay, \
-            "null with optim.name=schedule_free, which exports an average already"
         yield self.betas[0] > 0, "optim.betas", self.betas, "a first number above 0 with optim.name=schedule_free"
 
     def remedies(self, config: Config) -> dict[str, object]:
