@@ -1,17 +1,19 @@
-"""What benchmarks.recipes changes of wantrain's own code: two ways of training that wantrain has no setting for, and
+"""What benchmarks.recipes changes of wantrain's own code: three ways of training that wantrain has no setting for, and
 what its trainings leave out. Each is a context manager; no other code is changed.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
 import torch
 
 from wantrain import flow, objective
+from wantrain.data import batches
+from wantrain.density import Density
 from wantrain.recipe import heldout, judgement, run
 from wantrain.recipe.training import Training
 from wantrain.terms import Batch
@@ -35,6 +37,17 @@ def bare() -> Iterator[None]:
 
     with (mock.patch.object(heldout, "measured", alone), mock.patch.object(judgement, "write", return_value=None),
           mock.patch.object(run, "write_densities")):
+        yield
+
+
+@contextlib.contextmanager
+def independent() -> Iterator[None]:
+    """Each sample's sigma is drawn by itself, and not one from each of the batch's equal shares of the density."""
+    def draw(seed: int, step: int, index_B: Sequence[int], global_batch_size: int, density: Density) -> torch.Tensor:
+        drawn = torch.rand(global_batch_size, generator=flow.generator_for(seed, step, "sigma"), dtype=torch.float64)
+        return flow.sigma_at(drawn, density)[list(index_B)]
+
+    with mock.patch.object(batches, "draw_sigma", draw):
         yield
 
 
@@ -121,4 +134,4 @@ def weighted(weight_B1THW: torch.Tensor) -> Iterator[None]:
 
 
 PATCHES: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
-    "": contextlib.nullcontext, "thinned": thinned, "moving": moving}
+    "": contextlib.nullcontext, "independent": independent, "thinned": thinned, "moving": moving}

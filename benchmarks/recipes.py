@@ -1,7 +1,7 @@
 """wantrain's defaults against those of seven other trainers, and single changes of its own, on the embedded base.
 
     python -m benchmarks.recipes --out runs/recipes [--worlds style motion subject] [--arms default musubi ...]
-                                 [--steps 24] [--seeds 6] [--minutes 60]
+                                 [--steps 96] [--seeds 6] [--minutes 60]
     python -m benchmarks.recipes --tables benchmarks/recipes.json
 
 Three worlds of tools.tiny_world.worlds: a style, a motion, a subject. In each of them wantrain's default and each peer
@@ -68,37 +68,47 @@ class Kind:
     patch: str = ""
 
 
+LAST, ALONE = "optim.ema=null", "independent"
+
 PEERS = {
     "musubi": Kind((
-        "lora.alpha=1", "sigma.distribution=logit_normal", "sigma.shift=3", "optim.betas=[0.9,0.999]",
-        "optim.warmup_steps=0"), math.sqrt(32), "musubi-tuner, its page on Wan: rank 32, alpha 1, shift 3"),
+        LAST, "lora.alpha=1", "sigma.distribution=logit_normal", "sigma.shift=3", "optim.betas=[0.9,0.999]",
+        "optim.warmup_steps=0"), math.sqrt(32), patch=ALONE,
+        source="musubi-tuner, its page on Wan: rank 32, alpha 1, shift 3"),
     "diffusion_pipe": Kind(
-        ("sigma.distribution=logit_normal", "sigma.shift=1"),
+        (LAST, "sigma.distribution=logit_normal", "sigma.shift=1"), patch=ALONE,
         source="diffusion-pipe examples/main_example.toml: alpha = rank 32, logit-normal without a shift, warm-up"),
     "diffsynth": Kind((
-        "sigma.shift=5", "loss.weighting=bell", "optim.betas=[0.9,0.999]", "optim.warmup_steps=0",
+        LAST, "sigma.shift=5", "loss.weighting=bell", "optim.betas=[0.9,0.999]", "optim.warmup_steps=0",
         "optim.max_grad_norm=1e9"), source="DiffSynth-Studio diffusion/loss.py, examples/wanvideo: uniform, shift 5, "
-                                           "bell weight, no clipping"),
-    "ai_toolkit": Kind(
-        ("sigma.shift=1", "optim.betas=[0.9,0.999]", "optim.weight_decay=1e-4", "optim.warmup_steps=0"),
-        source="ai-toolkit config/examples/train_lora_wan22_14b_24gb.yaml: linear timesteps, adamw with 1e-4"),
+                                           "bell weight, no clipping", patch=ALONE),
+    "ai_toolkit": Kind((
+        LAST, "sigma.shift=1", "optim.betas=[0.9,0.999]", "optim.weight_decay=1e-4", "optim.warmup_steps=0",
+        "data.caption_dropout=0.05"), patch=ALONE,
+        source="ai-toolkit config/examples/train_lora_wan22_14b_24gb.yaml: linear timesteps, adamw with 1e-4, dropout "
+               "0.05, no average (that of wan21_1b has one)"),
     "simpletuner": Kind((
-        "lora.targets=[attn]", "lora.rank=16", "lora.alpha=16", "sigma.distribution=logit_normal", "sigma.shift=3",
-        "optim.betas=[0.9,0.999]", "optim.max_grad_norm=1e9", "data.caption_dropout=0.1"),
+        LAST, "lora.targets=[attn]", "lora.rank=16", "lora.alpha=16", "sigma.distribution=logit_normal",
+        "sigma.shift=3", "optim.betas=[0.9,0.999]", "optim.max_grad_norm=1e9", "data.caption_dropout=0.1"),
         source="SimpleTuner quickstart WAN: attention alone, rank 16, sigmoid with shift 3, dropout 0.1; AdamW for "
-               "its Lion"),
+               "its Lion", patch=ALONE),
     "finetrainers": Kind(
-        ("lora.targets=[attn]", "sigma.distribution=logit_normal", "sigma.shift=1"),
+        (LAST, "lora.targets=[attn]", "sigma.distribution=logit_normal", "sigma.shift=1"), patch=ALONE,
         source="finetrainers examples/training/sft/wan: attention alone, rank 32, logit-normal, warm-up"),
     "videox_fun": Kind((
-        "lora.rank=64", "lora.alpha=32", "sigma.shift=5", "optim.weight_decay=0.03", "optim.max_grad_norm=0.05",
+        LAST, "lora.rank=64", "lora.alpha=32", "sigma.shift=5", "optim.weight_decay=0.03", "optim.max_grad_norm=0.05",
         "optim.betas=[0.9,0.999]", "optim.eps=1e-10", "optim.warmup_steps=0"), math.sqrt(2),
-        "VideoX-Fun scripts/wan2.1/train_lora.py: rank 64, alpha 32, uniform, clipped at 0.05"),
+        "VideoX-Fun scripts/wan2.1/train_lora.py: rank 64, alpha 32, uniform over the batch, clipped at 0.05"),
 }
 """Rank 32 and alpha 32 on attention and feed-forward, AdamW with 0.9, 0.99 and 0.01, warm-up and a clip of 1 are
-wantrain's own, and stand where nothing else does. Every warm-up is the same share of these short trainings."""
+wantrain's own, and stand where nothing else does. Every warm-up is the same share of these short trainings. They export
+the last values, not an average, and draw each sample's sigma by itself, but for VideoX-Fun (`--uniform_sampling`)."""
 
 CHANGES = {
+    "last": Kind((LAST,)),
+    "ema_0.1": Kind(("optim.ema=0.1",)),
+    "independent": Kind(patch=ALONE),
+    "linear": Kind((LAST, "optim.schedule=linear")),
     "thinned": Kind(patch="thinned"),
     "moving": Kind(patch="moving"),
     "bell": Kind(("loss.weighting=bell",)),
@@ -340,7 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tables", type=Path, help="only print the tables of this file")
     parser.add_argument("--worlds", nargs="*", default=list(WORLDS), choices=WORLDS)
     parser.add_argument("--arms", nargs="*", default=list(PEERS), choices=[*PEERS, *CHANGES], help="beside the default")
-    parser.add_argument("--steps", type=int, default=24, help="optimizer steps of each training")
+    parser.add_argument("--steps", type=int, default=96, help="optimizer steps of each training")
     parser.add_argument("--seeds", type=int, default=6, help="trainings of each arm at its learning rate")
     parser.add_argument("--minutes", type=float, default=math.inf, help="when to stop")
     given = parser.parse_args(arguments)

@@ -19,7 +19,7 @@ from tools.tiny_world.world import BACKGROUNDS, NEW_COLOUR, NEW_MOTION, NEW_OBJE
 SEED = 7_000_000
 """The first scene; base, demo and other benches have others."""
 CRF = 20
-NUM_PLAIN, NUM_HELDOUT, NUM_HELDOUT_PLAIN = 8, 8, 4
+NUM_PLAIN, NUM_HELDOUT, NUM_HELDOUT_PLAIN = 8, 16, 4
 
 
 @dataclass(frozen=True)

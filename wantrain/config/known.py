@@ -124,7 +124,8 @@ def known_key(key: str, groups: Sequence[str], text: str = "") -> str:
 
 ELSEWHERE = {
     "learning_rate": "optim.lr", "unet_lr": "optim.lr", "optimizer": "optim.name", "optimizer_type": "optim.name",
-    "ema_decay": "optim.ema", "lr_scheduler": "optim.schedule", "lr_warmup_steps": "optim.warmup_steps", "epochs": "train.num_steps",
+    "ema_decay": "optim.ema",
+    "lr_scheduler": "optim.schedule", "lr_warmup_steps": "optim.warmup_steps", "epochs": "train.num_steps",
     "num_epochs": "train.num_steps", "max_train_steps": "train.num_steps", "max_train_epochs": "train.num_steps",
     "gradient_checkpointing": "memory.keep", "activation_checkpointing": "memory.keep",
      "save_every_n_steps": "train.save_every",

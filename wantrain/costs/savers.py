@@ -25,7 +25,7 @@ class Saver:
 
 def savers(job: Job, policy: MemoryPolicy, zero_stage: int = 0, on_gpu: bool = False) -> list[Saver]:
     """Every setting that needs less than these, those that change least first; `on_gpu`: host memory is another."""
-    smaller = (step(job) for step in (_clips, _rank, _moments))
+    smaller = (step(job) for step in (_average, _clips, _rank, _moments))
     return [*_same_numbers(job, policy, zero_stage, on_gpu), *filter(None, smaller)]
 
 
@@ -58,6 +58,12 @@ def _same_numbers(job: Job, policy: MemoryPolicy, zero_stage: int, on_gpu: bool)
                     replace(job, batch=replace(own, sequence_parallel=2)))
 
 
+def _average(job: Job) -> Saver | None:
+    return None if not job.adapter.has_average else Saver(
+        "optim.ema=null", "no average of the adapter is kept, in a run of its own",
+        replace(job, adapter=replace(job.adapter, has_average=False)))
+
+
 def _clips(job: Job) -> Saver | None:
     bucket, px = job.batch.bucket, job.variant.multiple_px
     most = bucket.num_tokens(px) * 3 // 4
@@ -84,10 +90,10 @@ def _moments(job: Job) -> Saver | None:
 
 def shrunk(job: Job) -> Iterator[tuple[list[str], Job]]:
     """Smaller jobs, those that change least first, with the settings that make them: one alone, then several."""
-    for alone in filter(None, (step(job) for step in (_moments, _rank, _clips))):
+    for alone in filter(None, (step(job) for step in (_average, _moments, _rank, _clips))):
         yield [alone.setting], alone.job
     settings: dict[str, str] = {}
-    for step in (_moments, _rank, _clips, _clips, _clips, _clips):
+    for step in (_average, _moments, _rank, _clips, _clips, _clips, _clips):
         if one := step(job):
             settings[one.setting.partition("=")[0]], job = one.setting, one.job
             yield list(settings.values()), job
