@@ -4,12 +4,11 @@
                                  [--steps 96] [--seeds 6] [--minutes 60]
     python -m benchmarks.recipes --tables benchmarks/recipes.json
 
-Three worlds of tools.tiny_world.worlds: a style, a motion, a subject. In each of them wantrain's default and each peer
-are trained with a seed of the search's own at four learning rates a factor of 2 apart, and at more until the best has a
-worse one on both sides. At its best each is trained with all seeds; a single change keeps the default's. All begin from
-the same weights of the base, see the clips in the same order with the same noise, and are measured by the same rows of
-held-out clips. Told of each world are held-out losses with intervals of 95 % against the default, over seeds and clips,
-and what became of plain clips.
+Three worlds of tools.tiny_world.worlds: a style, a motion, a subject. In each of them every arm is trained with a seed
+of the search's own at four learning rates a factor of 2 apart, and at more until the best has a worse one on both
+sides. At its best it is trained with all seeds. All begin from the same weights of the base, see the clips in the same
+order with the same noise, and are measured by the same rows of held-out clips. Told of each world are held-out losses
+with intervals of 95 % against the default, over seeds and clips, and what became of plain clips.
 
 Each training is a JSON line in OUT/WORLD/trainings.jsonl; what is there is not trained again. After --minutes all
 stops, and the same command goes on. OUT/recipes.json has the losses of all commands of one OUT with as many steps;
@@ -56,7 +55,8 @@ DEFAULT = "default"
 class Kind:
     """What an arm differs in from the default, and where that is from.
 
-    `times` is what its learning rate is of the default's, where the search begins; `lr` is the only one that is tried.
+    `times` is where the search for its learning rate begins, of where it does for the default; `lr` is the only one
+    that is tried.
     It takes `share` of the others' steps. `patch` is one of benchmarks.patches.
     """
 
@@ -261,9 +261,9 @@ def measure(bench: Bench, name: str, arms: Sequence[str]) -> Iterator[Results]:
 
     for arm in arms:
         kind = ARMS[arm]
-        if arm == DEFAULT or arm in PEERS:
+        if kind.lr is None:
             found.rates[arm] = searched(partial(loss_of, arm), FIRST_LR * kind.times)
-        lr = best_of(found.rates[arm]) if arm in found.rates else kind.lr or best_of(found.rates[DEFAULT]) * kind.times
+        lr = kind.lr or best_of(found.rates[arm])
         for seed in range(bench.num_seeds):
             found.outcomes.setdefault(arm, {})[seed] = world.train(arm, lr, seed)
         yield found

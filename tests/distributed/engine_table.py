@@ -33,7 +33,7 @@ COMMON = ["model.variant=tiny_wan_a14b", "model.experts=high", f"data.batch_size
           "train.save_every=1", f"train.keep_checkpoints={STEPS}", f"optim.max_grad_norm={MAX_NORM}",
           "optim.warmup_steps=2"]
 RATES = ["optim.lora_plus=16", "optim.lr_factors={attn: 0.5}"]
-AVERAGED = ["optim.ema=0.3", "optim.schedule=cosine"]
+AVERAGED = ["optim.ema=0.3", "optim.schedule=cosine", "validation.every_steps=2"]
 OPTIMIZERS: dict[str, list[str]] = {
     "adamw": [*RATES, *AVERAGED],
     "adamw_8bit": ["optim.name=adamw_8bit", *RATES, *AVERAGED, "lora.rank=48"],
@@ -265,8 +265,8 @@ The words:
 - *-*: not tested; another optimizer, or where the base lies, changes nothing in how the engine deals the samples.
 
 All at once: gradient accumulation, two learning rates (but for `prodigy`, which finds its own), warm-up and cosine,
-gradients above `optim.max_grad_norm`, an exponential average; for `schedule_free` validation in between in place of
-cosine and average.
+gradients above `optim.max_grad_norm`, an average, and validation in between; for `schedule_free` its own
+average and no cosine.
 
 ## Where
 

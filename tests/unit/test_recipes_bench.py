@@ -14,6 +14,8 @@ import torch
 
 from benchmarks import patches, recipes
 from tests import tiny_models
+from wantrain.data import batches
+from wantrain.density import Density
 from wantrain.terms import Batch
 from wantrain.tuner.told import Row
 from wantrain.tuner.trainings import Outcome
@@ -119,6 +121,20 @@ def test_thinned_tokens_keep_their_places_and_do_not_see_the_others(transformer:
     transformer.rope.forward = lambda given: rotary
     assert torch.allclose(answer(transformer, latents[:, :, ::2]), thinned, atol=1e-6)
     assert not torch.allclose(neighbours, thinned, atol=1e-6)
+
+
+def test_independent_sigmas_leave_shares_of_the_batch_empty_and_keep_the_density() -> None:
+    density = Density("uniform", (), 3.0, (0.0, 1.0))
+
+    def shares(step: int) -> list[int]:  # the quarters of the density that four samples lie in: sigma = 3u / (1 + 2u)
+        sigma = batches.draw_sigma(0, step, range(4), 4, density)
+        return sorted((sigma / (3 - 2 * sigma) * 4).int().tolist())
+
+    assert all(shares(step) == [0, 1, 2, 3] for step in range(50))
+    with patches.independent():
+        found = [shares(step) for step in range(500)]
+    assert sum(own == [0, 1, 2, 3] for own in found) / 500 == pytest.approx(24 / 256, abs=0.04)
+    assert all(sum(own.count(share) for own in found) == pytest.approx(500, abs=60) for share in range(4))
 
 
 def test_motion_counts_by_the_larger_change_to_a_neighbour() -> None:
