@@ -49,7 +49,7 @@ class Optim(Section):
     """LoRA+: the learning rate of the B matrices is lr times this; its authors recommend 16, with a smaller lr."""
     lr_factors: dict[str, float] = field(default_factory=dict)
     """Factors on lr for the modules that a preset or regular expression matches; the last that matches counts."""
-    ema: float | None = 0.2
+    ema: float | None = 0.15
     """What is validated, sampled and exported is an average of the adapter over the steps so far, whose mean age is
     this share of them; null: its last values. schedule_free has an average of its own, and takes none of this."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
