@@ -53,7 +53,7 @@ def one(random: Random, folder: Path) -> None:
     code = cli.main(["export", *_arguments(), f"run.dir={folder / 'run'}"])
     assert code in (0, 2), code
     with contextlib.suppress(UserError):
-        checkpoint.newest_whole(place, _record().fingerprint, config.defaults())
+        checkpoint.newest_whole(place, _record().fingerprint, config.formerly())
 
 
 def mutate_state(random: Random, path: Path) -> None:

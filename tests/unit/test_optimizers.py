@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from tests.conftest import opened
 from wantrain import engine, lora
-from wantrain.config import defaults, load
+from wantrain.config import formerly, load
 from wantrain.engine import checkpoint, optimizers, snapshot, states
 from wantrain.engine.ema import Ema, share_at
 from wantrain.engine.optimizers import OPTIMIZERS, OptimizerKind
@@ -367,12 +367,14 @@ def refused(name, stage, offloads=False):
     return ""
 
 
-def test_a_checkpoint_of_a_version_without_a_key_goes_on_where_the_key_is_at_its_default(tmp_path):
+def test_a_checkpoint_of_a_version_without_a_key_goes_on_as_it_was_done_then(tmp_path):
     now = {"optim.name": "adamw", "optim.lora_plus": 1.0, "lora.rank": 4}
     tensors = {"a|value": torch.zeros(1)}
     path = checkpoint.save(CheckpointStore(tmp_path), Progress(1), tensors, Record({"lora.rank": 4}))
-    assert checkpoint.load(path, now, defaults())[0] == Progress(1)
+    assert checkpoint.load(path, now, formerly())[0] == Progress(1)
     with pytest.raises(UserError, match=r"optim\.lora_plus: 1\.0 -> 16\.0"):
-        checkpoint.load(path, now | {"optim.lora_plus": 16.0}, defaults())
+        checkpoint.load(path, now | {"optim.lora_plus": 16.0}, formerly())
+    with pytest.raises(UserError, match=r"optim\.ema: None -> 0\.15"):  # whose default came later
+        checkpoint.load(path, now | {"optim.ema": 0.15}, formerly())
     with pytest.raises(UserError, match=r"lora\.rank: 4 -> 32"):
-        checkpoint.load(path, now | {"lora.rank": 32}, defaults())
+        checkpoint.load(path, now | {"lora.rank": 32}, formerly())

@@ -2,12 +2,12 @@
 
 from wantrain.config.help import keys_help as keys_help
 from wantrain.config.keys import HARMLESS_TO_RESUME as HARMLESS_TO_RESUME
-from wantrain.config.keys import defaults as defaults
 from wantrain.config.keys import described as described
 from wantrain.config.keys import digest as digest
 from wantrain.config.keys import expert_config as expert_config
 from wantrain.config.keys import experts_of as experts_of
 from wantrain.config.keys import flat as flat
+from wantrain.config.keys import formerly as formerly
 from wantrain.config.keys import resume_keys as resume_keys
 from wantrain.config.keys import to_yaml as to_yaml
 from wantrain.config.keys import variant_of as variant_of

@@ -57,7 +57,7 @@ def _sentences(schema: type) -> dict[str, str]:
     """The string below each field."""
     body = ast.parse(inspect.getsource(schema)).body[0]
     assert isinstance(body, ast.ClassDef)
-    return {statement.target.id: str(following.value.value) for statement, following in
+    return {statement.target.id: " ".join(str(following.value.value).split()) for statement, following in
             zip(body.body, body.body[1:], strict=False)
             if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
             and isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)}
@@ -106,13 +106,13 @@ def flat(config: Config | Mapping[str, Any]) -> dict[str, Any]:
     return dict(_flat(config, ""))
 
 
-def defaults() -> dict[str, Any]:
-    """The default of every key that has one, by dotted key."""
+def formerly() -> dict[str, Any]:
+    """What was done before a key was there, by dotted key: its default, unless that is of a later day."""
     for_each: dict[str, Any] = {}
     for section in fields(Config):
         assert section.default_factory is not NO_DEFAULT, "a config is made of sections"
         for_each[section.name] = section.default_factory()
-    return {key: value for key, value in _flat(for_each, "") if value != MISSING}
+    return {key: value for key, value in _flat(for_each, "") if value != MISSING} | {"optim.ema": None}
 
 
 def _flat(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -92,11 +92,11 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def load(path: Path, fingerprint: Mapping[str, Any] | None, defaults: Mapping[str, Any] | None = None,
+def load(path: Path, fingerprint: Mapping[str, Any] | None, formerly: Mapping[str, Any] | None = None,
          any_base: bool = False) -> tuple[Progress, dict[str, torch.Tensor]]:
     """(progress, tensors) of a checkpoint. Raises Damaged for one that is, UserError where the fingerprint differs.
 
-    `fingerprint` None skips the comparison; `defaults` and `any_base` as for `refuse_another_config`.
+    `fingerprint` None skips the comparison; `formerly` and `any_base` as for `refuse_another_config`.
     """
     try:
         intact = (path / CHECKSUMS).read_bytes() == checksums(path).encode()
@@ -106,7 +106,7 @@ def load(path: Path, fingerprint: Mapping[str, Any] | None, defaults: Mapping[st
         raise damaged(path, "damaged: its files are not those that were written")
     progress, record = progress_of(path), record_of(path)
     if fingerprint is not None:
-        refuse_another_config(record.fingerprint, fingerprint, defaults or {}, any_base)
+        refuse_another_config(record.fingerprint, fingerprint, formerly or {}, any_base)
     try:
         tensors, _ = read_tensors(path / TENSORS)
     except UserError as error:
@@ -124,7 +124,7 @@ class Checkpoint(NamedTuple):
 
 
 def newest_whole(store: CheckpointStore, fingerprint: Mapping[str, Any] | None,
-                 defaults: Mapping[str, Any] | None = None, any_base: bool = False) -> Checkpoint | None:
+                 formerly: Mapping[str, Any] | None = None, any_base: bool = False) -> Checkpoint | None:
     """The newest checkpoint that is whole, out of the folder or else its mirror; None where there is none at all.
 
     Raises Damaged where none of them is whole: to begin anew is for the user to say. A mirror that cannot be read is
@@ -142,7 +142,7 @@ def newest_whole(store: CheckpointStore, fingerprint: Mapping[str, Any] | None,
             try:
                 if fetched:
                     _fetch(store, path)
-                return Checkpoint(path, *load(path, fingerprint, defaults, any_base), passed)
+                return Checkpoint(path, *load(path, fingerprint, formerly, any_base), passed)
             except Damaged as error:
                 passed.append(error.message)
                 fault = error

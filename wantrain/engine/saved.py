@@ -106,15 +106,14 @@ BASE_FORM, BASE_PRODUCTS = "memory.base", "(products with the base)"
 """Keys of fingerprints: the form of the frozen base, and that of products with it where these are computed in bytes."""
 
 
-def refuse_another_config(old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any],
+def refuse_another_config(old: Mapping[str, Any], new: Mapping[str, Any], formerly: Mapping[str, Any],
                           any_base: bool = False) -> None:
     """Raise UserError where the fingerprint of now differs from a checkpoint's; with `any_base`, but for BASE_FORM and
     BASE_PRODUCTS.
 
-    A key that the checkpoint's version did not know yet counts as its default: the default of a new key is what was
-    done before there was one.
+    A key that the checkpoint's version did not know yet counts as what `formerly` says was done before there was one.
     """
-    known = {key: value for key, value in defaults.items() if key in new}
+    known = {key: value for key, value in formerly.items() if key in new}
     was = {key: value for key, value in old.items() if not OF_A_PLACE.match(key)}  # earlier versions compared these
     free = {key: new.get(key) for key in (BASE_FORM, BASE_PRODUCTS)} if any_base else {}
     if changed := differences({**known, **was, **free}, new):

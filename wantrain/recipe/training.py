@@ -242,7 +242,7 @@ def resume(training: Training) -> None:
     newest: Checkpoint | UserError | None = None
     if training.accelerator.is_main_process:
         try:
-            newest = checkpoint.newest_whole(store, training.record.fingerprint, schema.defaults(),
+            newest = checkpoint.newest_whole(store, training.record.fingerprint, schema.formerly(),
                                              training.config.train.resume is Resume.any_base)
         except UserError as error:
             newest = error

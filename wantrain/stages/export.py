@@ -61,7 +61,7 @@ def newest(config: Config, expert: Expert | None) -> Checkpoint | None:
                         f"{found.progress.step + 1}: its checkpoint does")
     of_config = {key: value for key, value in record.fingerprint.items()
                  if not key.startswith("(") and key != saved.BASE_FORM}  # not of files, nor of how they were held
-    saved.refuse_another_config(of_config, schema.resume_keys(config), schema.defaults())
+    saved.refuse_another_config(of_config, schema.resume_keys(config), schema.formerly())
     return found
 
 

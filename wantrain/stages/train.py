@@ -112,7 +112,7 @@ def is_done(recipe: Recipe, clips: Clips) -> bool:
     form = recipe.known_form
     if form is None:
         return False  # what the checkpoints were trained on is for the training to decide
-    newest = checkpoint.newest_whole(store, run_fingerprint(recipe, clips, form), schema.defaults(),
+    newest = checkpoint.newest_whole(store, run_fingerprint(recipe, clips, form), schema.formerly(),
                                      own.resume is Resume.any_base)
     assert newest is not None, "there are checkpoints"
     if newest.progress.step > own.num_steps:

@@ -51,7 +51,7 @@ class Optim(Section):
     """Factors on lr for the modules that a preset or regular expression matches; the last that matches counts."""
     ema: float | None = 0.15
     """What is validated, sampled and exported is an average of the adapter over the steps so far, whose mean age is
-    this share of them; null: its last values. schedule_free has an average of its own, and takes none of this."""
+    this share of them; null: its last values. schedule_free has an average of its own instead."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     """Decay of the mean gradient and of the mean square (schedule_free: the first is its interpolation)."""
     eps: FloatAbove0 = 1e-8
