@@ -106,7 +106,7 @@ the last values, not an average, and draw each sample's sigma by itself, but for
 
 CHANGES = {
     "last": Kind((LAST,)),
-    "ema_0.1": Kind(("optim.ema=0.1",)),
+    "ema_0.3": Kind(("optim.ema=0.3",)),
     "independent": Kind(patch=ALONE),
     "linear": Kind((LAST, "optim.schedule=linear")),
     "thinned": Kind(patch="thinned"),
