@@ -68,7 +68,7 @@ class Kind:
     patch: str = ""
 
 
-LAST, ALONE = "optim.ema=null", "independent"
+LAST, UNIFORM, ALONE = "optim.ema=null", "sigma.distribution=uniform", "independent"
 
 PEERS = {
     "musubi": Kind((
@@ -79,11 +79,11 @@ PEERS = {
         (LAST, "sigma.distribution=logit_normal", "sigma.shift=1"), patch=ALONE,
         source="diffusion-pipe examples/main_example.toml: alpha = rank 32, logit-normal without a shift, warm-up"),
     "diffsynth": Kind((
-        LAST, "sigma.shift=5", "loss.weighting=bell", "optim.betas=[0.9,0.999]", "optim.warmup_steps=0",
+        LAST, UNIFORM, "sigma.shift=5", "loss.weighting=bell", "optim.betas=[0.9,0.999]", "optim.warmup_steps=0",
         "optim.max_grad_norm=1e9"), source="DiffSynth-Studio diffusion/loss.py, examples/wanvideo: uniform, shift 5, "
                                            "bell weight, no clipping", patch=ALONE),
     "ai_toolkit": Kind((
-        LAST, "sigma.shift=1", "optim.betas=[0.9,0.999]", "optim.weight_decay=1e-4", "optim.warmup_steps=0",
+        LAST, UNIFORM, "sigma.shift=1", "optim.betas=[0.9,0.999]", "optim.weight_decay=1e-4", "optim.warmup_steps=0",
         "data.caption_dropout=0.05"), patch=ALONE,
         source="ai-toolkit config/examples/train_lora_wan22_14b_24gb.yaml: linear timesteps, adamw with 1e-4, dropout "
                "0.05, no average (that of wan21_1b has one)"),
@@ -96,8 +96,8 @@ PEERS = {
         (LAST, "lora.targets=[attn]", "sigma.distribution=logit_normal", "sigma.shift=1"), patch=ALONE,
         source="finetrainers examples/training/sft/wan: attention alone, rank 32, logit-normal, warm-up"),
     "videox_fun": Kind((
-        LAST, "lora.rank=64", "lora.alpha=32", "sigma.shift=5", "optim.weight_decay=0.03", "optim.max_grad_norm=0.05",
-        "optim.betas=[0.9,0.999]", "optim.eps=1e-10", "optim.warmup_steps=0"), math.sqrt(2),
+        LAST, UNIFORM, "lora.rank=64", "lora.alpha=32", "sigma.shift=5", "optim.weight_decay=0.03",
+        "optim.max_grad_norm=0.05", "optim.betas=[0.9,0.999]", "optim.eps=1e-10", "optim.warmup_steps=0"), math.sqrt(2),
         "VideoX-Fun scripts/wan2.1/train_lora.py: rank 64, alpha 32, uniform over the batch, clipped at 0.05"),
 }
 """Rank 32 and alpha 32 on attention and feed-forward, AdamW with 0.9, 0.99 and 0.01, warm-up and a clip of 1 are
@@ -112,7 +112,8 @@ CHANGES = {
     "thinned": Kind(patch="thinned"),
     "moving": Kind(patch="moving"),
     "bell": Kind(("loss.weighting=bell",)),
-    "logit_normal": Kind(("sigma.distribution=logit_normal",)),
+    "uniform": Kind((UNIFORM,)),
+    "both_before": Kind((LAST, UNIFORM)),
     "attention": Kind(("lora.targets=[attn]",)),
     "rank_8": Kind(("lora.rank=8", "lora.alpha=8")),
     "rank_128": Kind(("lora.rank=128", "lora.alpha=128")),

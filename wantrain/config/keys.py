@@ -106,13 +106,17 @@ def flat(config: Config | Mapping[str, Any]) -> dict[str, Any]:
     return dict(_flat(config, ""))
 
 
+LATER = {"optim.ema": None, "sigma.distribution": "uniform"}
+"""What was done before a key had its default of now."""
+
+
 def formerly() -> dict[str, Any]:
     """What was done before a key was there, by dotted key: its default, unless that is of a later day."""
     for_each: dict[str, Any] = {}
     for section in fields(Config):
         assert section.default_factory is not NO_DEFAULT, "a config is made of sections"
         for_each[section.name] = section.default_factory()
-    return {key: value for key, value in _flat(for_each, "") if value != MISSING} | {"optim.ema": None}
+    return {key: value for key, value in _flat(for_each, "") if value != MISSING} | LATER
 
 
 def _flat(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
