@@ -1,7 +1,7 @@
 """How sigma is spread: base densities on (0, 1), the timestep shift, ranges. Draws from them are in `flow`.
 
 torch is imported by what computes with tensors: what a config's density is can be told and checked without, as long as
-the density is uniform.
+it is uniform or over the whole range.
 """
 
 from __future__ import annotations
@@ -98,6 +98,8 @@ class Density:
 
     def _bounds(self) -> tuple[float, float]:
         """The base's share below the range, and in it."""
+        if self.within == (0.0, 1.0):
+            return 0.0, 1.0
         ends = [unshift_sigma(end, self.shift) for end in self.within]
         if self.name == "uniform":
             below, until = (min(max(end, 0.0), 1.0) for end in ends)

@@ -68,7 +68,7 @@ def write_twin(root: Path, name: str) -> Twin:
     twin = Twin(name, path, [
         *arguments_for(clips, root / "cache", root / "run"), f"model.variant={name}", f"model.path={path}",
         f"data.resolutions=[[{height},{width}]]", f"data.num_frames=[1,{NUM_FRAMES}]",
-        "data.sources.regularisation.repeats=1", "optim.lr=0.02", "sigma.distribution=uniform",
+        "data.sources.regularisation.repeats=1", "optim.lr=0.02",
         f"export.format={'diffusers' if name == 'tiny_wan_vace' else 'universal'}"])
     twin.run("cache", root / "run")
     return twin

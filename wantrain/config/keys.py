@@ -106,7 +106,7 @@ def flat(config: Config | Mapping[str, Any]) -> dict[str, Any]:
     return dict(_flat(config, ""))
 
 
-LATER = {"optim.ema": None, "sigma.distribution": "uniform"}
+LATER = {"optim.ema": None}
 """What was done before a key had its default of now."""
 
 

@@ -37,7 +37,7 @@ class Weighting(Enum):
 
 @dataclass(slots=True)
 class Sigma(Section):
-    distribution: Distribution = Distribution.logit_normal
+    distribution: Distribution = Distribution.uniform
     """How sigma is drawn before the shift: uniform, logit_normal, mode or beta; docs/losses.md says when which."""
     shape: list[float] = field(default_factory=list)
     """logit_normal: [mean, std]; mode: [scale]; beta: [alpha, beta]; empty takes [0, 1], [1.29], [2, 2]."""
