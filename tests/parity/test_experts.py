@@ -50,7 +50,7 @@ MILLION = 1_000_000
 
 @functools.cache
 def config():
-    return load(["recipe=demo_anime"])
+    return load(["recipe=demo_anime", "sigma.distribution=uniform"])
 
 
 def density_of(name, expert):
