@@ -122,7 +122,7 @@ def arguments_for(clips: Path, cache_dir: Path, run_dir: Path) -> list[str]:
         f"data.resolutions=[[{SIZE[0]},{SIZE[1]}]]", "data.batch_size=4", "train.micro_batch_size=4",
         "train.num_steps=4", "train.save_every=100", "validation.every_steps=0", "lora.rank=4", "lora.alpha=4",
         "optim.warmup_steps=0", "sampler.every_steps=0", "sampler.num_steps=2",
-        "sigma.distribution=uniform", "sampler.prompts=[a square]", "evaluate.prompts=[a square]",
+        "sigma.distribution=uniform", "sigma.shift=null", "sampler.prompts=[a square]", "evaluate.prompts=[a square]",
         "evaluate.combined=[]", "evaluate.unrelated=[]",
     ]
 

@@ -50,7 +50,7 @@ MILLION = 1_000_000
 
 @functools.cache
 def config():
-    return load(["recipe=demo_anime", "sigma.distribution=uniform"])
+    return load(["recipe=demo_anime", "sigma.distribution=uniform", "sigma.shift=null"])
 
 
 def density_of(name, expert):

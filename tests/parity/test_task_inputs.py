@@ -337,7 +337,7 @@ def twins(tmp_path_factory):
                 f"data.sources.style.path={write_world(root / 'clips', task)}", "data.heldout=null",
                 "validation.every_steps=0", f"data.num_frames=[1,{NUM_FRAMES}]", f"data.resolutions=[{list(size)}]",
                 f"data.batch_size={BATCH}", f"train.micro_batch_size={BATCH}", "train.num_steps=100", "lora.rank=2",
-                "lora.alpha=2", "data.num_workers=1", "sigma.distribution=uniform"])
+                "lora.alpha=2", "data.num_workers=1", "sigma.distribution=uniform", "sigma.shift=null"])
             recipe = open_recipe(config)
             clips = open_clips(recipe, [])
             write_texts(recipe, clips.cache, clips.captions, CPU, True)
