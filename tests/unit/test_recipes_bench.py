@@ -23,7 +23,7 @@ from wantrain.validation import Interval
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "recipes.json"
-ALL_RESULTS = RESULTS, ROOT / "benchmarks" / "changes.json"
+ALL_RESULTS = RESULTS, ROOT / "benchmarks" / "draws.json", ROOT / "benchmarks" / "changes.json"
 
 
 @pytest.mark.parametrize(("best", "tried"), [
