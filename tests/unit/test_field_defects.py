@@ -224,7 +224,7 @@ def test_previews_are_not_all_made_with_one_shift(variant, shift):
 
 # The draw and the loss
 
-@pytest.mark.parametrize(("variant", "expert"), [*EXPERTS, ("wan21_t2v_1b3", None), ("wan21_flf2v_14b", None)])
+@pytest.mark.parametrize(("variant", "expert"), [*EXPERTS, ("wan21_i2v_14b_480p", None), ("wan21_flf2v_14b", None)])
 def test_the_default_draw_is_the_tasks_own_schedule_and_no_bell(variant, expert):
     """A logit-normal, a shift of 5 for all or a weight by sigma would starve the high noise expert."""
     recipe = recipe_of(variant, expert)
@@ -232,6 +232,16 @@ def test_the_default_draw_is_the_tasks_own_schedule_and_no_bell(variant, expert)
     assert (density.name, density.shape, density.shift) == ("uniform", (), VARIANTS[variant].shift)
     assert recipe.config.loss.weighting is Weighting.none
     assert len({recipe.density(bucket) for bucket in (BUCKET, Bucket(81, 480, 832))}) == 1
+
+
+def test_the_default_draw_of_text_to_video_is_the_one_that_won_and_a_setting_is_kept():
+    """docs/recipes.md: logit-normal without a shift; experts have the schedule's share instead, whatever the recipe."""
+    density = recipe_of("wan21_t2v_1b3").density(BUCKET)
+    assert (density.name, density.shape, density.shift) == ("logit_normal", (0.0, 1.0), 1.0)
+    sigma = load(["recipe=demo_anime", "sigma.shift=3"]).sigma
+    assert sigma.drawn(VARIANTS["wan21_t2v_14b"]) == ("logit_normal", 3.0)
+    sigma = load(["recipe=demo_anime", "sigma.distribution=logit_normal"]).sigma
+    assert sigma.drawn(VARIANTS["wan21_t2v_14b"]) == ("logit_normal", 5.0)
 
 
 # Frames

@@ -25,7 +25,7 @@ class Saver:
 
 def savers(job: Job, policy: MemoryPolicy, zero_stage: int = 0, on_gpu: bool = False) -> list[Saver]:
     """Every setting that needs less than these, those that change least first; `on_gpu`: host memory is another."""
-    smaller = (step(job) for step in (_average, _clips, _rank, _moments))
+    smaller = (step(job) for step in (_clips, _rank, _moments, _average))
     return [*_same_numbers(job, policy, zero_stage, on_gpu), *filter(None, smaller)]
 
 

@@ -158,11 +158,11 @@ class Recipe:
     def density(self, bucket: Bucket) -> Density:
         """How sigma is drawn for a bucket."""
         own, variant = self.config.sigma, self.variant
-        shift = variant.shift if own.shift is None else own.shift
+        name, shift = own.drawn(variant)
         if own.by_resolution:
             shift = shift_for(shift, bucket.num_tokens(variant.multiple_px), variant.native_tokens)
         try:
-            return Density(own.distribution.name, tuple(own.shape), shift, self.sigmas)
+            return Density(name, tuple(own.shape), shift, self.sigmas)
         except ValueError as error:
             raise UserError(f"sigma: {error}", "widen sigma.range, or choose another sigma.distribution") from error
 

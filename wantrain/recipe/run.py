@@ -40,7 +40,7 @@ def run_fingerprint(recipe: Recipe, clips: Clips, form: str) -> dict[str, Any]:
 def file_metadata(recipe: Recipe, clips: Clips) -> dict[str, str]:
     """What a LoRA file of this training says of itself: the field's keys (ss_*, modelspec.*) and its origin."""
     config, variant = recipe.config, recipe.variant
-    shift = variant.shift if config.sigma.shift is None else config.sigma.shift
+    _, shift = config.sigma.drawn(variant)
     own = {
         "version": __version__, "trigger": config.data.trigger, "variant": variant.name,
         "config_digest": schema.digest(config), "manifest_digest": manifest_digest(clips),

@@ -218,7 +218,6 @@ def recipe_text(new: New, paths: Mapping[str, str]) -> str:
         made.max_tokens and f"  max_tokens_per_clip: {made.max_tokens}  # by arithmetic; longer clips get smaller "
         "pictures",
         f"  batch_size: {own.batch_size}", f"optim: {{lr: {own.lr:.1e}, warmup_steps: {own.warmup_steps}}}",
-        new.variant.task == "t2v" and not new.variant.experts and "sigma: {distribution: logit_normal, shift: 1.0}",
         f"train: {{num_steps: {made.num_steps}, micro_batch_size: {own.batch_size if tiny else 1}, save_every: "
         f"{every}}}",
         made.base_form == "int8" and "memory: {base: int8}  # a byte a weight of the base" + made.waits * (

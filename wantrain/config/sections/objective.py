@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from wantrain.config.sections.parts import FloatAbove0, FloatFrom0, IntFrom0, Rule, Section, Share
 from wantrain.density import Density
+from wantrain.models.variants import VARIANTS, Variant
 
 if TYPE_CHECKING:
     from wantrain.config.schema import Config
@@ -37,8 +38,9 @@ class Weighting(Enum):
 
 @dataclass(slots=True)
 class Sigma(Section):
-    distribution: Distribution = Distribution.uniform
-    """How sigma is drawn before the shift: uniform, logit_normal, mode or beta; docs/losses.md says when which."""
+    distribution: Distribution | None = None
+    """How sigma is drawn before the shift: uniform, logit_normal, mode or beta (docs/losses.md says when which); null:
+    uniform, but logit_normal and no shift for text-to-video with one transformer."""
     shape: list[float] = field(default_factory=list)
     """logit_normal: [mean, std]; mode: [scale]; beta: [alpha, beta]; empty takes [0, 1], [1.29], [2, 2]."""
     shift: FloatAbove0 | None = None
@@ -48,13 +50,20 @@ class Sigma(Section):
     range: list[float] = field(default_factory=lambda: [0.0, 1.0])
     """[low, high) of the sigmas that are drawn; an expert's own range narrows it."""
 
+    def drawn(self, variant: Variant) -> tuple[str, float]:
+        """The name of the distribution and the shift after it, of a training of this variant."""
+        is_plain = self.distribution is None and variant.task == "t2v" and not variant.experts
+        distribution = self.distribution or (Distribution.logit_normal if is_plain else Distribution.uniform)
+        return distribution.name, self.shift or (1.0 if is_plain else variant.shift)
+
     def rules(self, config: Config) -> Iterator[Rule]:
         yield len(self.range) == 2 and 0 <= self.range[0] < self.range[1] <= 1, "sigma.range", self.range, \
             "[low, high] in [0, 1]: sigma, and not timesteps (sigma = timestep / 1000)"
-        if self.distribution is Distribution.uniform and not self.shape and self.range == [0, 1]:
+        name, _ = self.drawn(VARIANTS[config.model.variant])
+        if name == "uniform" and not self.shape and self.range == [0, 1]:
             return  # right with every shift
         try:
-            Density(self.distribution.name, tuple(self.shape), 1.0 if self.shift is None else self.shift,
+            Density(name, tuple(self.shape), 1.0 if self.shift is None else self.shift,
                     (self.range[0], self.range[1]))
         except ValueError as error:
             yield False, "sigma", {"shape": self.shape, "shift": self.shift, "range": self.range}, str(error)
