@@ -180,7 +180,8 @@ class Bench:
                 f"data.cache_dir={self.out / 'cache'}", f"data.sources.style.path={folder / 'set'}",
                 "data.sources.style.weight=2", f"data.sources.regularisation.path={folder / 'plain'}",
                 "data.sources.regularisation.weight=1", f"data.heldout={folder / 'heldout'}",
-                f"data.trigger={WORLDS[world].trigger}", "data.batch_size=4", "train.micro_batch_size=4",
+                f"data.trigger={WORLDS[world].trigger}", "sigma.distribution=null",
+                "data.batch_size=4", "train.micro_batch_size=4",
                 f"optim.warmup_steps={max(1, round(WARM_UP * self.steps))}", *kind.words]
 
 

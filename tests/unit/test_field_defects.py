@@ -63,7 +63,7 @@ EXPERTS = [(name, expert) for name in BOUNDARIES for expert in ("high", "low")]
 
 @functools.cache
 def config_of(*overrides: str) -> Config:
-    return load(["recipe=demo_anime", *overrides])
+    return load(["recipe=demo_anime", "sigma.distribution=null", *overrides])
 
 
 def recipe_of(variant: str, expert: str | None = None, *overrides: str) -> Recipe:
