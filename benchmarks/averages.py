@@ -24,10 +24,10 @@ import torch
 
 from benchmarks import patches, recipes
 from benchmarks.recipes import LAST, Bench, Kind, World
-from tools.tiny_world.worlds import WORLDS, write_world
+from tools.tiny_world.worlds import WORLDS
 from wantrain import validation
 from wantrain.engine.ema import Ema
-from wantrain.engine.states import fill, parameters_of
+from wantrain.engine.optimizers import at_average
 from wantrain.files import write_json
 from wantrain.recipe import heldout
 from wantrain.recipe.training import Training
@@ -56,13 +56,10 @@ def followed(found: dict[str, list[float]]) -> Iterator[None]:
     def with_each(training: Training, sets: Any, rows: heldout.Rows, with_adapter: bool = True) -> heldout.Losses:
         last = measured(training, sets, rows, with_adapter)
         if with_adapter:
-            parameters = parameters_of(training.accelerator, training.model)
-            before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
             found["0"] = by_clip(rows, last)
             for age, ema in followers.items():
-                fill(training.accelerator, parameters, ema.tensors)
-                found[f"{age:g}"] = by_clip(rows, measured(training, sets, rows))
-            fill(training.accelerator, parameters, before)
+                with at_average(training.accelerator, training.model, training.optimizer, training.kind, ema):
+                    found[f"{age:g}"] = by_clip(rows, measured(training, sets, rows))
         return last
 
     with mock.patch.object(train, "train_step", step), mock.patch.object(heldout, "measured", with_each):
@@ -76,9 +73,7 @@ def by_clip(rows: heldout.Rows, losses: heldout.Losses) -> list[float]:
 
 def follow(bench: Bench, name: str) -> dict[str, dict[str, float]]:
     """"LR/SEED" -> by age the mean loss of the world's held-out clips that hold its trigger."""
-    folder, path = bench.out / "worlds" / name, bench.out / "averages.json"
-    if not folder.exists():
-        write_world(folder, WORLDS[name])
+    path = bench.out / "averages.json"
     found: dict[str, list[float]] = {}
     ours = {NAME: Kind((LAST,), patch=NAME)}
     with mock.patch.dict(patches.PATCHES, {NAME: lambda: followed(found)}), mock.patch.dict(recipes.ARMS, ours):

@@ -196,7 +196,11 @@ class World:
     """The folder of its first training, which has measured the base for all others."""
 
     def arm(self, name: str) -> tuple[Recipe, Clips]:
-        """The arm's recipe and clips, with all that is missing of them in the cache."""
+        """The arm's recipe and clips, which are drawn where they are not there, with all that is missing in the cache.
+        """
+        folder = self.bench.out / "worlds" / self.name
+        if not folder.exists():
+            write_world(folder, WORLDS[self.name])
         if name not in self.opened:
             words = self.bench.words(self.name, ARMS[name])
             recipe = open_recipe(schema.load(words))
@@ -248,9 +252,6 @@ def best_of(losses: Mapping[float, float]) -> float:
 
 def measure(bench: Bench, name: str, arms: Sequence[str]) -> Iterator[Results]:
     """One world: its results after each arm."""
-    folder = bench.out / "worlds" / name
-    if not folder.exists():
-        write_world(folder, WORLDS[name])
     world = World(bench, name, {})
     _, clips = world.arm(DEFAULT)
     learnt, plain = search.scored({p.name: p.clip.caption for p in clips.heldout}, WORLDS[name].trigger)
